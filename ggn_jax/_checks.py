@@ -1,0 +1,83 @@
+"""Checks of arguments: each names the argument, what came, what was wanted, and the way out."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_array(name: str, value: Any) -> Array:
+    """`value` as a JAX array; only arrays and numbers are taken, so that nothing is converted by surprise."""
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, np.ndarray | np.generic | bool | int | float):
+        hint = " (torch tensors go through torch_bridge)" if type(value).__module__.startswith("torch") else ""
+        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
+    array = jnp.asarray(value)
+    if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype and array.dtype.kind == "f":
+        raise TypeError(
+            f"{name} has dtype {value.dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or enable"
+            " 64-bit types with jax.enable_x64."
+        )
+    return array
+
+
+def is_concrete(array: Array) -> bool:
+    """Whether the values can be looked at: false under `jit`, `vmap`, `grad`, and for arrays of other processes."""
+    try:
+        return array.is_fully_addressable
+    except jax.errors.ConcretizationTypeError:
+        return False
+
+
+def check_outputs(name: str, outputs: Array) -> None:
+    if outputs.dtype.name not in OUTPUT_DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.")
+
+
+def check_real(name: str, array: Array) -> None:
+    if array.dtype.kind not in "biuf" and array.dtype.name not in OUTPUT_DTYPES:
+        raise TypeError(f"{name} must hold real numbers; got dtype {array.dtype}.")
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype of all internal computations: at least float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value` as a Python int of at least 1."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1; got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
+    return number
+
+
+def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
+    """One PRNG key, typed or raw."""
+    if key is None:
+        raise ValueError(f"{wanted_by} draws random numbers and needs a key: pass key=jax.random.key(seed).")
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"key must be a JAX PRNG key, as made by jax.random.key(seed); got {type(key).__name__}.")
+    key = jnp.asarray(key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and key.dtype != jnp.uint32:
+        raise TypeError(f"key must be a JAX PRNG key, as made by jax.random.key(seed); got dtype {key.dtype}.")
+    if key.ndim != (0 if typed else 1):
+        way_out = (
+            "this function takes one key and draws independently for each datum"
+            if batch
+            else "map over the data: jax.vmap(fn)(outputs, targets, jax.random.split(key, N))"
+        )
+        raise ValueError(f"key must be one key; got an array of keys of shape {key.shape}: {way_out}.")
+    return key

@@ -1,0 +1,152 @@
+"""Gradient output vectors: the seam between a loss and every curvature approximation built on it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax._checks import as_array, check_count, check_key, check_outputs
+from ggn_jax._supported import check_exact, check_loss
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.loss import Loss
+from ggn_jax.terms import check_terms, split_terms
+
+
+def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
+    r"""A function of **one datum** that returns its gradient output vectors.
+
+    `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a **batch of
+    one**, `loss(output[None], target[None])`, including its reduction and weights:
+
+    ============== ======================================================= =============
+    `fisher_type`  vectors                                                 V
+    ============== ======================================================= =============
+    `type-2`       columns of `S`, `S S^T` the Hessian of `L`              `output.size`
+    `mc`           would-be gradients / sqrt(mc_samples); the sum of their `mc_samples`
+                   outer products is the Hessian in expectation
+    `empirical`    `sqrt(r)` times the gradient of the sum-reduced `L`     1
+    `forward-only` none; the target is not looked at                       0
+    ============== ======================================================= =============
+
+    where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`. (For what these stand for in
+    Fisher matrices see Kunstner et al. 2019, and Eschenhagen et al. 2023 for KFAC.) Inside `jit`, where values cannot be looked at,
+    a target outside of the loss's domain gives NaN; outside it is a ValueError.
+
+    **Each datum needs its own key**: one shared key gives every datum the same draws.
+
+    **Arguments:**
+
+    - `loss`: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss` or your own `LikelihoodLoss`.
+    - `fisher_type`: a `FisherType` or its value.
+    - `mc_samples`: the number of Monte-Carlo vectors, at least 1.
+
+    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1, a missing key, or shapes that do not fit; TypeError
+    for a dtype that does not; NotImplementedError for a loss that is not supported, or has no exact factor for `type-2`.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
+    >>> fn = make_grad_output_fn(ggn_jax.CrossEntropyLoss(), "mc", mc_samples=2)
+    >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per datum
+    >>> jax.vmap(fn)(outputs, targets, keys).shape
+    (5, 2, 3)
+    """
+    fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
+    return partial(_checked_vectors, loss, fisher_type, mc_samples, False)
+
+
+def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
+    r"""A function of **a batch** that returns the gradient output vectors of all its data.
+
+    `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but with `L` the loss of the
+    **whole batch**: for each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its Hessian. For a
+    weighted or masked mean the two differ by more than `1 / N`, since the denominator is the batch's.
+
+    It takes one key and draws independently for each datum, as with `jax.random.split(key, N)`.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])
+    >>> fn = make_batch_grad_output_fn(ggn_jax.CrossEntropyLoss(), "type-2")
+    >>> fn(outputs, targets).shape
+    (3, 5, 3)
+    """
+    fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
+    return partial(_checked_vectors, loss, fisher_type, mc_samples, True)
+
+
+def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
+    r"""A function that draws would-be gradients of one datum.
+
+    `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of a batch of
+    one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> sample = make_grad_output_sampler(ggn_jax.MSELoss(reduction="sum"))
+    >>> sample(jnp.zeros(3), 10, jnp.ones(3), jax.random.key(0)).shape
+    (10, 3)
+    """
+    check_loss(loss)
+
+    def sampler(output: Any, num_samples: int, target: Any, key: Any = None) -> Float[Array, "S *out"]:
+        num_samples = check_count("num_samples", num_samples)
+        key = check_key(key, wanted_by="A gradient output sampler", batch=False)
+        output, target = check_terms(loss, output, target, batch=False)
+        return _vectors(loss, output, target, key, FisherType.MC, num_samples, False, False)
+
+    return sampler
+
+
+def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_func: Loss) -> Float[Array, "..."]:
+    r"""The square root `S` of the Hessian of one datum's loss as a dense array, `[*out, *out]`.
+
+    As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`. For
+    cross-entropy `S = sqrt(a) (diag(sqrt p) - p sqrt(p)^T)` per position, with `a` reduction times weight. Prefer `LossHessian`, which
+    never forms it.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> S = loss_hessian_matrix_sqrt(jnp.zeros(2), jnp.ones(2), ggn_jax.MSELoss())
+    >>> print((S @ S.T).round(3))  # the mean of two squares: Hessian I
+    [[1. 0.]
+     [0. 1.]]
+    """
+    columns = make_grad_output_fn(loss_func, FisherType.TYPE2)(output_one_datum, target_one_datum)
+    return jnp.moveaxis(columns.reshape(2 * columns.shape[1:]), range(columns.ndim - 1), range(1 - columns.ndim, 0))
+
+
+def _check_request(loss: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, int]:
+    fisher_type = FisherType(fisher_type)
+    mc_samples = check_count("mc_samples", mc_samples)
+    check_loss(loss)
+    if fisher_type is FisherType.TYPE2:
+        check_exact(loss)
+    return fisher_type, mc_samples
+
+
+def _checked_vectors(
+    loss: Loss, fisher_type: FisherType, mc_samples: int, batch: bool, output: Any, target: Any, key: Any = None
+) -> Float[Array, "V *shape"]:
+    if fisher_type is FisherType.FORWARD_ONLY:
+        output = as_array("outputs" if batch else "output", output)
+        check_outputs("output", output)
+        return jnp.zeros((0, *output.shape), output.dtype)
+    if fisher_type is FisherType.MC:
+        key = check_key(key, wanted_by="fisher_type 'mc'", batch=batch)
+    output, target = check_terms(loss, output, target, batch)
+    return _vectors(loss, output, target, key, fisher_type, mc_samples, batch, True)
+
+
+@partial(jax.jit, static_argnames=("fisher_type", "num", "batch", "divide"))
+def _vectors(
+    loss: Loss, output: Array, target: Array, key: Any, fisher_type: FisherType, num: int, batch: bool, divide: bool
+) -> Float[Array, "V *shape"]:
+    terms = split_terms(loss, output, target, batch=batch)
+    if fisher_type is FisherType.TYPE2:
+        return terms.columns()
+    if fisher_type is FisherType.MC:
+        vectors = terms.drawn_gradients(key, num)
+        return (vectors / jnp.sqrt(num) if divide else vectors).astype(terms.dtype)
+    gradients = terms.gradients()
+    # Where everything is ignored, r is infinite and the gradient 0.
+    return jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)[None]

@@ -1,0 +1,125 @@
+"""Losses defined by a log-likelihood: everything else comes from automatic differentiation."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ggn_jax._checks import check_real
+from ggn_jax.loss import Loss
+from ggn_jax.term_hessian import AutodiffHessian, MatrixSqrt, TermHessian, depends_on
+from ggn_jax.terms import term_axes, term_positions
+
+
+class LikelihoodLoss(Loss):
+    r"""A loss of your own, from **one term's** negative log-likelihood and a sampler of its predictive distribution.
+
+    Batching, layout, reduction and scaling are done for you. A subclass states:
+
+    * `curvature` (class attribute, required): `"hessian"` if each term's Hessian in the output is positive
+      semi-definite, `"fisher"` if it may not be (Student-t, a Gaussian with a learned variance). It says which matrix
+      the vectors reproduce.
+    * `term_axes` (class attribute): the axes of one datum's output that make up one term: `()`, the default, if each
+      entry is a term of its own; `(-1,)` if the last axis holds a term's parameters.
+    * `nll(f, y)`: the negative log-likelihood of one term; `f` has the shape of one term, `y` that of one `sample`.
+    * `sample(key, f)`: a target drawn at `f`. Its shape is that of one term's target: `()`, or the term's own.
+    * `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
+      `[*term, *term]`. Without it only `"mc"` and `"empirical"` vectors exist.
+
+    Fields hold parameters: arrays and floats may be traced, anything else must be an `equinox.field(static=True)`.
+
+    With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is
+    not positive semi-definite after all gives NaN. Monte-Carlo vectors are gradients at sampled targets; where the
+    Hessian depends on the target, so that it is not the Fisher, they are `S e` with random signs `e`, which is unbiased.
+
+    >>> import jax, jax.numpy as jnp
+    >>> class PoissonLoss(LikelihoodLoss):
+    ...     "Counts; the output is the log-rate."
+    ...
+    ...     curvature = "hessian"
+    ...
+    ...     def nll(self, f, y):
+    ...         return jnp.exp(f) - y * f
+    ...
+    ...     def sample(self, key, f):
+    ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
+    >>> print(PoissonLoss(reduction="sum")(jnp.zeros((4, 3)), jnp.ones((4, 3))))
+    12.0
+    """
+
+    def __check_init__(self) -> None:
+        if getattr(self, "curvature", None) not in ("hessian", "fisher"):
+            raise TypeError(
+                f"{type(self).__name__} must declare curvature = 'hessian' (each term's Hessian is positive semi-definite) or"
+                f" curvature = 'fisher' (it may not be); got {getattr(self, 'curvature', None)!r}."
+            )
+
+    @abc.abstractmethod
+    def nll(self, f: Float[Array, "*term"], y: Array) -> Float[Array, ""]:
+        """The negative log-likelihood of one term."""
+
+    @abc.abstractmethod
+    def sample(self, key: PRNGKeyArray, f: Float[Array, "*term"]) -> Array:
+        """A target of one term, drawn from the predictive distribution at `f`."""
+
+    def fisher_sqrt(self, f: Float[Array, "*term"]) -> Float[Array, "..."]:
+        """A factor `S` of one term's Fisher matrix, `[*term, *term]`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use"
+            " fisher_type 'mc' or 'empirical'."
+        )
+
+    def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        return self.term_weight(f, y) * self.nll(f, y)
+
+    def term_gradient(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "*term"]:
+        return jax.grad(self.term_value)(f, y)
+
+    def term_hessian(self, f: Float[Array, "*term"], y: Any) -> TermHessian:
+        if self.curvature == "hessian":
+            return AutodiffHessian(lambda f: self.nll(f, y), f)
+        sqrt = self.fisher_sqrt(f)
+        if sqrt.shape != 2 * f.shape:
+            raise ValueError(
+                f"{type(self).__name__}.fisher_sqrt must return an array of shape {2 * f.shape}; got {sqrt.shape}."
+            )
+        return MatrixSqrt(sqrt, f.ndim)
+
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
+        return jax.random.split(key, shape)
+
+    def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
+        if self.curvature == "hessian" and depends_on(lambda f, y: jax.hessian(self.nll)(f, y), 1, f, y):
+            return self.term_hessian(f, y).sqrt_mv(jax.random.rademacher(drawn, f.shape, f.dtype))
+        return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))
+
+    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+        check_real("targets", targets)
+        sample = self._sample_structure(outputs, batch)
+        wanted = outputs.shape if sample.ndim else term_positions(self, outputs, batch)
+        if targets.shape != wanted:
+            raise ValueError(
+                f"targets must have shape {wanted} for outputs of shape {outputs.shape} and {type(self).__name__}; got"
+                f" {targets.shape}. Targets are never broadcast."
+            )
+        if jnp.issubdtype(targets.dtype, jnp.floating) and not jnp.issubdtype(sample.dtype, jnp.floating):
+            raise TypeError(
+                f"targets must have a dtype like {type(self).__name__}.sample's, {sample.dtype}; got {targets.dtype}."
+            )
+
+    def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
+        sample = self._sample_structure(outputs, batch)
+        return targets.astype(sample.dtype), (term_axes(self, outputs, batch) if sample.ndim else ())
+
+    def _sample_structure(self, outputs: Array, batch: bool) -> jax.ShapeDtypeStruct:
+        term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
+        f = jax.ShapeDtypeStruct(term, outputs.dtype)
+        sample = jax.eval_shape(self.sample, jax.random.key(0), f)
+        if sample.shape not in ((), term):
+            raise ValueError(
+                f"{type(self).__name__}.sample must return one number or an array of the term's shape {term}; got shape"
+                f" {sample.shape}."
+            )
+        return sample

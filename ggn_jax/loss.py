@@ -1,0 +1,95 @@
+"""What a loss is: the contract between a loss and everything built on it."""
+
+import abc
+from typing import Any, ClassVar, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ggn_jax.term_hessian import TermHessian
+from ggn_jax.terms import check_terms, split_terms
+
+
+class Loss(eqx.Module):
+    r"""A loss: a reduction factor times a sum of independent *terms*, such as one per position of a sequence.
+
+    To add a loss of your own, subclass `LikelihoodLoss`, which derives everything from a log-likelihood. This class is for those who
+    know closed forms. Each method is about **one plain term**; `ggn_jax.terms` maps it over all of them and applies
+    reduction and weights.
+
+    **Arguments:** `reduction`: `"mean"` or `"sum"`.
+
+    **Calling** `loss(outputs, targets)` returns the loss of a batch, outputs `[N, *out]`.
+    """
+
+    curvature: ClassVar[Literal["hessian", "fisher"]]
+    """Whether the terms' matrix is their Hessian, which is then positive semi-definite, or their Fisher."""
+    term_axes: ClassVar[tuple[int, ...]] = ()
+    """The axes of one datum's output that belong to one term."""
+    reduction: str = eqx.field(default="mean", static=True, kw_only=True)
+
+    def __check_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"reduction must be 'mean' or 'sum'; got {self.reduction!r}. (A loss that is not reduced has no Hessian:"
+                " reduce it, or map over the data.)"
+            )
+
+    def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
+        """The loss of a batch: outputs `[N, *out]` and their targets. `0/0` (everything ignored) counts as 0."""
+        return _loss_value(self, *check_terms(self, outputs, targets, batch=True))
+
+    # One term: f is its output, y its part of `operand`.
+
+    def term_weight(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        """The factor of the term's curvature; 0 ignores the term."""
+        return jnp.ones((), f.dtype)
+
+    def term_count(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        """What the term adds to the denominator of `reduction="mean"`."""
+        return jnp.ones((), f.dtype)
+
+    def term_valid(self, f: Float[Array, "*term"], y: Any) -> Bool[Array, ""]:
+        """Whether the target's values are of the loss's domain."""
+        return jnp.ones((), bool)
+
+    @abc.abstractmethod
+    def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        """The value of the weighted term."""
+
+    @abc.abstractmethod
+    def term_gradient(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "*term"]:
+        """The gradient of the weighted term in `f`."""
+
+    @abc.abstractmethod
+    def term_hessian(self, f: Float[Array, "*term"], y: Any) -> TermHessian:
+        """The curvature of the plain term."""
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
+        """Random numbers for `shape` terms like `f`, with leading axes `shape`."""
+
+    @abc.abstractmethod
+    def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
+        """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from its share of `draw`."""
+
+    # Layout.
+
+    @abc.abstractmethod
+    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+        """Refuse outputs and targets that do not fit; `batch` says whether they have a leading batch axis."""
+
+    @abc.abstractmethod
+    def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
+        """What each term needs besides its output (a pytree), and the axes of its leaves that belong to one term."""
+
+    def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
+        """The targets that `term_valid` accepts, in words, for outputs of this shape."""
+        return "in the domain of the loss"
+
+
+@jax.jit
+def _loss_value(loss: Loss, outputs: Array, targets: Array) -> Float[Array, ""]:
+    return split_terms(loss, outputs, targets, batch=True).loss_value()

@@ -1,0 +1,83 @@
+"""The Hessian of a loss in the model's outputs, as a structured object."""
+
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax._checks import as_array
+from ggn_jax._supported import check_exact, check_loss
+from ggn_jax.loss import Loss
+from ggn_jax.terms import Terms, check_terms, split_terms
+
+
+class LossHessian(eqx.Module):
+    r"""The Hessian `H` of a loss in the model's outputs, and a square root `S` with `S S^T = H`.
+
+    Terms are independent, so `H` is block diagonal, and each block has a closed form: for cross-entropy
+    `diag(p) - p p^T` and `S = diag(sqrt p) - p sqrt(p)^T` per position. Products cost O(C) per position; `[*out, *out]` is never
+    formed. Results have the outputs' dtype and are computed in at least float32.
+
+    **Arguments:**
+
+    - `loss`: a `Loss` with `curvature="hessian"`, or with an exact Fisher factor (then `H` is the Fisher).
+    - `outputs`, `targets`: a batch, `[N, *out]`, by default; `H` is then the Hessian of the loss of the whole batch.
+    - `batch`: `False` for one datum, `[*out]`, whose loss is that of a batch of one.
+
+    It is a pytree: pass it through `jax.jit`, make it under `jax.vmap` (with `batch=False`) or `jax.grad`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> H = LossHessian(ggn_jax.MSELoss(), jnp.zeros((2, 4)), jnp.ones((2, 4)))
+    >>> print(H.mv(jnp.ones((2, 4)))[0], H.trace())
+    [0.25 0.25 0.25 0.25] 2.0
+    """
+
+    terms: Terms
+
+    def __init__(self, loss: Loss, outputs: Any, targets: Any, *, batch: bool = True):
+        check_exact(check_loss(loss))
+        self.terms = _split(loss, *check_terms(loss, outputs, targets, batch), batch)
+
+    def mv(self, v: Any) -> Float[Array, "*shape"]:
+        """`H v`; `v` has the outputs' shape."""
+        return _product(self.terms, self._check("v", v), "mv")
+
+    def sqrt_mv(self, v: Any) -> Float[Array, "*shape"]:
+        """`S v`; `v` has the outputs' shape."""
+        return _product(self.terms, self._check("v", v), "sqrt_mv")
+
+    def sqrt_rmv(self, u: Any) -> Float[Array, "*shape"]:
+        """`S^T u`; `u` has the outputs' shape."""
+        return _product(self.terms, self._check("u", u), "sqrt_rmv")
+
+    def diagonal(self) -> Float[Array, "*shape"]:
+        """The diagonal of `H`, in the outputs' shape."""
+        return _diagonal(self.terms).astype(self.terms.dtype)
+
+    def trace(self) -> Float[Array, ""]:
+        """The trace of `H`."""
+        return jnp.sum(_diagonal(self.terms)).astype(self.terms.dtype)
+
+    def _check(self, name: str, v: Any) -> Array:
+        v, shape = as_array(name, v), self.terms.outputs.shape
+        if v.shape != shape:
+            raise ValueError(f"{name} must have the outputs' shape {shape}; got {v.shape}.")
+        return v
+
+
+@partial(jax.jit, static_argnames="batch")
+def _split(loss: Loss, outputs: Array, targets: Array, batch: bool) -> Terms:
+    return split_terms(loss, outputs, targets, batch=batch)
+
+
+@partial(jax.jit, static_argnames="name")
+def _product(terms: Terms, v: Array, name: str) -> Array:
+    return terms.product(name, v)
+
+
+@jax.jit
+def _diagonal(terms: Terms) -> Array:
+    return terms.diagonal()

@@ -1,0 +1,367 @@
+"""The losses of `torch.nn`, with torch's options and defaults."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ggn_jax._checks import as_array, check_real, is_concrete
+from ggn_jax._draws import choose_class, choose_right, tree_depth, words
+from ggn_jax.loss import Loss
+from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian
+from ggn_jax.terms import term_axes
+
+
+class MSELoss(Loss):
+    """The squared error, `torch.nn.MSELoss`: a term is `(f - y)^2`.
+
+    Its Hessian is 2, so `S = sqrt(2)`; would-be gradients are `N(0, 2)`.
+
+    **Arguments:** `reduction`: `"mean"` (over all entries) or `"sum"`.
+
+    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch. Targets are never broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> print(MSELoss()(jnp.zeros((2, 3)), jnp.ones((2, 3))))
+    1.0
+    """
+
+    curvature = "hessian"
+
+    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+        _check_same_shape(self, outputs, targets)
+
+    def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
+        return targets.astype(outputs.dtype), ()
+
+    def term_value(self, f: Float[Array, ""], y: Float[Array, ""]) -> Float[Array, ""]:
+        return (f - y) ** 2
+
+    def term_gradient(self, f: Float[Array, ""], y: Float[Array, ""]) -> Float[Array, ""]:
+        return 2 * (f - y)
+
+    def term_hessian(self, f: Float[Array, ""], y: Float[Array, ""]) -> TermHessian:
+        return ScalarHessian(jnp.full_like(f, 2), jnp.sqrt(jnp.full_like(f, 2)))
+
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
+        return jax.random.normal(key, shape, f.dtype)
+
+    def drawn_gradient(self, f: Float[Array, ""], y: Float[Array, ""], drawn: Array) -> Float[Array, ""]:
+        return jnp.sqrt(jnp.full_like(f, 2)) * drawn
+
+
+class CrossEntropyLoss(Loss):
+    """The softmax cross-entropy, `torch.nn.CrossEntropyLoss`: a term is `-sum_c w_c t_c log softmax(f)_c`.
+
+    With `p = softmax(f)` and the term's weight `sum_c w_c t_c`, the plain term's Hessian is `diag(p) - p p^T = S S^T` with
+    `S = diag(sqrt p) - p sqrt(p)^T`; a would-be gradient is `p - onehot(k)` with `k ~ Categorical(p)`.
+
+    **Arguments:**
+
+    - `weight`: class weights `w`, `[C]`, not negative; default 1.
+    - `ignore_index`: positions with this target contribute nothing. With class probabilities it must be negative.
+    - `reduction`: `"mean"` or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions kept when targets are
+      class indices, and by the number of positions when they are probabilities.
+    - `label_smoothing`: `e` in `t = (1 - e) target + e / C`.
+    - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in torch,
+      -1 as in Flax.
+
+    **Calling** `loss(outputs, targets)` returns the loss of a batch. Outputs are `[N, C, *D]` (for `class_axis=0`), targets either
+    class indices (integers, `[N, *D]`) or class probabilities (floating, the outputs' shape).
+
+    >>> import jax.numpy as jnp
+    >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)
+    >>> print(f"{loss(jnp.zeros((2, 4)), jnp.array([3, -1])):.4f}")  # log 4
+    1.3863
+    """
+
+    curvature = "hessian"
+    weight: Float[Array, " C"] | None
+    ignore_index: int = eqx.field(static=True)
+    label_smoothing: float = eqx.field(static=True)
+    class_axis: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        weight: Any = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        class_axis: int = 0,
+    ):
+        if weight is not None:
+            weight = as_array("weight", weight)
+            if weight.ndim != 1:
+                raise ValueError(f"weight must hold one number per class, shape [C]; got shape {weight.shape}.")
+            weight = _check_weight("weight", weight)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing!r}.")
+        self.weight = weight
+        self.ignore_index = _integer("ignore_index", ignore_index)
+        self.label_smoothing = float(label_smoothing)
+        self.class_axis = _integer("class_axis", class_axis)
+        self.reduction = reduction
+
+    @property
+    def term_axes(self) -> tuple[int]:  # type: ignore[override]
+        return (self.class_axis,)
+
+    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+        datum = outputs.shape[batch:]
+        if not datum:
+            raise ValueError(
+                f"outputs must have a class axis: one datum's output is a scalar (outputs have shape {outputs.shape}). For one"
+                " logit per datum use BCEWithLogitsLoss."
+            )
+        if not -len(datum) <= self.class_axis < len(datum):
+            raise ValueError(
+                f"class_axis={self.class_axis} is not an axis of one datum's output, which has shape {datum} (class_axis never"
+                " counts the batch axis)."
+            )
+        (axis,) = term_axes(self, outputs, batch)
+        classes = outputs.shape[axis]
+        indices_shape = outputs.shape[:axis] + outputs.shape[axis + 1 :]
+        if classes == 0:
+            raise ValueError(f"outputs must have at least one class; axis {axis} of shape {outputs.shape} has none.")
+        if self.weight is not None and self.weight.shape[0] != classes:
+            raise ValueError(
+                f"weight has {self.weight.shape[0]} class weights, but outputs of shape {outputs.shape} have {classes} classes on"
+                f" axis {axis} (class_axis={self.class_axis} of one datum)."
+            )
+        if _holds_indices(targets):
+            if targets.shape != indices_shape:
+                raise ValueError(
+                    f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class axis"
+                    f" (class_axis={self.class_axis} of one datum; pass class_axis=-1 if classes come last); got {targets.shape}."
+                )
+        elif jnp.issubdtype(targets.dtype, jnp.floating):
+            if targets.shape != outputs.shape:
+                raise ValueError(
+                    f"targets are floating, thus class probabilities, and must have the outputs' shape {outputs.shape}; got"
+                    f" {targets.shape}. Class indices must be integers, of shape {indices_shape} (class_axis={self.class_axis})."
+                )
+            if self.ignore_index >= 0:
+                raise ValueError(
+                    f"ignore_index={self.ignore_index} cannot be used with class probabilities: pass class indices, or leave"
+                    " ignore_index negative."
+                )
+        else:
+            raise TypeError(f"targets must be integers (class indices) or floating (probabilities); got {targets.dtype}.")
+
+    def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
+        if _holds_indices(targets):
+            # Narrow integers cannot hold every class index to compare with.
+            return (targets.astype(jnp.int32) if targets.dtype.itemsize < 4 else targets), ()
+        return targets.astype(outputs.dtype), term_axes(self, outputs, batch)
+
+    def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
+        classes = shape[batch:][self.class_axis]
+        return f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index}), or probabilities of at least 0"
+
+    def term_valid(self, f: Float[Array, " C"], y: Array) -> Bool[Array, ""]:
+        if _holds_indices(y):
+            return self._is_ignored(y) | ((y >= 0) & (y < f.shape[0]))
+        return jnp.all(y >= 0)
+
+    def term_weight(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+        e = self.label_smoothing
+        weight = self._weight(f)
+        if _holds_indices(y):
+            if weight is None:
+                kept_weight = jnp.ones((), f.dtype)
+            else:
+                kept_weight = (1 - e) * weight[self._safe_index(f, y)] + e * jnp.mean(weight)
+            return jnp.where(self._is_ignored(y), 0, kept_weight)
+        return jnp.sum(self._target(f, y))
+
+    def term_count(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+        if not _holds_indices(y):
+            return jnp.ones((), f.dtype)
+        weight = self._weight(f)
+        count = jnp.ones((), f.dtype) if weight is None else weight[self._safe_index(f, y)]
+        return jnp.where(self._is_ignored(y), 0, count)
+
+    def term_value(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+        u = self._target(f, y)
+        # A class without mass costs nothing, however small its probability.
+        return -jnp.sum(jnp.where(u == 0, 0, u * Softmax(f).log_p))
+
+    def term_gradient(self, f: Float[Array, " C"], y: Array) -> Float[Array, " C"]:
+        # (sum_c u_c) p - u, without the difference of nearly equal numbers at a confident, correct class.
+        u, softmax = self._target(f, y), Softmax(f)
+        return (jnp.sum(u) - u) * softmax.p - u * softmax.one_minus_p
+
+    def term_hessian(self, f: Float[Array, " C"], y: Array) -> TermHessian:
+        return Softmax(f)
+
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
+        return words(key, (*shape, tree_depth(f.shape[0])), f.dtype)
+
+    def drawn_gradient(self, f: Float[Array, " C"], y: Array, drawn: Array) -> Float[Array, " C"]:
+        softmax = Softmax(f)
+        drawn_class = choose_class(drawn, softmax.p)
+        own = jnp.arange(f.shape[0], dtype=drawn_class.dtype) == drawn_class
+        return jnp.where(own, -softmax.one_minus_p, softmax.p)
+
+    def _weight(self, f: Array) -> Array | None:
+        return None if self.weight is None else self.weight.astype(f.dtype)
+
+    def _is_ignored(self, y: Array) -> Array:
+        info = np.iinfo(y.dtype)
+        if not info.min <= self.ignore_index <= info.max:
+            return jnp.zeros((), bool)
+        return y == self.ignore_index
+
+    def _safe_index(self, f: Array, y: Array) -> Array:
+        return jnp.where((y >= 0) & (y < f.shape[0]), y, 0).astype(jnp.int32)
+
+    def _target(self, f: Float[Array, " C"], y: Array) -> Float[Array, " C"]:
+        """`u = w t`, zero where ignored."""
+        e, classes = self.label_smoothing, f.shape[0]
+        weight = self._weight(f)
+        if _holds_indices(y):
+            onehot = jnp.arange(classes, dtype=jnp.int32) == self._safe_index(f, y)
+            t = jnp.where(self._is_ignored(y), 0, jnp.where(onehot, 1 - e, 0.0) + e / classes).astype(f.dtype)
+        else:
+            t = (1 - e) * y + e / classes
+        return t if weight is None else weight * t
+
+
+class BCEWithLogitsLoss(Loss):
+    """The binary cross-entropy of logits, `torch.nn.BCEWithLogitsLoss`.
+
+    A term, with `p = sigmoid(f)`, is `-weight (pos_weight y log p + (1 - y) log(1 - p))`. Its Hessian is `m p (1 - p)` with
+    `m = weight (1 + (pos_weight - 1) y)`; a would-be gradient of the plain term is `p - b` with `b ~ Bernoulli(p)`.
+
+    **Arguments:**
+
+    - `weight`: a factor of each entry, broadcast to the outputs `[N, *out]`, not negative. One with a batch axis can only be used
+      with batched functions.
+    - `reduction`: `"mean"` (over all entries; weights do not count) or `"sum"`.
+    - `pos_weight`: the weight of positive entries, broadcast to the outputs, not negative.
+
+    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch; targets are in `[0, 1]`, never broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> print(f"{BCEWithLogitsLoss(reduction='sum')(jnp.zeros((2, 1)), jnp.ones((2, 1))):.4f}")  # 2 log 2
+    1.3863
+    """
+
+    curvature = "hessian"
+    weight: Float[Array, "..."] | None
+    pos_weight: Float[Array, "..."] | None
+
+    def __init__(self, weight: Any = None, *, reduction: str = "mean", pos_weight: Any = None):
+        self.weight = None if weight is None else _check_weight("weight", as_array("weight", weight))
+        self.pos_weight = None if pos_weight is None else _check_weight("pos_weight", as_array("pos_weight", pos_weight))
+        self.reduction = reduction
+
+    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+        _check_same_shape(self, outputs, targets)
+        for name, value in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+            if value is not None:
+                _broadcast(name, value, outputs, batch)
+
+    def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
+        def broadcast(name: str, value: Array | None) -> Array | None:
+            return None if value is None else _broadcast(name, value, outputs, batch).astype(outputs.dtype)
+
+        weights = broadcast("weight", self.weight), broadcast("pos_weight", self.pos_weight)
+        return (targets.astype(outputs.dtype), *weights), ()
+
+    def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
+        return "between 0 and 1"
+
+    def term_valid(self, f: Float[Array, ""], y: Any) -> Bool[Array, ""]:
+        return (y[0] >= 0) & (y[0] <= 1)
+
+    def term_weight(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+        positive, negative = self._mass(y)
+        return positive + negative
+
+    def term_value(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+        positive, negative = self._mass(y)
+        return positive * jax.nn.softplus(-f) + negative * jax.nn.softplus(f)
+
+    def term_gradient(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+        positive, negative = self._mass(y)
+        return negative * jax.nn.sigmoid(f) - positive * jax.nn.sigmoid(-f)
+
+    def term_hessian(self, f: Float[Array, ""], y: Any) -> TermHessian:
+        sqrt = _sqrt_p_one_minus_p(f)
+        return ScalarHessian(sqrt * sqrt, sqrt)
+
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
+        return words(key, shape, f.dtype)
+
+    def drawn_gradient(self, f: Float[Array, ""], y: Any, drawn: Array) -> Float[Array, ""]:
+        p, q = jax.nn.sigmoid(f), jax.nn.sigmoid(-f)
+        return jnp.where(choose_right(drawn, q, p), -q, p)
+
+    def _mass(self, y: Any) -> tuple[Array, Array]:
+        """What multiplies `-log p` and `-log(1 - p)`."""
+        target, weight, pos_weight = y
+        positive = target if pos_weight is None else pos_weight * target
+        negative = 1 - target
+        return (positive, negative) if weight is None else (weight * positive, weight * negative)
+
+
+@jax.custom_jvp
+def _sqrt_p_one_minus_p(f: Array) -> Array:
+    """`sqrt(p (1 - p)) = 1 / (2 cosh(f / 2))`; the textbook product is 0 from f = 16.75 on in float32."""
+    half = jnp.exp(-0.5 * jnp.abs(f))
+    return half / (1 + half * half)
+
+
+@_sqrt_p_one_minus_p.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # The absolute value above has the wrong second derivative at 0.
+    (f,), (df,) = primals, tangents
+    value = _sqrt_p_one_minus_p(f)
+    return value, -0.5 * jnp.tanh(0.5 * f) * value * df
+
+
+def _holds_indices(targets: Array) -> bool:
+    return jnp.issubdtype(targets.dtype, jnp.integer)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer; got {value!r}.")
+    return int(value)
+
+
+def _check_weight(name: str, value: Array) -> Array:
+    check_real(name, value)
+    if is_concrete(value) and not bool(jnp.all((value >= 0) & (value < jnp.inf))):
+        raise ValueError(f"{name} must be finite and not negative (a negative weight has no real square root); got {value}.")
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+
+
+def _check_same_shape(loss: Loss, outputs: Array, targets: Array) -> None:
+    check_real("targets", targets)
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets must have the outputs' shape {outputs.shape} for {type(loss).__name__}; got {targets.shape}. Targets are"
+            " never broadcast: reshape them."
+        )
+
+
+def _broadcast(name: str, value: Array, outputs: Array, batch: bool) -> Array:
+    """`value` broadcast against a batch of outputs, as torch does; one datum is a batch of one."""
+    shape = outputs.shape if batch else (1, *outputs.shape)
+    try:
+        fits = np.broadcast_shapes(value.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        hint = "" if batch else "; a weight with a batch axis needs a batched function, such as make_batch_grad_output_fn"
+        raise ValueError(f"{name} of shape {value.shape} does not broadcast to outputs of shape {shape}{hint}.")
+    return jnp.broadcast_to(value, shape).reshape(outputs.shape)
+
+
+BUILT_IN: tuple[type[Loss], ...] = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss)

@@ -1,0 +1,198 @@
+"""The Hessian H of one plain loss term and a square root S, S S^T = H, as products that never need the matrix.
+
+Every class here is a function of one term (its output `f` of shape `[*term]`); arrays of terms are mapped over in
+`ggn_jax.terms`. All have the same five methods.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class TermHessian(eqx.Module):
+    """The curvature of one plain term."""
+
+    @abc.abstractmethod
+    def mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        """`H v`."""
+
+    @abc.abstractmethod
+    def sqrt_mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        """`S v`."""
+
+    @abc.abstractmethod
+    def sqrt_rmv(self, u: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        """`S^T u`."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Float[Array, "*term"]:
+        """The diagonal of `H`."""
+
+    @abc.abstractmethod
+    def columns(self) -> Float[Array, "..."]:
+        """The columns of `S`, shape `[*term, *term]`, the column's index first."""
+
+
+class ScalarHessian(TermHessian):
+    """A term of one entry: its second derivative and the square root of that."""
+
+    second: Float[Array, ""]
+    sqrt: Float[Array, ""]
+
+    def mv(self, v: Float[Array, ""]) -> Float[Array, ""]:
+        return self.second * v
+
+    def sqrt_mv(self, v: Float[Array, ""]) -> Float[Array, ""]:
+        return self.sqrt * v
+
+    def sqrt_rmv(self, u: Float[Array, ""]) -> Float[Array, ""]:
+        return self.sqrt * u
+
+    def diagonal(self) -> Float[Array, ""]:
+        return self.second
+
+    def columns(self) -> Float[Array, ""]:
+        return self.sqrt
+
+
+class Softmax(TermHessian):
+    """`H = diag(p) - p p^T` with `p = softmax(f)`, and `S = diag(sqrt p) - p sqrt(p)^T`.
+
+    The textbook formulas lose all digits of `1 - p` once one class dominates, which is where a trained classifier
+    lives. Everything here is written with the sum of the *other* classes' exponentials instead, and products first
+    remove a multiple of the null vector (`H 1 = 0`, `(I - p 1^T) p = 0`) that makes the dominating entry vanish.
+    """
+
+    shifted: Float[Array, " C"]  # f - max f
+    top: Float[Array, " C"]  # 1/k at each of the k largest logits, 0 elsewhere
+    rest: Float[Array, ""]  # the sum of exp(shifted) less one largest logit's 1
+
+    def __init__(self, f: Float[Array, " C"]):
+        # The shift is a constant to differentiation: p does not depend on it.
+        self.shifted = f - jax.lax.stop_gradient(jnp.max(f))
+        is_top = self.shifted == 0
+        count = jnp.sum(is_top.astype(f.dtype))
+        self.top = jnp.where(is_top, 1 / count, 0)
+        # exp - 1 is exactly 0 at the top, but keeps its derivatives.
+        self.rest = (count - 1) + jnp.sum(self.exp - is_top.astype(f.dtype))
+
+    @property
+    def exp(self) -> Float[Array, " C"]:
+        return jnp.exp(self.shifted)
+
+    @property
+    def log_p(self) -> Float[Array, " C"]:
+        return self.shifted - jnp.log1p(self.rest)
+
+    @property
+    def p(self) -> Float[Array, " C"]:
+        return self.exp / (1 + self.rest)
+
+    @property
+    def sqrt_p(self) -> Float[Array, " C"]:
+        # Not the square root of p, which underflows far earlier.
+        return jnp.exp(0.5 * self.shifted) / jnp.sqrt(1 + self.rest)
+
+    @property
+    def one_minus_p(self) -> Float[Array, " C"]:
+        return jnp.where(self.top > 0, (self.rest - (self.exp - 1)) / (1 + self.rest), 1 - self.p)
+
+    def _centred(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+        """`v - (p^T v) 1`."""
+        v = v - jnp.sum(self.top * v)
+        return v - jnp.sum(self.p * v)
+
+    def mv(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+        return self.p * self._centred(v)
+
+    def sqrt_mv(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+        z = self.sqrt_p * v
+        z = z - self.exp * jnp.sum(self.top * z)
+        return z - self.p * jnp.sum(z)
+
+    def sqrt_rmv(self, u: Float[Array, " C"]) -> Float[Array, " C"]:
+        return self.sqrt_p * self._centred(u)
+
+    def diagonal(self) -> Float[Array, " C"]:
+        return self.p * self.one_minus_p
+
+    def columns(self) -> Float[Array, "C C"]:
+        own = jnp.eye(self.shifted.shape[0], dtype=bool)
+        return self.sqrt_p[:, None] * jnp.where(own, self.one_minus_p, -self.p)
+
+
+class AutodiffHessian(TermHessian):
+    """The Hessian of any function `nll(f)` that is positive semi-definite at `f`.
+
+    Products are Hessian-vector products; the square root is `Q sqrt(max(l, 0))` from an eigendecomposition of the
+    K x K matrix. An eigenvalue that is negative beyond rounding gives NaN: the loss is not what it declares.
+    """
+
+    nll: Callable[[Array], Array] = eqx.field(static=True)
+    f: Float[Array, "*term"]
+
+    def mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return jax.jvp(jax.grad(self.nll), (self.f,), (v,))[1]
+
+    def _dense(self) -> Float[Array, "K K"]:
+        size = self.f.size
+        return jax.hessian(self.nll)(self.f).reshape(size, size)
+
+    def _sqrt(self) -> "MatrixSqrt":
+        values, vectors = jnp.linalg.eigh(self._dense())
+        slack = 8 * self.f.size * jnp.finfo(self.f.dtype).eps * jnp.max(jnp.abs(values))
+        root = jnp.where(values < -slack, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+        return MatrixSqrt((vectors * root).reshape(2 * self.f.shape), self.f.ndim)
+
+    def sqrt_mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return self._sqrt().sqrt_mv(v)
+
+    def sqrt_rmv(self, u: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return self._sqrt().sqrt_rmv(u)
+
+    def diagonal(self) -> Float[Array, "*term"]:
+        return jnp.diagonal(self._dense()).reshape(self.f.shape)
+
+    def columns(self) -> Float[Array, "..."]:
+        return self._sqrt().columns()
+
+
+class MatrixSqrt(TermHessian):
+    """`H = S S^T` from a given factor `S` of shape `[*term, *term]`."""
+
+    sqrt: Float[Array, "..."]
+    ndim: int = eqx.field(static=True)
+
+    def mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return self.sqrt_mv(self.sqrt_rmv(v))
+
+    def sqrt_mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return jnp.tensordot(self.sqrt, v, self.ndim, precision="highest")
+
+    def sqrt_rmv(self, u: Float[Array, "*term"]) -> Float[Array, "*term"]:
+        return jnp.tensordot(u, self.sqrt, self.ndim, precision="highest")
+
+    def diagonal(self) -> Float[Array, "*term"]:
+        return jnp.sum(self.sqrt**2, axis=range(self.ndim, 2 * self.ndim))
+
+    def columns(self) -> Float[Array, "..."]:
+        rows, cols = tuple(range(self.ndim)), tuple(range(self.ndim, 2 * self.ndim))
+        return jnp.transpose(self.sqrt, cols + rows)
+
+
+def depends_on(fn: Callable[..., Any], index: int, *args: Any) -> bool:
+    """Whether the result of `fn(*args)` may depend on `args[index]`, read off its jaxpr (never wrongly false)."""
+    from jax.extend.core import Literal
+
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    before = sum(len(jax.tree.leaves(a)) for a in args[:index])
+    reached = set(jaxpr.invars[before : before + len(jax.tree.leaves(args[index]))])
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return any(not isinstance(v, Literal) and v in reached for v in jaxpr.outvars)

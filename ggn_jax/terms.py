@@ -1,0 +1,233 @@
+"""A loss at given outputs, split into its independent terms: the one place where reduction and weights are applied.
+
+A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one datum or of a batch, and
+scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and gradients `r`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ggn_jax._checks import as_array, check_outputs, compute_dtype, is_concrete
+
+
+def term_axes(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
+    """`loss.term_axes`, which count the axes of one datum, as sorted axes of `outputs`."""
+    ndim = outputs.ndim - batch
+    for axis in loss.term_axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{type(loss).__name__} takes axis {axis} of one datum's output as part of a term, but one datum's output"
+                f" has shape {outputs.shape[batch:]}."
+            )
+    axes = tuple(sorted(axis % ndim + batch for axis in loss.term_axes))
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{type(loss).__name__}.term_axes = {loss.term_axes} names an axis twice.")
+    return axes
+
+
+def term_positions(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
+    """The shape of all axes of `outputs` that are not part of a term."""
+    axes = term_axes(loss, outputs, batch)
+    return tuple(size for axis, size in enumerate(outputs.shape) if axis not in axes)
+
+
+def map_positions(
+    fn: Callable[..., Array], in_axes: tuple[tuple[int, ...] | None, ...], out_axes: tuple[int, ...], positions: int
+) -> Callable[..., Array]:
+    """`fn` of one term, as a function of arrays of terms.
+
+    `in_axes` and `out_axes` name, for each argument and for the result, the axes that belong to a term; the remaining
+    ones are the positions, in order. `None` passes an argument to every term. Nothing is transposed.
+    """
+
+    def position_axes(axes: tuple[int, ...] | None) -> list[int | None]:
+        if axes is None:
+            return [None] * positions
+        return [axis for axis in range(positions + len(axes)) if axis not in axes]
+
+    ins = [position_axes(axes) for axes in in_axes]
+    for i, out_axis in enumerate(position_axes(out_axes)):
+        fn = jax.vmap(fn, in_axes=tuple(axes[i] for axes in ins), out_axes=out_axis)
+    return fn
+
+
+class Terms(eqx.Module):
+    """The terms of a loss at `outputs`, `[*out]` or `[N, *out]`; made by `split_terms`."""
+
+    loss: Any
+    outputs: Float[Array, "*shape"]  # in the compute dtype
+    operand: Any  # per term: the target, and whatever else the loss needs
+    scale: Float[Array, "*positions"]  # r w: what a plain term's Hessian is multiplied by
+    r: Float[Array, ""]
+    dtype: Any = eqx.field(static=True)  # of the results
+    batch: bool = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True)  # of `outputs` that belong to one term
+    operand_axes: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def num_positions(self) -> int:
+        """The number of axes that are not part of a term."""
+        return self.outputs.ndim - len(self.axes)
+
+    def map(
+        self, fn: Callable[..., Array], *args: Array, in_axes: tuple[Any, ...] = (), out_axes: tuple[int, ...] = ()
+    ) -> Array:
+        """`fn(f, operand, *args)` of every term; arguments and result hold the term's axes named."""
+        axes = (self.axes, self.operand_axes, *in_axes)
+        return map_positions(fn, axes, out_axes, self.num_positions)(self.outputs, self.operand, *args)
+
+    def loss_value(self) -> Float[Array, ""]:
+        """The reduced loss."""
+        value = jnp.sum(self.map(self._weighted(self.loss.term_value)))
+        # 0/0, where every term is ignored, is 0.
+        r = jnp.where(jnp.isinf(self.r) & (value == 0), 0, self.r)
+        return (r * value).astype(self.dtype)
+
+    def gradients(self) -> Float[Array, "*shape"]:
+        """The gradient of the *sum-reduced* loss (weights included), in the compute dtype."""
+        return self.map(self._weighted(self.loss.term_gradient), out_axes=self.axes)
+
+    def _weighted(self, fn: Callable[..., Array]) -> Callable[..., Array]:
+        """`fn` where the term counts, 0 where its weight is 0, NaN where its target is not of the loss's domain."""
+
+        def weighted(f: Array, y: Any) -> Array:
+            value = jnp.where(self.loss.term_weight(f, y) == 0, 0, fn(f, y))
+            return jnp.where(self.loss.term_valid(f, y), value, jnp.nan)
+
+        return weighted
+
+    def drawn_gradients(self, key: Array, num: int) -> Float[Array, "num *shape"]:
+        """Would-be gradients with `E[g g^T]` the Hessian of the reduced loss, in the compute dtype.
+
+        A batch draws with `jax.random.split(key, N)`, so a datum's draws do not depend on the others' presence.
+        """
+        term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
+        positions = self.scale.shape[self.batch :]
+
+        def draw(key: Array) -> Array:
+            return self.loss.draw(key, (num, *positions), term)
+
+        if self.batch:
+            drawn = jax.vmap(draw, out_axes=1)(jax.random.split(key, self.outputs.shape[0]))
+        else:
+            drawn = draw(key)
+        trailing = tuple(range(self.num_positions, drawn.ndim - 1))
+
+        def gradients(drawn: Array) -> Array:
+            args = (drawn, jnp.sqrt(self.scale))
+            return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=(trailing, ()), out_axes=self.axes)
+
+        return jax.vmap(gradients)(drawn)
+
+    def product(self, name: str, v: Array) -> Float[Array, "*shape"]:
+        """The product `name` of `TermHessian` (`mv`, `sqrt_mv`, `sqrt_rmv`) with `v`, in the outputs' dtype."""
+        scale = self.scale if name == "mv" else jnp.sqrt(self.scale)
+        fn = self._scaled(lambda f, y, v: getattr(self.loss.term_hessian(f, y), name)(v))
+        v = v.astype(self.outputs.dtype)
+        return self.map(fn, v, scale, in_axes=(self.axes, ()), out_axes=self.axes).astype(self.dtype)
+
+    def diagonal(self) -> Float[Array, "*shape"]:
+        """The Hessian's diagonal, in the compute dtype."""
+        fn = self._scaled(lambda f, y: self.loss.term_hessian(f, y).diagonal())
+        return self.map(fn, self.scale, in_axes=((),), out_axes=self.axes)
+
+    def columns(self) -> Float[Array, "V *shape"]:
+        """The columns of the Hessian's square root: `V` runs over the entries of one datum's output in C order."""
+        lead, ndim, count = int(self.batch), self.outputs.ndim - self.batch, len(self.axes)
+        fn = self._scaled(lambda f, y: self.loss.term_hessian(f, y).columns())
+        out_axes = (*range(count), *(axis + count for axis in self.axes))
+        columns = self.map(fn, jnp.sqrt(self.scale), in_axes=((),), out_axes=out_axes).astype(self.dtype)
+        # [*term, *shape] -> [*out, *shape]: a column is zero at all positions but its own.
+        out = self.outputs.shape[lead:]
+        own_axes = [axis - lead for axis in range(lead, ndim + lead) if axis not in self.axes]
+        columns = jnp.expand_dims(columns, own_axes)
+        for axis in own_axes:
+            own = jnp.eye(out[axis], dtype=bool)
+            own = jnp.expand_dims(own, [i for i in range(columns.ndim) if i not in (axis, axis + ndim + lead)])
+            columns = jnp.where(own, columns, 0)
+        return columns.reshape(-1, *self.outputs.shape)
+
+    @staticmethod
+    def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
+        """`fn` with a last argument that multiplies its result; zero wins over NaN: what is ignored contributes nothing."""
+
+        def scaled(*args: Any) -> Array:
+            *args, scale = args
+            return jnp.where(scale == 0, 0, scale * fn(*args))
+
+        return scaled
+
+
+def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
+    """Both as arrays, after all checks that shapes, dtypes and, outside of transformations, values allow."""
+    outputs, targets = as_array("outputs", outputs), as_array("targets", targets)
+    check_outputs("outputs", outputs)
+    if batch and outputs.ndim == 0:
+        raise ValueError("outputs must have a leading batch axis, [N, *out]; got a scalar.")
+    loss.check_shapes(outputs, targets, batch)
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)):
+        check_values(loss, outputs, targets, batch)
+    return outputs, targets
+
+
+def check_values(loss: Any, outputs: Any, targets: Any, batch: bool) -> None:
+    """Refuse targets whose values the loss does not accept; they must not be traced."""
+    invalid, first = _find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)
+    if not int(invalid):
+        return
+    positions = term_positions(loss, outputs, batch)
+    where = tuple(int(i) for i in np.unravel_index(int(first), positions))
+    index: list[Any] = list(where)
+    if targets.ndim > len(where):
+        for axis in term_axes(loss, outputs, batch):
+            index.insert(axis, slice(None))
+    raise ValueError(
+        f"targets must be {loss.target_domain(outputs.shape, batch)}; got {np.asarray(targets)[tuple(index)]} at position"
+        f" {where} ({int(invalid)} of {invalid.size if not positions else int(np.prod(positions))} terms are out of range)."
+    )
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "batch"))
+def _find_invalid(
+    loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any, batch: bool
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    terms = _lay_out(loss, jnp.zeros(shape, dtype), targets, batch)
+    invalid = ~terms.map(loss.term_valid)
+    if invalid.size == 0:
+        return jnp.zeros((), int), jnp.zeros((), int)
+    return jnp.sum(invalid), jnp.argmax(invalid)
+
+
+def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
+    dtype = outputs.dtype
+    outputs = outputs.astype(compute_dtype(dtype))
+    operand, operand_axes = loss.operand(outputs, targets, batch)
+    zero = jnp.zeros((), outputs.dtype)
+    return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
+
+
+def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
+    """The terms of `loss` at `outputs`, which have a leading batch axis or not.
+
+    Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
+    """
+    terms = _lay_out(loss, outputs, targets, batch)
+
+    def or_nan(fn: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda f, y: jnp.where(loss.term_valid(f, y), fn(f, y), jnp.nan)
+
+    weight = terms.map(or_nan(loss.term_weight))
+    r = jnp.ones((), terms.outputs.dtype)
+    if loss.reduction == "mean":
+        count = jnp.sum(terms.map(or_nan(loss.term_count)))
+        r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
+    scale = jnp.where(weight == 0, 0, r * weight)
+    return replace(terms, scale=scale, r=r)

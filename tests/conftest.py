@@ -1,0 +1,22 @@
+"""Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices, and shapes checked at run time."""
+
+import os
+
+# Most of the time goes into compiling many small functions: let LLVM optimise less.
+FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jaxtyping import install_import_hook
+
+HOOK = install_import_hook("ggn_jax", "beartype.beartype")
+
+import hypothesis
+
+hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("ours")
