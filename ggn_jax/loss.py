@@ -28,6 +28,8 @@ class Loss(eqx.Module):
     """Whether the terms' matrix is their Hessian, which is then positive semi-definite, or their Fisher."""
     term_axes: ClassVar[tuple[int, ...]] = ()
     """The axes of one datum's output that belong to one term."""
+    takes_trailing_axes: ClassVar[bool] = False
+    """Whether the methods below also take many terms at once, as trailing axes: `f [*term, *positions]`."""
     reduction: str = eqx.field(default="mean", static=True, kw_only=True)
 
     def __check_init__(self) -> None:
@@ -43,20 +45,20 @@ class Loss(eqx.Module):
 
     # One term: f is its output, y its part of `operand`.
 
-    def term_weight(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+    def term_weight(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
         """The factor of the term's curvature; 0 ignores the term."""
-        return jnp.ones((), f.dtype)
+        return jnp.ones(f.shape[len(self.term_axes) :], f.dtype)
 
-    def term_count(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+    def term_count(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
         """What the term adds to the denominator of `reduction="mean"`."""
-        return jnp.ones((), f.dtype)
+        return jnp.ones(f.shape[len(self.term_axes) :], f.dtype)
 
-    def term_valid(self, f: Float[Array, "*term"], y: Any) -> Bool[Array, ""]:
+    def term_valid(self, f: Float[Array, "*term"], y: Any) -> Bool[Array, "..."]:
         """Whether the target's values are of the loss's domain."""
-        return jnp.ones((), bool)
+        return jnp.ones(f.shape[len(self.term_axes) :], bool)
 
     @abc.abstractmethod
-    def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+    def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
         """The value of the weighted term."""
 
     @abc.abstractmethod

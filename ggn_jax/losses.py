@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ggn_jax._checks import as_array, check_real, is_concrete
-from ggn_jax._draws import choose_class, choose_right, tree_depth, words
+from ggn_jax._draws import draw_bit, draw_class
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian
 from ggn_jax.terms import term_axes
@@ -30,6 +30,7 @@ class MSELoss(Loss):
     """
 
     curvature = "hessian"
+    takes_trailing_axes = True
 
     def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
         _check_same_shape(self, outputs, targets)
@@ -37,19 +38,19 @@ class MSELoss(Loss):
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         return targets.astype(outputs.dtype), ()
 
-    def term_value(self, f: Float[Array, ""], y: Float[Array, ""]) -> Float[Array, ""]:
+    def term_value(self, f: Float[Array, "*at"], y: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return (f - y) ** 2
 
-    def term_gradient(self, f: Float[Array, ""], y: Float[Array, ""]) -> Float[Array, ""]:
+    def term_gradient(self, f: Float[Array, "*at"], y: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return 2 * (f - y)
 
-    def term_hessian(self, f: Float[Array, ""], y: Float[Array, ""]) -> TermHessian:
+    def term_hessian(self, f: Float[Array, "*at"], y: Float[Array, "*at"]) -> TermHessian:
         return ScalarHessian(jnp.full_like(f, 2), jnp.sqrt(jnp.full_like(f, 2)))
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.normal(key, shape, f.dtype)
 
-    def drawn_gradient(self, f: Float[Array, ""], y: Float[Array, ""], drawn: Array) -> Float[Array, ""]:
+    def drawn_gradient(self, f: Float[Array, "*at"], y: Float[Array, "*at"], drawn: Array) -> Float[Array, "*at"]:
         return jnp.sqrt(jnp.full_like(f, 2)) * drawn
 
 
@@ -79,6 +80,7 @@ class CrossEntropyLoss(Loss):
     """
 
     curvature = "hessian"
+    takes_trailing_axes = True
     weight: Float[Array, " C"] | None
     ignore_index: int = eqx.field(static=True)
     label_smoothing: float = eqx.field(static=True)
@@ -162,50 +164,51 @@ class CrossEntropyLoss(Loss):
         classes = shape[batch:][self.class_axis]
         return f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index}), or probabilities of at least 0"
 
-    def term_valid(self, f: Float[Array, " C"], y: Array) -> Bool[Array, ""]:
+    def term_valid(self, f: Float[Array, "C *at"], y: Array) -> Bool[Array, "*at"]:
         if _holds_indices(y):
             return self._is_ignored(y) | ((y >= 0) & (y < f.shape[0]))
-        return jnp.all(y >= 0)
+        return jnp.all(y >= 0, axis=0)
 
-    def term_weight(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+    def term_weight(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "*at"]:
         e = self.label_smoothing
         weight = self._weight(f)
         if _holds_indices(y):
             if weight is None:
-                kept_weight = jnp.ones((), f.dtype)
+                kept_weight = jnp.ones(y.shape, f.dtype)
             else:
                 kept_weight = (1 - e) * weight[self._safe_index(f, y)] + e * jnp.mean(weight)
             return jnp.where(self._is_ignored(y), 0, kept_weight)
-        return jnp.sum(self._target(f, y))
+        return jnp.sum(self._target(f, y), axis=0)
 
-    def term_count(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+    def term_count(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "*at"]:
         if not _holds_indices(y):
-            return jnp.ones((), f.dtype)
+            return jnp.ones(f.shape[1:], f.dtype)
         weight = self._weight(f)
-        count = jnp.ones((), f.dtype) if weight is None else weight[self._safe_index(f, y)]
+        count = jnp.ones(y.shape, f.dtype) if weight is None else weight[self._safe_index(f, y)]
         return jnp.where(self._is_ignored(y), 0, count)
 
-    def term_value(self, f: Float[Array, " C"], y: Array) -> Float[Array, ""]:
+    def term_value(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "*at"]:
         u = self._target(f, y)
         # A class without mass costs nothing, however small its probability.
-        return -jnp.sum(jnp.where(u == 0, 0, u * Softmax(f).log_p))
+        return -jnp.sum(jnp.where(u == 0, 0, u * Softmax(f).log_p), axis=0)
 
-    def term_gradient(self, f: Float[Array, " C"], y: Array) -> Float[Array, " C"]:
+    def term_gradient(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "C *at"]:
         # (sum_c u_c) p - u, without the difference of nearly equal numbers at a confident, correct class.
         u, softmax = self._target(f, y), Softmax(f)
-        return (jnp.sum(u) - u) * softmax.p - u * softmax.one_minus_p
+        return (jnp.sum(u, axis=0, keepdims=True) - u) * softmax.p - u * softmax.one_minus_p
 
-    def term_hessian(self, f: Float[Array, " C"], y: Array) -> TermHessian:
+    def term_hessian(self, f: Float[Array, "C *at"], y: Array) -> TermHessian:
         return Softmax(f)
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
-        return words(key, (*shape, tree_depth(f.shape[0])), f.dtype)
+        return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, " C"], y: Array, drawn: Array) -> Float[Array, " C"]:
+    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Float[Array, "C *at"]:
         softmax = Softmax(f)
-        drawn_class = choose_class(drawn, softmax.p)
-        own = jnp.arange(f.shape[0], dtype=drawn_class.dtype) == drawn_class
-        return jnp.where(own, -softmax.one_minus_p, softmax.p)
+        # Shared by all samples: without the barrier, XLA computes every exponential anew for each of them.
+        p, minus_rest = jax.lax.optimization_barrier((softmax.p, -softmax.one_minus_p))
+        drawn_class = jax.lax.optimization_barrier(draw_class(drawn, p))
+        return jnp.where(_onehot(drawn_class, f.shape[0]), minus_rest, p)
 
     def _weight(self, f: Array) -> Array | None:
         return None if self.weight is None else self.weight.astype(f.dtype)
@@ -213,22 +216,22 @@ class CrossEntropyLoss(Loss):
     def _is_ignored(self, y: Array) -> Array:
         info = np.iinfo(y.dtype)
         if not info.min <= self.ignore_index <= info.max:
-            return jnp.zeros((), bool)
+            return jnp.zeros(y.shape, bool)
         return y == self.ignore_index
 
     def _safe_index(self, f: Array, y: Array) -> Array:
         return jnp.where((y >= 0) & (y < f.shape[0]), y, 0).astype(jnp.int32)
 
-    def _target(self, f: Float[Array, " C"], y: Array) -> Float[Array, " C"]:
+    def _target(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "C *at"]:
         """`u = w t`, zero where ignored."""
         e, classes = self.label_smoothing, f.shape[0]
         weight = self._weight(f)
         if _holds_indices(y):
-            onehot = jnp.arange(classes, dtype=jnp.int32) == self._safe_index(f, y)
-            t = jnp.where(self._is_ignored(y), 0, jnp.where(onehot, 1 - e, 0.0) + e / classes).astype(f.dtype)
+            t = jnp.where(_onehot(self._safe_index(f, y), classes), 1 - e, 0.0) + e / classes
+            t = jnp.where(self._is_ignored(y)[None], 0, t).astype(f.dtype)
         else:
             t = (1 - e) * y + e / classes
-        return t if weight is None else weight * t
+        return t if weight is None else weight.reshape(-1, *(1,) * (t.ndim - 1)) * t
 
 
 class BCEWithLogitsLoss(Loss):
@@ -252,6 +255,7 @@ class BCEWithLogitsLoss(Loss):
     """
 
     curvature = "hessian"
+    takes_trailing_axes = True
     weight: Float[Array, "..."] | None
     pos_weight: Float[Array, "..."] | None
 
@@ -276,31 +280,31 @@ class BCEWithLogitsLoss(Loss):
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         return "between 0 and 1"
 
-    def term_valid(self, f: Float[Array, ""], y: Any) -> Bool[Array, ""]:
+    def term_valid(self, f: Float[Array, "*at"], y: Any) -> Bool[Array, "*at"]:
         return (y[0] >= 0) & (y[0] <= 1)
 
-    def term_weight(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+    def term_weight(self, f: Float[Array, "*at"], y: Any) -> Float[Array, "*at"]:
         positive, negative = self._mass(y)
         return positive + negative
 
-    def term_value(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+    def term_value(self, f: Float[Array, "*at"], y: Any) -> Float[Array, "*at"]:
         positive, negative = self._mass(y)
         return positive * jax.nn.softplus(-f) + negative * jax.nn.softplus(f)
 
-    def term_gradient(self, f: Float[Array, ""], y: Any) -> Float[Array, ""]:
+    def term_gradient(self, f: Float[Array, "*at"], y: Any) -> Float[Array, "*at"]:
         positive, negative = self._mass(y)
         return negative * jax.nn.sigmoid(f) - positive * jax.nn.sigmoid(-f)
 
-    def term_hessian(self, f: Float[Array, ""], y: Any) -> TermHessian:
+    def term_hessian(self, f: Float[Array, "*at"], y: Any) -> TermHessian:
         sqrt = _sqrt_p_one_minus_p(f)
         return ScalarHessian(sqrt * sqrt, sqrt)
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
-        return words(key, shape, f.dtype)
+        return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, ""], y: Any, drawn: Array) -> Float[Array, ""]:
+    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Float[Array, "*at"]:
         p, q = jax.nn.sigmoid(f), jax.nn.sigmoid(-f)
-        return jnp.where(choose_right(drawn, q, p), -q, p)
+        return jnp.where(draw_bit(drawn, q, p), -q, p)
 
     def _mass(self, y: Any) -> tuple[Array, Array]:
         """What multiplies `-log p` and `-log(1 - p)`."""
@@ -327,6 +331,11 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 def _holds_indices(targets: Array) -> bool:
     return jnp.issubdtype(targets.dtype, jnp.integer)
+
+
+def _onehot(index: Array, classes: int) -> Array:
+    """`[C, *at]` from `[*at]`."""
+    return jnp.arange(classes, dtype=jnp.int32).reshape(-1, *(1,) * index.ndim) == index[None]
 
 
 def _integer(name: str, value: Any) -> int:

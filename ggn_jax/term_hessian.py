@@ -41,89 +41,94 @@ class TermHessian(eqx.Module):
 class ScalarHessian(TermHessian):
     """A term of one entry: its second derivative and the square root of that."""
 
-    second: Float[Array, ""]
-    sqrt: Float[Array, ""]
+    second: Float[Array, "*at"]
+    sqrt: Float[Array, "*at"]
 
-    def mv(self, v: Float[Array, ""]) -> Float[Array, ""]:
+    def mv(self, v: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return self.second * v
 
-    def sqrt_mv(self, v: Float[Array, ""]) -> Float[Array, ""]:
+    def sqrt_mv(self, v: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return self.sqrt * v
 
-    def sqrt_rmv(self, u: Float[Array, ""]) -> Float[Array, ""]:
+    def sqrt_rmv(self, u: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return self.sqrt * u
 
-    def diagonal(self) -> Float[Array, ""]:
+    def diagonal(self) -> Float[Array, "*at"]:
         return self.second
 
-    def columns(self) -> Float[Array, ""]:
+    def columns(self) -> Float[Array, "*at"]:
         return self.sqrt
 
 
 class Softmax(TermHessian):
-    """`H = diag(p) - p p^T` with `p = softmax(f)`, and `S = diag(sqrt p) - p sqrt(p)^T`.
+    """The classes' axis is the first, any others are positions. `H = diag(p) - p p^T` with `p = softmax(f)`, and `S = diag(sqrt p) - p sqrt(p)^T`.
 
     The textbook formulas lose all digits of `1 - p` once one class dominates, which is where a trained classifier
     lives. Everything here is written with the sum of the *other* classes' exponentials instead, and products first
     remove a multiple of the null vector (`H 1 = 0`, `(I - p 1^T) p = 0`) that makes the dominating entry vanish.
     """
 
-    shifted: Float[Array, " C"]  # f - max f
-    top: Float[Array, " C"]  # 1/k at each of the k largest logits, 0 elsewhere
-    rest: Float[Array, ""]  # the sum of exp(shifted) less one largest logit's 1
+    shifted: Float[Array, "C *at"]  # f - max f
+    top: Float[Array, "C *at"]  # 1/k at each of the k largest logits, 0 elsewhere
+    rest: Float[Array, "1 *at"]  # the sum of exp(shifted) less one largest logit's 1
 
-    def __init__(self, f: Float[Array, " C"]):
+    def __init__(self, f: Float[Array, "C *at"]):
         # The shift is a constant to differentiation: p does not depend on it.
-        self.shifted = f - jax.lax.stop_gradient(jnp.max(f))
+        self.shifted = f - jax.lax.stop_gradient(jnp.max(f, axis=0, keepdims=True))
         is_top = self.shifted == 0
-        count = jnp.sum(is_top.astype(f.dtype))
+        count = _sum(is_top.astype(f.dtype))
         self.top = jnp.where(is_top, 1 / count, 0)
         # exp - 1 is exactly 0 at the top, but keeps its derivatives.
-        self.rest = (count - 1) + jnp.sum(self.exp - is_top.astype(f.dtype))
+        self.rest = (count - 1) + _sum(self.exp - is_top.astype(f.dtype))
 
     @property
-    def exp(self) -> Float[Array, " C"]:
+    def exp(self) -> Float[Array, "C *at"]:
         return jnp.exp(self.shifted)
 
     @property
-    def log_p(self) -> Float[Array, " C"]:
+    def log_p(self) -> Float[Array, "C *at"]:
         return self.shifted - jnp.log1p(self.rest)
 
     @property
-    def p(self) -> Float[Array, " C"]:
+    def p(self) -> Float[Array, "C *at"]:
         return self.exp / (1 + self.rest)
 
     @property
-    def sqrt_p(self) -> Float[Array, " C"]:
+    def sqrt_p(self) -> Float[Array, "C *at"]:
         # Not the square root of p, which underflows far earlier.
         return jnp.exp(0.5 * self.shifted) / jnp.sqrt(1 + self.rest)
 
     @property
-    def one_minus_p(self) -> Float[Array, " C"]:
+    def one_minus_p(self) -> Float[Array, "C *at"]:
         return jnp.where(self.top > 0, (self.rest - (self.exp - 1)) / (1 + self.rest), 1 - self.p)
 
-    def _centred(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+    def _centred(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         """`v - (p^T v) 1`."""
-        v = v - jnp.sum(self.top * v)
-        return v - jnp.sum(self.p * v)
+        v = v - _sum(self.top * v)
+        return v - _sum(self.p * v)
 
-    def mv(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+    def mv(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         return self.p * self._centred(v)
 
-    def sqrt_mv(self, v: Float[Array, " C"]) -> Float[Array, " C"]:
+    def sqrt_mv(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         z = self.sqrt_p * v
-        z = z - self.exp * jnp.sum(self.top * z)
-        return z - self.p * jnp.sum(z)
+        z = z - self.exp * _sum(self.top * z)
+        return z - self.p * _sum(z)
 
-    def sqrt_rmv(self, u: Float[Array, " C"]) -> Float[Array, " C"]:
+    def sqrt_rmv(self, u: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         return self.sqrt_p * self._centred(u)
 
-    def diagonal(self) -> Float[Array, " C"]:
+    def diagonal(self) -> Float[Array, "C *at"]:
         return self.p * self.one_minus_p
 
-    def columns(self) -> Float[Array, "C C"]:
-        own = jnp.eye(self.shifted.shape[0], dtype=bool)
-        return self.sqrt_p[:, None] * jnp.where(own, self.one_minus_p, -self.p)
+    def columns(self) -> Float[Array, "C C *at"]:
+        sqrt_p, p, one_minus_p = jax.lax.optimization_barrier((self.sqrt_p, self.p, self.one_minus_p))
+        own = jnp.eye(p.shape[0], dtype=bool).reshape(2 * p.shape[:1] + (1,) * (p.ndim - 1))
+        return sqrt_p[:, None] * jnp.where(own, one_minus_p[None], -p[None])
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 class AutodiffHessian(TermHessian):

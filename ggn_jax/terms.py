@@ -40,12 +40,17 @@ def term_positions(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
 
 
 def map_positions(
-    fn: Callable[..., Array], in_axes: tuple[tuple[int, ...] | None, ...], out_axes: tuple[int, ...], positions: int
+    fn: Callable[..., Array],
+    in_axes: tuple[tuple[int, ...] | None, ...],
+    out_axes: tuple[int, ...],
+    positions: int,
+    leading: int | None = None,
 ) -> Callable[..., Array]:
     """`fn` of one term, as a function of arrays of terms.
 
     `in_axes` and `out_axes` name, for each argument and for the result, the axes that belong to a term; the remaining
-    ones are the positions, in order. `None` passes an argument to every term. Nothing is transposed.
+    ones are the positions, in order. `None` passes an argument to every term. With `leading`, only that many positions are
+    mapped over: `fn` takes the others as trailing axes.
     """
 
     def position_axes(axes: tuple[int, ...] | None) -> list[int | None]:
@@ -53,10 +58,15 @@ def map_positions(
             return [None] * positions
         return [axis for axis in range(positions + len(axes)) if axis not in axes]
 
-    ins = [position_axes(axes) for axes in in_axes]
-    for i, out_axis in enumerate(position_axes(out_axes)):
-        fn = jax.vmap(fn, in_axes=tuple(axes[i] for axes in ins), out_axes=out_axis)
+    ins, outs = [position_axes(axes) for axes in in_axes], position_axes(out_axes)
+    for i in range(positions if leading is None else leading):
+        fn = jax.vmap(fn, in_axes=tuple(axes[i] for axes in ins), out_axes=outs[i])
     return fn
+
+
+def per_term(value: Array, like: Array) -> Array:
+    """One number per term, `[*positions]`, made to broadcast against `[*term, *positions]`."""
+    return value.reshape((1,) * (like.ndim - value.ndim) + value.shape)
 
 
 class Terms(eqx.Module):
@@ -82,7 +92,11 @@ class Terms(eqx.Module):
     ) -> Array:
         """`fn(f, operand, *args)` of every term; arguments and result hold the term's axes named."""
         axes = (self.axes, self.operand_axes, *in_axes)
-        return map_positions(fn, axes, out_axes, self.num_positions)(self.outputs, self.operand, *args)
+        # `vmap` moves axes to the front, which would transpose what comes before and after: positions that follow
+        # the term's axes are left to the loss where it takes them.
+        leading = (self.axes[0] if self.axes else 0) if self.loss.takes_trailing_axes else None
+        mapped = map_positions(fn, axes, out_axes, self.num_positions, leading)
+        return mapped(self.outputs, self.operand, *args)
 
     def loss_value(self) -> Float[Array, ""]:
         """The reduced loss."""
@@ -99,8 +113,9 @@ class Terms(eqx.Module):
         """`fn` where the term counts, 0 where its weight is 0, NaN where its target is not of the loss's domain."""
 
         def weighted(f: Array, y: Any) -> Array:
-            value = jnp.where(self.loss.term_weight(f, y) == 0, 0, fn(f, y))
-            return jnp.where(self.loss.term_valid(f, y), value, jnp.nan)
+            value = fn(f, y)
+            value = jnp.where(per_term(self.loss.term_weight(f, y) == 0, value), 0, value)
+            return jnp.where(per_term(self.loss.term_valid(f, y), value), value, jnp.nan)
 
         return weighted
 
@@ -161,7 +176,9 @@ class Terms(eqx.Module):
 
         def scaled(*args: Any) -> Array:
             *args, scale = args
-            return jnp.where(scale == 0, 0, scale * fn(*args))
+            value = fn(*args)
+            scale = per_term(scale, value)
+            return jnp.where(scale == 0, 0, scale * value)
 
         return scaled
 
