@@ -11,15 +11,31 @@ from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from ggn_jax.models import from_equinox, from_linen, from_nnx
+from ggn_jax.operators import (
+    DampedLinearOperator,
+    EFLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+)
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "DampedLinearOperator",
+    "EFLinearOperator",
     "FisherType",
+    "GGNDiagonalLinearOperator",
+    "GGNLinearOperator",
+    "HessianLinearOperator",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",
     "MSELoss",
+    "from_equinox",
+    "from_linen",
+    "from_nnx",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",
     "make_grad_output_fn",

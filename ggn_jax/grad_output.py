@@ -145,7 +145,7 @@ def _vectors(
     if fisher_type is FisherType.TYPE2:
         return terms.columns()
     if fisher_type is FisherType.MC:
-        vectors = terms.drawn_gradients(key, num)
+        vectors = terms.drawn_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
         return (vectors / jnp.sqrt(num) if divide else vectors).astype(terms.dtype)
     gradients = terms.gradients()
     # Where everything is ignored, r is infinite and the gradient 0.

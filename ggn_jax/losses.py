@@ -205,10 +205,8 @@ class CrossEntropyLoss(Loss):
 
     def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Float[Array, "C *at"]:
         softmax = Softmax(f)
-        # Shared by all samples: without the barrier, XLA computes every exponential anew for each of them.
-        p, minus_rest = jax.lax.optimization_barrier((softmax.p, -softmax.one_minus_p))
-        drawn_class = jax.lax.optimization_barrier(draw_class(drawn, p))
-        return jnp.where(_onehot(drawn_class, f.shape[0]), minus_rest, p)
+        own = _onehot(draw_class(drawn, softmax.p), f.shape[0])
+        return jnp.where(own, -softmax.one_minus_p, softmax.p)
 
     def _weight(self, f: Array) -> Array | None:
         return None if self.weight is None else self.weight.astype(f.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class TermHessian(eqx.Module):
@@ -61,50 +61,53 @@ class ScalarHessian(TermHessian):
 
 
 class Softmax(TermHessian):
-    """The classes' axis is the first, any others are positions. `H = diag(p) - p p^T` with `p = softmax(f)`, and `S = diag(sqrt p) - p sqrt(p)^T`.
+    """The classes' axis is the first, any others are positions. `H = diag(p) - p p^T` with `p = softmax(f)`, and
+    `S = diag(sqrt p) - p sqrt(p)^T`.
 
     The textbook formulas lose all digits of `1 - p` once one class dominates, which is where a trained classifier
-    lives. Everything here is written with the sum of the *other* classes' exponentials instead, and products first
-    remove a multiple of the null vector (`H 1 = 0`, `(I - p 1^T) p = 0`) that makes the dominating entry vanish.
+    lives: here it comes from the sum of the *other* classes' exponentials. The products are projections (`v - (p^T v) 1`,
+    `z - p (1^T z)`), done twice: the second time removes the rounding error of the first.
     """
 
     shifted: Float[Array, "C *at"]  # f - max f
-    top: Float[Array, "C *at"]  # 1/k at each of the k largest logits, 0 elsewhere
-    rest: Float[Array, "1 *at"]  # the sum of exp(shifted) less one largest logit's 1
+    exp: Float[Array, "C *at"]
 
     def __init__(self, f: Float[Array, "C *at"]):
         # The shift is a constant to differentiation: p does not depend on it.
         self.shifted = f - jax.lax.stop_gradient(jnp.max(f, axis=0, keepdims=True))
-        is_top = self.shifted == 0
-        count = _sum(is_top.astype(f.dtype))
-        self.top = jnp.where(is_top, 1 / count, 0)
-        # exp - 1 is exactly 0 at the top, but keeps its derivatives.
-        self.rest = (count - 1) + _sum(self.exp - is_top.astype(f.dtype))
+        self.exp = jnp.exp(self.shifted)
 
     @property
-    def exp(self) -> Float[Array, "C *at"]:
-        return jnp.exp(self.shifted)
+    def _is_top(self) -> Bool[Array, "C *at"]:
+        return self.shifted == 0
+
+    @property
+    def _rest(self) -> Float[Array, "1 *at"]:
+        """The sum of the exponentials less one largest logit's 1."""
+        count = _sum(self._is_top.astype(self.exp.dtype))
+        # exp - 1 is exactly 0 at the top, but keeps its derivatives.
+        return (count - 1) + _sum(self.exp - self._is_top.astype(self.exp.dtype))
 
     @property
     def log_p(self) -> Float[Array, "C *at"]:
-        return self.shifted - jnp.log1p(self.rest)
+        return self.shifted - jnp.log1p(self._rest)
 
     @property
     def p(self) -> Float[Array, "C *at"]:
-        return self.exp / (1 + self.rest)
+        return self.exp / _sum(self.exp)
 
     @property
     def sqrt_p(self) -> Float[Array, "C *at"]:
         # Not the square root of p, which underflows far earlier.
-        return jnp.exp(0.5 * self.shifted) / jnp.sqrt(1 + self.rest)
+        return jnp.exp(0.5 * self.shifted) / jnp.sqrt(_sum(self.exp))
 
     @property
     def one_minus_p(self) -> Float[Array, "C *at"]:
-        return jnp.where(self.top > 0, (self.rest - (self.exp - 1)) / (1 + self.rest), 1 - self.p)
+        rest = self._rest
+        return jnp.where(self._is_top, (rest - (self.exp - 1)) / (1 + rest), 1 - self.p)
 
     def _centred(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
-        """`v - (p^T v) 1`."""
-        v = v - _sum(self.top * v)
+        v = v - _sum(self.p * v)
         return v - _sum(self.p * v)
 
     def mv(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
@@ -112,7 +115,7 @@ class Softmax(TermHessian):
 
     def sqrt_mv(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         z = self.sqrt_p * v
-        z = z - self.exp * _sum(self.top * z)
+        z = z - self.p * _sum(z)
         return z - self.p * _sum(z)
 
     def sqrt_rmv(self, u: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
@@ -122,7 +125,7 @@ class Softmax(TermHessian):
         return self.p * self.one_minus_p
 
     def columns(self) -> Float[Array, "C C *at"]:
-        sqrt_p, p, one_minus_p = jax.lax.optimization_barrier((self.sqrt_p, self.p, self.one_minus_p))
+        sqrt_p, p, one_minus_p = self.sqrt_p, self.p, self.one_minus_p
         own = jnp.eye(p.shape[0], dtype=bool).reshape(2 * p.shape[:1] + (1,) * (p.ndim - 1))
         return sqrt_p[:, None] * jnp.where(own, one_minus_p[None], -p[None])
 

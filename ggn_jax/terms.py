@@ -119,10 +119,10 @@ class Terms(eqx.Module):
 
         return weighted
 
-    def drawn_gradients(self, key: Array, num: int) -> Float[Array, "num *shape"]:
+    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
         """Would-be gradients with `E[g g^T]` the Hessian of the reduced loss, in the compute dtype.
 
-        A batch draws with `jax.random.split(key, N)`, so a datum's draws do not depend on the others' presence.
+        One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on nothing else.
         """
         term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
         positions = self.scale.shape[self.batch :]
@@ -130,10 +130,7 @@ class Terms(eqx.Module):
         def draw(key: Array) -> Array:
             return self.loss.draw(key, (num, *positions), term)
 
-        if self.batch:
-            drawn = jax.vmap(draw, out_axes=1)(jax.random.split(key, self.outputs.shape[0]))
-        else:
-            drawn = draw(key)
+        drawn = jax.vmap(draw, out_axes=1)(keys) if self.batch else draw(keys)
         trailing = tuple(range(self.num_positions, drawn.ndim - 1))
 
         def gradients(drawn: Array) -> Array:
@@ -231,10 +228,10 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
 
 
-def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
+def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool, r: Array | None = None) -> Terms:
     """The terms of `loss` at `outputs`, which have a leading batch axis or not.
 
-    Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
+    `r` is the reduction, if these are part of a larger batch: `reduction_factor` of the whole. Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
     """
     terms = _lay_out(loss, outputs, targets, batch)
 
@@ -242,9 +239,15 @@ def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Te
         return lambda f, y: jnp.where(loss.term_valid(f, y), fn(f, y), jnp.nan)
 
     weight = terms.map(or_nan(loss.term_weight))
-    r = jnp.ones((), terms.outputs.dtype)
-    if loss.reduction == "mean":
-        count = jnp.sum(terms.map(or_nan(loss.term_count)))
-        r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
+    if r is None:
+        r = jnp.ones((), terms.outputs.dtype)
+        if loss.reduction == "mean":
+            count = jnp.sum(terms.map(or_nan(loss.term_count)))
+            r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
     scale = jnp.where(weight == 0, 0, r * weight)
     return replace(terms, scale=scale, r=r)
+
+
+def reduction_factor(loss: Any, outputs: jax.ShapeDtypeStruct, targets: Array) -> Float[Array, ""]:
+    """`r` of a batch, for which the outputs' values are not needed."""
+    return split_terms(loss, jnp.zeros(outputs.shape, outputs.dtype), targets, batch=True).r

@@ -1,0 +1,24 @@
+"""Pytrees with leaves that are not arrays, made fit for `jax.jit`."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PyTree
+
+
+class Frozen(eqx.Module):
+    """A pytree of which only the arrays are leaves; the rest is static and must be hashable."""
+
+    arrays: PyTree[Array]
+    static: tuple[Any, Any] = eqx.field(static=True)
+
+    def __init__(self, tree: PyTree):
+        self.arrays, static = eqx.partition(tree, eqx.is_array)
+        leaves, structure = jax.tree.flatten(static)
+        self.static = tuple(leaves), structure
+
+    def thaw(self) -> PyTree:
+        """The pytree."""
+        leaves, structure = self.static
+        return eqx.combine(self.arrays, jax.tree.unflatten(structure, leaves))

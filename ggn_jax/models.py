@@ -1,0 +1,122 @@
+"""`(model_fn, params)` from the modules of Flax and Equinox; the only place that knows these libraries."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PyTree
+
+from ggn_jax._frozen import Frozen
+
+
+class ModelFn(eqx.Module):
+    """`model_fn(params, inputs) -> outputs`: a pytree whose leaves are the arrays that are not parameters.
+
+    Two of the same model compare equal but for their leaves, so that nothing is traced anew.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        """The outputs of a batch, `[N, *out]`."""
+
+
+def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[Array]]:
+    """A Flax NNX module as a function of its `nnx.Param`s.
+
+    Everything else (batch statistics, random streams) is held at its present value: what a call changes in it is not kept.
+    Call `module.eval()` first if it has dropout or batch normalisation.
+
+    **Arguments:** `module`: an `nnx.Module`; `method`: what to call with the inputs.
+
+    **Returns:** `(model_fn, params)`; write new parameters back with `nnx.update(module, params)`.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model_fn, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    >>> model_fn(params, jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    from flax import nnx
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}.")
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    return _NNX(graph, rest, method), params
+
+
+class _NNX(ModelFn):
+    graph: Any
+    rest: PyTree[Array]
+    method: str = eqx.field(static=True)
+
+    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        from flax import nnx
+
+        return getattr(nnx.merge(self.graph, params, self.rest), self.method)(inputs)
+
+
+def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyTree[Array]]:
+    """A Flax linen module as a function of `variables["params"]`.
+
+    Other collections (batch statistics) are held fixed.
+
+    **Arguments:** `module`: a `flax.linen.Module`; `variables`: what `module.init` returned; `kwargs`: passed on to each
+    `module.apply`, such as `train=False` or `rngs={"dropout": key}` (the same key at each call); not `mutable`.
+
+    **Returns:** `(model_fn, params)`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> module = nn.Dense(2)
+    >>> model_fn, params = from_linen(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+    >>> model_fn(params, jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    from flax import linen
+
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"module must be a flax.linen.Module; got {type(module).__name__}.")
+    if "mutable" in kwargs:
+        raise ValueError("mutable makes module.apply return a pair: leave it out; changed collections are not kept.")
+    if "params" not in variables:
+        raise ValueError(f"variables must have a collection 'params'; got {sorted(variables)}.")
+    rest = {name: collection for name, collection in variables.items() if name != "params"}
+    return _Linen(module, rest, Frozen(kwargs)), variables["params"]
+
+
+class _Linen(ModelFn):
+    module: Any = eqx.field(static=True)
+    rest: PyTree[Array]
+    kwargs: Frozen
+
+    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        return self.module.apply({"params": params, **self.rest}, inputs, **self.kwargs.thaw())
+
+
+def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree[Array]]:
+    """An Equinox module as a function of its floating arrays.
+
+    **Arguments:** `module`: an `equinox.Module`, called with one datum as is Equinox's custom and mapped over the batch, unless
+    `batched` says that it takes a batch itself.
+
+    **Returns:** `(model_fn, params)`; `equinox.combine(params, module)` is the module with new parameters.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+    >>> model_fn(params, jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    if not isinstance(module, eqx.Module):
+        raise TypeError(f"module must be an equinox.Module; got {type(module).__name__}.")
+    params, rest = eqx.partition(module, eqx.is_inexact_array)
+    return _Equinox(Frozen(rest), batched), params
+
+
+class _Equinox(ModelFn):
+    rest: Frozen
+    batched: bool = eqx.field(static=True)
+
+    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        module = eqx.combine(params, self.rest.thaw())
+        return module(inputs) if self.batched else jax.vmap(module)(inputs)

@@ -1,0 +1,15 @@
+"""Curvature matrices of a model's loss in its parameters, as lineax linear operators."""
+
+from ggn_jax.operators.base import DampedLinearOperator
+from ggn_jax.operators.diagonal import GGNDiagonalLinearOperator
+from ggn_jax.operators.ef import EFLinearOperator
+from ggn_jax.operators.ggn import GGNLinearOperator
+from ggn_jax.operators.hessian import HessianLinearOperator
+
+__all__ = [
+    "DampedLinearOperator",
+    "EFLinearOperator",
+    "GGNDiagonalLinearOperator",
+    "GGNLinearOperator",
+    "HessianLinearOperator",
+]

@@ -1,0 +1,154 @@
+"""What all curvature operators share: they are symmetric, and act on pytrees like the parameters."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._checks import as_array, is_concrete
+
+COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
+
+
+class SymmetricLinearOperator(lx.AbstractLinearOperator):
+    """A symmetric operator on pytrees of arrays.
+
+    It is a `lineax.AbstractLinearOperator`: it solves (`lineax.linear_solve`), adds (`a + b`), scales and composes.
+    """
+
+    @abc.abstractmethod
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of the vectors it acts on: those of the parameters."""
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.in_structure()
+
+    def transpose(self) -> "SymmetricLinearOperator":
+        return self
+
+    def as_matrix(self) -> Float[Array, "P P"]:
+        """The dense matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        return _as_matrix(self)
+
+    def damped(self, damping: Any) -> "SymmetricLinearOperator":
+        """`self + damping * I`, which is still known to be positive semi-definite where `self` is.
+
+        lineax's own `self + damping * lineax.IdentityLinearOperator(...)` loses that tag.
+        """
+        return DampedLinearOperator(self, damping)
+
+
+class CurvatureLinearOperator(SymmetricLinearOperator):
+    """A symmetric operator on the parameters that is defined by its products."""
+
+    @abc.abstractmethod
+    def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
+        """The product with `v`, like the parameters."""
+
+    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return _jitted_mv(self, vector)
+
+
+@jax.jit
+def _jitted_mv(operator: CurvatureLinearOperator, v: PyTree[Array]) -> PyTree[Array]:
+    return operator._mv(v)
+
+
+@jax.jit
+def _as_matrix(operator: SymmetricLinearOperator) -> Float[Array, "P P"]:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
+    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+        flat, unravel = ravel_pytree(zeros)
+
+        def column(e: Array) -> Array:
+            return ravel_pytree(operator.mv(unravel(e)))[0]
+
+        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
+
+
+def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a pytree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
+    """Refuse a vector that is not like the parameters, naming the first leaf that differs."""
+    wanted = operator.in_structure()
+    if jax.tree.structure(vector) != jax.tree.structure(wanted):
+        raise ValueError(
+            "vector must be a pytree like the parameters:"
+            f" wanted {jax.tree.structure(wanted)}, got {jax.tree.structure(vector)}."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(vector), strict=True)
+    for (path, want), leaf in pairs:
+        if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
+            raise ValueError(
+                f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the parameter;"
+                f" got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
+            )
+
+
+def register(
+    cls: type[lx.AbstractLinearOperator], *, positive_semidefinite: bool = False, diagonal: bool = False
+) -> type[lx.AbstractLinearOperator]:
+    """Tell lineax what is known of a class of operators."""
+    for question, answer in (
+        (lx.is_symmetric, True),
+        (lx.is_diagonal, diagonal),
+        (lx.is_tridiagonal, diagonal),
+        (lx.is_lower_triangular, diagonal),
+        (lx.is_upper_triangular, diagonal),
+        (lx.has_unit_diagonal, False),
+        (lx.is_positive_semidefinite, positive_semidefinite),
+        (lx.is_negative_semidefinite, False),
+    ):
+        question.register(cls, lambda operator, answer=answer: answer)
+    lx.conj.register(cls, lambda operator: operator)
+    lx.linearise.register(cls, lambda operator: operator)
+    lx.materialise.register(cls, _materialise)
+    lx.diagonal.register(cls, lambda operator: jnp.diagonal(operator.as_matrix()))
+    return cls
+
+
+def _materialise(operator: Any) -> lx.AbstractLinearOperator:
+    """The operator as a pytree of arrays in memory."""
+    tags = lx.positive_semidefinite_tag if lx.is_positive_semidefinite(operator) else lx.symmetric_tag
+    return lx.materialise(lx.FunctionLinearOperator(operator.mv, operator.in_structure(), tags))
+
+
+class DampedLinearOperator(SymmetricLinearOperator):
+    """`operator + damping * I` for a symmetric `operator`; made by `operator.damped(damping)`.
+
+    **Raises:** ValueError if `damping` is not a number, or negative.
+    """
+
+    operator: lx.AbstractLinearOperator
+    damping: Float[Array, ""]
+
+    def __init__(self, operator: lx.AbstractLinearOperator, damping: Any):
+        damping = as_array("damping", damping)
+        if damping.ndim:
+            raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
+        if is_concrete(damping) and not damping >= 0:
+            raise ValueError(f"damping must not be negative; got {damping}.")
+        self.operator = operator
+        self.damping = damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(jnp.float32)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.operator.in_structure()
+
+    def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        product = self.operator.mv(vector)
+        return jax.tree.map(lambda a, v: a + self.damping.astype(v.dtype) * v, product, vector)
+
+
+register(DampedLinearOperator)
+lx.is_positive_semidefinite.register(DampedLinearOperator, lambda damped: lx.is_positive_semidefinite(damped.operator))
+lx.linearise.register(DampedLinearOperator, lambda damped: DampedLinearOperator(lx.linearise(damped.operator), damped.damping))

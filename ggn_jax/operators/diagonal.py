@@ -1,0 +1,140 @@
+"""The diagonal of the generalized Gauss-Newton matrix."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._checks import check_count, check_key
+from ggn_jax._supported import check_exact
+from ggn_jax.loss import Loss
+from ggn_jax.operators.base import DampedLinearOperator, SymmetricLinearOperator, check_vector, register, structure_of
+from ggn_jax.operators.problem import Problem, pose
+
+
+class GGNDiagonalLinearOperator(SymmetricLinearOperator):
+    r"""The diagonal of the GGN: `d = sum_{n, v} (J_n^T s_{v, n})^2`, entrywise, as a diagonal operator.
+
+    `J_n` is the Jacobian of datum `n`'s outputs in the parameters; `s_{v, n}` are its gradient output vectors
+    (`make_batch_grad_output_fn`): all columns of the loss Hessian's square root, one backward pass each, or `mc_samples` drawn ones.
+    It is computed once, when the operator is made.
+
+    **Arguments:** as for `GGNLinearOperator`, and
+
+    - `vector_chunk_size`: how many vectors of a datum are back-propagated at once. Memory is about
+      `chunk_size * vector_chunk_size` times the parameters.
+
+    `model_fn` is called on batches of one and mapped over the data.
+
+    As a preconditioner of CG on the damped GGN, pass `ggn_diagonal.damped(x).inverse()`:
+
+    >>> import jax, jax.numpy as jnp, lineax as lx
+    >>> import ggn_jax
+    >>> def model_fn(params, x):
+    ...     return jnp.tanh(x @ params["w"]) @ params["v"]
+    >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
+    >>> args = model_fn, ggn_jax.CrossEntropyLoss(), params, (jnp.ones((8, 2)), jnp.arange(8) % 4)
+    >>> diagonal = GGNDiagonalLinearOperator(*args, chunk_size=4)
+    >>> options = {"preconditioner": diagonal.damped(0.1).inverse()}
+    >>> ggn = ggn_jax.GGNLinearOperator(*args).damped(0.1)
+    >>> step = lx.linear_solve(ggn, params, lx.CG(rtol=1e-4, atol=1e-4), options=options).value
+    """
+
+    entries: PyTree[Array]
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batch: tuple[PyTree, Any],
+        *,
+        mc_samples: int = 0,
+        key: Any = None,
+        chunk_size: int | None = None,
+        vector_chunk_size: int = 1,
+    ):
+        vector_chunk_size = check_count("vector_chunk_size", vector_chunk_size)
+        if mc_samples is not False and mc_samples == 0:
+            if key is not None:
+                raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
+            check_exact(loss)
+        else:
+            mc_samples = check_count("mc_samples", mc_samples)
+            key = check_key(key, wanted_by=f"GGNDiagonalLinearOperator with mc_samples={mc_samples}", batch=True)
+        problem = pose(model_fn, loss, params, batch, chunk_size)
+        self.entries = _diagonal(problem, key, mc_samples, vector_chunk_size)
+
+    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return jax.tree.map(jnp.multiply, self.entries, vector)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return structure_of(self.entries)
+
+    def damped(self, damping: Any) -> "GGNDiagonalLinearOperator":
+        """`self + damping * I`, a diagonal operator again."""
+        damping = DampedLinearOperator(self, damping).damping
+        entries = jax.tree.map(lambda d: d + damping.astype(d.dtype), self.entries)
+        return eqx.tree_at(lambda operator: operator.entries, self, entries)
+
+    def inverse(self) -> lx.AbstractLinearOperator:
+        """The inverse, tagged as positive semi-definite: a preconditioner. Entries that are 0 give infinity: damp first."""
+        inverse = lx.DiagonalLinearOperator(jax.tree.map(jnp.reciprocal, self.entries))
+        return lx.TaggedLinearOperator(inverse, lx.positive_semidefinite_tag)
+
+
+register(GGNDiagonalLinearOperator, positive_semidefinite=True, diagonal=True)
+
+
+@lx.diagonal.register(GGNDiagonalLinearOperator)
+def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
+    return ravel_pytree(operator.entries)[0]
+
+
+@partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
+def _diagonal(problem: Problem, key: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
+    size = problem.outputs.shape[0]
+    num = mc_samples or math.prod(problem.outputs.shape[1:])
+    keys = () if key is None else (jax.random.split(key, size),)
+
+    def datum(r: Array, inputs: PyTree, target: Array, *key: Array) -> PyTree[Array]:
+        """The sum over vectors of squared gradients of one datum, as a batch of one."""
+        inputs, target = jax.tree.map(lambda x: x[None], (inputs, target))
+        outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
+        terms = problem.terms(r, outputs, target)
+        drawn = terms.drawn_gradients(key[0][None], num) / math.sqrt(num) if key else None
+
+        def squared(index: Array) -> PyTree[Array]:
+            if drawn is not None:
+                vector = drawn[index]
+            else:
+                unit = (jnp.arange(num) == index).astype(outputs.dtype).reshape(outputs.shape)
+                vector = terms.product("sqrt_mv", unit)
+            return jax.tree.map(jnp.square, vjp(vector.astype(outputs.dtype))[0])
+
+        def add(total: PyTree, indices: Array) -> tuple[PyTree, None]:
+            squares = jax.vmap(squared)(indices)
+            return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, squares), None
+
+        total = jax.tree.map(jnp.zeros_like, problem.params)
+        block = min(vector_chunk_size, num)
+        whole = num - num % block
+        total, _ = jax.lax.scan(add, total, jnp.arange(whole).reshape(-1, block))
+        if whole < num:
+            total, _ = add(total, jnp.arange(whole, num))
+        return total
+
+    def chunk(r: Array, *data: PyTree) -> PyTree[Array]:
+        squares = jax.vmap(partial(datum, r))(*data)
+        return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
+
+    return problem.sum_over_chunks(chunk, *keys)

@@ -1,0 +1,70 @@
+"""The empirical Fisher matrix."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax.loss import Loss
+from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
+from ggn_jax.operators.problem import Problem, pose
+
+
+class EFLinearOperator(CurvatureLinearOperator):
+    r"""The empirical Fisher matrix `r sum_t g_t g_t^T` (Kunstner et al. 2019).
+
+    `g_t` is the gradient in the parameters of the `t`-th unreduced term of the loss, class weights and masks included; `r` is the
+    reduction (1 for `"sum"`, 1 / count for `"mean"`). Positive semi-definite; not an approximation of the Hessian in general.
+
+    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`, and
+
+    - `per`: `"term"` sums over the loss's terms (the tokens of a sequence, say), `"datum"` over whole data, whose terms'
+      gradients are added first.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> ef = EFLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
+    >>> ef.mv(params)["w"].shape
+    (2, 3)
+    """
+
+    problem: Problem
+    per: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batch: tuple[PyTree, Any],
+        *,
+        per: Literal["term", "datum"] = "term",
+        chunk_size: int | None = None,
+    ):
+        if per not in ("term", "datum"):
+            raise ValueError(f"per must be 'term' or 'datum'; got {per!r}.")
+        self.problem, self.per = pose(model_fn, loss, params, batch, chunk_size), per
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return structure_of(self.problem.params)
+
+    def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
+        problem = self.problem
+
+        def product(r: Array, inputs: PyTree, targets: Array) -> PyTree[Array]:
+            outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
+            terms = problem.terms(r, outputs, targets)
+            g = terms.gradients()
+            axes = terms.axes if self.per == "term" else tuple(range(1, g.ndim))
+            inner = jnp.sum(g * jvp(v).astype(g.dtype), axis=axes, keepdims=True)
+            # Where everything is ignored, r is infinite and g is 0.
+            cotangent = jnp.where(g == 0, 0, r * inner * g)
+            return jax.linear_transpose(jvp, problem.params)(cotangent.astype(terms.dtype))[0]
+
+        return problem.sum_over_chunks(product)
+
+
+register(EFLinearOperator, positive_semidefinite=True)

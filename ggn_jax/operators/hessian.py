@@ -1,0 +1,56 @@
+"""The Hessian of the loss in the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, PyTree
+
+from ggn_jax.loss import Loss
+from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
+from ggn_jax.operators.problem import Problem, pose
+
+
+class HessianLinearOperator(CurvatureLinearOperator):
+    r"""The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
+
+    Symmetric, in general not positive semi-definite: solve with `lineax.GMRES`, `lineax.LSMR` or a dense solver, not with CG.
+
+    **Arguments:** as for `GGNLinearOperator`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> hessian = HessianLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch, chunk_size=4)
+    >>> hessian.as_matrix().shape
+    (6, 6)
+    """
+
+    problem: Problem
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batch: tuple[PyTree, Any],
+        *,
+        chunk_size: int | None = None,
+    ):
+        self.problem = pose(model_fn, loss, params, batch, chunk_size)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return structure_of(self.problem.params)
+
+    def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
+        problem = self.problem
+
+        def product(r: Array, inputs: PyTree, targets: Array) -> PyTree[Array]:
+            def value(params: PyTree[Array]) -> Array:
+                return problem.terms(r, problem.model_fn(params, inputs), targets).loss_value()
+
+            return jax.jvp(jax.grad(value), (problem.params,), (v,))[1]
+
+        return problem.sum_over_chunks(product)
+
+
+register(HessianLinearOperator)

@@ -1,0 +1,121 @@
+"""A model, its parameters, a loss and a batch: checked once, and summed over chunks of the batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
+from ggn_jax._frozen import Frozen
+from ggn_jax._supported import check_loss
+from ggn_jax.loss import Loss
+from ggn_jax.terms import Terms, check_values, reduction_factor, split_terms
+
+
+class Problem(eqx.Module):
+    """`loss(model_fn(params, inputs), targets)`, as a pytree; made by `pose`."""
+
+    model_fn: Callable[[PyTree, PyTree], Array]
+    loss: Loss
+    params: PyTree[Array]
+    inputs: PyTree[Array]
+    targets: Array
+    outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
+    chunk_size: int | None = eqx.field(static=True)
+
+    def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Array) -> PyTree[Array]:
+        """The sum over chunks of the batch of `fn(r, inputs, targets, *per_datum)`, `r` the whole batch's reduction."""
+        r = reduction_factor(self.loss, self.outputs, self.targets)
+        data = (self.inputs, self.targets, *per_datum)
+        size = self.targets.shape[0]
+        if self.chunk_size is None or self.chunk_size >= size:
+            return fn(r, *data)
+        whole = size - size % self.chunk_size
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.chunk_size, *x.shape[1:]), data)
+
+        def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, fn(r, *chunk)), None
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, r, *jax.tree.map(lambda x: x[0], chunks)))
+        total, _ = jax.lax.scan(add, start, chunks)
+        if whole < size:
+            rest = fn(r, *jax.tree.map(lambda x: x[whole:], data))
+            total = jax.tree.map(jnp.add, total, rest)
+        return total
+
+    def terms(self, r: Float[Array, ""], outputs: Array, targets: Array) -> Terms:
+        """The loss's terms for part of the batch."""
+        return split_terms(self.loss, outputs, targets, batch=True, r=r)
+
+
+class _ClosedOver(eqx.Module):
+    """A model function with the traced values it closes over as leaves, for each batch size it is used with."""
+
+    by_size: dict[int, Frozen]
+
+    def __call__(self, params: PyTree, inputs: PyTree) -> Array:
+        return self.by_size[jax.tree.leaves(inputs)[0].shape[0]].thaw()(params, inputs)
+
+
+def pose(
+    model_fn: Callable[[PyTree, PyTree], Array], loss: Any, params: Any, batch: Any, chunk_size: int | None = None
+) -> Problem:
+    """Check everything that an operator is made of.
+
+    Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is not
+    `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets that the loss does
+    not take; NotImplementedError for a loss that is not supported.
+    """
+    check_loss(loss)
+    if not callable(model_fn):
+        raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
+    if chunk_size is not None:
+        chunk_size = check_count("chunk_size", chunk_size)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array; got an empty pytree.")
+    for path, leaf in leaves:
+        if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. Close model_fn over what is not"
+                " a parameter."
+            )
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"batch must be a pair (inputs, targets); got {type(batch).__name__}.")
+    inputs = jax.tree.map(lambda x: as_array("inputs", x), batch[0])
+    targets = as_array("targets", batch[1])
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)} | {targets.shape[:1]}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "inputs and targets must have one common leading batch axis; got shapes"
+            f" {[x.shape for x in jax.tree.leaves(inputs)]} and {targets.shape}."
+        )
+    (size,) = next(iter(sizes))
+    if size == 0:
+        raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
+
+    closed = jax.make_jaxpr(model_fn, return_shape=True)
+    jaxpr, outputs = closed(params, inputs)
+    if not isinstance(outputs, jax.ShapeDtypeStruct):
+        raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
+    outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
+    check_outputs("the outputs of model_fn", outputs)
+    if outputs.shape[:1] != (size,):
+        raise ValueError(f"model_fn must return an array [N, *out] with N = {size}; got shape {outputs.shape}.")
+    loss.check_shapes(outputs, targets, True)
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)):
+        check_values(loss, outputs, targets, True)
+    if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
+        # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
+        parts = {size} if chunk_size is None or chunk_size >= size else {chunk_size, size % chunk_size} - {0}
+        cut = {n: jax.tree.map(lambda x, n=n: x[:n], inputs) for n in parts}
+        model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
+    elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
+        model_fn = jax.tree_util.Partial(model_fn)  # a plain function: static, compared by identity
+    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size)
+
+
