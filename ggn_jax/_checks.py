@@ -35,7 +35,7 @@ def is_concrete(array: Array) -> bool:
         return False
 
 
-def check_outputs(name: str, outputs: Array) -> None:
+def check_outputs(name: str, outputs: Array | jax.ShapeDtypeStruct) -> None:
     if outputs.dtype.name not in OUTPUT_DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.")
 

@@ -1,9 +1,9 @@
 """Labels drawn by inverse CDF, one random word each, that keep small probabilities right.
 
-A float32 uniform in [0, 1) has steps of 2^-23, and float32 cumulative sums round by as much: a search with them distorts
-classes of probability 1e-6 and never draws some. Here probabilities are integers in units of 2^-31, whose sums are exact, so that every
-class is drawn with its probability to within 2^-32, and a class of probability zero never. The search descends a binary tree of
-partial sums: O(C) to build (cheaper than a cumulative sum) and O(log C) per label.
+A float32 uniform in [0, 1) has steps of 2^-23, and float32 cumulative sums round by as much: a search with them
+distorts classes of probability 1e-6 and never draws some. Here probabilities are integers in units of 2^-31, whose sums
+are exact, so that every class is drawn with its probability to within 2^-32, and a class of probability zero never. The
+search descends a binary tree of partial sums: O(C) to build (cheaper than a cumulative sum) and O(log C) per label.
 """
 
 import jax.numpy as jnp

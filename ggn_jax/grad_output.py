@@ -18,8 +18,8 @@ from ggn_jax.terms import check_terms, split_terms
 def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
     r"""A function of **one datum** that returns its gradient output vectors.
 
-    `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a **batch of
-    one**, `loss(output[None], target[None])`, including its reduction and weights:
+    `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a
+    **batch of one**, `loss(output[None], target[None])`, including its reduction and weights:
 
     ============== ======================================================= =============
     `fisher_type`  vectors                                                 V
@@ -32,8 +32,8 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     ============== ======================================================= =============
 
     where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`. (For what these stand for in
-    Fisher matrices see Kunstner et al. 2019, and Eschenhagen et al. 2023 for KFAC.) Inside `jit`, where values cannot be looked at,
-    a target outside of the loss's domain gives NaN; outside it is a ValueError.
+    Fisher matrices see Kunstner et al. 2019, and Eschenhagen et al. 2023 for KFAC.) Inside `jit`, where values cannot
+    be looked at, a target outside of the loss's domain gives NaN; outside it is a ValueError.
 
     **Each datum needs its own key**: one shared key gives every datum the same draws.
 
@@ -43,8 +43,9 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     - `fisher_type`: a `FisherType` or its value.
     - `mc_samples`: the number of Monte-Carlo vectors, at least 1.
 
-    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1, a missing key, or shapes that do not fit; TypeError
-    for a dtype that does not; NotImplementedError for a loss that is not supported, or has no exact factor for `type-2`.
+    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1, a missing key, or shapes that do not fit;
+    TypeError for a dtype that does not; NotImplementedError for a loss that is not supported, or has no exact factor
+    for `type-2`.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
@@ -60,9 +61,9 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
 def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
     r"""A function of **a batch** that returns the gradient output vectors of all its data.
 
-    `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but with `L` the loss of the
-    **whole batch**: for each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its Hessian. For a
-    weighted or masked mean the two differ by more than `1 / N`, since the denominator is the batch's.
+    `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but with `L` the loss
+    of the **whole batch**: for each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its
+    Hessian. For a weighted or masked mean the two differ by more than `1 / N`, since the denominator is the batch's.
 
     It takes one key and draws independently for each datum, as with `jax.random.split(key, N)`.
 
@@ -79,8 +80,8 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
 def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
     r"""A function that draws would-be gradients of one datum.
 
-    `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of a batch of
-    one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
+    `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of
+    a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> sample = make_grad_output_sampler(ggn_jax.MSELoss(reduction="sum"))
@@ -102,8 +103,8 @@ def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_
     r"""The square root `S` of the Hessian of one datum's loss as a dense array, `[*out, *out]`.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`. For
-    cross-entropy `S = sqrt(a) (diag(sqrt p) - p sqrt(p)^T)` per position, with `a` reduction times weight. Prefer `LossHessian`, which
-    never forms it.
+    cross-entropy `S = sqrt(a) (diag(sqrt p) - p sqrt(p)^T)` per position, with `a` reduction times weight. Prefer
+    `LossHessian`, which never forms it.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> S = loss_hessian_matrix_sqrt(jnp.zeros(2), jnp.ones(2), ggn_jax.MSELoss())

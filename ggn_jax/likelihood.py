@@ -30,9 +30,9 @@ class LikelihoodLoss(Loss):
 
     Fields hold parameters: arrays and floats may be traced, anything else must be an `equinox.field(static=True)`.
 
-    With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is
-    not positive semi-definite after all gives NaN. Monte-Carlo vectors are gradients at sampled targets; where the
-    Hessian depends on the target, so that it is not the Fisher, they are `S e` with random signs `e`, which is unbiased.
+    With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is not
+    positive semi-definite after all gives NaN. Monte-Carlo vectors are gradients at sampled targets; where the Hessian
+    depends on the target, so that it is not the Fisher, they are `S e` with random signs `e`, which is unbiased.
 
     >>> import jax, jax.numpy as jnp
     >>> class PoissonLoss(LikelihoodLoss):
@@ -52,8 +52,8 @@ class LikelihoodLoss(Loss):
     def __check_init__(self) -> None:
         if getattr(self, "curvature", None) not in ("hessian", "fisher"):
             raise TypeError(
-                f"{type(self).__name__} must declare curvature = 'hessian' (each term's Hessian is positive semi-definite) or"
-                f" curvature = 'fisher' (it may not be); got {getattr(self, 'curvature', None)!r}."
+                f"{type(self).__name__} must declare curvature = 'hessian' (each term's Hessian is positive"
+                f" semi-definite) or curvature = 'fisher' (it may not be); got {getattr(self, 'curvature', None)!r}."
             )
 
     @abc.abstractmethod
@@ -66,10 +66,11 @@ class LikelihoodLoss(Loss):
 
     def fisher_sqrt(self, f: Float[Array, "*term"]) -> Float[Array, "..."]:
         """A factor `S` of one term's Fisher matrix, `[*term, *term]`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use"
-            " fisher_type 'mc' or 'empirical'."
-        )
+        raise missing_fisher_sqrt(self)
+
+    def has_fisher_sqrt(self) -> bool:
+        """Whether the subclass defines `fisher_sqrt`."""
+        return type(self).fisher_sqrt is not LikelihoodLoss.fisher_sqrt
 
     def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
         return self.term_weight(f, y) * self.nll(f, y)
@@ -123,3 +124,11 @@ class LikelihoodLoss(Loss):
                 f" {sample.shape}."
             )
         return sample
+
+
+def missing_fisher_sqrt(loss: LikelihoodLoss) -> NotImplementedError:
+    """The error for a loss without an exact factor."""
+    return NotImplementedError(
+        f"{type(loss).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use Monte-Carlo"
+        " (fisher_type 'mc', mc_samples) or empirical vectors."
+    )

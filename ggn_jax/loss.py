@@ -15,9 +15,9 @@ from ggn_jax.terms import check_terms, split_terms
 class Loss(eqx.Module):
     r"""A loss: a reduction factor times a sum of independent *terms*, such as one per position of a sequence.
 
-    To add a loss of your own, subclass `LikelihoodLoss`, which derives everything from a log-likelihood. This class is for those who
-    know closed forms. Each method is about **one plain term**; `ggn_jax.terms` maps it over all of them and applies
-    reduction and weights.
+    To add a loss of your own, subclass `LikelihoodLoss`, which derives everything from a log-likelihood. This class is
+    for those who know closed forms. Each method is about **one plain term**; `ggn_jax.terms` maps it over all of them
+    and applies reduction and weights.
 
     **Arguments:** `reduction`: `"mean"` or `"sum"`.
 
@@ -35,8 +35,8 @@ class Loss(eqx.Module):
     def __check_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
             raise ValueError(
-                f"reduction must be 'mean' or 'sum'; got {self.reduction!r}. (A loss that is not reduced has no Hessian:"
-                " reduce it, or map over the data.)"
+                f"reduction must be 'mean' or 'sum'; got {self.reduction!r}. (A loss that is not reduced has no"
+                " Hessian: reduce it, or map over the data.)"
             )
 
     def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:

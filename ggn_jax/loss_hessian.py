@@ -18,8 +18,8 @@ class LossHessian(eqx.Module):
     r"""The Hessian `H` of a loss in the model's outputs, and a square root `S` with `S S^T = H`.
 
     Terms are independent, so `H` is block diagonal, and each block has a closed form: for cross-entropy
-    `diag(p) - p p^T` and `S = diag(sqrt p) - p sqrt(p)^T` per position. Products cost O(C) per position; `[*out, *out]` is never
-    formed. Results have the outputs' dtype and are computed in at least float32.
+    `diag(p) - p p^T` and `S = diag(sqrt p) - p sqrt(p)^T` per position. Products cost O(C) per position;
+    `[*out, *out]` is never formed. Results have the outputs' dtype and are computed in at least float32.
 
     **Arguments:**
 

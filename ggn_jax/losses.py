@@ -57,21 +57,21 @@ class MSELoss(Loss):
 class CrossEntropyLoss(Loss):
     """The softmax cross-entropy, `torch.nn.CrossEntropyLoss`: a term is `-sum_c w_c t_c log softmax(f)_c`.
 
-    With `p = softmax(f)` and the term's weight `sum_c w_c t_c`, the plain term's Hessian is `diag(p) - p p^T = S S^T` with
-    `S = diag(sqrt p) - p sqrt(p)^T`; a would-be gradient is `p - onehot(k)` with `k ~ Categorical(p)`.
+    With `p = softmax(f)` and the term's weight `sum_c w_c t_c`, the plain term's Hessian is `diag(p) - p p^T = S S^T`
+    with `S = diag(sqrt p) - p sqrt(p)^T`; a would-be gradient is `p - onehot(k)` with `k ~ Categorical(p)`.
 
     **Arguments:**
 
     - `weight`: class weights `w`, `[C]`, not negative; default 1.
     - `ignore_index`: positions with this target contribute nothing. With class probabilities it must be negative.
-    - `reduction`: `"mean"` or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions kept when targets are
-      class indices, and by the number of positions when they are probabilities.
+    - `reduction`: `"mean"` or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions kept when
+      targets are class indices, and by the number of positions when they are probabilities.
     - `label_smoothing`: `e` in `t = (1 - e) target + e / C`.
-    - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in torch,
-      -1 as in Flax.
+    - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in
+      torch, -1 as in Flax.
 
-    **Calling** `loss(outputs, targets)` returns the loss of a batch. Outputs are `[N, C, *D]` (for `class_axis=0`), targets either
-    class indices (integers, `[N, *D]`) or class probabilities (floating, the outputs' shape).
+    **Calling** `loss(outputs, targets)` returns the loss of a batch. Outputs are `[N, C, *D]` (for `class_axis=0`),
+    targets either class indices (integers, `[N, *D]`) or class probabilities (floating, the outputs' shape).
 
     >>> import jax.numpy as jnp
     >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)
@@ -116,13 +116,13 @@ class CrossEntropyLoss(Loss):
         datum = outputs.shape[batch:]
         if not datum:
             raise ValueError(
-                f"outputs must have a class axis: one datum's output is a scalar (outputs have shape {outputs.shape}). For one"
-                " logit per datum use BCEWithLogitsLoss."
+                f"outputs must have a class axis: one datum's output is a scalar (outputs have shape {outputs.shape})."
+                " For one logit per datum use BCEWithLogitsLoss."
             )
         if not -len(datum) <= self.class_axis < len(datum):
             raise ValueError(
-                f"class_axis={self.class_axis} is not an axis of one datum's output, which has shape {datum} (class_axis never"
-                " counts the batch axis)."
+                f"class_axis={self.class_axis} is not an axis of one datum's output, which has shape {datum}"
+                " (class_axis never counts the batch axis)."
             )
         (axis,) = term_axes(self, outputs, batch)
         classes = outputs.shape[axis]
@@ -131,28 +131,32 @@ class CrossEntropyLoss(Loss):
             raise ValueError(f"outputs must have at least one class; axis {axis} of shape {outputs.shape} has none.")
         if self.weight is not None and self.weight.shape[0] != classes:
             raise ValueError(
-                f"weight has {self.weight.shape[0]} class weights, but outputs of shape {outputs.shape} have {classes} classes on"
-                f" axis {axis} (class_axis={self.class_axis} of one datum)."
+                f"weight has {self.weight.shape[0]} class weights, but outputs of shape {outputs.shape} have {classes}"
+                f" classes on axis {axis} (class_axis={self.class_axis} of one datum)."
             )
         if _holds_indices(targets):
             if targets.shape != indices_shape:
                 raise ValueError(
-                    f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class axis"
-                    f" (class_axis={self.class_axis} of one datum; pass class_axis=-1 if classes come last); got {targets.shape}."
+                    f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class"
+                    f" axis (class_axis={self.class_axis} of one datum; pass class_axis=-1 if classes come last); got"
+                    f" {targets.shape}."
                 )
         elif jnp.issubdtype(targets.dtype, jnp.floating):
             if targets.shape != outputs.shape:
                 raise ValueError(
-                    f"targets are floating, thus class probabilities, and must have the outputs' shape {outputs.shape}; got"
-                    f" {targets.shape}. Class indices must be integers, of shape {indices_shape} (class_axis={self.class_axis})."
+                    "targets are floating, thus class probabilities, and must have the outputs' shape"
+                    f" {outputs.shape}; got {targets.shape}. Class indices must be integers, of shape {indices_shape}"
+                    f" (class_axis={self.class_axis})."
                 )
             if self.ignore_index >= 0:
                 raise ValueError(
-                    f"ignore_index={self.ignore_index} cannot be used with class probabilities: pass class indices, or leave"
-                    " ignore_index negative."
+                    f"ignore_index={self.ignore_index} cannot be used with class probabilities: pass class indices, or"
+                    " leave ignore_index negative."
                 )
         else:
-            raise TypeError(f"targets must be integers (class indices) or floating (probabilities); got {targets.dtype}.")
+            raise TypeError(
+                f"targets must be integers (class indices) or floating (probabilities); got {targets.dtype}."
+            )
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         if _holds_indices(targets):
@@ -162,7 +166,8 @@ class CrossEntropyLoss(Loss):
 
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         classes = shape[batch:][self.class_axis]
-        return f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index}), or probabilities of at least 0"
+        indices = f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})"
+        return f"{indices}, or probabilities of at least 0"
 
     def term_valid(self, f: Float[Array, "C *at"], y: Array) -> Bool[Array, "*at"]:
         if _holds_indices(y):
@@ -235,17 +240,19 @@ class CrossEntropyLoss(Loss):
 class BCEWithLogitsLoss(Loss):
     """The binary cross-entropy of logits, `torch.nn.BCEWithLogitsLoss`.
 
-    A term, with `p = sigmoid(f)`, is `-weight (pos_weight y log p + (1 - y) log(1 - p))`. Its Hessian is `m p (1 - p)` with
-    `m = weight (1 + (pos_weight - 1) y)`; a would-be gradient of the plain term is `p - b` with `b ~ Bernoulli(p)`.
+    A term, with `p = sigmoid(f)`, is `-weight (pos_weight y log p + (1 - y) log(1 - p))`. Its Hessian is `m p (1 - p)`
+    with `m = weight (1 + (pos_weight - 1) y)`; a would-be gradient of the plain term is `p - b` with
+    `b ~ Bernoulli(p)`.
 
     **Arguments:**
 
-    - `weight`: a factor of each entry, broadcast to the outputs `[N, *out]`, not negative. One with a batch axis can only be used
-      with batched functions.
+    - `weight`: a factor of each entry, broadcast to the outputs `[N, *out]`, not negative. One with a batch axis can
+      only be used with batched functions.
     - `reduction`: `"mean"` (over all entries; weights do not count) or `"sum"`.
     - `pos_weight`: the weight of positive entries, broadcast to the outputs, not negative.
 
-    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch; targets are in `[0, 1]`, never broadcast.
+    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch; targets are in `[0, 1]`, never
+    broadcast.
 
     >>> import jax.numpy as jnp
     >>> print(f"{BCEWithLogitsLoss(reduction='sum')(jnp.zeros((2, 1)), jnp.ones((2, 1))):.4f}")  # 2 log 2
@@ -259,7 +266,9 @@ class BCEWithLogitsLoss(Loss):
 
     def __init__(self, weight: Any = None, *, reduction: str = "mean", pos_weight: Any = None):
         self.weight = None if weight is None else _check_weight("weight", as_array("weight", weight))
-        self.pos_weight = None if pos_weight is None else _check_weight("pos_weight", as_array("pos_weight", pos_weight))
+        self.pos_weight = (
+            None if pos_weight is None else _check_weight("pos_weight", as_array("pos_weight", pos_weight))
+        )
         self.reduction = reduction
 
     def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
@@ -345,7 +354,9 @@ def _integer(name: str, value: Any) -> int:
 def _check_weight(name: str, value: Array) -> Array:
     check_real(name, value)
     if is_concrete(value) and not bool(jnp.all((value >= 0) & (value < jnp.inf))):
-        raise ValueError(f"{name} must be finite and not negative (a negative weight has no real square root); got {value}.")
+        raise ValueError(
+            f"{name} must be finite and not negative (a negative weight has no real square root); got {value}."
+        )
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
 
 
@@ -353,8 +364,8 @@ def _check_same_shape(loss: Loss, outputs: Array, targets: Array) -> None:
     check_real("targets", targets)
     if targets.shape != outputs.shape:
         raise ValueError(
-            f"targets must have the outputs' shape {outputs.shape} for {type(loss).__name__}; got {targets.shape}. Targets are"
-            " never broadcast: reshape them."
+            f"targets must have the outputs' shape {outputs.shape} for {type(loss).__name__}; got {targets.shape}."
+            " Targets are never broadcast: reshape them."
         )
 
 
@@ -366,7 +377,9 @@ def _broadcast(name: str, value: Array, outputs: Array, batch: bool) -> Array:
     except ValueError:
         fits = False
     if not fits:
-        hint = "" if batch else "; a weight with a batch axis needs a batched function, such as make_batch_grad_output_fn"
+        hint = (
+            "" if batch else "; a weight with a batch axis needs a batched function, such as make_batch_grad_output_fn"
+        )
         raise ValueError(f"{name} of shape {value.shape} does not broadcast to outputs of shape {shape}{hint}.")
     return jnp.broadcast_to(value, shape).reshape(outputs.shape)
 

@@ -24,8 +24,8 @@ class ModelFn(eqx.Module):
 def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[Array]]:
     """A Flax NNX module as a function of its `nnx.Param`s.
 
-    Everything else (batch statistics, random streams) is held at its present value: what a call changes in it is not kept.
-    Call `module.eval()` first if it has dropout or batch normalisation.
+    Everything else (batch statistics, random streams) is held at its present value: what a call changes in it is not
+    kept. Call `module.eval()` first if it has dropout or batch normalisation.
 
     **Arguments:** `module`: an `nnx.Module`; `method`: what to call with the inputs.
 
@@ -61,8 +61,8 @@ def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyT
 
     Other collections (batch statistics) are held fixed.
 
-    **Arguments:** `module`: a `flax.linen.Module`; `variables`: what `module.init` returned; `kwargs`: passed on to each
-    `module.apply`, such as `train=False` or `rngs={"dropout": key}` (the same key at each call); not `mutable`.
+    **Arguments:** `module`: a `flax.linen.Module`; `variables`: what `module.init` returned; `kwargs`: passed on to
+    each `module.apply`, such as `train=False` or `rngs={"dropout": key}` (the same key at each call); not `mutable`.
 
     **Returns:** `(model_fn, params)`.
 
@@ -97,8 +97,8 @@ class _Linen(ModelFn):
 def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree[Array]]:
     """An Equinox module as a function of its floating arrays.
 
-    **Arguments:** `module`: an `equinox.Module`, called with one datum as is Equinox's custom and mapped over the batch, unless
-    `batched` says that it takes a batch itself.
+    **Arguments:** `module`: an `equinox.Module`, called with one datum as is Equinox's custom and mapped over the
+    batch, unless `batched` says that it takes a batch itself.
 
     **Returns:** `(model_fn, params)`; `equinox.combine(params, module)` is the module with new parameters.
 

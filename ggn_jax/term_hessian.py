@@ -65,8 +65,8 @@ class Softmax(TermHessian):
     `S = diag(sqrt p) - p sqrt(p)^T`.
 
     The textbook formulas lose all digits of `1 - p` once one class dominates, which is where a trained classifier
-    lives: here it comes from the sum of the *other* classes' exponentials. The products are projections (`v - (p^T v) 1`,
-    `z - p (1^T z)`), done twice: the second time removes the rounding error of the first.
+    lives: here it comes from the sum of the *other* classes' exponentials. The products are projections
+    (`v - (p^T v) 1`, `z - p (1^T z)`), done twice: the second time removes the rounding error of the first.
     """
 
     shifted: Float[Array, "C *at"]  # f - max f
@@ -155,7 +155,7 @@ class AutodiffHessian(TermHessian):
         values, vectors = jnp.linalg.eigh(self._dense())
         slack = 8 * self.f.size * jnp.finfo(self.f.dtype).eps * jnp.max(jnp.abs(values))
         root = jnp.where(values < -slack, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
-        return MatrixSqrt((vectors * root).reshape(2 * self.f.shape), self.f.ndim)
+        return MatrixSqrt((vectors * root[None]).reshape(2 * self.f.shape), self.f.ndim)
 
     def sqrt_mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
         return self._sqrt().sqrt_mv(v)

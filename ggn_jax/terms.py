@@ -1,7 +1,8 @@
 """A loss at given outputs, split into its independent terms: the one place where reduction and weights are applied.
 
-A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one datum or of a batch, and
-scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and gradients `r`.
+A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one datum or of a
+batch, and scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and
+gradients `r`.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ def term_axes(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
     for axis in loss.term_axes:
         if not -ndim <= axis < ndim:
             raise ValueError(
-                f"{type(loss).__name__} takes axis {axis} of one datum's output as part of a term, but one datum's output"
-                f" has shape {outputs.shape[batch:]}."
+                f"{type(loss).__name__} takes axis {axis} of one datum's output as part of a term, but one datum's"
+                f" output has shape {outputs.shape[batch:]}."
             )
     axes = tuple(sorted(axis % ndim + batch for axis in loss.term_axes))
     if len(set(axes)) != len(axes):
@@ -49,8 +50,8 @@ def map_positions(
     """`fn` of one term, as a function of arrays of terms.
 
     `in_axes` and `out_axes` name, for each argument and for the result, the axes that belong to a term; the remaining
-    ones are the positions, in order. `None` passes an argument to every term. With `leading`, only that many positions are
-    mapped over: `fn` takes the others as trailing axes.
+    ones are the positions, in order. `None` passes an argument to every term. With `leading`, only that many positions
+    are mapped over: `fn` takes the others as trailing axes.
     """
 
     def position_axes(axes: tuple[int, ...] | None) -> list[int | None]:
@@ -122,7 +123,8 @@ class Terms(eqx.Module):
     def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
         """Would-be gradients with `E[g g^T]` the Hessian of the reduced loss, in the compute dtype.
 
-        One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on nothing else.
+        One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on
+        nothing else.
         """
         term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
         positions = self.scale.shape[self.batch :]
@@ -169,11 +171,11 @@ class Terms(eqx.Module):
 
     @staticmethod
     def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
-        """`fn` with a last argument that multiplies its result; zero wins over NaN: what is ignored contributes nothing."""
+        """`fn` with a last argument that multiplies its result; zero wins over NaN, so what is ignored stays 0."""
 
         def scaled(*args: Any) -> Array:
-            *args, scale = args
-            value = fn(*args)
+            *rest, scale = args
+            value = fn(*rest)
             scale = per_term(scale, value)
             return jnp.where(scale == 0, 0, scale * value)
 
@@ -204,8 +206,9 @@ def check_values(loss: Any, outputs: Any, targets: Any, batch: bool) -> None:
         for axis in term_axes(loss, outputs, batch):
             index.insert(axis, slice(None))
     raise ValueError(
-        f"targets must be {loss.target_domain(outputs.shape, batch)}; got {np.asarray(targets)[tuple(index)]} at position"
-        f" {where} ({int(invalid)} of {invalid.size if not positions else int(np.prod(positions))} terms are out of range)."
+        f"targets must be {loss.target_domain(outputs.shape, batch)}; got {np.asarray(targets)[tuple(index)]} at"
+        f" position {where} ({int(invalid)} of {invalid.size if not positions else int(np.prod(positions))} terms are"
+        " out of range)."
     )
 
 
@@ -231,7 +234,8 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
 def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool, r: Array | None = None) -> Terms:
     """The terms of `loss` at `outputs`, which have a leading batch axis or not.
 
-    `r` is the reduction, if these are part of a larger batch: `reduction_factor` of the whole. Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
+    `r` is the reduction, if these are part of a larger batch: `reduction_factor` of the whole. Targets that the loss
+    does not accept, and that nobody could look at under `jit`, give NaN.
     """
     terms = _lay_out(loss, outputs, targets, batch)
 

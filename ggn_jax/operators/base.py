@@ -89,8 +89,8 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> No
     for (path, want), leaf in pairs:
         if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
             raise ValueError(
-                f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the parameter;"
-                f" got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
+                f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the"
+                f" parameter; got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
             )
 
 
@@ -151,4 +151,6 @@ class DampedLinearOperator(SymmetricLinearOperator):
 
 register(DampedLinearOperator)
 lx.is_positive_semidefinite.register(DampedLinearOperator, lambda damped: lx.is_positive_semidefinite(damped.operator))
-lx.linearise.register(DampedLinearOperator, lambda damped: DampedLinearOperator(lx.linearise(damped.operator), damped.damping))
+lx.linearise.register(
+    DampedLinearOperator, lambda damped: DampedLinearOperator(lx.linearise(damped.operator), damped.damping)
+)

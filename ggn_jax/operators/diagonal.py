@@ -23,8 +23,8 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
     r"""The diagonal of the GGN: `d = sum_{n, v} (J_n^T s_{v, n})^2`, entrywise, as a diagonal operator.
 
     `J_n` is the Jacobian of datum `n`'s outputs in the parameters; `s_{v, n}` are its gradient output vectors
-    (`make_batch_grad_output_fn`): all columns of the loss Hessian's square root, one backward pass each, or `mc_samples` drawn ones.
-    It is computed once, when the operator is made.
+    (`make_batch_grad_output_fn`): all columns of the loss Hessian's square root, one backward pass each, or
+    `mc_samples` drawn ones. It is computed once, when the operator is made.
 
     **Arguments:** as for `GGNLinearOperator`, and
 
@@ -87,7 +87,10 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return eqx.tree_at(lambda operator: operator.entries, self, entries)
 
     def inverse(self) -> lx.AbstractLinearOperator:
-        """The inverse, tagged as positive semi-definite: a preconditioner. Entries that are 0 give infinity: damp first."""
+        """The inverse, tagged as positive semi-definite: a preconditioner.
+
+        Entries that are 0 give infinity: damp first.
+        """
         inverse = lx.DiagonalLinearOperator(jax.tree.map(jnp.reciprocal, self.entries))
         return lx.TaggedLinearOperator(inverse, lx.positive_semidefinite_tag)
 

@@ -16,13 +16,14 @@ from ggn_jax.operators.problem import Problem, pose
 class EFLinearOperator(CurvatureLinearOperator):
     r"""The empirical Fisher matrix `r sum_t g_t g_t^T` (Kunstner et al. 2019).
 
-    `g_t` is the gradient in the parameters of the `t`-th unreduced term of the loss, class weights and masks included; `r` is the
-    reduction (1 for `"sum"`, 1 / count for `"mean"`). Positive semi-definite; not an approximation of the Hessian in general.
+    `g_t` is the gradient in the parameters of the `t`-th unreduced term of the loss, class weights and masks included;
+    `r` is the reduction (1 for `"sum"`, 1 / count for `"mean"`). Positive semi-definite; not an approximation of the
+    Hessian in general.
 
     **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`, and
 
-    - `per`: `"term"` sums over the loss's terms (the tokens of a sequence, say), `"datum"` over whole data, whose terms'
-      gradients are added first.
+    - `per`: `"term"` sums over the loss's terms (the tokens of a sequence, say), `"datum"` over whole data, whose
+      terms' gradients are added first.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)

@@ -19,16 +19,16 @@ from ggn_jax.operators.problem import Problem, pose
 class GGNLinearOperator(CurvatureLinearOperator):
     r"""The generalized Gauss-Newton matrix (GGN) `J^T H J` of a batch's loss in the parameters (Schraudolph 2002).
 
-    `J` is the Jacobian of the model's outputs in the parameters, `H` the Hessian of the loss in the outputs: both of the whole
-    batch, so reduction, class weights, masks and smoothing are exact. For losses that are a log-likelihood of the exponential family
-    it is the Fisher matrix (Martens 2020). Positive semi-definite.
+    `J` is the Jacobian of the model's outputs in the parameters, `H` the Hessian of the loss in the outputs: both of
+    the whole batch, so reduction, class weights, masks and smoothing are exact. For losses that are a log-likelihood of
+    the exponential family it is the Fisher matrix (Martens 2020). Positive semi-definite.
 
     A product is one linearisation of the model (forward), one tangent, the closed-form product with `H`, and one
     cotangent: about 5/3 of a gradient for matrix-multiplication models. Inside a solver,
     `lineax.linearise(operator)` keeps the linearisation for all products.
 
-    With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from would-be gradients: unbiased, and the same draws for every
-    product and every `chunk_size`.
+    With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from would-be gradients: unbiased, and the same draws
+    for every product and every `chunk_size`.
 
     **Arguments:**
 

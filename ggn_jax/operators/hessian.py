@@ -14,13 +14,15 @@ from ggn_jax.operators.problem import Problem, pose
 class HessianLinearOperator(CurvatureLinearOperator):
     r"""The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
 
-    Symmetric, in general not positive semi-definite: solve with `lineax.GMRES`, `lineax.LSMR` or a dense solver, not with CG.
+    Symmetric, in general not positive semi-definite: solve with `lineax.GMRES`, `lineax.LSMR` or a dense solver, not
+    with CG.
 
     **Arguments:** as for `GGNLinearOperator`.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> hessian = HessianLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch, chunk_size=4)
+    >>> loss = ggn_jax.CrossEntropyLoss()
+    >>> hessian = HessianLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, chunk_size=4)
     >>> hessian.as_matrix().shape
     (6, 6)
     """

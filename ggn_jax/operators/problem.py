@@ -39,7 +39,9 @@ class Problem(eqx.Module):
         def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, fn(r, *chunk)), None
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, r, *jax.tree.map(lambda x: x[0], chunks)))
+        start = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, r, *jax.tree.map(lambda x: x[0], chunks))
+        )
         total, _ = jax.lax.scan(add, start, chunks)
         if whole < size:
             rest = fn(r, *jax.tree.map(lambda x: x[whole:], data))
@@ -65,9 +67,9 @@ def pose(
 ) -> Problem:
     """Check everything that an operator is made of.
 
-    Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is not
-    `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets that the loss does
-    not take; NotImplementedError for a loss that is not supported.
+    Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is
+    not `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets
+    that the loss does not take; NotImplementedError for a loss that is not supported.
     """
     check_loss(loss)
     if not callable(model_fn):
@@ -81,8 +83,8 @@ def pose(
         if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. Close model_fn over what is not"
-                " a parameter."
+                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. Close model_fn over"
+                " what is not a parameter."
             )
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"batch must be a pair (inputs, targets); got {type(batch).__name__}.")
@@ -117,5 +119,3 @@ def pose(
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
         model_fn = jax.tree_util.Partial(model_fn)  # a plain function: static, compared by identity
     return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size)
-
-

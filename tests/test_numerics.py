@@ -1,0 +1,189 @@
+"""Low precision and extreme logits, against 60-digit arithmetic; finite everywhere."""
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ggn_jax
+from ggn_jax import BCEWithLogitsLoss, CrossEntropyLoss, LossHessian, MSELoss, loss_hessian_matrix_sqrt
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+mpmath.mp.dps = 60
+
+
+def exact_softmax_hessian(f: np.ndarray) -> np.ndarray:
+    e = [mpmath.exp(mpmath.mpf(float(x))) for x in f]
+    total = sum(e)
+    p = [x / total for x in e]
+    # 1 - p as a sum, which is exact here anyway.
+    entry = lambda i, j: p[i] * (total - e[i]) / total if i == j else -p[i] * p[j]  # noqa: E731
+    return np.array([[entry(i, j) for j in range(len(f))] for i in range(len(f))])
+
+
+def assert_relatively_close(got: np.ndarray, want: np.ndarray, dtype: str, ulps: float) -> None:
+    """Relative error of each entry that is a normal number of `dtype`, in units of its rounding."""
+    info = jnp.finfo(dtype)
+    for g, w in zip(np.asarray(got, np.float64).ravel(), want.ravel(), strict=True):
+        if abs(w) > 16 * float(info.tiny):
+            assert abs(g - w) <= ulps * float(info.eps) * abs(w), (g, mpmath.nstr(w), dtype)
+        else:
+            assert abs(g) <= 32 * float(info.tiny)
+
+
+LOGITS = {
+    "moderate": [1.0, -0.5, 0.25, 2.0],
+    "confident": [20.0, 0.0, 3.0, -5.0],
+    "very confident": [60.0, 0.0, 10.0, 25.0],
+    "ties at the top": [30.0, 30.0, 0.0, -3.0],
+    "large and equal": [1e4, 1e4, 1e4, 9999.0],
+    "extreme": [1e4, -1e4, 0.0, 5.0],
+    "all zero": [0.0, 0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOGITS)
+def test_cross_entropy_keeps_relative_accuracy(name: str, dtype: str) -> None:
+    """The textbook `p (1 - p)` has no correct digit from a logit gap of 17 on in float32."""
+    f = jnp.asarray(LOGITS[name], dtype)
+    want = exact_softmax_hessian(np.asarray(f, np.float64))
+    loss = CrossEntropyLoss(reduction="sum")
+    sqrt = loss_hessian_matrix_sqrt(f, jnp.asarray(1), loss)
+    assert sqrt.dtype == dtype
+    assert jnp.isfinite(sqrt).all()
+    gram = np.asarray(sqrt, np.float64) @ np.asarray(sqrt, np.float64).T
+    # Entries of the product are sums of terms of both signs off the diagonal: relative to the exact square roots.
+    root = np.sqrt(np.diag(want).astype(object).astype(np.float64))
+    ulps = 40 if dtype in ("float32", "float64") else 8
+    error = np.abs(gram - want.astype(np.float64))
+    tiny = float(jnp.finfo(dtype).tiny)
+    np.testing.assert_array_less(error, ulps * float(jnp.finfo(dtype).eps) * np.outer(root, root) + 64 * tiny + 1e-300)
+    diagonal = LossHessian(loss, f, jnp.asarray(1), batch=False).diagonal()
+    assert diagonal.dtype == dtype
+    assert_relatively_close(diagonal, np.diag(want), dtype, ulps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_keep_relative_accuracy(dtype: str) -> None:
+    loss = CrossEntropyLoss(reduction="sum")
+    for logits in LOGITS.values():
+        f = jnp.asarray(logits, dtype)
+        want = exact_softmax_hessian(np.asarray(f, np.float64))
+        hessian = LossHessian(loss, f, jnp.asarray(0), batch=False)
+        for i in range(4):
+            unit = jnp.zeros(4, dtype).at[i].set(1)
+            assert_relatively_close(hessian.mv(unit), want[:, i], dtype, 60)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("logit", [0.0, 1.0, -3.0, 6.25, 10.0, -16.75, 30.0, 80.0, -80.0, 1e4, -1e4])
+def test_binary_cross_entropy_keeps_relative_accuracy(logit: float, dtype: str) -> None:
+    f = jnp.asarray(logit, dtype)
+    e = mpmath.exp(-abs(mpmath.mpf(float(f))))
+    want = np.array([e / (1 + e) ** 2])
+    loss = BCEWithLogitsLoss(reduction="sum")
+    hessian = LossHessian(loss, f, jnp.asarray(1.0, dtype), batch=False)
+    assert hessian.trace().dtype == dtype
+    assert_relatively_close(hessian.diagonal()[None], want, dtype, 40)
+    sqrt = ggn_jax.loss_hessian_matrix_sqrt(f, jnp.asarray(1.0, dtype), loss)
+    assert_relatively_close(np.asarray(sqrt, np.float64)[None] ** 2, want, dtype, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("loss", [MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__)
+def test_extreme_outputs_are_finite(loss: ggn_jax.Loss, fisher_type: str, dtype: str) -> None:
+    outputs = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]], dtype)
+    targets = jnp.asarray([0, 1, 2]) if isinstance(loss, CrossEntropyLoss) else jnp.ones((3, 3), dtype)
+    vectors = ggn_jax.make_batch_grad_output_fn(loss, fisher_type, 5)(outputs, targets, jax.random.key(0))
+    assert vectors.dtype == dtype
+    assert jnp.isfinite(vectors).all()
+    # Squared errors of 1e8 do not fit float16; the value of the loss then is what torch's is: infinity.
+    if not (dtype == "float16" and isinstance(loss, MSELoss)):
+        assert jnp.isfinite(loss(outputs, targets))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+def test_low_precision_is_the_rounded_result(fisher_type: str, dtype: str) -> None:
+    """Internals are float32: results are those of float32 inputs, rounded once."""
+    f = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5, 2)) * 3, dtype)
+    y = jnp.asarray(np.random.default_rng(1).integers(5, size=(6, 2)))
+    fn = ggn_jax.make_batch_grad_output_fn(CrossEntropyLoss(label_smoothing=0.1), fisher_type, 3)
+    low, high = fn(f, y, jax.random.key(0)), fn(f.astype("float32"), y, jax.random.key(0))
+    np.testing.assert_array_equal(low, high.astype(dtype))
+
+
+def test_masked_logits_of_minus_infinity() -> None:
+    """Classes masked out by -inf have probability 0, not NaN."""
+    f = jnp.asarray([[1.0, -jnp.inf, 2.0]])
+    full = jnp.asarray([[1.0, 2.0]])
+    loss = CrossEntropyLoss(reduction="sum")
+    y, t = jnp.asarray([0]), jnp.asarray([[0.5, 0.0, 0.5]])
+    for targets, reduced in ((y, y), (t, t[:, ::2])):
+        np.testing.assert_allclose(loss(f, targets), loss(full, reduced), rtol=1e-14)
+        for kind in ("type-2", "empirical"):
+            got = ggn_jax.make_batch_grad_output_fn(loss, kind)(f, targets)
+            want = ggn_jax.make_batch_grad_output_fn(loss, kind)(full, reduced)
+            np.testing.assert_allclose(got[::2][..., ::2] if kind == "type-2" else got[..., ::2], want, rtol=1e-14)
+            np.testing.assert_array_equal(got[..., 1], 0)
+        drawn = ggn_jax.make_batch_grad_output_fn(loss, "mc", 100)(f, targets, jax.random.key(0))
+        np.testing.assert_array_equal(drawn[..., 1], 0)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_ignored_positions_may_hold_anything(garbage: float) -> None:
+    rng = np.random.default_rng(0)
+    clean = jnp.asarray(rng.normal(size=(3, 4, 5)))
+    y = jnp.asarray(rng.integers(4, size=(3, 5))).at[1, 2].set(-100)
+    dirty = clean.at[1, :, 2].set(garbage)
+    loss = CrossEntropyLoss(label_smoothing=0.2)
+    np.testing.assert_array_equal(loss(dirty, y), loss(clean, y))
+    for kind in ("type-2", "mc", "empirical"):
+        fn = ggn_jax.make_batch_grad_output_fn(loss, kind, 3)
+        np.testing.assert_array_equal(fn(dirty, y, jax.random.key(0)), fn(clean, y, jax.random.key(0)))
+
+
+def test_everything_ignored_is_zero() -> None:
+    f, y = jnp.ones((2, 3, 4)), jnp.full((2, 4), -100)
+    for loss in (CrossEntropyLoss(), CrossEntropyLoss(jnp.ones(3), label_smoothing=0.1)):
+        assert loss(f, y) == 0
+        np.testing.assert_array_equal(jax.grad(loss)(f, y), 0)
+        for kind in ("type-2", "mc", "empirical"):
+            np.testing.assert_array_equal(ggn_jax.make_batch_grad_output_fn(loss, kind)(f, y, jax.random.key(0)), 0)
+        assert LossHessian(loss, f, y).trace() == 0
+
+
+@given(
+    st.sampled_from([MSELoss(), CrossEntropyLoss(label_smoothing=0.2), BCEWithLogitsLoss(pos_weight=2.5)]),
+    st.lists(st.sampled_from([0.0, 0.0, 1.0, -2.0, 3.5]), min_size=3, max_size=3),
+)
+def test_derivatives_of_all_orders(loss: ggn_jax.Loss, logits: list[float]) -> None:
+    """Shortcuts for rounding (shifts, absolute values) must not show in derivatives, at ties and at zero either."""
+    f = jnp.asarray(logits)[None]
+    y = jnp.asarray([1]) if isinstance(loss, CrossEntropyLoss) else jnp.asarray([[0.0, 1.0, 0.5]])
+
+    def plain(f: jax.Array) -> jax.Array:
+        if isinstance(loss, CrossEntropyLoss):
+            t = 0.8 * jnp.asarray([0.0, 1.0, 0.0]) + 0.2 / 3
+            return -jnp.sum(t * jax.nn.log_softmax(f[0]))
+        if isinstance(loss, MSELoss):
+            return jnp.mean((f - y) ** 2)
+        return jnp.mean(2.5 * y * jax.nn.softplus(-f) + (1 - y) * jax.nn.softplus(f))
+
+    np.testing.assert_allclose(loss(f, y), plain(f), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(loss)(f, y), jax.grad(plain)(f), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(jax.hessian(loss)(f, y), jax.hessian(plain)(f), rtol=1e-11, atol=1e-14)
+    v = jnp.asarray([[0.3, -1.0, 2.0]])
+    third = lambda f: jax.jvp(jax.grad(plain), (f,), (v,))[1]  # noqa: E731
+    ours = lambda f: LossHessian(loss, f, y).mv(v)  # noqa: E731
+    np.testing.assert_allclose(jax.jacobian(ours)(f), jax.jacobian(third)(f), rtol=1e-10, atol=1e-13)
+    twice = lambda f: LossHessian(loss, f, y).sqrt_mv(LossHessian(loss, f, y).sqrt_rmv(v))  # noqa: E731
+    np.testing.assert_allclose(jax.jacobian(twice)(f), jax.jacobian(third)(f), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(
+        jax.hessian(lambda f: jnp.vdot(v, ours(f)))(f), jax.hessian(lambda f: jnp.vdot(v, third(f)))(f), rtol=1e-9, atol=1e-12
+    )
