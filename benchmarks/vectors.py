@@ -62,7 +62,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
     pairs = [(timed(ours, repeats[0]), timed(theirs, repeats[1])) for _ in range(rounds)]
     return {
         "ours_ms": 1e3 * statistics.median(a for a, _ in pairs),
-        "torch_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "peer_ms": 1e3 * statistics.median(b for _, b in pairs),
         "ratio": statistics.median(b / a for a, b in pairs),
     }
 
@@ -105,7 +105,7 @@ def main() -> None:
             figures = compare(ours, theirs, args.rounds)
             size = f"({batch}, {classes}, {positions})"
             rows.append({"size": size, "vectors": name, **figures})
-            print(f"{size:<28}{name:<14}{figures['ours_ms']:>10.3f}{figures['torch_ms']:>10.3f}{figures['ratio']:>8.2f}")
+            print(f"{size:<28}{name:<14}{figures['ours_ms']:>10.3f}{figures['peer_ms']:>10.3f}{figures['ratio']:>8.2f}")
     for kind in ("mc", "type-2"):
         ratio = statistics.median(row["ratio"] for row in rows if row["vectors"].startswith(kind))
         print(f"median ratio, {kind}: {ratio:.2f}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, check_count, check_key, check_outputs
+from ggn_jax._sharding import run_auto
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
@@ -142,12 +143,15 @@ def _checked_vectors(
 def _vectors(
     loss: Loss, output: Array, target: Array, key: Any, fisher_type: FisherType, num: int, batch: bool, divide: bool
 ) -> Float[Array, "V *shape"]:
-    terms = split_terms(loss, output, target, batch=batch)
-    if fisher_type is FisherType.TYPE2:
-        return terms.columns()
-    if fisher_type is FisherType.MC:
-        vectors = terms.drawn_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
-        return (vectors / jnp.sqrt(num) if divide else vectors).astype(terms.dtype)
-    gradients = terms.gradients()
-    # Where everything is ignored, r is infinite and the gradient 0.
-    return jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)[None]
+    def vectors(output: Array, target: Array, key: Any, loss: Loss) -> Array:
+        terms = split_terms(loss, output, target, batch=batch)
+        if fisher_type is FisherType.TYPE2:
+            return terms.columns()
+        if fisher_type is FisherType.MC:
+            drawn = terms.drawn_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
+            return (drawn / jnp.sqrt(num) if divide else drawn).astype(terms.dtype)
+        gradients = terms.gradients()
+        # Where everything is ignored, r is infinite and the gradient 0.
+        return jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)[None]
+
+    return run_auto(vectors, output, target, key, loss, keep=True)

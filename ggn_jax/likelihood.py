@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ggn_jax._checks import check_real
+from ggn_jax._checks import Shaped, check_real
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import AutodiffHessian, MatrixSqrt, TermHessian, depends_on
 from ggn_jax.terms import term_axes, term_positions
@@ -96,7 +96,7 @@ class LikelihoodLoss(Loss):
             return self.term_hessian(f, y).sqrt_mv(jax.random.rademacher(drawn, f.shape, f.dtype))
         return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))
 
-    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+    def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         check_real("targets", targets)
         sample = self._sample_structure(outputs, batch)
         wanted = outputs.shape if sample.ndim else term_positions(self, outputs, batch)
@@ -114,7 +114,7 @@ class LikelihoodLoss(Loss):
         sample = self._sample_structure(outputs, batch)
         return targets.astype(sample.dtype), (term_axes(self, outputs, batch) if sample.ndim else ())
 
-    def _sample_structure(self, outputs: Array, batch: bool) -> jax.ShapeDtypeStruct:
+    def _sample_structure(self, outputs: Shaped, batch: bool) -> jax.ShapeDtypeStruct:
         term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
         f = jax.ShapeDtypeStruct(term, outputs.dtype)
         sample = jax.eval_shape(self.sample, jax.random.key(0), f)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from ggn_jax._checks import Shaped
+from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
 from ggn_jax.terms import check_terms, split_terms
 
@@ -80,7 +82,7 @@ class Loss(eqx.Module):
     # Layout.
 
     @abc.abstractmethod
-    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+    def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         """Refuse outputs and targets that do not fit; `batch` says whether they have a leading batch axis."""
 
     @abc.abstractmethod
@@ -94,4 +96,7 @@ class Loss(eqx.Module):
 
 @jax.jit
 def _loss_value(loss: Loss, outputs: Array, targets: Array) -> Float[Array, ""]:
-    return split_terms(loss, outputs, targets, batch=True).loss_value()
+    def value(outputs: Array, targets: Array, loss: Loss) -> Array:
+        return split_terms(loss, outputs, targets, batch=True).loss_value()
+
+    return run_auto(value, outputs, targets, loss, keep=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ggn_jax._checks import as_array, check_real, is_concrete
+from ggn_jax._checks import Shaped, as_array, check_real, is_concrete
 from ggn_jax._draws import draw_bit, draw_class
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian
@@ -32,7 +32,7 @@ class MSELoss(Loss):
     curvature = "hessian"
     takes_trailing_axes = True
 
-    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+    def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         _check_same_shape(self, outputs, targets)
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
@@ -112,7 +112,7 @@ class CrossEntropyLoss(Loss):
     def term_axes(self) -> tuple[int]:  # type: ignore[override]
         return (self.class_axis,)
 
-    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+    def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         datum = outputs.shape[batch:]
         if not datum:
             raise ValueError(
@@ -271,7 +271,7 @@ class BCEWithLogitsLoss(Loss):
         )
         self.reduction = reduction
 
-    def check_shapes(self, outputs: Array, targets: Array, batch: bool) -> None:
+    def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         _check_same_shape(self, outputs, targets)
         for name, value in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if value is not None:
@@ -360,7 +360,7 @@ def _check_weight(name: str, value: Array) -> Array:
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
 
 
-def _check_same_shape(loss: Loss, outputs: Array, targets: Array) -> None:
+def _check_same_shape(loss: Loss, outputs: Shaped, targets: Array) -> None:
     check_real("targets", targets)
     if targets.shape != outputs.shape:
         raise ValueError(
@@ -369,7 +369,7 @@ def _check_same_shape(loss: Loss, outputs: Array, targets: Array) -> None:
         )
 
 
-def _broadcast(name: str, value: Array, outputs: Array, batch: bool) -> Array:
+def _broadcast(name: str, value: Array, outputs: Shaped, batch: bool) -> Array:
     """`value` broadcast against a batch of outputs, as torch does; one datum is a batch of one."""
     shape = outputs.shape if batch else (1, *outputs.shape)
     try:

@@ -5,6 +5,7 @@ batch, and scaled: with `r` the reduction and `w` the term's weight, curvature v
 gradients `r`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ggn_jax._checks import as_array, check_outputs, compute_dtype, is_concrete
+from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
 
 
-def term_axes(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
+def term_axes(loss: Any, outputs: Shaped, batch: bool) -> tuple[int, ...]:
     """`loss.term_axes`, which count the axes of one datum, as sorted axes of `outputs`."""
     ndim = outputs.ndim - batch
     for axis in loss.term_axes:
@@ -34,7 +35,7 @@ def term_axes(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
     return axes
 
 
-def term_positions(loss: Any, outputs: Array, batch: bool) -> tuple[int, ...]:
+def term_positions(loss: Any, outputs: Shaped, batch: bool) -> tuple[int, ...]:
     """The shape of all axes of `outputs` that are not part of a term."""
     axes = term_axes(loss, outputs, batch)
     return tuple(size for axis, size in enumerate(outputs.shape) if axis not in axes)
@@ -167,7 +168,7 @@ class Terms(eqx.Module):
             own = jnp.eye(out[axis], dtype=bool)
             own = jnp.expand_dims(own, [i for i in range(columns.ndim) if i not in (axis, axis + ndim + lead)])
             columns = jnp.where(own, columns, 0)
-        return columns.reshape(-1, *self.outputs.shape)
+        return columns.reshape(math.prod(out), *self.outputs.shape)
 
     @staticmethod
     def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
@@ -194,7 +195,7 @@ def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Arr
     return outputs, targets
 
 
-def check_values(loss: Any, outputs: Any, targets: Any, batch: bool) -> None:
+def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
     """Refuse targets whose values the loss does not accept; they must not be traced."""
     invalid, first = _find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)
     if not int(invalid):

@@ -80,7 +80,7 @@ def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
 def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
     """Refuse a vector that is not like the parameters, naming the first leaf that differs."""
     wanted = operator.in_structure()
-    if jax.tree.structure(vector) != jax.tree.structure(wanted):
+    if jax.tree.structure(vector) != jax.tree.structure(wanted):  # type: ignore[operator]  # untyped in jaxlib
         raise ValueError(
             "vector must be a pytree like the parameters:"
             f" wanted {jax.tree.structure(wanted)}, got {jax.tree.structure(vector)}."

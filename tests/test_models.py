@@ -1,0 +1,352 @@
+"""Modules of Flax and Equinox as model functions: the modules' own outputs, and operators on their parameters."""
+
+import subprocess
+import sys
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import ggn_jax
+from ggn_jax import GGNDiagonalLinearOperator, GGNLinearOperator, from_equinox, from_linen, from_nnx
+
+F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+N = 6
+X = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)))
+TARGETS = np.arange(N) % 2
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion() -> Any:
+    """Flax's normalisation and dropout do not keep to the strict promotion of our tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class NNXNet(nnx.Module):
+    """Batch statistics and a random stream besides the parameters."""
+
+    def __init__(self, seed: int):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(3, 4, rngs=rngs, **F64)
+        self.norm = nnx.BatchNorm(4, rngs=rngs, **F64)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(4, 2, rngs=rngs, **F64)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(self.norm(self.first(x)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.dropout(self.encode(x)))
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = linen.Dense(4, **F64)(x)
+        x = linen.BatchNorm(use_running_average=not train, **F64)(x)
+        x = linen.Dropout(0.5, deterministic=not train)(jnp.tanh(x))
+        return linen.Dense(2, **F64)(x)
+
+
+class LinenDropout(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        return linen.Dropout(0.5, deterministic=not train)(linen.Dense(4, **F64)(x))
+
+
+class EquinoxNet(eqx.Module):
+    """Takes one datum; an integer array and a function besides the parameters."""
+
+    layer: eqx.nn.Linear
+    order: jax.Array
+    activation: Any = jnp.tanh
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.activation(self.layer(x[self.order]))
+
+
+class EquinoxBatched(eqx.Module):
+    net: EquinoxNet
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.vmap(self.net)(x)
+
+
+def nnx_net(seed: int = 0) -> NNXNet:
+    """With batch statistics that are not the initial ones."""
+    net = NNXNet(seed)
+    net.train()
+    net(5 + 3 * X)
+    net.eval()
+    return net
+
+
+def linen_net() -> tuple[LinenNet, Any]:
+    net = LinenNet()
+    variables = net.init(jax.random.key(0), X, train=False)
+    _, changed = net.apply(variables, 5 + 3 * X, train=True, rngs={"dropout": jax.random.key(1)}, mutable="batch_stats")
+    return net, {**variables, **changed}
+
+
+def equinox_net() -> EquinoxNet:
+    return EquinoxNet(eqx.nn.Linear(3, 2, key=jax.random.key(0), dtype=jnp.float64), jnp.array([2, 0, 1]))
+
+
+def made_nnx_linear() -> tuple[Any, Any]:
+    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0), **F64)
+    return from_nnx(module), module(X)
+
+
+def made_nnx_net() -> tuple[Any, Any]:
+    module = nnx_net()
+    return from_nnx(module), module(X)
+
+
+def made_nnx_method() -> tuple[Any, Any]:
+    module = nnx_net()
+    return from_nnx(module, method="encode"), module.encode(X)
+
+
+def made_linen_dense() -> tuple[Any, Any]:
+    module = linen.Dense(2, **F64)
+    variables = module.init(jax.random.key(0), X)
+    return from_linen(module, variables), module.apply(variables, X)
+
+
+def made_linen_net() -> tuple[Any, Any]:
+    module, variables = linen_net()
+    return from_linen(module, variables, train=False), module.apply(variables, X, train=False)
+
+
+def made_linen_dropout() -> tuple[Any, Any]:
+    module = LinenDropout()
+    variables = module.init(jax.random.key(0), X, False)
+    kwargs = {"train": True, "rngs": {"dropout": jax.random.key(5)}}
+    return from_linen(module, variables, **kwargs), module.apply(variables, X, **kwargs)
+
+
+def made_equinox_mlp() -> tuple[Any, Any]:
+    module = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0), dtype=jnp.float64)
+    return from_equinox(module), jax.vmap(module)(X)
+
+
+def made_equinox_net() -> tuple[Any, Any]:
+    module = equinox_net()
+    return from_equinox(module), jax.vmap(module)(X)
+
+
+def made_equinox_batched() -> tuple[Any, Any]:
+    module = EquinoxBatched(equinox_net())
+    return from_equinox(module, batched=True), module(X)
+
+
+MAKERS = [
+    made_nnx_linear,
+    made_nnx_net,
+    made_nnx_method,
+    made_linen_dense,
+    made_linen_net,
+    made_linen_dropout,
+    made_equinox_mlp,
+    made_equinox_net,
+    made_equinox_batched,
+]
+every_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("made_"))
+
+
+@every_maker
+def test_outputs_are_the_modules(make: Any) -> None:
+    (model_fn, params), want = make()
+    np.testing.assert_allclose(model_fn(params, X), want, rtol=1e-12, atol=1e-12)
+    assert jnp.std(want) > 0.01
+    # It depends on the parameters that it is given.
+    other = model_fn(jax.tree.map(lambda p: p + 0.5, params), X)
+    assert not np.allclose(other, want)
+
+
+@every_maker
+def test_operators(make: Any) -> None:
+    (model_fn, params), outputs = make()
+    args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)
+    leaves, treedef = jax.tree.flatten(params)
+    sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def of_flat(theta: jax.Array) -> jax.Array:
+        pieces = jnp.split(theta, sizes)
+        return model_fn(treedef.unflatten([p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]), X)
+
+    theta = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    jacobian = np.asarray(jax.jacobian(of_flat)(theta)).reshape(outputs.size, theta.size)
+    hessian = jax.hessian(lambda f: ggn_jax.CrossEntropyLoss()(f, TARGETS))(outputs)
+    want = jacobian.T @ np.asarray(hessian).reshape(outputs.size, outputs.size) @ jacobian
+    ggn = GGNLinearOperator(*args)
+    np.testing.assert_allclose(ggn.as_matrix(), want, rtol=1e-11, atol=1e-12)
+    assert np.abs(want).max() > 1e-3
+    solution = lx.linear_solve(ggn.damped(0.5), params, lx.CG(rtol=1e-10, atol=1e-10)).value
+    assert jax.tree.structure(solution) == jax.tree.structure(params)
+    got = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(solution)])
+    np.testing.assert_allclose(got, np.linalg.solve(want + 0.5 * np.eye(theta.size), theta), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [made_nnx_net, made_linen_net, made_equinox_net], ids=lambda make: make.__name__)
+def test_chunks_and_diagonal(make: Any) -> None:
+    """No datum sees another in evaluation: chunks, and batches of one, make no difference."""
+    (model_fn, params), _ = make()
+    args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)
+    matrix = GGNLinearOperator(*args).as_matrix()
+    np.testing.assert_allclose(GGNLinearOperator(*args, chunk_size=4).as_matrix(), matrix, rtol=1e-11, atol=1e-12)
+    diagonal = GGNDiagonalLinearOperator(*args, chunk_size=4)
+    np.testing.assert_allclose(lx.diagonal(diagonal), np.diagonal(matrix), rtol=1e-11, atol=1e-12)
+
+
+@every_maker
+def test_two_of_the_same_are_traced_once(make: Any) -> None:
+    """A training loop may make the model function anew at each step."""
+    traces = 0
+
+    @jax.jit
+    def apply(model_fn: Any, params: Any, x: jax.Array) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return model_fn(params, x)
+
+    (first, params), want = make()
+    (second, params_again), _ = make()
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert hash(jax.tree.structure(first)) == hash(jax.tree.structure(second))
+    assert jax.tree.structure(params) == jax.tree.structure(params_again)
+    for model_fn in (first, second):
+        np.testing.assert_allclose(apply(model_fn, params, X), want, rtol=1e-12, atol=1e-12)
+    assert traces == 1
+
+
+@pytest.mark.parametrize(
+    "make", [made_nnx_net, made_linen_dropout, made_equinox_mlp], ids=lambda make: make.__name__.removeprefix("made_")
+)
+def test_operators_of_two_of_the_same_have_one_structure(make: Any) -> None:
+    operators = []
+    for _ in range(2):
+        (model_fn, params), _ = make()
+        operators.append(GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)))
+    assert jax.tree.structure(operators[0]) == jax.tree.structure(operators[1])
+
+
+def test_leaves_of_a_model_are_what_is_not_a_parameter() -> None:
+    module, variables = linen_net()
+    model_fn, params = from_linen(module, variables, train=False)
+    assert len(jax.tree.leaves(model_fn)) == len(jax.tree.leaves(variables["batch_stats"])) == 2
+    assert jax.tree.leaves(params)[0] is jax.tree.leaves(variables["params"])[0]
+    model_fn, params = from_equinox(equinox_net())
+    assert [leaf.dtype for leaf in jax.tree.leaves(model_fn)] == [jnp.int64]
+    assert len(jax.tree.leaves(params)) == 2
+
+
+# Back into the module. -----------------------------------------------------------------------------------------------
+
+
+def test_nnx_parameters_are_written_back() -> None:
+    module = nnx_net()
+    model_fn, params = from_nnx(module)
+    before = module(X)
+    new = jax.tree.map(lambda p: 0.5 * p + 0.1, params)
+    nnx.update(module, new)
+    np.testing.assert_allclose(module(X), model_fn(new, X), rtol=1e-12, atol=1e-12)
+    assert not np.allclose(module(X), before)
+    # And what was made before still is at its own values.
+    np.testing.assert_allclose(model_fn(params, X), before, rtol=1e-12, atol=1e-12)
+
+
+def test_nnx_statistics_are_held() -> None:
+    """In training mode a call uses the batch's statistics, and keeps none."""
+    module = nnx_net()
+    module.norm.use_running_average = False
+    held = jnp.copy(module.norm.mean[...])
+    model_fn, params = from_nnx(module)
+    first = model_fn(params, 2 * X)
+    np.testing.assert_array_equal(model_fn(params, 2 * X), first)
+    np.testing.assert_array_equal(module.norm.mean[...], held)
+
+
+def test_linen_parameters_are_written_back() -> None:
+    module, variables = linen_net()
+    model_fn, params = from_linen(module, variables, train=False)
+    new = jax.tree.map(lambda p: 0.5 * p + 0.1, params)
+    want = module.apply({**variables, "params": new}, X, train=False)
+    np.testing.assert_allclose(model_fn(new, X), want, rtol=1e-12, atol=1e-12)
+
+
+def test_equinox_parameters_are_written_back() -> None:
+    module = equinox_net()
+    model_fn, params = from_equinox(module)
+    new = jax.tree.map(lambda p: 0.5 * p + 0.1, params)
+    np.testing.assert_allclose(jax.vmap(eqx.combine(new, module))(X), model_fn(new, X), rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_on_the_ggn_lowers_the_loss() -> None:
+    """The whole way round: module, operator, solve, update, module."""
+    module, loss = nnx_net(), ggn_jax.CrossEntropyLoss()
+    model_fn, params = from_nnx(module)
+    gradient = jax.grad(lambda params: loss(model_fn(params, X), TARGETS))(params)
+    ggn = GGNLinearOperator(model_fn, loss, params, (X, TARGETS)).damped(0.1)
+    step = lx.linear_solve(ggn, gradient, lx.CG(rtol=1e-8, atol=1e-8)).value
+    before = loss(module(X), TARGETS)
+    nnx.update(module, jax.tree.map(jnp.subtract, params, step))
+    assert loss(module(X), TARGETS) < 0.8 * before
+
+
+# Options. ------------------------------------------------------------------------------------------------------------
+
+
+def test_linen_rngs_matter() -> None:
+    module = LinenDropout()
+    variables = module.init(jax.random.key(0), X, False)
+    outputs = []
+    for seed in (1, 1, 2):
+        model_fn, params = from_linen(module, variables, rngs={"dropout": jax.random.key(seed)})
+        outputs.append(np.asarray(model_fn(params, X)))
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert not np.allclose(outputs[0], outputs[2])
+
+
+def test_float32_modules() -> None:
+    """The modules' own default dtype."""
+    x = X.astype(jnp.float32)
+    dense = linen.Dense(2)
+    for model_fn, params in (
+        from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0))),
+        from_linen(dense, dense.init(jax.random.key(0), x)),
+        from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0), dtype=jnp.float32)),
+    ):
+        matrix = GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, (x, TARGETS)).as_matrix()
+        assert matrix.dtype == jnp.float32
+        assert jnp.trace(matrix) > 0.1
+
+
+# Errors. -------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_types() -> None:
+    dense, variables = linen.Dense(2, **F64), linen.Dense(2, **F64).init(jax.random.key(0), X)
+    with pytest.raises(TypeError, match=r"must be a flax\.nnx\.Module; got Dense"):
+        from_nnx(dense)
+    with pytest.raises(TypeError, match=r"must be a flax\.linen\.Module; got Linear"):
+        from_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), variables)
+    with pytest.raises(TypeError, match=r"must be an equinox\.Module; got function"):
+        from_equinox(lambda x: x)
+    with pytest.raises(ValueError, match=r"must have a collection 'params'; got \['kernel'"):
+        from_linen(dense, {"kernel": variables["params"]["kernel"]})
+    with pytest.raises(ValueError, match="mutable"):
+        from_linen(dense, variables, mutable=["batch_stats"])
+
+
+def test_import_needs_no_other_library() -> None:
+    """Only what is used is imported."""
+    code = "import sys, ggn_jax; print(sorted({'flax', 'torch', 'optax', 'matfree'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,223 @@
+"""jit, vmap, grad, export to other platforms, sharding: the public functions under every transformation."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import ggn_jax
+from ggn_jax import BCEWithLogitsLoss, CrossEntropyLoss, LossHessian, MSELoss
+
+N, C = 6, 5
+CE = CrossEntropyLoss(np.linspace(0.5, 2, C), label_smoothing=0.1, ignore_index=1)
+BCE = BCEWithLogitsLoss(pos_weight=np.linspace(0.5, 2, C))
+# name: loss, outputs, targets
+PROBLEMS = {
+    "ce": (CE, (N, C), "indices"),
+    "ce-sequence": (CE, (N, C, 3), "indices"),
+    "ce-last": (CrossEntropyLoss(class_axis=-1), (N, 3, C), "last"),
+    "bce": (BCE, (N, C), "same"),
+    "mse": (MSELoss(), (N, 2, C), "same"),
+}
+
+
+def problem(name: str):
+    loss, shape, kind = PROBLEMS[name]
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    if kind == "same":
+        return loss, outputs, jnp.asarray(rng.uniform(size=shape), jnp.float32)
+    positions = shape[:-1] if kind == "last" else (shape[0], *shape[2:])
+    return loss, outputs, jnp.asarray(rng.integers(C, size=positions), jnp.int32)
+
+
+def functions(loss):
+    """Every public function of one problem, as `fn(outputs, targets, key)`."""
+    make = ggn_jax.make_batch_grad_output_fn
+    yield "type-2", make(loss, "type-2")
+    yield "mc", make(loss, "mc", 2)
+    yield "empirical", make(loss, "empirical")
+    yield "value", lambda f, y, key: loss(f, y)
+    yield "hessian", lambda f, y, key: LossHessian(loss, f, y).mv(f)
+    yield "sqrt", lambda f, y, key: LossHessian(loss, f, y).sqrt_mv(f)
+    yield "sqrt^T", lambda f, y, key: LossHessian(loss, f, y).sqrt_rmv(f)
+    yield "diagonal", lambda f, y, key: LossHessian(loss, f, y).diagonal()
+
+
+def operator_functions(loss):
+    def model_fn(params, x):
+        return jnp.tanh(x * params["scale"] + params["shift"])
+
+    def params_like(f):
+        return {"scale": jnp.ones((1, *f.shape[1:]), f.dtype), "shift": jnp.zeros((1, *f.shape[1:]), f.dtype)}
+
+    def solve(make):
+        def fn(f, y, key):
+            params = params_like(f)
+            operator = make(model_fn, loss, params, (f, y), key)
+            return lx.linear_solve(operator.damped(0.1), params, lx.CG(1e-4, 1e-4), throw=False).value["scale"]
+
+        return fn
+
+    yield "ggn", solve(lambda *args: ggn_jax.GGNLinearOperator(*args[:4]))
+    yield "ggn-mc", solve(lambda *args: ggn_jax.GGNLinearOperator(*args[:4], mc_samples=2, key=args[4]))
+    yield "ef", solve(lambda *args: ggn_jax.EFLinearOperator(*args[:4]))
+
+    def products(f, y, key):
+        args = model_fn, loss, params_like(f), (f, y)
+        diagonal = ggn_jax.GGNDiagonalLinearOperator(*args, chunk_size=2)
+        return ggn_jax.HessianLinearOperator(*args).mv(args[2]), diagonal.mv(args[2])
+
+    yield "hessian and diagonal", products
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_jit_and_vmap(name: str) -> None:
+    loss, outputs, targets = problem(name)
+    key = jax.random.key(0)
+    for label, fn in functions(loss):
+        want = fn(outputs, targets, key)
+        np.testing.assert_allclose(jax.jit(fn)(outputs, targets, key), want, rtol=2e-6, atol=1e-6, err_msg=label)
+        stacked = jax.vmap(fn)(jnp.stack([outputs, outputs + 1]), jnp.stack([targets, targets]), jax.random.split(key, 2))
+        assert stacked.shape == (2, *want.shape), label
+        np.testing.assert_allclose(stacked[0], fn(outputs, targets, jax.random.split(key, 2)[0]), rtol=2e-6, atol=1e-6)
+    for kind in ("type-2", "mc", "empirical", "forward-only"):
+        fn = ggn_jax.make_grad_output_fn(loss, kind, 2)
+        keys = jax.random.split(key, N)
+        got = jax.vmap(fn, out_axes=1)(outputs, targets, keys)
+        want = jnp.stack([fn(*args) for args in zip(outputs, targets, keys, strict=True)], axis=1)
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+
+
+def test_losses_are_pytrees() -> None:
+    """Weights are leaves: traced, differentiated and mapped over; options are static."""
+    f, y = jnp.zeros((N, C)), jnp.arange(N) % C
+
+    def value(loss: CrossEntropyLoss) -> jax.Array:
+        return loss(f + jnp.arange(C, dtype=float)[None], y)
+
+    loss = CrossEntropyLoss(jnp.ones(C), reduction="sum")
+    gradient = jax.jit(jax.grad(value))(loss)
+    assert isinstance(gradient, CrossEntropyLoss)
+    step = 1e-6
+    bumped = CrossEntropyLoss(jnp.ones(C).at[2].add(step), reduction="sum")
+    np.testing.assert_allclose(gradient.weight[2], (value(bumped) - value(loss)) / step, rtol=1e-6)
+    many = jax.vmap(lambda w: CrossEntropyLoss(w)(f, y))(jnp.ones((3, C)))
+    np.testing.assert_allclose(many, np.full(3, np.log(C)))
+    assert jax.tree.structure(CrossEntropyLoss()) != jax.tree.structure(CrossEntropyLoss(class_axis=-1))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_no_retrace_for_new_values(name: str) -> None:
+    loss, outputs, targets = problem(name)
+    # A user's loss, so that its methods can count how often they are traced.
+    traces = []
+
+    class Counted(ggn_jax.LikelihoodLoss):
+        curvature = "hessian"
+
+        def nll(self, f, y):
+            traces.append(1)
+            return (f - y) ** 2
+
+        def sample(self, key, f):
+            return f
+
+    outputs32 = outputs.astype(jnp.float32)
+    for make in (ggn_jax.make_batch_grad_output_fn, ggn_jax.make_grad_output_fn):
+        for kind in ("type-2", "mc", "empirical"):
+            make(Counted(), kind)(outputs32, outputs32, jax.random.key(0))
+            before = len(traces)
+            # A new function of an equal loss, and new values.
+            make(Counted(), kind)(outputs32 + 1, outputs32 - 1, jax.random.key(1))
+            assert len(traces) == before, kind
+
+    for label, fn in (*functions(loss), *operator_functions(loss)):
+        jitted = jax.jit(fn)
+        for seed in range(3):
+            jitted(outputs + seed, targets, jax.random.key(seed))
+        assert jitted._cache_size() == 1, label
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_cross_lowering(name: str) -> None:
+    """All public functions lower for CPU, CUDA and TPU, with nothing that only one of them has."""
+    loss, outputs, targets = problem(name)
+    for _, fn in (*functions(loss), *operator_functions(loss)):
+        # Raw key data: exported functions take no typed keys.
+        wrapped = lambda f, y, data, fn=fn: fn(f, y, jax.random.wrap_key_data(data))  # noqa: E731
+        args = (outputs, targets, jax.random.key_data(jax.random.key(0)))
+        exported = jax.export.export(jax.jit(wrapped), platforms=("cpu", "cuda", "tpu"))(*args)
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+        got, want = exported.call(*args), jax.jit(wrapped)(*args)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
+
+
+def test_export_with_a_symbolic_batch() -> None:
+    loss, outputs, targets = problem("ce-sequence")
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, *outputs.shape[1:]), outputs.dtype), jax.ShapeDtypeStruct((n, 3), targets.dtype)
+    fn = ggn_jax.make_batch_grad_output_fn(loss, "type-2")
+    exported = jax.export.export(jax.jit(fn))(*shapes)
+    for size in (1, 4):
+        np.testing.assert_allclose(
+            exported.call(outputs[:size], targets[:size]), fn(outputs[:size], targets[:size]), rtol=1e-6, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_sharded_batch_is_the_same(name: str) -> None:
+    """Data parallel on two devices: the reduction and the draws are those of one device."""
+    assert jax.device_count() >= 2
+    loss, outputs, targets = problem(name)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    shard = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    key = jax.random.key(0)
+    for label, fn in (*functions(loss), *operator_functions(loss)):
+        want = jax.jit(fn)(outputs, targets, key)
+        got = jax.jit(fn)(shard(outputs), shard(targets), key)
+        check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5, err_msg=label)
+        jax.tree.map(check, got, want)
+    eager = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(shard(outputs), shard(targets))
+    np.testing.assert_allclose(eager, ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_explicit_mesh(name: str) -> None:
+    """The vectors and the loss also take arrays of an explicit mesh, `jax.make_mesh`'s default."""
+    loss, outputs, targets = problem(name)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    shard = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    for kind in ("type-2", "mc", "empirical"):
+        fn = ggn_jax.make_batch_grad_output_fn(loss, kind, 2)
+        want = fn(outputs, targets, jax.random.key(0))
+        with jax.set_mesh(mesh):
+            got = jax.jit(fn)(shard(outputs), shard(targets), jax.random.key(0))
+        assert got.sharding.spec[1] == "data"
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss(shard(outputs), shard(targets)), loss(outputs, targets), rtol=1e-5)
+
+
+def test_empty_batches_and_positions() -> None:
+    for shape in ((0, C), (2, C, 0)):
+        f, y = jnp.zeros(shape), jnp.zeros((shape[0], *shape[2:]), int)
+        assert CrossEntropyLoss()(f, y) == 0
+        size = int(np.prod(shape[1:]))
+        for kind, num in (("type-2", size), ("mc", 3), ("empirical", 1), ("forward-only", 0)):
+            fn = ggn_jax.make_batch_grad_output_fn(CrossEntropyLoss(), kind, 3)
+            assert fn(f, y, jax.random.key(0)).shape == (num, *shape)
+        assert LossHessian(CrossEntropyLoss(), f, y).mv(f).shape == shape
+
+
+def test_structured_hessian_is_a_pytree() -> None:
+    loss, outputs, targets = problem("ce-sequence")
+    hessian = jax.jit(lambda f, y: LossHessian(loss, f, y))(outputs, targets)
+    want = LossHessian(loss, outputs, targets).mv(outputs)
+    np.testing.assert_allclose(jax.jit(lambda h, v: h.mv(v))(hessian, outputs), want, rtol=1e-6, atol=1e-7)
+    single = jax.vmap(lambda f, y: LossHessian(loss, f, y, batch=False).trace())(outputs, targets)
+    assert single.shape == (N,)
