@@ -129,6 +129,6 @@ class LikelihoodLoss(Loss):
 def missing_fisher_sqrt(loss: LikelihoodLoss) -> NotImplementedError:
     """The error for a loss without an exact factor."""
     return NotImplementedError(
-        f"{type(loss).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use Monte-Carlo"
-        " (fisher_type 'mc', mc_samples) or empirical vectors."
+        f"{type(loss).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use"
+        " Monte-Carlo (fisher_type 'mc', mc_samples) or empirical vectors."
     )

@@ -89,6 +89,11 @@ class Loss(eqx.Module):
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
         """What each term needs besides its output (a pytree), and the axes of its leaves that belong to one term."""
 
+    @property
+    def restricts_targets(self) -> bool:
+        """Whether there are targets of the right shape and dtype that are not of the loss's domain."""
+        return type(self).term_valid is not Loss.term_valid
+
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         """The targets that `term_valid` accepts, in words, for outputs of this shape."""
         return "in the domain of the loss"

@@ -353,7 +353,7 @@ def _integer(name: str, value: Any) -> int:
 
 def _check_weight(name: str, value: Array) -> Array:
     check_real(name, value)
-    if is_concrete(value) and not bool(jnp.all((value >= 0) & (value < jnp.inf))):
+    if is_concrete(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) < np.inf)):
         raise ValueError(
             f"{name} must be finite and not negative (a negative weight has no real square root); got {value}."
         )

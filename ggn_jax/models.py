@@ -42,6 +42,8 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}.")
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # its overloads hide the length
+    # The states' variables are the module's own: new ones are kept apart from what it changes later.
+    params, rest = jax.tree.map(lambda x: x, (params, rest))
     return _NNX(graph, rest, method), params
 
 
@@ -53,7 +55,7 @@ class _NNX(ModelFn):
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         from flax import nnx
 
-        return getattr(nnx.merge(self.graph, params, self.rest), self.method)(inputs)
+        return getattr(nnx.merge(self.graph, params, self.rest, copy=True), self.method)(inputs)
 
 
 def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyTree[Array]]:

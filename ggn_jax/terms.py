@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
+from ggn_jax._sharding import run_auto
 
 
 def term_axes(loss: Any, outputs: Shaped, batch: bool) -> tuple[int, ...]:
@@ -190,38 +191,43 @@ def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Arr
     if batch and outputs.ndim == 0:
         raise ValueError("outputs must have a leading batch axis, [N, *out]; got a scalar.")
     loss.check_shapes(outputs, targets, batch)
-    if all(is_concrete(leaf) for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)):
-        check_values(loss, outputs, targets, batch)
+    check_values(loss, outputs, targets, batch)
     return outputs, targets
 
 
-def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
-    """Refuse targets whose values the loss does not accept; they must not be traced."""
-    invalid, first = _find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)
-    if not int(invalid):
+def check_values(loss: Any, outputs: Shaped, targets: Array, batch: bool) -> None:
+    """Refuse targets whose values the loss does not accept, where they can be looked at."""
+    leaves = [leaf for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)]
+    if not loss.restricts_targets or not all(is_concrete(leaf) for leaf in leaves):
+        return
+    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+        count, first = np.asarray(_find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)).tolist()
+    if not count:
         return
     positions = term_positions(loss, outputs, batch)
-    where = tuple(int(i) for i in np.unravel_index(int(first), positions))
+    where = tuple(int(i) for i in np.unravel_index(first, positions))
     index: list[Any] = list(where)
     if targets.ndim > len(where):
         for axis in term_axes(loss, outputs, batch):
             index.insert(axis, slice(None))
     raise ValueError(
         f"targets must be {loss.target_domain(outputs.shape, batch)}; got {np.asarray(targets)[tuple(index)]} at"
-        f" position {where} ({int(invalid)} of {invalid.size if not positions else int(np.prod(positions))} terms are"
-        " out of range)."
+        f" position {where} ({count} of {math.prod(positions)} terms are out of range)."
     )
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "batch"))
-def _find_invalid(
-    loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any, batch: bool
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    terms = _lay_out(loss, jnp.zeros(shape, dtype), targets, batch)
-    invalid = ~terms.map(loss.term_valid)
-    if invalid.size == 0:
-        return jnp.zeros((), int), jnp.zeros((), int)
-    return jnp.sum(invalid), jnp.argmax(invalid)
+def _find_invalid(loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any, batch: bool) -> Int[Array, "2"]:
+    """How many terms have a target that is not valid, and the first of them."""
+
+    def find(targets: Array, loss: Any) -> Array:
+        terms = _lay_out(loss, jnp.zeros(shape, dtype), targets, batch)
+        invalid = ~terms.map(loss.term_valid)
+        if invalid.size == 0:
+            return jnp.zeros(2, jnp.int32)
+        return jnp.stack([jnp.sum(invalid, dtype=jnp.int32), jnp.argmax(invalid).astype(jnp.int32)])
+
+    return run_auto(find, targets, loss, keep=False)
 
 
 def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
@@ -232,13 +238,9 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
 
 
-def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool, r: Array | None = None) -> Terms:
-    """The terms of `loss` at `outputs`, which have a leading batch axis or not.
-
-    `r` is the reduction, if these are part of a larger batch: `reduction_factor` of the whole. Targets that the loss
-    does not accept, and that nobody could look at under `jit`, give NaN.
-    """
-    terms = _lay_out(loss, outputs, targets, batch)
+def _scaled(terms: Terms, r: Array | None) -> Terms:
+    """`terms` with `scale` and `r` filled in; `r` is that of these terms, if it is not given."""
+    loss = terms.loss
 
     def or_nan(fn: Callable[..., Array]) -> Callable[..., Array]:
         return lambda f, y: jnp.where(loss.term_valid(f, y), fn(f, y), jnp.nan)
@@ -253,6 +255,14 @@ def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool, r: Ar
     return replace(terms, scale=scale, r=r)
 
 
-def reduction_factor(loss: Any, outputs: jax.ShapeDtypeStruct, targets: Array) -> Float[Array, ""]:
-    """`r` of a batch, for which the outputs' values are not needed."""
-    return split_terms(loss, jnp.zeros(outputs.shape, outputs.dtype), targets, batch=True).r
+def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
+    """The terms of `loss` at `outputs`, which have a leading batch axis or not.
+
+    Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
+    """
+    return _scaled(_lay_out(loss, outputs, targets, batch), None)
+
+
+def part_of(whole: Terms, outputs: Array, operand: Any) -> Terms:
+    """The terms of part of a batch: its outputs, and its slice of `whole.operand`. The reduction is that of the whole."""
+    return _scaled(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from jax.experimental import checkify
 
-import ggn_jax
 from ggn_jax import (
     BCEWithLogitsLoss,
     CrossEntropyLoss,

@@ -32,7 +32,6 @@ with warnings.catch_warnings():
     import curvlinops
 
 N = 5
-CHUNKS = (None, 1, 3, N, N + 2)
 
 
 def assert_close(got: Any, want: Any, tol: float = 1e-11) -> None:
@@ -237,7 +236,8 @@ def mse_images() -> Problem:
 
 def mse_scalar() -> Problem:
     model_fn = lambda params, x: mlp(params, x)[:, 0]  # noqa: E731
-    return Problem("mse-scalar", model_fn, MLP_PARAMS, X, ggn_jax.MSELoss(reduction="sum"), normal("y", N), torch.nn.MSELoss)
+    loss = ggn_jax.MSELoss(reduction="sum")
+    return Problem("mse-scalar", model_fn, MLP_PARAMS, X, loss, normal("y", N), torch.nn.MSELoss)
 
 
 def bce_dict_inputs() -> Problem:
@@ -275,18 +275,41 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem:
 CE, CE_SUM = PROBLEMS[:2]
 MSE_ARGS = (mlp, ggn_jax.MSELoss(), MLP_PARAMS, (X, normal("y", N, 3)))
 
+FACTORIES: dict[str, Any] = {
+    "ggn": GGNLinearOperator,
+    "mc": lambda *args, **kwargs: GGNLinearOperator(*args, mc_samples=2, key=jax.random.key(0), **kwargs),
+    "ef": EFLinearOperator,
+    "hessian": HessianLinearOperator,
+    "diagonal": GGNDiagonalLinearOperator,
+    "mc-diagonal": lambda *args, **kwargs: GGNDiagonalLinearOperator(
+        *args, mc_samples=2, key=jax.random.key(0), **kwargs
+    ),
+}
+
 
 # Exact matrices. -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
 @every_problem
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
-    assert_close(ggn.as_matrix(), problem.ggn())
+    if chunk_size != 3:
+        assert_close(ggn.as_matrix(), problem.ggn())
+        return
     product = ggn.mv(problem.vector)
     assert jax.tree.structure(product) == jax.tree.structure(problem.params)
     assert_close(flat(product), problem.ggn() @ flat(problem.vector))
+
+
+@pytest.mark.parametrize("chunk_size", [N - 1, N, N + 2])
+def test_other_chunk_sizes(chunk_size: int) -> None:
+    """One less than, equal to and more than the batch."""
+    for operator, want in (
+        (GGNLinearOperator(*CE.args, chunk_size=chunk_size), CE.ggn()),
+        (EFLinearOperator(*CE.args, chunk_size=chunk_size), CE.ef("term")),
+    ):
+        assert_close(flat(operator.mv(CE.vector)), want @ flat(CE.vector))
 
 
 @every_problem
@@ -297,15 +320,14 @@ def test_oracle_in_jax_agrees(problem: Problem) -> None:
     assert_close(problem.jacobian().T @ np.asarray(hessian).reshape(size, size) @ problem.jacobian(), problem.ggn())
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("chunk_size", [None, 3])
 @every_problem
 def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     hessian = HessianLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
-@pytest.mark.parametrize("per", ["term", "datum"])
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize(("per", "chunk_size"), [("term", None), ("term", 3), ("datum", 1)])
 @every_problem
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
@@ -317,7 +339,7 @@ def test_ef_of_terms_and_of_data_differ() -> None:
     assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
 
 
-@pytest.mark.parametrize(("chunk_size", "vector_chunk_size"), [(None, 1), (1, 2), (3, 5), (N + 2, 100)])
+@pytest.mark.parametrize(("chunk_size", "vector_chunk_size"), [(None, 1), (3, 2), (N + 2, 100)])
 @every_problem
 def test_diagonal(problem: Problem, chunk_size: int | None, vector_chunk_size: int) -> None:
     diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=chunk_size, vector_chunk_size=vector_chunk_size)
@@ -325,9 +347,9 @@ def test_diagonal(problem: Problem, chunk_size: int | None, vector_chunk_size: i
     assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_all_ignored_is_zero(reduction: str) -> None:
-    loss = ggn_jax.CrossEntropyLoss(ignore_index=0, reduction=reduction)
+def test_all_ignored_is_zero() -> None:
+    """0/0 counts as 0."""
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=0)
     args = mlp, loss, MLP_PARAMS, (X, np.zeros(N, int))
     for operator in (
         GGNLinearOperator(*args),
@@ -374,6 +396,7 @@ def test_ggn_of_deep_linear_net_that_fits_is_hessian() -> None:
 # Against curvlinops. -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", ["mse", "ce", "bce"])
 def test_curvlinops(name: str, reduction: str) -> None:
@@ -400,7 +423,7 @@ def test_curvlinops(name: str, reduction: str) -> None:
         (HessianLinearOperator(*args), curvlinops.HessianLinearOperator),
         (EFLinearOperator(*args, per="datum"), curvlinops.EFLinearOperator),
     ):
-        want = cls(net, torchs(reduction=reduction), dict(net.named_parameters()), data) @ eye
+        want = cls(net, torchs(reduction=reduction), list(net.parameters()), data) @ eye
         assert_close(operator.as_matrix(), want.detach().numpy())
 
 
@@ -412,10 +435,10 @@ def test_monte_carlo_draws(problem: Problem) -> None:
     """The same for every chunk size and for the diagonal; a function of the key."""
     key = jax.random.key(0)
     matrix = GGNLinearOperator(*problem.args, mc_samples=2, key=key).as_matrix()
-    for chunk_size in (1, 3):
+    for chunk_size in (1, 3) if problem is CE else (3,):
         chunked = GGNLinearOperator(*problem.args, mc_samples=2, key=key, chunk_size=chunk_size)
-        assert_close(chunked.as_matrix(), matrix)
-    for chunk_size, vector_chunk_size in ((None, 1), (3, 2)):
+        assert_close(flat(chunked.mv(problem.vector)), matrix @ flat(problem.vector))
+    for chunk_size, vector_chunk_size in ((None, 1), (3, 2)) if problem is CE else ((3, 2),):
         options = {"chunk_size": chunk_size, "vector_chunk_size": vector_chunk_size}
         diagonal = GGNDiagonalLinearOperator(*problem.args, mc_samples=2, key=key, **options)
         assert_close(flat(diagonal.entries), np.diagonal(matrix))
@@ -517,17 +540,17 @@ def test_cg_refuses_the_hessian() -> None:
 
 def test_preconditioned_cg() -> None:
     """Badly scaled inputs: the diagonal saves steps, and both give the solution."""
-    x = X * jnp.array([[1.0, 30.0, 0.03]])
-    args = mlp, ggn_jax.MSELoss(), jax.tree.map(lambda p: 0.1 * p, MLP_PARAMS), (x, normal("y", N, 3))
-    ggn = GGNLinearOperator(*args)
-    damping = 1e-3
-    want = dense_solve(np.asarray(ggn.as_matrix()), CE.vector, damping)
+    x = normal("many", 60, 12) * jnp.logspace(-1.0, 1.0, 12)[None]
+    params, v = normal("linear", 12), normal("right-hand side", 12)
+    args = (lambda params, x: x @ params), ggn_jax.MSELoss(), params, (x, normal("y", 60))
+    ggn, damping = GGNLinearOperator(*args).damped(1e-3), 1e-3
+    want = dense_solve(2 / 60 * np.asarray(x).T @ np.asarray(x), v, damping)
     solver = lx.CG(rtol=1e-9, atol=1e-9, max_steps=500)
-    plain = lx.linear_solve(ggn.damped(damping), CE.vector, solver)
+    plain = lx.linear_solve(ggn, v, solver)
     options = {"preconditioner": GGNDiagonalLinearOperator(*args).damped(damping).inverse()}
-    preconditioned = lx.linear_solve(ggn.damped(damping), CE.vector, solver, options=options)
-    assert_close(flat(plain.value), want, 1e-5)
-    assert_close(flat(preconditioned.value), want, 1e-5)
+    preconditioned = lx.linear_solve(ggn, v, solver, options=options)
+    assert_close(plain.value, want, 1e-5)
+    assert_close(preconditioned.value, want, 1e-5)
     assert preconditioned.stats["num_steps"] < plain.stats["num_steps"]
 
 
@@ -591,32 +614,39 @@ def test_tags() -> None:
         assert lx.is_diagonal(operator) == (operator is diagonal)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize(
-    "make",
-    [
-        GGNLinearOperator,
-        lambda *args, **kwargs: GGNLinearOperator(*args, mc_samples=2, key=jax.random.key(0), **kwargs),
-        EFLinearOperator,
-        HessianLinearOperator,
-        GGNDiagonalLinearOperator,
-    ],
-    ids=["ggn", "mc", "ef", "hessian", "diagonal"],
+    ("name", "chunk_size"),
+    [("ggn", None), ("ef", 3), ("diagonal", None)],
 )
-def test_other_forms_of_the_same_operator(make: Any, chunk_size: int | None) -> None:
+def test_other_forms_of_the_same_operator(name: str, chunk_size: int | None) -> None:
     """Linearised, materialised, through `jit`: the same matrix; also with damping."""
     problem = PROBLEMS[2]
-    operator = make(*problem.args, chunk_size=chunk_size)
-    for form, shift in ((operator, 0.0), (operator.damped(DAMPING), DAMPING)):
-        want = np.asarray(operator.as_matrix()) + shift * np.eye(operator.in_size())
-        v = flat(problem.vector)
-        assert_close(lx.diagonal(form), np.diagonal(want))
-        assert_close(flat(lx.linearise(form).mv(problem.vector)), want @ v)
-        assert_close(lx.linearise(form).as_matrix(), want)
-        assert_close(lx.materialise(form).as_matrix(), want)
-        assert_close(flat(lx.conj(form).mv(problem.vector)), want @ v)
-        assert_close(flat(jax.jit(lambda operator, v: operator.mv(v))(form, problem.vector)), want @ v)
-        assert_close(flat(jax.jit(lambda operator, v: lx.linearise(operator).mv(v))(form, problem.vector)), want @ v)
+    operator = FACTORIES[name](*problem.args, chunk_size=chunk_size)
+    matrix, v = np.asarray(operator.as_matrix()), flat(problem.vector)
+    assert_close(lx.linearise(operator).as_matrix(), matrix)
+    assert_close(flat(lx.conj(operator).mv(problem.vector)), matrix @ v)
+    damped, want = operator.damped(DAMPING), matrix + DAMPING * np.eye(len(matrix))
+    assert_close(lx.diagonal(damped), np.diagonal(want))
+    assert_close(flat(lx.linearise(damped).mv(problem.vector)), want @ v)
+    assert_close(lx.materialise(damped).as_matrix(), want)
+    assert_close(flat(jax.jit(lambda operator, v: lx.linearise(operator).mv(v))(damped, problem.vector)), want @ v)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_matrix_of_linearised_damped_operator(chunk_size: int | None) -> None:
+    linearised = lx.linearise(GGNLinearOperator(*CE.args, chunk_size=chunk_size).damped(DAMPING))
+    assert_close(linearised.as_matrix(), CE.ggn() + DAMPING * np.eye(len(CE.ggn())))
+
+
+def test_as_an_argument_of_jit() -> None:
+    @jax.jit
+    def product(operator: lx.AbstractLinearOperator, v: Any) -> Any:
+        return operator.mv(v)
+
+    for cls in (GGNLinearOperator, EFLinearOperator, GGNDiagonalLinearOperator):
+        operator = cls(*CE.args)
+        for form in (operator, operator.damped(DAMPING)):
+            assert_close(flat(product(form, CE.vector)), flat(form.mv(CE.vector)))
 
 
 def test_linearised_operator_solves() -> None:
@@ -632,7 +662,7 @@ def test_damping_must_be_a_number(damping: Any) -> None:
             operator.damped(damping)
 
 
-@pytest.mark.parametrize("damping", [0, 1, 0.5, np.float32(0.5), np.array(0.5), jnp.asarray(2), jnp.float32(0.5)], ids=repr)
+@pytest.mark.parametrize("damping", [0, 1, 0.5, np.float32(0.5), np.array(0.5), jnp.asarray(2)], ids=repr)
 def test_numbers_for_damping(damping: Any) -> None:
     matrix = CE.ggn() + float(damping) * np.eye(len(CE.ggn()))
     damped = GGNLinearOperator(*CE.args).damped(damping)
@@ -653,7 +683,16 @@ def test_constructed_under_jit_with_traced_targets() -> None:
     assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2, N])
+def test_constructed_under_jit_with_constant_targets() -> None:
+    """Targets from outside of the `jit`, JAX's or NumPy's, are constants in it."""
+    want = CE.ggn() @ flat(CE.vector)
+    for targets in (np.asarray(CE.targets), jnp.asarray(CE.targets)):
+        batch = CE.inputs, targets
+        product = jax.jit(lambda params, batch=batch: GGNLinearOperator(mlp, CE.loss, params, batch).mv(CE.vector))
+        assert_close(flat(product(CE.params)), want)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize(
     "solver", [lx.CG(rtol=1e-10, atol=1e-10), lx.Cholesky()], ids=lambda solver: type(solver).__name__
 )
@@ -713,19 +752,8 @@ def test_gradient_through_a_solve() -> None:
 # Tracing. ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize(
-    "make",
-    [
-        GGNLinearOperator,
-        lambda *args, **kwargs: GGNLinearOperator(*args, mc_samples=2, key=jax.random.key(0), **kwargs),
-        EFLinearOperator,
-        HessianLinearOperator,
-        GGNDiagonalLinearOperator,
-    ],
-    ids=["ggn", "mc", "ef", "hessian", "diagonal"],
-)
-def test_nothing_is_traced_anew(make: Any, chunk_size: int | None) -> None:
+@pytest.mark.parametrize(("name", "chunk_size"), [*((name, 2) for name in FACTORIES), ("ggn", None), ("ef", None)])
+def test_nothing_is_traced_anew(name: str, chunk_size: int | None) -> None:
     """A training loop makes a new operator each step, with values of the same shapes."""
     traces = 0
 
@@ -737,7 +765,7 @@ def test_nothing_is_traced_anew(make: Any, chunk_size: int | None) -> None:
     def step(i: int) -> Any:
         params = jax.tree.map(lambda p: p * (1 + 0.1 * i), MLP_PARAMS)
         loss = ggn_jax.CrossEntropyLoss(np.ones(3) + i, ignore_index=0)
-        operator = make(model_fn, loss, params, (X + i, integers(str(i), 3, N)), chunk_size=chunk_size)
+        operator = FACTORIES[name](model_fn, loss, params, (X + i, integers(str(i), 3, N)), chunk_size=chunk_size)
         return operator.mv(params), operator.damped(0.1 * i).mv(params)
 
     first = step(0)
@@ -764,7 +792,7 @@ def test_matfree_trace_and_diagonal() -> None:
 
     sampler = stochtrace.sampler_signs(CE.params, num=4000)
     estimate = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace_and_diagonal(), sampler)
-    mean, sem = jax.jit(estimate, static_argnums=0)(ggn.mv, jax.random.key(0))
+    mean, sem = jax.jit(lambda key: estimate(ggn.mv, key))(jax.random.key(0))
 
     assert abs(mean["trace"] - np.trace(CE.ggn())) < 6 * sem["trace"]
     assert sem["trace"] < 0.02 * np.trace(CE.ggn())
@@ -795,7 +823,7 @@ def test_matfree_log_determinant() -> None:
     integrand = funm.monte_carlo_funm_sym_logdet(decomp.tridiag_sym(15))
     sampler = stochtrace.sampler_signs(CE.params, num=1000)
     estimate = stochtrace.estimator_monte_carlo_mean_and_sem(integrand, sampler)
-    mean, sem = jax.jit(estimate, static_argnums=0)(ggn.mv, jax.random.key(0))
+    mean, sem = jax.jit(lambda key: estimate(ggn.mv, key))(jax.random.key(0))
 
     want = np.linalg.slogdet(CE.ggn() + DAMPING * np.eye(len(CE.ggn())))[1]
     assert abs(mean - want) < 6 * sem
@@ -804,20 +832,9 @@ def test_matfree_log_determinant() -> None:
 
 # Precision. ----------------------------------------------------------------------------------------------------------
 
-FACTORIES = {
-    "ggn": GGNLinearOperator,
-    "mc": lambda *args, **kwargs: GGNLinearOperator(*args, mc_samples=2, key=jax.random.key(0), **kwargs),
-    "ef": EFLinearOperator,
-    "hessian": HessianLinearOperator,
-    "diagonal": GGNDiagonalLinearOperator,
-    "mc-diagonal": lambda *args, **kwargs: GGNDiagonalLinearOperator(
-        *args, mc_samples=2, key=jax.random.key(0), **kwargs
-    ),
-}
-
 
 @pytest.mark.parametrize(("dtype", "tol"), [("float32", 1e-5), ("bfloat16", 0.06)])
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", ["ggn", "mc", "ef", "hessian", "diagonal"])
 def test_low_precision(name: str, dtype: str, tol: float) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), MLP_PARAMS)
     vector = jax.tree.map(lambda p: p.astype(dtype), CE.vector)
@@ -831,7 +848,7 @@ def test_low_precision(name: str, dtype: str, tol: float) -> None:
     if not name.startswith("mc"):  # draws depend on the dtype
         assert error < tol
     assert np.isfinite(error)
-    assert operator.as_matrix().dtype == dtype
+    assert jax.eval_shape(operator.as_matrix).dtype == dtype
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -850,7 +867,7 @@ def test_mixed_dtypes(name: str) -> None:
     assert jax.tree.map(lambda x: x.dtype, product) == jax.tree.map(lambda x: x.dtype, params)
     assert_close(flat(product), reference @ flat(vector), 1e-5)
     assert_close(operator.as_matrix(), reference, 1e-5)
-    assert_close(operator.damped(DAMPING).as_matrix(), reference + DAMPING * np.eye(len(reference)), 1e-5)
+    assert_close(flat(operator.damped(DAMPING).mv(vector)), flat(product) + DAMPING * flat(vector), 1e-6)
     assert_close(lx.diagonal(operator), np.diagonal(reference), 1e-5)
 
 
@@ -862,8 +879,8 @@ def test_solve_with_mixed_dtypes() -> None:
         return mlp({**params, "w2": params["w2"].astype("float64")}, x)
 
     operator = GGNLinearOperator(model_fn, CE.loss, params, (X, CE.targets)).damped(DAMPING)
-    with jax.numpy_dtype_promotion("standard"):  # lineax's inner products
-        solution = lx.linear_solve(operator, vector, lx.CG(rtol=1e-6, atol=1e-6)).value
+    with jax.numpy_dtype_promotion("standard"):  # of lineax
+        solution = lx.linear_solve(operator, vector, lx.LU()).value
     assert jax.tree.map(lambda x: x.dtype, solution) == jax.tree.map(lambda x: x.dtype, params)
     assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-3)
 
@@ -892,7 +909,7 @@ class SubclassedCrossEntropyLoss(ggn_jax.CrossEntropyLoss):
             re.escape("params['deep'][1]['step'] must be a floating JAX array; got int"),
         ),
         ((MODEL, LOSS, {**PARAMS, "rate": 0.1}, (INPUTS, TARGETS)), {}, TypeError, r"params\['rate'\] .* got float"),
-        ((MODEL, LOSS, {**PARAMS, "w1": np.ones((3, 4))}, (INPUTS, TARGETS)), {}, TypeError, r"params\['w1'\] .* ndarray"),
+        ((MODEL, LOSS, {**PARAMS, "w1": np.ones((3, 4))}, (INPUTS, TARGETS)), {}, TypeError, r"\['w1'\] .* ndarray"),
         ((MODEL, LOSS, PARAMS, INPUTS), {}, TypeError, r"batch must be a pair \(inputs, targets\)"),
         ((MODEL, LOSS, PARAMS, (INPUTS, TARGETS, TARGETS)), {}, TypeError, "batch must be a pair"),
         ((MODEL, LOSS, PARAMS, (INPUTS, TARGETS[:-1])), {}, ValueError, r"common leading batch axis.*\(5, 3\).*\(4,\)"),
@@ -918,7 +935,7 @@ class SubclassedCrossEntropyLoss(ggn_jax.CrossEntropyLoss):
         ((MODEL, jnp.square, PARAMS, (INPUTS, TARGETS)), {}, NotImplementedError, "loss must be one of"),
         ((MODEL, torch.nn.MSELoss(), PARAMS, (INPUTS, TARGETS)), {}, NotImplementedError, "CrossEntropyLoss"),
         ((MODEL, SubclassedCrossEntropyLoss(), PARAMS, (INPUTS, TARGETS)), {}, NotImplementedError, "is a subclass of"),
-        ((MODEL, LOSS, PARAMS, (INPUTS, TARGETS + 1)), {}, ValueError, "targets must be class indices from 0 to 2 .*got 3"),
+        ((MODEL, LOSS, PARAMS, (INPUTS, np.full(N, 3))), {}, ValueError, "class indices from 0 to 2 .*got 3"),
         ((MODEL, ggn_jax.BCEWithLogitsLoss(), PARAMS, (INPUTS, 2 + INPUTS * 0)), {}, ValueError, "between 0 and 1"),
         ((MODEL, LOSS, PARAMS, (INPUTS, TARGETS[:, None])), {}, ValueError, r"targets must have shape \(5,\)"),
         ((MODEL, ggn_jax.MSELoss(), PARAMS, (INPUTS, TARGETS * 1.0)), {}, ValueError, "must have the outputs' shape"),

@@ -3,9 +3,11 @@
 import abc
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -60,7 +62,7 @@ def _jitted_mv(operator: CurvatureLinearOperator, v: PyTree[Array]) -> PyTree[Ar
     return operator._mv(v)
 
 
-@jax.jit
+@eqx.filter_jit  # a damped operator may hold one of lineax's, with leaves that are not arrays
 def _as_matrix(operator: SymmetricLinearOperator) -> Float[Array, "P P"]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
@@ -126,6 +128,12 @@ class DampedLinearOperator(SymmetricLinearOperator):
     """`operator + damping * I` for a symmetric `operator`; made by `operator.damped(damping)`.
 
     **Raises:** ValueError if `damping` is not a number, or negative.
+
+    >>> import jax.numpy as jnp, lineax as lx
+    >>> ones = lx.MatrixLinearOperator(jnp.ones((2, 2)), lx.positive_semidefinite_tag)
+    >>> print(DampedLinearOperator(ones, 0.5).as_matrix())
+    [[1.5 1. ]
+     [1.  1.5]]
     """
 
     operator: lx.AbstractLinearOperator
@@ -135,7 +143,7 @@ class DampedLinearOperator(SymmetricLinearOperator):
         damping = as_array("damping", damping)
         if damping.ndim:
             raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
-        if is_concrete(damping) and not damping >= 0:
+        if is_concrete(damping) and not np.asarray(damping) >= 0:
             raise ValueError(f"damping must not be negative; got {damping}.")
         self.operator = operator
         self.damping = damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(jnp.float32)

@@ -100,7 +100,8 @@ register(GGNDiagonalLinearOperator, positive_semidefinite=True, diagonal=True)
 
 @lx.diagonal.register(GGNDiagonalLinearOperator)
 def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
-    return ravel_pytree(operator.entries)[0]
+    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+        return ravel_pytree(operator.entries)[0]
 
 
 @partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
@@ -109,11 +110,11 @@ def _diagonal(problem: Problem, key: Array | None, mc_samples: int, vector_chunk
     num = mc_samples or math.prod(problem.outputs.shape[1:])
     keys = () if key is None else (jax.random.split(key, size),)
 
-    def datum(r: Array, inputs: PyTree, target: Array, *key: Array) -> PyTree[Array]:
+    def datum(terms_at: Any, inputs: PyTree, operand: Any, *key: Array) -> PyTree[Array]:
         """The sum over vectors of squared gradients of one datum, as a batch of one."""
-        inputs, target = jax.tree.map(lambda x: x[None], (inputs, target))
+        inputs, operand = jax.tree.map(lambda x: x[None], (inputs, operand))
         outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
-        terms = problem.terms(r, outputs, target)
+        terms = terms_at(outputs, operand)
         drawn = terms.drawn_gradients(key[0][None], num) / math.sqrt(num) if key else None
 
         def squared(index: Array) -> PyTree[Array]:
@@ -136,8 +137,8 @@ def _diagonal(problem: Problem, key: Array | None, mc_samples: int, vector_chunk
             total, _ = add(total, jnp.arange(whole, num))
         return total
 
-    def chunk(r: Array, *data: PyTree) -> PyTree[Array]:
-        squares = jax.vmap(partial(datum, r))(*data)
+    def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
+        squares = jax.vmap(partial(datum, terms_at))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     return problem.sum_over_chunks(chunk, *keys)

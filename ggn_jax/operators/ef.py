@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._fusion import fusion_boundary
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
 from ggn_jax.operators.problem import Problem, pose
@@ -55,14 +56,14 @@ class EFLinearOperator(CurvatureLinearOperator):
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
 
-        def product(r: Array, inputs: PyTree, targets: Array) -> PyTree[Array]:
+        def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
             outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
-            terms = problem.terms(r, outputs, targets)
+            terms = terms_at(outputs, operand)
             g = terms.gradients()
             axes = terms.axes if self.per == "term" else tuple(range(1, g.ndim))
-            inner = jnp.sum(g * jvp(v).astype(g.dtype), axis=axes, keepdims=True)
+            inner = jnp.sum(g * fusion_boundary(jvp(v)).astype(g.dtype), axis=axes, keepdims=True)
             # Where everything is ignored, r is infinite and g is 0.
-            cotangent = jnp.where(g == 0, 0, r * inner * g)
+            cotangent = jnp.where(g == 0, 0, terms.r * inner * g)
             return jax.linear_transpose(jvp, problem.params)(cotangent.astype(terms.dtype))[0]
 
         return problem.sum_over_chunks(product)

@@ -10,10 +10,12 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count, check_key
+from ggn_jax._fusion import fusion_boundary
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
 from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.terms import Terms
 
 
 class GGNLinearOperator(CurvatureLinearOperator):
@@ -87,9 +89,9 @@ class GGNLinearOperator(CurvatureLinearOperator):
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
 
-        def product(r: Array, inputs: PyTree, targets: Array, *keys: Array) -> PyTree[Array]:
+        def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
             outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
-            curved = self._curve(r, outputs, targets, keys, jvp(v))
+            curved = self._curve(terms_at(outputs, operand), keys, jvp(v))
             return jax.linear_transpose(jvp, problem.params)(curved)[0]
 
         return problem.sum_over_chunks(product, *self._keys())
@@ -97,9 +99,9 @@ class GGNLinearOperator(CurvatureLinearOperator):
     def _keys(self) -> tuple[Array, ...]:
         return () if self.key is None else (jax.random.split(self.key, self.problem.targets.shape[0]),)
 
-    def _curve(self, r: Array, outputs: Array, targets: Array, keys: tuple[Array, ...], tangent: Array) -> Array:
+    def _curve(self, terms: Terms, keys: tuple[Array, ...], tangent: Array) -> Array:
         """The loss Hessian times `tangent`."""
-        terms = self.problem.terms(r, outputs, targets)
+        tangent = fusion_boundary(tangent)
         if not keys:
             return terms.product("mv", tangent)
         vectors = terms.drawn_gradients(keys[0], self.mc_samples)
@@ -122,8 +124,9 @@ def _linearise(operator: GGNLinearOperator) -> lx.AbstractLinearOperator:
     keys = operator._keys()
 
     def mv(v: PyTree[Array]) -> PyTree[Array]:
-        def product(r: Array, inputs: PyTree, targets: Array, *keys: Array) -> PyTree[Array]:
-            return jax.linear_transpose(jvp, problem.params)(operator._curve(r, outputs, targets, keys, jvp(v)))[0]
+        def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
+            curved = operator._curve(terms_at(outputs, operand), keys, jvp(v))
+            return jax.linear_transpose(jvp, problem.params)(curved)[0]
 
         return problem.sum_over_chunks(product, *keys)
 

@@ -46,9 +46,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
 
-        def product(r: Array, inputs: PyTree, targets: Array) -> PyTree[Array]:
+        def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
             def value(params: PyTree[Array]) -> Array:
-                return problem.terms(r, problem.model_fn(params, inputs), targets).loss_value()
+                return terms_at(problem.model_fn(params, inputs), operand).loss_value()
 
             return jax.jvp(jax.grad(value), (problem.params,), (v,))[1]
 

@@ -1,18 +1,19 @@
 """A model, its parameters, a loss and a batch: checked once, and summed over chunks of the batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._supported import check_loss
 from ggn_jax.loss import Loss
-from ggn_jax.terms import Terms, check_values, reduction_factor, split_terms
+from ggn_jax.terms import check_values, part_of, split_terms
 
 
 class Problem(eqx.Module):
@@ -27,30 +28,31 @@ class Problem(eqx.Module):
     chunk_size: int | None = eqx.field(static=True)
 
     def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Array) -> PyTree[Array]:
-        """The sum over chunks of the batch of `fn(r, inputs, targets, *per_datum)`, `r` the whole batch's reduction."""
-        r = reduction_factor(self.loss, self.outputs, self.targets)
-        data = (self.inputs, self.targets, *per_datum)
+        """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.
+
+        `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is the whole batch's, and whatever
+        the loss holds per datum is cut along with the data.
+        """
+        # The reduction does not depend on the outputs' values.
+        zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
+        whole = split_terms(self.loss, zeros, self.targets, batch=True)
+        fn = partial(fn, partial(part_of, whole))
+        data = (self.inputs, whole.operand, *per_datum)
         size = self.targets.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
-            return fn(r, *data)
-        whole = size - size % self.chunk_size
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.chunk_size, *x.shape[1:]), data)
+            return fn(*data)
+        even = size - size % self.chunk_size
+        chunks = jax.tree.map(lambda x: x[:even].reshape(-1, self.chunk_size, *x.shape[1:]), data)
 
         def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, fn(r, *chunk)), None
+            return jax.tree.map(jnp.add, total, fn(*chunk)), None
 
-        start = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, r, *jax.tree.map(lambda x: x[0], chunks))
-        )
+        structure = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], chunks))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure)
         total, _ = jax.lax.scan(add, start, chunks)
-        if whole < size:
-            rest = fn(r, *jax.tree.map(lambda x: x[whole:], data))
-            total = jax.tree.map(jnp.add, total, rest)
+        if even < size:
+            total = jax.tree.map(jnp.add, total, fn(*jax.tree.map(lambda x: x[even:], data)))
         return total
-
-    def terms(self, r: Float[Array, ""], outputs: Array, targets: Array) -> Terms:
-        """The loss's terms for part of the batch."""
-        return split_terms(self.loss, outputs, targets, batch=True, r=r)
 
 
 class _ClosedOver(eqx.Module):
@@ -109,8 +111,7 @@ def pose(
     if outputs.shape[:1] != (size,):
         raise ValueError(f"model_fn must return an array [N, *out] with N = {size}; got shape {outputs.shape}.")
     loss.check_shapes(outputs, targets, True)
-    if all(is_concrete(leaf) for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)):
-        check_values(loss, outputs, targets, True)
+    check_values(loss, outputs, targets, True)
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
         # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
         parts = {size} if chunk_size is None or chunk_size >= size else {chunk_size, size % chunk_size} - {0}

@@ -1,0 +1,88 @@
+"""Every example of the docstrings and the README runs, with JAX as users have it: no 64-bit types or strict modes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ggn_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+DOCTESTS = """
+import doctest, importlib, pkgutil, sys
+import ggn_jax
+
+modules = ["ggn_jax", *(m.name for m in pkgutil.walk_packages(ggn_jax.__path__, "ggn_jax."))]
+failed = attempted = 0
+for name in modules:
+    result = doctest.testmod(importlib.import_module(name))
+    failed += result.failed
+    attempted += result.attempted
+print(f"{len(modules)} modules, {attempted} examples, {failed} failed")
+sys.exit(bool(failed or not attempted))
+"""
+
+BLOCKS = """
+import doctest, json, sys, traceback
+
+failed = 0
+for line, block in json.load(sys.stdin):
+    name, namespace = f"README.md from line {line}", {"__name__": "__main__"}
+    try:
+        if block.startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(block, namespace, name, name, line)
+            failed += doctest.DocTestRunner().run(test).failed
+        else:
+            exec(compile(block, name, "exec"), namespace)
+    except Exception:
+        print(f"{name}:", traceback.format_exc(), block, sep="\\n")
+        failed += 1
+sys.exit(bool(failed))
+"""
+
+
+def run(script: str, cwd: Path, stdin: str | None = None) -> None:
+    """Run `script` in a fresh interpreter that finds the same package, with warnings as errors."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
+    env |= {"PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent), "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        input=stdin or "",
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def readme() -> str:
+    assert README.is_file(), f"{README} is missing"
+    return README.read_text(encoding="utf-8")
+
+
+def test_docstrings(tmp_path: Path) -> None:
+    run(DOCTESTS, tmp_path)
+
+
+def test_readme(tmp_path: Path) -> None:
+    text = readme()
+    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [(text.count("\n", 0, fence.start()) + 2, fence[1]) for fence in fences]
+    assert blocks, "README.md has no ```python block"
+    assert len(blocks) == text.count("```python"), "a block is indented or not closed"
+    run(BLOCKS, tmp_path, json.dumps(blocks))
+
+
+def test_readme_says_how_to_test() -> None:
+    """`.ci/run` runs this very command."""
+    commands = re.findall(r"^<!-- test-command -->\n+```\w*\n([^\n]+)\n```$", readme(), flags=re.MULTILINE)
+    assert len(commands) == 1
+    (constraints,) = re.findall(r"-c (\S+)", commands[0])
+    assert (ROOT / constraints).is_file()

@@ -1,0 +1,191 @@
+"""Rules of the project: the direction of imports, public interfaces only, documented names, a light import."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ggn_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(ggn_jax.__path__[0])
+
+# From low to high: a module imports from lower layers only, and all modules are here.
+LAYERS = [
+    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding", "term_hessian"},
+    {"terms"},
+    {"loss"},
+    {"losses", "likelihood"},
+    {"_supported"},
+    {"grad_output", "loss_hessian", "models"},
+    {"operators.base", "operators.problem"},
+    {"operators.ggn", "operators.ef", "operators.hessian", "operators.diagonal"},
+    {"operators"},
+    {""},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LIBRARIES = {"jax", "numpy", "equinox", "lineax", "jaxtyping"}
+# Nothing below these (parts, so that this file does not name them).
+PRIVATE = [("jax", "core"), ("jax", "interpreters"), ("jaxlib",), ("equinox", "internal"), ("torch", "_functorch")]
+WITHOUT_EXAMPLE = {"Loss"}  # abstract
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules, by their names without `ggn_jax.`."""
+    paths = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(part for part in parts if part != "__init__"): path for parts, path in paths.items()}
+
+
+def sources() -> list[Path]:
+    """All Python files of the project."""
+    rest = [path for folder in ("tests", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [*modules().values(), *rest]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """(the module, what is taken from it or "", the name it is bound to) of each import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, "", alias.asname or alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"relative import in line {node.lineno}"
+            for alias in node.names:
+                yield node.module or "", alias.name, alias.asname or alias.name
+
+
+class WithoutFunctions(ast.NodeTransformer):
+    """What is left runs when the module is imported."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        return None
+
+
+def uses(tree: ast.AST) -> set[str]:
+    """The dotted names of everything that is imported, and of all attributes looked up on it."""
+    names, bound = set(), {}
+    for module, taken, name in imports(tree):
+        full = f"{module}.{taken}" if taken else module
+        names.add(full)
+        bound[name] = full if taken or name not in full.split(".")[:1] else name
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in bound:
+            names.add(".".join([bound[node.id], *reversed(parts)]))
+    return names
+
+
+def is_private(name: str) -> bool:
+    """Whether a dotted name is not of another project's public interface."""
+    parts = name.split(".")
+    if parts[0] == "ggn_jax":
+        return False
+    hidden = any(part.startswith("_") and not part.endswith("__") for part in parts)
+    return hidden or any(tuple(parts[: len(start)]) == start for start in PRIVATE)
+
+
+def test_layers_are_the_modules() -> None:
+    assert set(LEVEL) == set(modules())
+    assert sum(map(len, LAYERS)) == len(LEVEL)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports(name: str) -> None:
+    tree = parse(modules()[name])
+    at_import = {module for module, _, _ in imports(WithoutFunctions().visit(parse(modules()[name])))}
+    for module in {module for module, _, _ in imports(tree)}:
+        top, _, inner = module.partition(".")
+        if top == "ggn_jax":
+            assert LEVEL[inner] < LEVEL[name], f"{name or 'ggn_jax'} imports {module}"
+            assert name != "models" or inner == "_frozen", "models is separate from the rest"
+        elif top == "flax":
+            assert name == "models"
+            assert module not in at_import
+        else:
+            assert top in LIBRARIES | sys.stdlib_module_names, module
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_public_interfaces_only(path: Path) -> None:
+    assert not [name for name in uses(parse(path)) if is_private(name)]
+
+
+def test_the_search_for_private_names_finds_them() -> None:
+    code = """
+import jax, lineax as lx
+import jax._src.core
+import equinox.internal as eqxi
+import torch._functorch.apis
+from jax import core
+from jax.interpreters import ad
+def f(x):
+    return jax.core.Tracer, lx._solve.x, jax.numpy.sum, x._ours, lx.CG.__init__, jax.extend.core.Literal
+"""
+    assert {name for name in uses(ast.parse(code)) if is_private(name)} == {
+        "jax._src.core",
+        "equinox.internal",
+        "torch._functorch.apis",
+        "jax.core",
+        "jax.core.Tracer",
+        "jax.interpreters.ad",
+        "lineax._solve",
+        "lineax._solve.x",
+    }
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_global_switches(name: str) -> None:
+    for used in uses(parse(modules()[name])):
+        assert not used.startswith(("jax.config", "os.environ", "warnings.")), used
+
+
+def test_all() -> None:
+    public = {name for name, value in vars(ggn_jax).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert set(ggn_jax.__all__) == public
+    assert ggn_jax.__all__ == sorted(ggn_jax.__all__)
+
+
+@pytest.mark.parametrize("name", ggn_jax.__all__)
+def test_documented(name: str) -> None:
+    value = getattr(ggn_jax, name)
+    doc = value.__doc__ or ""
+    assert len(doc) > 40
+    assert not doc.startswith(f"{name}("), "a dataclass's own"
+    if name in WITHOUT_EXAMPLE:
+        assert inspect.isabstract(value)
+    else:
+        assert ">>> " in doc
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = """
+import sys, jax
+import ggn_jax
+print(*sorted({"torch", "flax", "optax", "sklearn", "matfree", "matplotlib", "beartype"} & set(sys.modules)))
+"""
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True, timeout=300
+    )
+    assert not done.stdout.split()
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.skipif("GGN_JAX_TEST_INSTALLED" not in os.environ, reason="asks for the installed package, as CI does")
+def test_the_installed_package_is_tested() -> None:
+    assert "site-packages" in PACKAGE.parts
