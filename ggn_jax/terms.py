@@ -238,7 +238,7 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
 
 
-def _scaled(terms: Terms, r: Array | None) -> Terms:
+def _with_scale(terms: Terms, r: Array | None) -> Terms:
     """`terms` with `scale` and `r` filled in; `r` is that of these terms, if it is not given."""
     loss = terms.loss
 
@@ -252,7 +252,9 @@ def _scaled(terms: Terms, r: Array | None) -> Terms:
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
             r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
     scale = jnp.where(weight == 0, 0, r * weight)
-    return replace(terms, scale=scale, r=r)
+    # The outputs of an ignored term may be anything; NaN must not come back through derivatives either.
+    ignored = jnp.expand_dims(weight == 0, terms.axes)
+    return replace(terms, outputs=jnp.where(ignored, 0, terms.outputs), scale=scale, r=r)
 
 
 def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
@@ -260,9 +262,9 @@ def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Te
 
     Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
     """
-    return _scaled(_lay_out(loss, outputs, targets, batch), None)
+    return _with_scale(_lay_out(loss, outputs, targets, batch), None)
 
 
 def part_of(whole: Terms, outputs: Array, operand: Any) -> Terms:
     """The terms of part of a batch: its outputs, and its slice of `whole.operand`. The reduction is that of the whole."""
-    return _scaled(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)
+    return _with_scale(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)

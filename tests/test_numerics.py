@@ -143,6 +143,11 @@ def test_ignored_positions_may_hold_anything(garbage: float) -> None:
     dirty = clean.at[1, :, 2].set(garbage)
     loss = CrossEntropyLoss(label_smoothing=0.2)
     np.testing.assert_array_equal(loss(dirty, y), loss(clean, y))
+    np.testing.assert_array_equal(jax.grad(loss)(dirty, y), jax.grad(loss)(clean, y))
+    v = jnp.asarray(rng.normal(size=clean.shape))
+    products = [jax.jvp(jax.grad(lambda f: loss(f, y)), (f,), (v,))[1] for f in (dirty, clean)]
+    np.testing.assert_array_equal(*products)
+    np.testing.assert_array_equal(*[LossHessian(loss, f, y).mv(v) for f in (dirty, clean)])
     for kind in ("type-2", "mc", "empirical"):
         fn = ggn_jax.make_batch_grad_output_fn(loss, kind, 3)
         np.testing.assert_array_equal(fn(dirty, y, jax.random.key(0)), fn(clean, y, jax.random.key(0)))
