@@ -1,8 +1,8 @@
 """The cost and the memory of one exact GGN product, against one gradient of the same model.
 
-A product is one linearisation (a forward pass), one tangent and one cotangent pass, and the closed-form loss Hessian. For a
-model of matrix multiplications that is 1 + 2 + 2 against the gradient's 1 + 2 matrix products per layer: the bound is 5/3.
-Memory is XLA's own account of the compiled programs: temporaries and outputs.
+A product is one linearisation (a forward pass), one tangent and one cotangent pass, and the closed-form loss Hessian.
+For a model of matrix multiplications that is 1 + 2 + 2 against the gradient's 1 + 2 matrix products per layer: the
+bound is 5/3. Memory is XLA's own account of the compiled programs: temporaries and outputs.
 
     python benchmarks/ggn.py
 """

@@ -1,7 +1,7 @@
 """Batched gradient output vectors: this package against eager PyTorch.
 
-The peer is what one writes in PyTorch: a per-datum function under `torch.func.vmap`. Each size is timed in one process, the two
-sides in turn; printed are medians and their ratio.
+The peer is what one writes in PyTorch: a per-datum function under `torch.func.vmap`. Each size is timed in one process,
+the two sides in turn; printed are medians and their ratio.
 
     python benchmarks/vectors.py
 """

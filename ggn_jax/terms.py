@@ -266,5 +266,5 @@ def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Te
 
 
 def part_of(whole: Terms, outputs: Array, operand: Any) -> Terms:
-    """The terms of part of a batch: its outputs, and its slice of `whole.operand`. The reduction is that of the whole."""
+    """The terms of part of a batch: its outputs, and its slice of `whole.operand`; the reduction is the whole's."""
     return _with_scale(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)

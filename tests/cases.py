@@ -103,9 +103,7 @@ def _ce() -> list[Case]:
     return cases
 
 
-def _ce_case(
-    reduction: str, shape: tuple[int, ...], weighted: bool, smoothing: float, kind: str, last: bool
-) -> Case:
+def _ce_case(reduction: str, shape: tuple[int, ...], weighted: bool, smoothing: float, kind: str, last: bool) -> Case:
     """`shape` is `[C, *D]`; with `last` our outputs are `[*D, C]`."""
     classes, positions = shape[0], shape[1:]
     name = f"ce-{reduction}-{shape}-{'weighted' if weighted else 'plain'}-{smoothing}-{kind}{'-last' if last else ''}"

@@ -89,12 +89,17 @@ def test_one_random_word_per_label() -> None:
     assert "16x10x1000xui32" not in text
 
 
-@pytest.mark.parametrize("loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__
+)
 def test_keys(loss: ggn_jax.Loss) -> None:
     """Typed and raw keys; equal keys, equal draws; one shared key under vmap, the same draws for every datum."""
     outputs = jnp.zeros((4, 3))
     targets = jnp.zeros(4, int) if isinstance(loss, CrossEntropyLoss) else jnp.zeros((4, 3))
-    for make, args in ((make_batch_grad_output_fn, (outputs, targets)), (make_grad_output_fn, (outputs[0], targets[0]))):
+    for make, args in (
+        (make_batch_grad_output_fn, (outputs, targets)),
+        (make_grad_output_fn, (outputs[0], targets[0])),
+    ):
         fn = make(loss, "mc", 40)
         typed = fn(*args, jax.random.key(5))
         np.testing.assert_array_equal(typed, fn(*args, jax.random.PRNGKey(5)))

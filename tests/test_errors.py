@@ -168,7 +168,10 @@ def test_target_values() -> None:
     for bad in (1.5, -0.1, np.nan):
         with raises(ValueError, "targets", "between 0 and 1", str(bad)):
             BCEWithLogitsLoss()(f, jnp.full((2, 3), bad))
-    for fn in (make_batch_grad_output_fn(CrossEntropyLoss(), "mc"), make_batch_grad_output_fn(CrossEntropyLoss(), "type-2")):
+    for fn in (
+        make_batch_grad_output_fn(CrossEntropyLoss(), "mc"),
+        make_batch_grad_output_fn(CrossEntropyLoss(), "type-2"),
+    ):
         with raises(ValueError, "targets"):
             fn(f, jnp.asarray([0, 3]), KEY)
     with raises(ValueError, "targets"):

@@ -190,5 +190,8 @@ def test_derivatives_of_all_orders(loss: ggn_jax.Loss, logits: list[float]) -> N
     twice = lambda f: LossHessian(loss, f, y).sqrt_mv(LossHessian(loss, f, y).sqrt_rmv(v))  # noqa: E731
     np.testing.assert_allclose(jax.jacobian(twice)(f), jax.jacobian(third)(f), rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(
-        jax.hessian(lambda f: jnp.vdot(v, ours(f)))(f), jax.hessian(lambda f: jnp.vdot(v, third(f)))(f), rtol=1e-9, atol=1e-12
+        jax.hessian(lambda f: jnp.vdot(v, ours(f)))(f),
+        jax.hessian(lambda f: jnp.vdot(v, third(f)))(f),
+        rtol=1e-9,
+        atol=1e-12,
     )

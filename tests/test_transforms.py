@@ -83,7 +83,9 @@ def test_jit_and_vmap(name: str) -> None:
     for label, fn in functions(loss):
         want = fn(outputs, targets, key)
         np.testing.assert_allclose(jax.jit(fn)(outputs, targets, key), want, rtol=2e-6, atol=1e-6, err_msg=label)
-        stacked = jax.vmap(fn)(jnp.stack([outputs, outputs + 1]), jnp.stack([targets, targets]), jax.random.split(key, 2))
+        stacked = jax.vmap(fn)(
+            jnp.stack([outputs, outputs + 1]), jnp.stack([targets, targets]), jax.random.split(key, 2)
+        )
         assert stacked.shape == (2, *want.shape), label
         np.testing.assert_allclose(stacked[0], fn(outputs, targets, jax.random.split(key, 2)[0]), rtol=2e-6, atol=1e-6)
     for kind in ("type-2", "mc", "empirical", "forward-only"):
@@ -184,7 +186,9 @@ def test_sharded_batch_is_the_same(name: str) -> None:
         check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5, err_msg=label)
         jax.tree.map(check, got, want)
     eager = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(shard(outputs), shard(targets))
-    np.testing.assert_allclose(eager, ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        eager, ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

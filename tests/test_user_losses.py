@@ -27,7 +27,7 @@ class PoissonLoss(LikelihoodLoss):
 
 
 class StudentTLoss(LikelihoodLoss):
-    """Heavy-tailed noise: not convex, so its curvature is the Fisher, `(nu + 1) / ((nu + 3) s^2)` (Lange et al. 1989)."""
+    """Heavy tails, not convex: its curvature is the Fisher, `(nu + 1) / ((nu + 3) s^2)` (Lange et al. 1989)."""
 
     curvature = "fisher"
     df: float = 4.0
@@ -89,7 +89,7 @@ class GammaLoss(LikelihoodLoss):
 
 
 class WeightedVectorLoss(LikelihoodLoss):
-    """A Gaussian vector with a precision matrix, vector targets, and a weight that ignores NaN-free negative targets."""
+    """A Gaussian vector with a precision matrix, vector targets, and a weight that ignores negative ones."""
 
     curvature = "hessian"
     term_axes = (-1,)
@@ -181,7 +181,9 @@ def test_fisher_losses(reduction: str) -> None:
         products = np.einsum("sni,snj->snij", g, g)
         assert_mean(products, want, float(np.abs(products).max()))
         per_datum = make_grad_output_fn(loss, "type-2")(outputs[0], targets[0]).reshape(6, 6)
-        np.testing.assert_allclose(per_datum.T @ per_datum, want[0] * (N if reduction == "mean" else 1), rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(
+            per_datum.T @ per_datum, want[0] * (N if reduction == "mean" else 1), rtol=1e-6, atol=1e-12
+        )
 
 
 def test_poisson_draws_are_gradients_at_counts() -> None:
@@ -215,15 +217,15 @@ def test_what_is_refused() -> None:
 
     f, y = jnp.zeros(3), jnp.zeros(3)
     assert make_grad_output_fn(NoFactor(), "mc")(f, y, jax.random.key(0)).shape == (1, 3)
-    with pytest.raises(NotImplementedError, match="NoFactor.*fisher_sqrt"):
+    with pytest.raises(NotImplementedError, match=r"NoFactor.*fisher_sqrt"):
         make_grad_output_fn(NoFactor(), "type-2")
-    with pytest.raises(NotImplementedError, match="NoFactor.*fisher_sqrt"):
+    with pytest.raises(NotImplementedError, match=r"NoFactor.*fisher_sqrt"):
         LossHessian(NoFactor(), f[None], y[None])
     with pytest.raises(TypeError, match="NotDeclared must declare curvature"):
         NotDeclared()
     with pytest.raises(ValueError, match=r"WrongSample.sample.*\(7,\)"):
         make_grad_output_fn(WrongSample(), "mc")(f, y, jax.random.key(0))
-    with pytest.raises(TypeError, match="Holder.name is a str.*static"):
+    with pytest.raises(TypeError, match=r"Holder.name is a str.*static"):
         make_grad_output_fn(Holder(), "mc")
     with pytest.raises(ValueError, match=r"targets must have shape \(3,\).*got \(1,\)"):
         make_grad_output_fn(PoissonLoss(), "mc")(f, jnp.zeros(1), jax.random.key(0))
