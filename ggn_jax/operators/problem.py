@@ -30,8 +30,8 @@ class Problem(eqx.Module):
     def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Array) -> PyTree[Array]:
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.
 
-        `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is the whole batch's, and
-        whatever the loss holds per datum is cut along with the data.
+        `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is that of the whole
+        batch, and whatever the loss holds per datum is cut along with the data.
         """
         # The reduction does not depend on the outputs' values.
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
