@@ -100,9 +100,9 @@ def gauss_newton(model_fn: Callable, params: Params) -> tuple[Callable, Any]:
         ggn = lx.linearise(ggn_jax.GGNLinearOperator(model_fn, LOSS, params, batch))
         diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, LOSS, params, batch, mc_samples=1, key=key)
         # The factor cancels in CG, but keeps lineax from taking directions of little curvature for a breakdown.
-        preconditioner = lx.TaggedLinearOperator(diagonal.damped(damping).inverse() * 1e3, lx.positive_semidefinite_tag)
+        preconditioner = diagonal.damped(damping).inverse(scale=1e3)
         direction = lx.linear_solve(
-            ggn_jax.DampedLinearOperator(ggn, damping),
+            ggn.damped(damping),
             optax.tree.scale(-1, gradient),
             lx.CG(rtol=1e-3, atol=1e-8, max_steps=CG_STEPS),
             options={"preconditioner": preconditioner},

@@ -25,7 +25,8 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     """A Flax NNX module as a function of its `nnx.Param`s.
 
     Everything else (batch statistics, random streams) is held at its present value: what a call changes in it is not
-    kept. Call `module.eval()` first if it has dropout or batch normalisation.
+    kept. Call `module.eval()` first if it has dropout or batch normalisation. `model_fn` is a pytree: pass it to a
+    jitted function like an array, not as a static argument.
 
     **Arguments:** `module`: an `nnx.Module`; `method`: what to call with the inputs.
 

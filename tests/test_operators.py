@@ -1021,3 +1021,24 @@ def test_operators_are_pytrees_of_arrays() -> None:
         leaves = jax.tree.leaves(cls(*CE.args).damped(DAMPING))
         assert leaves
         assert all(eqx.is_array(leaf) for leaf in leaves)
+
+
+def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
+    """lineax takes curvature below 100 eps P for a breakdown; a scaled preconditioner avoids it, as documented."""
+    size = 20_000
+    args = (
+        lambda params, x: x * params["w"][None],
+        ggn_jax.MSELoss(reduction="sum"),
+        {"w": jnp.zeros(size, jnp.float32)},
+        (jnp.full((1, size), 0.1, jnp.float32), jnp.ones((1, size), jnp.float32)),
+    )
+    b = {"w": jnp.linspace(1, 2, size, dtype=jnp.float32)}
+    ggn = lx.linearise(GGNLinearOperator(*args)).damped(0.01)
+    diagonal = GGNDiagonalLinearOperator(*args).damped(0.01)
+    with jax.numpy_dtype_promotion("standard"):
+        solver = lx.CG(rtol=1e-5, atol=1e-5)
+        plain = lx.linear_solve(ggn, b, solver, throw=False).value["w"]
+        options = {"preconditioner": diagonal.inverse(scale=1e3)}
+        scaled = lx.linear_solve(ggn, b, solver, options=options).value["w"]
+    assert jnp.isnan(plain).any()
+    np.testing.assert_allclose(scaled, b["w"] / 0.03, rtol=1e-4)

@@ -86,12 +86,13 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         entries = jax.tree.map(lambda d: d + damping.astype(d.dtype), self.entries)
         return eqx.tree_at(lambda operator: operator.entries, self, entries)
 
-    def inverse(self) -> lx.AbstractLinearOperator:
-        """The inverse, tagged as positive semi-definite: a preconditioner.
+    def inverse(self, scale: float = 1.0) -> lx.AbstractLinearOperator:
+        """`scale` times the inverse, tagged as positive semi-definite: a preconditioner.
 
+        The scale cancels in conjugate gradients, but not in lineax's check for a breakdown: see `GGNLinearOperator`.
         Entries that are 0 give infinity: damp first.
         """
-        inverse = lx.DiagonalLinearOperator(jax.tree.map(jnp.reciprocal, self.entries))
+        inverse = lx.DiagonalLinearOperator(jax.tree.map(lambda d: scale / d, self.entries))
         return lx.TaggedLinearOperator(inverse, lx.positive_semidefinite_tag)
 
 

@@ -13,7 +13,13 @@ from ggn_jax._checks import check_count, check_key
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
+from ggn_jax.operators.base import (
+    CurvatureLinearOperator,
+    SymmetricLinearOperator,
+    check_vector,
+    register,
+    structure_of,
+)
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms
 
@@ -28,6 +34,10 @@ class GGNLinearOperator(CurvatureLinearOperator):
     A product is one linearisation of the model (forward), one tangent, the closed-form product with `H`, and one
     cotangent: about 5/3 of a gradient for matrix-multiplication models. Inside a solver,
     `lineax.linearise(operator)` keeps the linearisation for all products.
+
+    lineax's `CG` takes `p^T A p <= 100 eps P (r^T z)` for a breakdown and returns NaN. In float32 with P = 10,000
+    parameters that is any curvature below 0.1: pass `options={"preconditioner": diagonal.damped(x).inverse(scale=1e3)}`
+    (`GGNDiagonalLinearOperator`), whose scale changes this threshold and nothing else.
 
     With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from would-be gradients: unbiased, and the same draws
     for every product and every `chunk_size`.
@@ -114,20 +124,37 @@ class GGNLinearOperator(CurvatureLinearOperator):
 register(GGNLinearOperator, positive_semidefinite=True)
 
 
+class LinearisedGGNLinearOperator(SymmetricLinearOperator):
+    """`GGNLinearOperator` with its linearisation kept; made by `lineax.linearise`."""
+
+    operator: GGNLinearOperator
+    outputs: Array
+    jvp: Callable[[PyTree[Array]], Array]
+
+    def __init__(self, operator: GGNLinearOperator):
+        problem = operator.problem
+        self.operator = operator
+        self.outputs, self.jvp = jax.linearize(lambda p: problem.model_fn(p, problem.inputs), problem.params)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.operator.in_structure()
+
+    def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        check_vector(self, vector)
+        problem = self.operator.problem
+
+        def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
+            curved = self.operator._curve(terms_at(self.outputs, operand), keys, self.jvp(vector))
+            return jax.linear_transpose(self.jvp, problem.params)(curved)[0]
+
+        return problem.sum_over_chunks(product, *self.operator._keys())
+
+
+register(LinearisedGGNLinearOperator, positive_semidefinite=True)
+
+
 @lx.linearise.register(GGNLinearOperator)
 def _linearise(operator: GGNLinearOperator) -> lx.AbstractLinearOperator:
-    """The same products from one stored linearisation, where the whole batch is worked on at once."""
-    problem = operator.problem
-    if problem.chunk_size is not None:
-        return operator
-    outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, problem.inputs), problem.params)
-    keys = operator._keys()
-
-    def mv(v: PyTree[Array]) -> PyTree[Array]:
-        def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
-            curved = operator._curve(terms_at(outputs, operand), keys, jvp(v))
-            return jax.linear_transpose(jvp, problem.params)(curved)[0]
-
-        return problem.sum_over_chunks(product, *keys)
-
-    return lx.FunctionLinearOperator(mv, operator.in_structure(), lx.positive_semidefinite_tag)
+    """The same products from one linearisation; with chunks, which are there to save memory, the operator itself."""
+    return operator if operator.problem.chunk_size is not None else LinearisedGGNLinearOperator(operator)
