@@ -19,7 +19,11 @@ def as_array(name: str, value: Any) -> Array:
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
         hint = " (torch tensors go through torch_bridge)" if type(value).__module__.startswith("torch") else ""
         raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
-    array = jnp.asarray(value)
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, OverflowError):
+        kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray | np.generic) else f"{str(value)[:20]}"
+        raise TypeError(f"{name} must be an array of numbers that JAX can hold; got {kind}.") from None
     if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype and array.dtype.kind == "f":
         raise TypeError(
             f"{name} has dtype {value.dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or enable"
@@ -70,10 +74,17 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
         raise ValueError(f"{wanted_by} draws random numbers and needs a key: pass key=jax.random.key(seed).")
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(f"key must be a JAX PRNG key, as made by jax.random.key(seed); got {type(key).__name__}.")
-    key = jnp.asarray(key)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed and key.dtype != jnp.uint32:
-        raise TypeError(f"key must be a JAX PRNG key, as made by jax.random.key(seed); got dtype {key.dtype}.")
+    if not typed:
+        if key.dtype != jnp.uint32:
+            raise TypeError(f"key must be a JAX PRNG key, as made by jax.random.key(seed); got dtype {key.dtype}.")
+        key = jnp.asarray(key)
+        try:
+            jax.random.wrap_key_data(key)
+        except TypeError:
+            raise TypeError(
+                f"key must be a JAX PRNG key, as made by jax.random.key(seed); got raw data of shape {key.shape}."
+            ) from None
     if key.ndim != (0 if typed else 1):
         way_out = (
             "this function takes one key and draws independently for each datum"

@@ -118,7 +118,7 @@ def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_
 
 
 def _check_request(loss: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, int]:
-    fisher_type = FisherType(fisher_type)
+    fisher_type = FisherType(fisher_type) if isinstance(fisher_type, str) else FisherType._missing_(fisher_type)
     mc_samples = check_count("mc_samples", mc_samples)
     check_loss(loss)
     if fisher_type is FisherType.TYPE2:

@@ -45,6 +45,11 @@ class Loss(eqx.Module):
         """The loss of a batch: outputs `[N, *out]` and their targets. `0/0` (everything ignored) counts as 0."""
         return _loss_value(self, *check_terms(self, outputs, targets, batch=True))
 
+    def __hash__(self) -> int:
+        # Modules with arrays have no hash; `jax.jit(loss)` needs one.
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)))
+
     # One term: f is its output, y its part of `operand`.
 
     def term_weight(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:

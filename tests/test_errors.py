@@ -32,7 +32,7 @@ def raises(error: type[Exception], *words: str):
 @pytest.mark.parametrize("make", [make_grad_output_fn, make_batch_grad_output_fn])
 class TestRequests:
     def test_fisher_type(self, make) -> None:
-        for bad in ("type2", "MC", "", None, 3):
+        for bad in ("type2", "MC", "", None, 3, np.zeros(2)):
             with raises(ValueError, "fisher_type", "'type-2', 'mc', 'empirical', 'forward-only'", repr(bad)):
                 make(MSELoss(), bad)
 
@@ -68,6 +68,10 @@ class TestRequests:
                 fn(*args, bad)
         with raises(TypeError, "key", "float64"):
             fn(*args, jnp.zeros(2))
+        with raises(TypeError, "key", "(3,)"):
+            fn(*args, jnp.zeros(3, jnp.uint32))
+        with raises(TypeError, "key", "object"):
+            fn(*args, np.array([1, 2], object))
 
     def test_other_libraries_fisher_types(self, make) -> None:
         class Theirs(str, enum.Enum):
@@ -208,6 +212,9 @@ def test_constructors() -> None:
         BCEWithLogitsLoss(np.inf)
     with raises(ValueError, "weight", "shape [C]"):
         CrossEntropyLoss(jnp.ones((2, 2)))
+    for bad in (np.array(["a"]), np.array([None]), 10**400):
+        with raises(TypeError, "weight", "numbers"):
+            BCEWithLogitsLoss(bad)
     for bad in (-0.1, 1.1, float("nan")):
         with raises(ValueError, "label_smoothing", str(bad)):
             CrossEntropyLoss(label_smoothing=bad)

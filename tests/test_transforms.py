@@ -111,6 +111,8 @@ def test_losses_are_pytrees() -> None:
     np.testing.assert_allclose(gradient.weight[2], (value(bumped) - value(loss)) / step, rtol=1e-6)
     many = jax.vmap(lambda w: CrossEntropyLoss(w)(f, y))(jnp.ones((3, C)))
     np.testing.assert_allclose(many, np.full(3, np.log(C)))
+    np.testing.assert_allclose(jax.jit(loss)(f, y), loss(f, y))  # arrays and all
+    assert hash(loss) == hash(CrossEntropyLoss(jnp.zeros(C), reduction="sum"))
     assert jax.tree.structure(CrossEntropyLoss()) != jax.tree.structure(CrossEntropyLoss(class_axis=-1))
 
 

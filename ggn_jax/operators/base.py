@@ -89,6 +89,7 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> No
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(vector), strict=True)
     for (path, want), leaf in pairs:
+        leaf = as_array(f"vector{jax.tree_util.keystr(path)}", leaf)
         if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
             raise ValueError(
                 f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the"
