@@ -56,7 +56,11 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     (5, 2, 3)
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
-    return partial(_checked_vectors, loss, fisher_type, mc_samples, False)
+
+    def fn(output: Any, target: Any, key: Any = None) -> Float[Array, "V *out"]:
+        return _checked_vectors(loss, output, target, key, fisher_type, mc_samples, batch=False)
+
+    return fn
 
 
 def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
@@ -75,7 +79,11 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
     (3, 5, 3)
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
-    return partial(_checked_vectors, loss, fisher_type, mc_samples, True)
+
+    def fn(outputs: Any, targets: Any, key: Any = None) -> Float[Array, "V N *out"]:
+        return _checked_vectors(loss, outputs, targets, key, fisher_type, mc_samples, batch=True)
+
+    return fn
 
 
 def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
@@ -127,7 +135,7 @@ def _check_request(loss: Any, fisher_type: Any, mc_samples: Any) -> tuple[Fisher
 
 
 def _checked_vectors(
-    loss: Loss, fisher_type: FisherType, mc_samples: int, batch: bool, output: Any, target: Any, key: Any = None
+    loss: Loss, output: Any, target: Any, key: Any, fisher_type: FisherType, mc_samples: int, *, batch: bool
 ) -> Float[Array, "V *shape"]:
     if fisher_type is FisherType.FORWARD_ONLY:
         output = as_array("outputs" if batch else "output", output)

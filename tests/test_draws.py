@@ -104,6 +104,8 @@ def test_keys(loss: ggn_jax.Loss) -> None:
         typed = fn(*args, jax.random.key(5))
         np.testing.assert_array_equal(typed, fn(*args, jax.random.PRNGKey(5)))
         np.testing.assert_array_equal(typed, fn(*args, key=np.asarray(jax.random.PRNGKey(5))))
+        names = ("outputs", "targets") if make is make_batch_grad_output_fn else ("output", "target")
+        np.testing.assert_array_equal(typed, fn(**dict(zip(names, args, strict=True)), key=jax.random.key(5)))
         assert (typed != fn(*args, jax.random.key(6))).any()
     batched = make_batch_grad_output_fn(loss, "mc", 40)(outputs, targets, jax.random.key(5))
     assert all((batched[:, 0] != batched[:, n]).any() for n in range(1, 4))
