@@ -15,13 +15,15 @@ OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 def as_array(name: str, value: Any) -> Array:
     """`value` as a JAX array; only arrays and numbers are taken, so that nothing is converted by surprise."""
     if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
         hint = " (torch tensors go through torch_bridge)" if type(value).__module__.startswith("torch") else ""
         raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
     try:
         array = jnp.asarray(value)
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray | np.generic) else f"{str(value)[:20]}"
         raise TypeError(f"{name} must be an array of numbers that JAX can hold; got {kind}.") from None
     if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype and array.dtype.kind == "f":

@@ -212,7 +212,9 @@ def test_constructors() -> None:
         BCEWithLogitsLoss(np.inf)
     with raises(ValueError, "weight", "shape [C]"):
         CrossEntropyLoss(jnp.ones((2, 2)))
-    for bad in (np.array(["a"]), np.array([None]), 10**400):
+    with raises(TypeError, "weight", "PRNG key"):
+        BCEWithLogitsLoss(KEY)
+    for bad in (np.array(["a"]), np.array([None]), np.ma.masked_array([1.0], [True]), 10**400):
         with raises(TypeError, "weight", "numbers"):
             BCEWithLogitsLoss(bad)
     for bad in (-0.1, 1.1, float("nan")):
