@@ -66,8 +66,8 @@ class CrossEntropyLoss(Loss):
     - `ignore_index`: positions with this target contribute nothing. With class probabilities it must be negative.
     - `reduction`: `"mean"` or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions kept when
       targets are class indices, and by the number of positions when they are probabilities.
-    - `label_smoothing`: `e` in `t = (1 - e) target + e / C`. As in torch, the mean is infinite where all kept `w_y` are 0
-      and smoothing leaves a rest.
+    - `label_smoothing`: `e` in `t = (1 - e) target + e / C`. As in torch, the mean is infinite where all kept `w_y` are
+      0 and smoothing leaves a rest.
     - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in
       torch, -1 as in Flax.
 
