@@ -117,7 +117,7 @@ class LikelihoodLoss(Loss):
     def _sample_structure(self, outputs: Shaped, batch: bool) -> jax.ShapeDtypeStruct:
         term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
         f = jax.ShapeDtypeStruct(term, outputs.dtype)
-        sample = jax.eval_shape(self.sample, jax.random.key(0), f)
+        sample = jax.eval_shape(lambda key, f: self.sample(key, f), jax.random.key(0), f)
         if sample.shape not in ((), term):
             raise ValueError(
                 f"{type(self).__name__}.sample must return one number or an array of the term's shape {term}; got shape"

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ggn_jax._checks import Shaped
+from ggn_jax._checks import Shaped, is_concrete
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
 from ggn_jax.terms import check_terms, split_terms
@@ -49,6 +50,10 @@ class Loss(eqx.Module):
         # Modules with arrays have no hash; `jax.jit(loss)` needs one.
         leaves, structure = jax.tree.flatten(self)
         return hash((structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)))
+
+    def __eq__(self, other: object) -> bool:
+        (mine, structure), (theirs, their_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return structure == their_structure and all(map(_is_same, mine, theirs))
 
     # One term: f is its output, y its part of `operand`.
 
@@ -102,6 +107,13 @@ class Loss(eqx.Module):
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         """The targets that `term_valid` accepts, in words, for outputs of this shape."""
         return "in the domain of the loss"
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two leaves are known to be equal: traced values are so only to themselves."""
+    if a is b or not isinstance(a, jax.Array) or not isinstance(b, jax.Array):
+        return a is b or (type(a) is type(b) and bool(a == b))
+    return is_concrete(a) and is_concrete(b) and a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
 
 
 @jax.jit

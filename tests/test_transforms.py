@@ -112,7 +112,10 @@ def test_losses_are_pytrees() -> None:
     many = jax.vmap(lambda w: CrossEntropyLoss(w)(f, y))(jnp.ones((3, C)))
     np.testing.assert_allclose(many, np.full(3, np.log(C)))
     np.testing.assert_allclose(jax.jit(loss)(f, y), loss(f, y))  # arrays and all
-    assert hash(loss) == hash(CrossEntropyLoss(jnp.zeros(C), reduction="sum"))
+    assert hash(loss) == hash(CrossEntropyLoss(jnp.ones(C), reduction="sum"))
+    assert loss == CrossEntropyLoss(jnp.ones(C), reduction="sum") != CrossEntropyLoss(jnp.zeros(C), reduction="sum")
+    assert loss != CrossEntropyLoss(jnp.ones(C))
+    assert MSELoss() == MSELoss() != MSELoss(reduction="sum")
     assert jax.tree.structure(CrossEntropyLoss()) != jax.tree.structure(CrossEntropyLoss(class_axis=-1))
 
 
