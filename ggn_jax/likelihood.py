@@ -28,7 +28,8 @@ class LikelihoodLoss(Loss):
     * `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
       `[*term, *term]`. Without it only `"mc"` and `"empirical"` vectors exist.
 
-    Fields hold parameters: arrays and floats may be traced, anything else must be an `equinox.field(static=True)`.
+    Subclasses are Equinox modules: fields hold parameters, and no `__init__` is needed. Arrays and floats may be
+    traced, anything else must be an `equinox.field(static=True)`.
 
     With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is not
     positive semi-definite after all gives NaN. Monte-Carlo vectors are gradients at sampled targets; where the Hessian

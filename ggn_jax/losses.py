@@ -71,8 +71,9 @@ class CrossEntropyLoss(Loss):
     - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in
       torch, -1 as in Flax.
 
-    **Calling** `loss(outputs, targets)` returns the loss of a batch. Outputs are `[N, C, *D]` (for `class_axis=0`),
-    targets either class indices (integers, `[N, *D]`) or class probabilities (floating, the outputs' shape).
+    **Calling** `loss(outputs, targets)` returns the loss of a batch; unlike torch's NaN, it is 0 if everything is
+    ignored. Outputs are `[N, C, *D]` (for `class_axis=0`), targets either class indices (integers, `[N, *D]`) or class
+    probabilities (floating, the outputs' shape). Where `D = C`, a wrong `class_axis` cannot be told from the shapes.
 
     >>> import jax.numpy as jnp
     >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)

@@ -33,7 +33,8 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     `model_fn` is called on batches of one and mapped over the data.
 
-    As a preconditioner of CG on the damped GGN, pass `ggn_diagonal.damped(x).inverse()`:
+    As a preconditioner of CG on the damped GGN, which helps where parameters differ in scale (and may cost steps where
+    they do not), pass `ggn_diagonal.damped(x).inverse()`:
 
     >>> import jax, jax.numpy as jnp, lineax as lx
     >>> import ggn_jax

@@ -62,7 +62,8 @@ class GGNLinearOperator(CurvatureLinearOperator):
     >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
     >>> batch = jnp.ones((8, 2)), jnp.arange(8) % 4
     >>> ggn = GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch)
-    >>> step = lx.linear_solve(ggn.damped(0.1), params, lx.CG(rtol=1e-4, atol=1e-4)).value
+    >>> gradient = jax.grad(lambda params: ggn_jax.CrossEntropyLoss()(model_fn(params, batch[0]), batch[1]))(params)
+    >>> step = lx.linear_solve(ggn.damped(0.1), gradient, lx.CG(rtol=1e-4, atol=1e-4)).value
     >>> ggn.as_matrix().shape
     (18, 18)
     """
