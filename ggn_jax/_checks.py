@@ -19,18 +19,20 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
-        hint = " (torch tensors go through torch_bridge)" if type(value).__module__.startswith("torch") else ""
+        hint = " (convert torch tensors first)" if type(value).__module__.startswith("torch") else ""
         raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray | np.generic) else f"{str(value)[:20]}"
         raise TypeError(f"{name} must be an array of numbers that JAX can hold; got {kind}.") from None
-    if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype and array.dtype.kind == "f":
-        raise TypeError(
-            f"{name} has dtype {value.dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or enable"
-            " 64-bit types with jax.enable_x64."
-        )
+    if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype:
+        # Integers may be narrowed where they fit; floats would lose digits.
+        if array.dtype.kind == "f" or np.any(value.astype(array.dtype) != value):
+            raise TypeError(
+                f"{name} has dtype {value.dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or enable"
+                " 64-bit types with jax.enable_x64."
+            )
     return array
 
 
@@ -68,6 +70,16 @@ def check_count(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
     return number
+
+
+def check_sampling(mc_samples: Any, key: Any, *, wanted_by: str) -> tuple[int, Array | None]:
+    """`mc_samples`, 0 for none, and the key that goes with it."""
+    if isinstance(mc_samples, int | np.integer) and not isinstance(mc_samples, bool) and mc_samples == 0:
+        if key is not None:
+            raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
+        return 0, None
+    mc_samples = check_count("mc_samples", mc_samples)
+    return mc_samples, check_key(key, wanted_by=f"{wanted_by} with mc_samples={mc_samples}", batch=True)
 
 
 def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:

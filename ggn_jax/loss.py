@@ -53,7 +53,8 @@ class Loss(eqx.Module):
 
     def __eq__(self, other: object) -> bool:
         (mine, structure), (theirs, their_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
-        return structure == their_structure and all(map(_is_same, mine, theirs))
+        same = structure == their_structure  # type: ignore[operator]  # jax's annotation is not a class
+        return bool(same) and all(map(_is_same, mine, theirs))
 
     # One term: f is its output, y its part of `operand`.
 

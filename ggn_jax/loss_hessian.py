@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ggn_jax._checks import as_array
+from ggn_jax._checks import as_array, check_real
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, split_terms
@@ -63,6 +63,7 @@ class LossHessian(eqx.Module):
 
     def _check(self, name: str, v: Any) -> Array:
         v, shape = as_array(name, v), self.terms.outputs.shape
+        check_real(name, v)
         if v.shape != shape:
             raise ValueError(f"{name} must have the outputs' shape {shape}; got {v.shape}.")
         return v

@@ -102,8 +102,8 @@ class CrossEntropyLoss(Loss):
             if weight.ndim != 1:
                 raise ValueError(f"weight must hold one number per class, shape [C]; got shape {weight.shape}.")
             weight = _check_weight("weight", weight)
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing!r}.")
+        if not isinstance(label_smoothing, int | float | np.integer | np.floating) or not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be a number between 0 and 1; got {label_smoothing!r}.")
         self.weight = weight
         self.ignore_index = _integer("ignore_index", ignore_index)
         self.label_smoothing = float(label_smoothing)
@@ -359,7 +359,7 @@ def _check_weight(name: str, value: Array) -> Array:
         raise ValueError(
             f"{name} must be finite and not negative (a negative weight has no real square root); got {value}."
         )
-    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 
 def _check_same_shape(loss: Loss, outputs: Shaped, targets: Array) -> None:

@@ -30,7 +30,8 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
 
     **Arguments:** `module`: an `nnx.Module`; `method`: what to call with the inputs.
 
-    **Returns:** `(model_fn, params)`; write new parameters back with `nnx.update(module, params)`.
+    **Returns:** `(model_fn, params)`, the parameters as nested dicts of arrays; write new ones back with
+    `nnx.update(module, params)`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -43,8 +44,8 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}.")
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # its overloads hide the length
-    # The states' variables are the module's own: new ones are kept apart from what it changes later.
-    params, rest = jax.tree.map(lambda x: x, (params, rest))
+    # Plain dicts of arrays: the states hold the module's own variables, which change with it.
+    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
     return _NNX(graph, rest, method), params
 
 
@@ -56,7 +57,7 @@ class _NNX(ModelFn):
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         from flax import nnx
 
-        return getattr(nnx.merge(self.graph, params, self.rest, copy=True), self.method)(inputs)
+        return getattr(nnx.merge(self.graph, params, self.rest), self.method)(inputs)
 
 
 def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyTree[Array]]:

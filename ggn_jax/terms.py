@@ -267,4 +267,10 @@ def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Te
 
 def part_of(whole: Terms, outputs: Array, operand: Any) -> Terms:
     """The terms of part of a batch: its outputs, and its slice of `whole.operand`; the reduction is the whole's."""
+    wanted = (jax.tree.leaves(operand)[0].shape[0], *whole.outputs.shape[1:])
+    if outputs.shape != wanted:
+        raise ValueError(
+            f"model_fn must treat data independently to be worked on in parts: it returned outputs of shape"
+            f" {outputs.shape} for {wanted[0]} of {whole.outputs.shape[0]} data; wanted {wanted}."
+        )
     return _with_scale(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)

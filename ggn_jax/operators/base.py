@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, is_concrete
+from ggn_jax._checks import as_array, check_real, is_concrete
 
 COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
@@ -141,13 +141,16 @@ class DampedLinearOperator(SymmetricLinearOperator):
     damping: Float[Array, ""]
 
     def __init__(self, operator: lx.AbstractLinearOperator, damping: Any):
+        if not isinstance(operator, lx.AbstractLinearOperator) or not lx.is_symmetric(operator):
+            raise ValueError(f"operator must be a symmetric lineax operator; got {type(operator).__name__}.")
         damping = as_array("damping", damping)
+        check_real("damping", damping)
         if damping.ndim:
             raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
         if is_concrete(damping) and not np.asarray(damping) >= 0:
             raise ValueError(f"damping must not be negative; got {damping}.")
         self.operator = operator
-        self.damping = damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(jnp.float32)
+        self.damping = damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()

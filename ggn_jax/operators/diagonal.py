@@ -12,7 +12,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import check_count, check_key
+from ggn_jax._checks import check_count, check_sampling
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import DampedLinearOperator, SymmetricLinearOperator, check_vector, register, structure_of
@@ -63,14 +63,10 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         vector_chunk_size: int = 1,
     ):
         vector_chunk_size = check_count("vector_chunk_size", vector_chunk_size)
-        if mc_samples is not False and mc_samples == 0:
-            if key is not None:
-                raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
-            check_exact(loss)
-        else:
-            mc_samples = check_count("mc_samples", mc_samples)
-            key = check_key(key, wanted_by=f"GGNDiagonalLinearOperator with mc_samples={mc_samples}", batch=True)
+        mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
         problem = pose(model_fn, loss, params, batch, chunk_size)
+        if not mc_samples:
+            check_exact(loss)
         self.entries = _diagonal(problem, key, mc_samples, vector_chunk_size)
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:

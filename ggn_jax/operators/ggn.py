@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import check_count, check_key
+from ggn_jax._checks import check_sampling
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
@@ -83,15 +83,10 @@ class GGNLinearOperator(CurvatureLinearOperator):
         key: Any = None,
         chunk_size: int | None = None,
     ):
-        if mc_samples is not False and mc_samples == 0:
-            if key is not None:
-                raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
-            self.problem = pose(model_fn, loss, params, batch, chunk_size)
+        mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNLinearOperator")
+        self.problem = pose(model_fn, loss, params, batch, chunk_size)
+        if not mc_samples:
             check_exact(loss)
-        else:
-            mc_samples = check_count("mc_samples", mc_samples)
-            key = check_key(key, wanted_by=f"GGNLinearOperator with mc_samples={mc_samples}", batch=True)
-            self.problem = pose(model_fn, loss, params, batch, chunk_size)
         self.key, self.mc_samples = key, mc_samples
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
