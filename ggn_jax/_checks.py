@@ -26,13 +26,13 @@ def as_array(name: str, value: Any) -> Array:
     except (TypeError, ValueError, OverflowError):
         kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray | np.generic) else f"{str(value)[:20]}"
         raise TypeError(f"{name} must be an array of numbers that JAX can hold; got {kind}.") from None
-    if isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype:
-        # Integers may be narrowed where they fit; floats would lose digits.
-        if array.dtype.kind == "f" or np.any(value.astype(array.dtype) != value):
-            raise TypeError(
-                f"{name} has dtype {value.dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or enable"
-                " 64-bit types with jax.enable_x64."
-            )
+    narrowed = isinstance(value, np.ndarray | np.generic) and array.dtype != value.dtype
+    # Integers may be narrowed where they fit; floats would lose digits.
+    if narrowed and (array.dtype.kind == "f" or np.any(np.asarray(value).astype(array.dtype) != value)):
+        raise TypeError(
+            f"{name} has dtype {np.asarray(value).dtype}, which JAX would narrow to {array.dtype}: cast it yourself, or"
+            " enable 64-bit types with jax.enable_x64."
+        )
     return array
 
 
