@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ggn_jax._checks import Shaped, is_concrete
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
-from ggn_jax.terms import check_terms, split_terms
+from ggn_jax.terms import check_shapes_and_dtypes, check_terms, find_valid, split_terms
 
 
 class Loss(eqx.Module):
@@ -45,6 +45,16 @@ class Loss(eqx.Module):
     def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
         """The loss of a batch: outputs `[N, *out]` and their targets. `0/0` (everything ignored) counts as 0."""
         return _loss_value(self, *check_terms(self, outputs, targets, batch=True))
+
+    def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> Bool[Array, "*positions"]:
+        """Whether the target of each term is of the loss's domain (a class index in range, say), `[*positions]`.
+
+        Outside of `jit`, every function of this package raises ValueError where it is not. Inside, where nobody can
+        look at values, the results are NaN there, and this says so beforehand. `batch` says whether outputs and
+        targets have a leading batch axis.
+        """
+        outputs, targets = check_shapes_and_dtypes(self, outputs, targets, batch)
+        return find_valid(self, outputs, targets, batch)
 
     def __hash__(self) -> int:
         # Modules with arrays have no hash; `jax.jit(loss)` needs one.

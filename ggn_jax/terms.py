@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
 from ggn_jax._sharding import run_auto
@@ -186,12 +186,18 @@ class Terms(eqx.Module):
 
 def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
     """Both as arrays, after all checks that shapes, dtypes and, outside of transformations, values allow."""
+    outputs, targets = check_shapes_and_dtypes(loss, outputs, targets, batch)
+    check_values(loss, outputs, targets, batch)
+    return outputs, targets
+
+
+def check_shapes_and_dtypes(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
+    """Both as arrays, after all checks that need no values."""
     outputs, targets = as_array("outputs", outputs), as_array("targets", targets)
     check_outputs("outputs", outputs)
     if batch and outputs.ndim == 0:
         raise ValueError("outputs must have a leading batch axis, [N, *out]; got a scalar.")
     loss.check_shapes(outputs, targets, batch)
-    check_values(loss, outputs, targets, batch)
     return outputs, targets
 
 
@@ -221,13 +227,18 @@ def _find_invalid(loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any,
     """How many terms have a target that is not valid, and the first of them."""
 
     def find(targets: Array, loss: Any) -> Array:
-        terms = _lay_out(loss, jnp.zeros(shape, dtype), targets, batch)
-        invalid = ~terms.map(loss.term_valid)
+        invalid = ~find_valid(loss, jnp.zeros(shape, dtype), targets, batch)
         if invalid.size == 0:
             return jnp.zeros(2, jnp.int32)
         return jnp.stack([jnp.sum(invalid, dtype=jnp.int32), jnp.argmax(invalid).astype(jnp.int32)])
 
     return run_auto(find, targets, loss, keep=False)
+
+
+def find_valid(loss: Any, outputs: Array, targets: Array, batch: bool) -> Bool[Array, "*positions"]:
+    """Whether the target of each term is of the loss's domain."""
+    terms = _lay_out(loss, outputs, targets, batch)
+    return terms.map(loss.term_valid)
 
 
 def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:

@@ -1,0 +1,64 @@
+"""The JAX side: gradient output vectors of many independent items, and their derivative, as compiled functions.
+
+An item is what one call of a `ggn_jax` function takes: one datum, or with `batch` one batch of data.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import ggn_jax
+from torch_bridge.generators import key_from_seed
+from torch_bridge.losses import build_loss
+
+
+class Request(NamedTuple):
+    """What is to be computed; hashable, and of types that go through a graph."""
+
+    loss: str  # see `torch_bridge.losses`
+    vectors: str  # a value of `ggn_jax.FisherType`, or "samples" for what `make_grad_output_sampler` draws
+    num: int  # the number of Monte-Carlo vectors
+    batch: bool
+
+
+@partial(jax.jit, static_argnames="request")
+def vectors(outputs: Any, targets: Any, seeds: Any, weights: Any, *, request: Request) -> tuple[jax.Array, jax.Array]:
+    """The vectors `[V, B, *item]` of items `[B, *item]`, and whether the targets are of the loss's domain.
+
+    `seeds` are `[B]` or None. `weights`, the loss's tensors, are `[1, *shape]`, the same for all items, or
+    `[B, *shape]`.
+    """
+
+    def item(output: jax.Array, target: jax.Array, seed: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
+        loss = build_loss(request.loss, weights)
+        key = None if seed is None else key_from_seed(seed)
+        valid = jnp.all(loss.targets_valid(output, target, batch=request.batch))
+        if request.vectors == "samples":
+            return ggn_jax.make_grad_output_sampler(loss)(output, request.num, target, key), valid
+        make = ggn_jax.make_batch_grad_output_fn if request.batch else ggn_jax.make_grad_output_fn
+        return make(loss, request.vectors, request.num)(output, target, key), valid
+
+    shared = [weight.shape[0] == 1 for weight in weights]
+    weights = [weight[0] if same else weight for weight, same in zip(weights, shared, strict=True)]
+    in_axes = (0, 0, 0, [None if same else 0 for same in shared])
+    result, valid = jax.vmap(item, in_axes=in_axes, out_axes=(1, 0))(outputs, targets, seeds, weights)
+    return result, jnp.all(valid)
+
+
+@partial(jax.jit, static_argnames="request")
+def vectors_vjp(
+    cotangents: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *, request: Request
+) -> jax.Array:
+    """The vector-Jacobian product of `vectors` in `outputs`."""
+    _, pull_back = jax.vjp(lambda outputs: vectors(outputs, targets, seeds, weights, request=request)[0], outputs)
+    return pull_back(cotangents)[0]
+
+
+def raise_invalid(outputs: Any, targets: Any, weights: Any, request: Request) -> None:
+    """Raise what `ggn_jax` does for the first item with a target that is not of the loss's domain."""
+    make = ggn_jax.make_batch_grad_output_fn if request.batch else ggn_jax.make_grad_output_fn
+    for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        loss = build_loss(request.loss, [jnp.asarray(w[0] if w.shape[0] == 1 else w[i]) for w in weights])
+        make(loss, "empirical")(output, target)

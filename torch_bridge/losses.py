@@ -1,0 +1,176 @@
+"""Loss modules of PyTorch as losses of `ggn_jax`.
+
+A loss is taken apart into options, which are Python literals, and tensors: so it passes through compiled and exported
+graphs, in which the options are text and the tensors are inputs.
+"""
+
+import ast
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import torch
+
+import ggn_jax
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """How a class of loss modules becomes a loss of `ggn_jax`."""
+
+    name: str
+    convert: Callable[..., ggn_jax.Loss]
+    tensors: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def take_apart(self, module: torch.nn.Module) -> tuple[str, list[torch.Tensor]]:
+        """The module's options as text, and its tensors."""
+        names = [name for name in self.tensors if getattr(module, name) is not None]
+        options = ", ".join([f"{name!r}: {getattr(module, name)!r}" for name in self.options])
+        return f"({self.name!r}, {{{options}}}, {names!r})", [getattr(module, name) for name in names]
+
+
+_REGISTERED: dict[type, LossEntry] = {}
+_BY_NAME: dict[str, LossEntry] = {}
+
+
+def register_loss(
+    cls: type[torch.nn.Module],
+    convert: Callable[..., ggn_jax.Loss] | type[torch.nn.Module],
+    *,
+    tensors: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> None:
+    """Teach all functions of this package a class of loss modules.
+
+    Modules are taken by their exact class: a subclass may compute anything, and is refused until it is registered.
+
+    **Arguments:**
+
+    - `cls`: the class of the modules.
+    - `convert`: a function that is called with the attributes named in `tensors` (as JAX arrays, `None` left out) and
+      `options` as keyword arguments, and returns a `ggn_jax` loss; `ggn_jax.LikelihoodLoss` is how to write one. Or a
+      class that is registered already, such as `torch.nn.CrossEntropyLoss`, if its mathematics is that of `cls`.
+    - `tensors`: the names of attributes that are tensors, or None.
+    - `options`: the names of attributes that are Python literals (numbers, strings, bools, None, tuples of such).
+
+    Registering a class again replaces its entry.
+
+    **Raises:** TypeError for a `cls` that is no class of modules; ValueError for a `convert` that is a class which is
+    not registered.
+
+    >>> import torch
+    >>> class LoggedLoss(torch.nn.CrossEntropyLoss):  # changes nothing about the loss's value
+    ...     def forward(self, output, target):
+    ...         loss = super().forward(output, target)
+    ...         print(f"loss: {loss:.3f}")
+    ...         return loss
+    >>> register_loss(LoggedLoss, torch.nn.CrossEntropyLoss)
+
+    A loss of one's own, with a `ggn_jax` counterpart:
+
+    >>> import ggn_jax, jax, jax.numpy as jnp
+    >>> class JaxPoissonLoss(ggn_jax.LikelihoodLoss):
+    ...     curvature = "hessian"
+    ...     def nll(self, f, y):
+    ...         return jnp.exp(f) - y * f
+    ...     def sample(self, key, f):
+    ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
+    >>> class PoissonLoss(torch.nn.Module):
+    ...     reduction = "mean"
+    ...     def forward(self, output, target):
+    ...         return (output.exp() - target * output).mean()
+    >>> register_loss(PoissonLoss, JaxPoissonLoss, options=("reduction",))
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise TypeError(f"cls must be a class of torch.nn.Module; got {cls!r}.")
+    if isinstance(convert, type) and issubclass(convert, torch.nn.Module):
+        if convert not in _REGISTERED:
+            raise ValueError(f"convert must be a class that is registered, or a function; got {convert.__name__}.")
+        if tensors or options:
+            raise ValueError(f"tensors and options are those of {convert.__name__}: leave them out.")
+        entry = _REGISTERED[convert]
+        convert, tensors, options = entry.convert, entry.tensors, entry.options
+    elif not callable(convert):
+        raise TypeError(f"convert must be a function or a registered class of modules; got {convert!r}.")
+    for argument, names in (("tensors", tensors), ("options", options)):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{argument} must be a sequence of attributes' names; got {names!r}.")
+    name = _REGISTERED[cls].name if cls in _REGISTERED else _new_name(cls)
+    _REGISTERED[cls] = _BY_NAME[name] = LossEntry(name, convert, tuple(tensors), tuple(options))
+    _parse.cache_clear()
+
+
+def _new_name(cls: type) -> str:
+    """A name for the class that no other has: classes made inside of functions share theirs."""
+    name = qualified = f"{cls.__module__}.{cls.__qualname__}"
+    number = 2
+    while name in _BY_NAME:
+        name, number = f"{qualified}#{number}", number + 1
+    return name
+
+
+def find_loss(module: Any) -> LossEntry:
+    """The entry of the module's class."""
+    entry = _REGISTERED.get(type(module))
+    if entry is None:
+        names = ", ".join(cls.__name__ for cls in _REGISTERED)
+        bases = [cls.__name__ for cls in type(module).__mro__ if cls in _REGISTERED]
+        hint = f" (a subclass of {bases[0]}, whose curvature need not be its own)" if bases else ""
+        raise NotImplementedError(
+            f"loss_func must be a module of one of the classes {names}; got {type(module).__name__}{hint}. Use"
+            " torch_bridge.register_loss to add a class."
+        )
+    if "forward" in vars(module):
+        raise NotImplementedError(f"loss_func's forward has been replaced, so it need not be {type(module).__name__}.")
+    return entry
+
+
+def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
+    """The `ggn_jax` loss of what `LossEntry.take_apart` returned, the tensors as JAX arrays."""
+    entry, options, names = _parse(text)
+    loss = entry.convert(**dict(zip(names, tensors, strict=True)), **options)
+    if not isinstance(loss, ggn_jax.Loss):
+        raise TypeError(f"the function registered for {entry.name} must return a ggn_jax loss; got {loss!r}.")
+    return loss
+
+
+def check_loss(module: torch.nn.Module, fisher_type: str, mc_samples: Any) -> None:
+    """Refuse what can be refused without looking at values: options, shapes and dtypes of tensors, `mc_samples`."""
+    text, tensors = find_loss(module).take_apart(module)
+    with jax.enable_x64(True):
+        shapes = [jax.ShapeDtypeStruct(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors]
+
+        def check(*arrays: jax.Array) -> tuple[()]:
+            ggn_jax.make_grad_output_fn(build_loss(text, arrays), fisher_type, mc_samples)
+            return ()
+
+        jax.eval_shape(check, *shapes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> tuple[LossEntry, dict[str, Any], list[str]]:
+    try:
+        name, options, tensors = ast.literal_eval(text)
+    except ValueError:
+        raise TypeError(f"a loss's options must be Python literals, not tensors or other objects; got {text}.") from None
+    if name not in _BY_NAME:
+        raise NotImplementedError(f"{name} is not registered in this process: call torch_bridge.register_loss first.")
+    return _BY_NAME[name], options, tensors
+
+
+register_loss(torch.nn.MSELoss, ggn_jax.MSELoss, options=("reduction",))
+register_loss(
+    torch.nn.CrossEntropyLoss,
+    ggn_jax.CrossEntropyLoss,
+    tensors=("weight",),
+    options=("ignore_index", "reduction", "label_smoothing"),
+)
+register_loss(
+    torch.nn.BCEWithLogitsLoss,
+    ggn_jax.BCEWithLogitsLoss,
+    tensors=("weight", "pos_weight"),
+    options=("reduction",),
+)
