@@ -1,8 +1,8 @@
 """The operator that PyTorch sees: gradient output vectors of `[B, *item]`, `B` independent items.
 
-Everything has the axis of the items, so that mapping an operator over one more axis is folding that into `B`. Outside
-of compiled graphs the operator is called through `GradOutputVectors`, which makes it differentiable in the outputs and
-refuses every other derivative; without it torch would return zeros.
+Everything has the axis of the items, so that mapping an operator over one more axis is folding that into `B`.
+Operators of `torch.library` have no derivatives under `torch.func` (and no forward mode at all: they give zeros), so
+there, and wherever else a derivative may be asked for, `GradOutputVectors` wraps the operator.
 """
 
 import math
@@ -33,10 +33,10 @@ def vectors_op(
     with jax_on(outputs.device):
         arrays = [None if t is None else borrow(t) for t in (outputs, targets, seeds)]
         borrowed = [borrow(weight) for weight in weights]
-        result, valid = _compute.vectors(*arrays, borrowed, request=request)
+        result, valid = _compute.VECTORS[outputs.device.type](*arrays, borrowed, request=request)
         tensor = hand_over(result)
-        # To look at a GPU's values would stop its pipeline; there they are NaN.
-        if outputs.device.type == "cpu" and not valid:
+        # To look at a GPU's values would stop its pipeline; there the vectors are NaN.
+        if valid is not None and outputs.device.type == "cpu" and not valid.item():
             _compute.raise_invalid(*arrays[:2], borrowed, request)
         return tensor
 
@@ -54,10 +54,11 @@ def vjp_op(
     batch: bool,
 ) -> Tensor:
     """The vector-Jacobian product of `vectors_op` in `outputs`, `[B, *item]`."""
+    request = Request(loss, vectors, num, batch)
     with jax_on(outputs.device):
         arrays = [None if t is None else borrow(t) for t in (cotangents, outputs, targets, seeds)]
         borrowed = [borrow(weight) for weight in weights]
-        return hand_over(_compute.vectors_vjp(*arrays, borrowed, request=Request(loss, vectors, num, batch)))
+        return hand_over(_compute.VECTORS_VJP[outputs.device.type](*arrays, borrowed, request=request))
 
 
 def _num_vectors(outputs: Tensor, vectors: str, num: int, batch: bool) -> Any:
@@ -221,7 +222,29 @@ vjp_op.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, in
 def grad_output_vectors(
     request: Request, outputs: Tensor, targets: Tensor, seeds: Tensor | None, weights: list[Tensor]
 ) -> Tensor:
-    """The operator, called the way that the situation asks for."""
-    if torch.compiler.is_compiling():
-        return vectors_op(outputs, targets, seeds, weights, *request)
-    return GradOutputVectors.apply(request, outputs, targets, seeds, *weights)
+    """The operator, through `GradOutputVectors` where somebody may ask for a derivative.
+
+    Compiled graphs cannot hold that class; there the operator has its own formula for the backward pass.
+    """
+    if not torch.compiler.is_compiling() and any(map(_may_be_differentiated, [outputs, targets, *weights])):
+        return GradOutputVectors.apply(request, outputs, targets, seeds, *weights)
+    return vectors_op(outputs, targets, seeds, weights, *request)
+
+
+def _may_be_differentiated(tensor: Tensor) -> bool:
+    while True:
+        if tensor.requires_grad or _is_dual(tensor):
+            return True
+        inside = torch.func.debug_unwrap(tensor, recurse=False)
+        if inside is tensor:
+            return False
+        if inside.ndim == tensor.ndim:  # `torch.func.grad` or `jvp`; `vmap` hides an axis
+            return True
+        tensor = inside
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    try:
+        return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # inside of `vmap`, which it does not know
+        return False

@@ -11,7 +11,8 @@
 """
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 
 from torch_bridge._fork import check_not_forked
+
+SPINS = 1000  # some hundred microseconds
 
 DTYPES = {
     torch.bool: np.dtype(bool),
@@ -115,16 +118,15 @@ def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
     """
     if tensor.dtype not in DTYPES:
         raise TypeError(f"tensor has dtype {tensor.dtype}, which JAX does not have: cast it first.")
-    # DLPack refuses strides and drops the bits of lazy negation and conjugation.
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.device.type == "cuda":
-        # The array itself, never its capsule: JAX passes its stream, on which torch then orders its pending work.
-        return jax.dlpack.from_dlpack(tensor)
+        # DLPack refuses strides and drops the bits of lazy negation and conjugation. The array itself, never its
+        # capsule: JAX passes its stream, on which torch then orders its pending work.
+        return jax.dlpack.from_dlpack(tensor.detach().resolve_conj().resolve_neg().contiguous())
     try:
         # Through NumPy this is a quarter of the time that DLPack takes.
         if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
+            return tensor.view(torch.uint16).numpy(force=True).view(jnp.bfloat16)
+        return tensor.numpy(force=True)
     except (RuntimeError, TypeError) as error:
         raise NotImplementedError(
             f"tensor must be an ordinary one, with values; got {type(tensor).__name__} inside of a torch transformation"
@@ -136,28 +138,40 @@ def hand_over(array: jax.Array) -> torch.Tensor:
     """The array's memory as a writable tensor. The array must be fresh, and nobody may keep it."""
     (device,) = array.devices()
     if device.platform == "cpu":
-        # Also waits for the computation, and thus for everything that reads borrowed memory.
-        return torch.from_dlpack(array.block_until_ready())
+        wait_for(array)  # and thus for everything that reads borrowed memory
+        return torch.from_dlpack(array)
     # Torch passes its current stream, on which JAX then orders the computation, and with it what reads inputs.
     with torch.cuda.device(device.local_hardware_id):
         return torch.from_dlpack(array)
 
 
+def wait_for(array: jax.Array) -> None:
+    """Wait until the array is computed."""
+    # To put a thread to sleep and wake it takes longer than most of these computations.
+    for _ in range(SPINS):
+        if array.is_ready():
+            return
+    array.block_until_ready()
+
+
 @contextlib.contextmanager
-def jax_on(device: torch.device) -> Any:
+def jax_on(device: torch.device) -> Iterator[None]:
     """JAX with 64-bit types, working on the torch device, whatever JAX's own settings are."""
     check_not_forked()
-    if device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(f"tensors must be on the CPU or a CUDA device; got {device}: move them first.")
+    with jax.enable_x64(True), jax.default_device(_jax_device(device.type, device.index or 0)):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                yield
+        else:
+            yield
+
+
+@functools.cache
+def _jax_device(kind: str, index: int) -> jax.Device:
+    if kind not in ("cpu", "cuda"):
+        raise NotImplementedError(f"tensors must be on the CPU or a CUDA device; got one on {kind}: move it first.")
     try:
-        devices = jax.local_devices(backend=device.type)
-    except RuntimeError:
-        raise RuntimeError(
-            f"the tensor is on {device}, but this JAX has no {device.type.upper()} backend: install jax[cuda12], or"
-            " move the tensor to the CPU."
-            if device.type == "cuda"
-            else "this JAX has no CPU backend: leave 'cpu' among JAX_PLATFORMS."
-        ) from None
-    cuda = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with jax.enable_x64(True), jax.default_device(devices[device.index or 0]), cuda:
-        yield
+        return jax.local_devices(backend=kind)[index if kind == "cuda" else 0]
+    except (RuntimeError, IndexError):
+        way_out = "install jax[cuda12], or move the tensor to the CPU" if kind == "cuda" else "keep cpu in JAX_PLATFORMS"
+        raise RuntimeError(f"a tensor is on {kind}:{index}, which this JAX does not have: {way_out}.") from None
