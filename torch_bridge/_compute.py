@@ -73,9 +73,19 @@ VECTORS = _compiled(vectors)
 VECTORS_VJP = _compiled(vectors_vjp)
 
 
-def raise_invalid(outputs: Any, targets: Any, weights: Any, request: Request) -> None:
-    """Raise what `ggn_jax` does for the first item with a target that is not of the loss's domain."""
+def check_weights(weights: list[Any], request: Request) -> None:
+    """Raise what the loss says of its tensors' values, which cannot be looked at in compiled functions."""
+    for i in range(max(weight.shape[0] for weight in weights)):
+        build_loss(request.loss, [jnp.asarray(_of_item(weight, i)) for weight in weights])
+
+
+def raise_invalid(outputs: Any, targets: Any, weights: list[Any], request: Request) -> None:
+    """Raise what `ggn_jax` says of the first item with a target that is not of the loss's domain."""
     make = ggn_jax.make_batch_grad_output_fn if request.batch else ggn_jax.make_grad_output_fn
     for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
-        loss = build_loss(request.loss, [jnp.asarray(w[0] if w.shape[0] == 1 else w[i]) for w in weights])
-        make(loss, "empirical")(output, target)
+        loss = build_loss(request.loss, [jnp.asarray(_of_item(weight, i)) for weight in weights])
+        make(loss, ggn_jax.FisherType.EMPIRICAL)(output, target)
+
+
+def _of_item(weight: Any, i: int) -> Any:
+    return weight[0 if weight.shape[0] == 1 else i]

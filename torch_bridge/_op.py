@@ -33,10 +33,13 @@ def vectors_op(
     with jax_on(outputs.device):
         arrays = [None if t is None else borrow(t) for t in (outputs, targets, seeds)]
         borrowed = [borrow(weight) for weight in weights]
+        # To look at a GPU's values would stop its pipeline; there what is invalid gives NaN.
+        look = outputs.device.type == "cpu"
+        if look and borrowed:
+            _compute.check_weights(borrowed, request)
         result, valid = _compute.VECTORS[outputs.device.type](*arrays, borrowed, request=request)
         tensor = hand_over(result)
-        # To look at a GPU's values would stop its pipeline; there the vectors are NaN.
-        if valid is not None and outputs.device.type == "cpu" and not valid.item():
+        if look and valid is not None and not valid.item():
             _compute.raise_invalid(*arrays[:2], borrowed, request)
         return tensor
 

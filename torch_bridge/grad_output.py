@@ -1,5 +1,6 @@
 """The functions that PyTorch users call; the same names, arguments and results as in curvlinops."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,8 @@ def make_grad_output_fn(
     >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
     torch.Size([2, 5, 3])
     """
-    fisher_type, entry = _check_request(loss_func, fisher_type, mc_samples)
+    fisher_type, entry = _check_request(loss_func, fisher_type)
+    mc_samples = _check_count("mc_samples", mc_samples)
 
     def fn(output: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
         return _vectors(loss_func, entry, output, target, generator, fisher_type.value, mc_samples, batch=False)
@@ -83,7 +85,8 @@ def make_batch_grad_output_fn(
     >>> fn(outputs, targets).shape
     torch.Size([3, 5, 3])
     """
-    fisher_type, entry = _check_request(loss_func, fisher_type, mc_samples)
+    fisher_type, entry = _check_request(loss_func, fisher_type)
+    mc_samples = _check_count("mc_samples", mc_samples)
 
     def fn(outputs: Tensor, targets: Tensor, generator: Generator | None = None) -> Tensor:
         return _vectors(loss_func, entry, outputs, targets, generator, fisher_type.value, mc_samples, batch=True)
@@ -102,9 +105,10 @@ def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor
     >>> sample(torch.zeros(3), 10, torch.ones(3), torch.Generator().manual_seed(0)).shape
     torch.Size([10, 3])
     """
-    _, entry = _check_request(loss_func, FisherType.MC, 1)
+    _, entry = _check_request(loss_func, FisherType.MC)
 
     def sampler(output: Tensor, num_samples: int, target: Tensor, generator: Generator | None = None) -> Tensor:
+        num_samples = _check_count("num_samples", num_samples)
         return _vectors(loss_func, entry, output, target, generator, "samples", num_samples, batch=False)
 
     return sampler
@@ -128,12 +132,26 @@ def loss_hessian_matrix_sqrt(
     return columns.flatten(1).T.contiguous().reshape(*shape, *shape)
 
 
-def _check_request(loss_func: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, LossEntry]:
+def _check_count(name: str, value: Any) -> int:
+    if torch.compiler.is_compiling():
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1; got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
+    return number
+
+
+def _check_request(loss_func: Any, fisher_type: Any) -> tuple[FisherType, LossEntry]:
     fisher_type = FisherType(fisher_type)
     entry = find_loss(loss_func)
     # JAX is not to be traced into a graph, where the operator checks the same.
     if not torch.compiler.is_compiling():
-        check_loss(loss_func, fisher_type, mc_samples)
+        check_loss(loss_func, fisher_type)
     return fisher_type, entry
 
 

@@ -137,14 +137,14 @@ def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
     return loss
 
 
-def check_loss(module: torch.nn.Module, fisher_type: str, mc_samples: Any) -> None:
-    """Refuse what can be refused without looking at values: options, shapes and dtypes of tensors, `mc_samples`."""
+def check_loss(module: torch.nn.Module, fisher_type: str) -> None:
+    """Refuse what can be refused without looking at values: options, and shapes and dtypes of tensors."""
     text, tensors = find_loss(module).take_apart(module)
     with jax.enable_x64(True):
         shapes = [jax.ShapeDtypeStruct(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors]
 
         def check(*arrays: jax.Array) -> tuple[()]:
-            ggn_jax.make_grad_output_fn(build_loss(text, arrays), fisher_type, mc_samples)
+            ggn_jax.make_grad_output_fn(build_loss(text, arrays), fisher_type)
             return ()
 
         jax.eval_shape(check, *shapes)
@@ -154,7 +154,7 @@ def check_loss(module: torch.nn.Module, fisher_type: str, mc_samples: Any) -> No
 def _parse(text: str) -> tuple[LossEntry, dict[str, Any], list[str]]:
     try:
         name, options, tensors = ast.literal_eval(text)
-    except ValueError:
+    except (ValueError, SyntaxError):
         raise TypeError(f"a loss's options must be Python literals, not tensors or other objects; got {text}.") from None
     if name not in _BY_NAME:
         raise NotImplementedError(f"{name} is not registered in this process: call torch_bridge.register_loss first.")

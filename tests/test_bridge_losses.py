@@ -1,0 +1,218 @@
+"""Which losses and arguments `torch_bridge` takes, and what it says of the others."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+
+import ggn_jax
+import torch_bridge
+
+MAKERS = [
+    lambda loss: torch_bridge.make_grad_output_fn(loss, "type-2"),
+    lambda loss: torch_bridge.make_batch_grad_output_fn(loss, "type-2"),
+    torch_bridge.make_grad_output_sampler,
+    lambda loss: torch_bridge.loss_hessian_matrix_sqrt(torch.zeros(3), torch.tensor(1), loss),
+]
+
+
+class FocalLoss(CrossEntropyLoss):
+    """What a neighbour takes for cross-entropy."""
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(output, target) ** 2
+
+
+class LoggedLoss(CrossEntropyLoss):
+    """Cross-entropy all the same."""
+
+
+class PoissonLoss(torch.nn.Module):
+    """`exp(f) - y f`, times a rate per entry."""
+
+    def __init__(self, rates: torch.Tensor | None = None, reduction: str = "mean"):
+        super().__init__()
+        self.register_buffer("rates", rates)
+        self.reduction = reduction
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = output.exp() - target * output
+        value = value if self.rates is None else self.rates * value
+        return value.mean() if self.reduction == "mean" else value.sum()
+
+
+class JaxPoissonLoss(ggn_jax.LikelihoodLoss):
+    curvature = "hessian"
+    rates: Any = None
+
+    def nll(self, f: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.exp(f) - y * f
+
+    def sample(self, key: jax.Array, f: jax.Array) -> jax.Array:
+        return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        (FocalLoss(), ["FocalLoss", "subclass of CrossEntropyLoss", "register_loss"]),
+        (torch.nn.HuberLoss(), ["HuberLoss", "CrossEntropyLoss", "register_loss"]),
+        (torch.nn.functional.cross_entropy, ["function", "register_loss"]),
+        (CrossEntropyLoss, ["type", "register_loss"]),
+        (None, ["NoneType"]),
+    ],
+)
+def test_unsupported_losses(make: Any, loss: Any, names: list[str]) -> None:
+    with pytest.raises(NotImplementedError, match=r"loss_func must be") as info:
+        make(loss)
+    assert all(name in str(info.value) for name in names)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("cls", [MSELoss, CrossEntropyLoss, BCEWithLogitsLoss])
+def test_no_reduction_is_refused(make: Any, cls: Any) -> None:
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'; got 'none'"):
+        make(cls(reduction="none"))
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    loss = CrossEntropyLoss()
+    loss.forward = lambda output, target: (output - target).sum()  # type: ignore[method-assign]
+    with pytest.raises(NotImplementedError, match="forward has been replaced"):
+        torch_bridge.make_grad_output_fn(loss, "mc")
+
+
+def test_legacy_arguments_of_torch() -> None:
+    with pytest.warns(UserWarning, match="size_average"):
+        loss = MSELoss(size_average=False)
+    vectors = torch_bridge.make_grad_output_fn(loss, "type-2")(torch.zeros(2), torch.zeros(2))
+    torch.testing.assert_close(vectors, 2**0.5 * torch.eye(2))
+
+
+@pytest.mark.parametrize("fisher_type", ["type2", "MC", "", 2, None, True])
+def test_bad_fisher_types(fisher_type: Any) -> None:
+    for make in (torch_bridge.make_grad_output_fn, torch_bridge.make_batch_grad_output_fn):
+        with pytest.raises(ValueError, match="fisher_type must be one of 'type-2', 'mc'"):
+            make(MSELoss(), fisher_type)
+
+
+@pytest.mark.parametrize(("mc_samples", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_numbers_of_samples(mc_samples: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="mc_samples must be an integer of at least 1"):
+        torch_bridge.make_grad_output_fn(MSELoss(), "mc", mc_samples)
+    with pytest.raises(error, match="num_samples must be an integer of at least 1"):
+        torch_bridge.make_grad_output_sampler(MSELoss())(torch.zeros(2), mc_samples, torch.zeros(2))
+
+
+X, Y = torch.zeros(3), torch.tensor(1)
+BAD_CALLS = [
+    (CrossEntropyLoss(), ([0.0], Y), TypeError, "output must be a torch.Tensor; got list"),
+    (CrossEntropyLoss(), (X, 1), TypeError, "target must be a torch.Tensor; got int"),
+    (CrossEntropyLoss(), (X, Y, 0), TypeError, "generator must be a torch.Generator or None; got int"),
+    (CrossEntropyLoss(), (X.long(), Y), TypeError, "output must be floating; got torch.int64"),
+    (CrossEntropyLoss(), (X.to(torch.complex64), Y), TypeError, "output must be floating; got torch.complex64"),
+    (CrossEntropyLoss(), (X, torch.tensor(3)), ValueError, "class indices from 0 to 2 .*got 3"),
+    (CrossEntropyLoss(), (X, torch.tensor(-1)), ValueError, "class indices from 0 to 2 .*got -1"),
+    (CrossEntropyLoss(), (X, torch.tensor([0, 1])), ValueError, r"targets must have shape \(\).*got \(2,\)"),
+    (CrossEntropyLoss(), (torch.tensor(0.0), Y), ValueError, "outputs must have a class axis"),
+    (CrossEntropyLoss(weight=torch.ones(4)), (X, Y), ValueError, "weight has 4 class weights"),
+    (CrossEntropyLoss(weight=-torch.ones(3)), (X, Y), ValueError, "weight must be finite and not negative"),
+    (MSELoss(), (X, torch.zeros(1)), ValueError, r"targets must have the outputs' shape \(3,\).*got \(1,\)"),
+    (BCEWithLogitsLoss(), (X, torch.tensor([0.0, 2, 1])), ValueError, "targets must be between 0 and 1; got 2"),
+    (BCEWithLogitsLoss(weight=torch.ones(5, 3)), (X, X), ValueError, "weight of shape .*make_batch_grad_output_fn"),
+]
+
+
+@pytest.mark.parametrize(("loss", "args", "error", "message"), BAD_CALLS, ids=[case[3] for case in BAD_CALLS])
+def test_bad_calls(loss: Any, args: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch_bridge.make_grad_output_fn(loss, "mc")(*args)
+
+
+def test_bad_targets_in_a_batch_are_found() -> None:
+    outputs, targets = torch.zeros(4, 3), torch.tensor([0, 1, 7, 2])
+    fn = torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "type-2")
+    for call in (torch.func.vmap(fn), torch_bridge.make_batch_grad_output_fn(CrossEntropyLoss(), "type-2")):
+        with pytest.raises(ValueError, match="class indices from 0 to 2 .*got 7"):
+            call(outputs, targets)
+
+
+def test_everything_ignored() -> None:
+    fn = torch_bridge.make_batch_grad_output_fn(CrossEntropyLoss(ignore_index=-1), "type-2")
+    assert torch.equal(fn(torch.zeros(2, 3), torch.tensor([-1, -1])), torch.zeros(3, 2, 3))
+
+
+# register_loss
+
+
+def test_registering_a_subclass_as_its_base() -> None:
+    with pytest.raises(NotImplementedError, match="LoggedLoss"):
+        torch_bridge.make_grad_output_fn(LoggedLoss(), "type-2")
+    torch_bridge.register_loss(LoggedLoss, CrossEntropyLoss)
+    weight = torch.tensor([1.0, 2, 3])
+    ours = torch_bridge.make_grad_output_fn(LoggedLoss(weight, label_smoothing=0.1), "type-2")(X, Y)
+    assert torch.equal(ours, torch_bridge.make_grad_output_fn(CrossEntropyLoss(weight, label_smoothing=0.1), "type-2")(X, Y))
+
+
+def test_registering_a_loss_of_ones_own() -> None:
+    class Weighted(JaxPoissonLoss):
+        def term_weight(self, f: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.ones_like(f) if self.rates is None else jnp.full_like(f, self.rates)
+
+    torch_bridge.register_loss(PoissonLoss, Weighted, tensors=("rates",), options=("reduction",))
+    output, target = torch.randn(3, dtype=torch.float64), torch.tensor([0.0, 1, 2]).double()
+    for loss in (PoissonLoss(), PoissonLoss(reduction="sum"), PoissonLoss(torch.tensor(2.0).double())):
+        root = torch_bridge.loss_hessian_matrix_sqrt(output, target, loss)
+        hessian = torch.func.hessian(lambda f, loss=loss: loss(f[None], target[None]))(output)
+        torch.testing.assert_close(root @ root.T, hessian, rtol=0, atol=1e-14)
+
+
+def test_classes_of_one_name_are_not_confused() -> None:
+    def make(factor: float) -> type[torch.nn.Module]:
+        class Local(torch.nn.Module):
+            pass
+
+        class Jax(JaxPoissonLoss):
+            def nll(self, f: jax.Array, y: jax.Array) -> jax.Array:
+                return factor * jnp.exp(f) - y * f
+
+        torch_bridge.register_loss(Local, Jax)
+        return Local
+
+    first, second = make(1.0), make(4.0)
+    target = torch.zeros(2)
+    torch.testing.assert_close(torch_bridge.loss_hessian_matrix_sqrt(target, target, first())[0, 0].item(), 0.5**0.5)
+    torch.testing.assert_close(torch_bridge.loss_hessian_matrix_sqrt(target, target, second())[0, 0].item(), 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((3, MSELoss), {}, TypeError, "cls must be a class"),
+        ((FocalLoss, FocalLoss), {}, ValueError, "must be a class that is registered"),
+        ((FocalLoss, CrossEntropyLoss), {"options": ("reduction",)}, ValueError, "leave them out"),
+        ((FocalLoss, 3), {}, TypeError, "convert must be a function"),
+        ((FocalLoss, JaxPoissonLoss), {"tensors": "weight"}, TypeError, "tensors must be a sequence"),
+    ],
+)
+def test_bad_registrations(args: Any, kwargs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch_bridge.register_loss(*args, **kwargs)
+    with pytest.raises(NotImplementedError):
+        torch_bridge.make_grad_output_fn(FocalLoss(), "mc")
+
+
+def test_a_registration_that_returns_no_loss() -> None:
+    class Wrong(torch.nn.Module):
+        option = object()
+
+    torch_bridge.register_loss(Wrong, lambda: 3)
+    with pytest.raises(TypeError, match="must return a ggn_jax loss; got 3"):
+        torch_bridge.make_grad_output_fn(Wrong(), "mc")
+    torch_bridge.register_loss(Wrong, JaxPoissonLoss, options=("option",))
+    with pytest.raises(TypeError, match="options must be Python literals"):
+        torch_bridge.make_grad_output_fn(Wrong(), "mc")
