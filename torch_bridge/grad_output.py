@@ -128,8 +128,8 @@ def loss_hessian_matrix_sqrt(
             [0.0000, 1.0000]])
     """
     columns = make_grad_output_fn(loss_func, FisherType.TYPE2)(output_one_datum, target_one_datum)
-    shape = output_one_datum.shape
-    return columns.flatten(1).T.contiguous().reshape(*shape, *shape)
+    shape, size = output_one_datum.shape, output_one_datum.numel()
+    return columns.reshape(size, size).T.contiguous().reshape((*shape, *shape))
 
 
 def _check_count(name: str, value: Any) -> int:

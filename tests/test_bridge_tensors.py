@@ -1,0 +1,211 @@
+"""`to_jax` and `to_torch`: values, dtypes, views, aliasing and lifetime; whatever is passed to the façade goes there."""
+
+import gc
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import torch_bridge
+from torch_bridge import to_jax, to_torch
+from torch_bridge.tensors import DTYPES
+
+VIEWS = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.T,
+    "strided": lambda t: t[::2, 1::2],
+    "expanded": lambda t: t[:1].expand(4, *t.shape[1:]),
+    "flipped": lambda t: t.flip(0),
+    "misaligned": lambda t: t.flatten()[1:],
+    "0-d": lambda t: t[1, 1],
+    "empty": lambda t: t[:0],
+    "requires grad": lambda t: t.clone().requires_grad_() if t.is_floating_point() or t.is_complex() else t,
+    "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+    "conjugate": lambda t: t.conj() if t.is_complex() else t,
+    "negative": lambda t: t.conj().imag if t.is_complex() else t,
+}
+
+
+def tensor(dtype: torch.dtype) -> torch.Tensor:
+    numbers = torch.arange(24).reshape(4, 6)
+    if dtype == torch.bool:
+        return numbers % 3 == 0
+    if dtype.is_complex:
+        return (numbers * (1 - 2j)).to(dtype)
+    return (numbers - 12 * dtype.is_signed).to(dtype)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_round_trip(dtype: torch.dtype, view: str) -> None:
+    original = VIEWS[view](tensor(dtype))
+    array = to_jax(original)
+    assert array.dtype == DTYPES[original.dtype]
+    assert array.shape == tuple(original.shape)
+    assert np.array_equal(np.asarray(array).astype(complex), original.detach().resolve_conj().resolve_neg().to(torch.complex128).numpy())
+    back = to_torch(array)
+    assert torch.equal(back, original)
+    assert back.dtype == original.dtype
+    assert back.is_contiguous()
+    assert not back.requires_grad
+    back.copy_(torch.zeros_like(back))  # writable
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_wide_types_are_never_narrowed(x64: bool) -> None:
+    with jax.enable_x64(x64):
+        array = to_jax(torch.tensor([2**40, -1]))
+        assert array.dtype == np.int64
+        assert to_torch(array).tolist() == [2**40, -1]
+        assert to_jax(torch.tensor(1e300, dtype=torch.float64)).item() == 1e300
+
+
+def test_no_aliasing() -> None:
+    for size in (1, 7, 4096):  # JAX takes large, aligned memory over as it is
+        source = torch.ones(size)
+        array = to_jax(source)
+        source.zero_()
+        assert np.all(np.asarray(array) == 1)
+        back = to_torch(array)
+        back.zero_()
+        assert np.all(np.asarray(array) == 1)
+
+
+def test_lifetimes_are_independent() -> None:
+    array = to_jax(torch.arange(1000.0))
+    gc.collect()
+    assert np.array_equal(array, np.arange(1000.0))
+    back = to_torch(array)
+    array.delete()
+    assert torch.equal(back, torch.arange(1000.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (np.zeros(3), TypeError, "tensor must be a torch.Tensor; got ndarray"),
+        (torch.zeros(3).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn, which JAX does not have"),
+        (torch.zeros(3, device="meta"), NotImplementedError, "on the CPU or a CUDA device; got one on meta"),
+        (torch.eye(3).to_sparse(), NotImplementedError, "ordinary one"),
+    ],
+    ids=["not a tensor", "dtype", "meta", "sparse"],
+)
+def test_what_to_jax_refuses(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        to_jax(value)
+
+
+def test_to_jax_inside_of_a_transformation() -> None:
+    with pytest.raises(NotImplementedError, match="inside of a torch transformation"):
+        torch.func.vmap(lambda t: to_torch(to_jax(t)))(torch.zeros(3, 2))
+
+
+def test_what_to_torch_refuses() -> None:
+    with pytest.raises(TypeError, match=r"array must be a jax.Array; got ndarray"):
+        to_torch(np.zeros(3))
+    with pytest.raises(TypeError, match="key<fry>, which torch does not have"):
+        to_torch(jax.random.key(0))
+    with pytest.raises(TypeError, match="being traced"):
+        jax.jit(lambda x: jnp.zeros(3) if to_torch(x) is None else x)(jnp.zeros(3))
+    mesh = jax.make_mesh((2,), ("data",))
+    spread = jax.device_put(jnp.zeros(4), jax.NamedSharding(mesh, jax.P("data")))
+    with pytest.raises(ValueError, match="spread over 2 devices"):
+        to_torch(spread)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and a torch and a JAX that use it")
+class TestCuda:
+    """Streams and devices; the mathematics is that of the CPU."""
+
+    def test_round_trip(self) -> None:
+        source = torch.arange(10.0, device="cuda")
+        array = to_jax(source)
+        assert array.devices().pop().platform == "gpu"
+        source.zero_()
+        assert torch.equal(to_torch(array), torch.arange(10.0, device="cuda"))
+
+    def test_pending_work_is_waited_for(self) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            matrix = torch.randn(2000, 2000, device="cuda")
+            for _ in range(20):
+                matrix = matrix @ matrix / matrix.norm()
+            array = to_jax(matrix)
+            matrix.zero_()
+        torch.cuda.synchronize()
+        assert np.any(np.asarray(array))
+
+    @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+    def test_facade(self, fisher_type: str) -> None:
+        outputs, targets = torch.randn(5, 3, device="cuda"), torch.tensor([0, 1, 2, 1, 0], device="cuda")
+        loss = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3], device="cuda"))
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        vectors = torch_bridge.make_batch_grad_output_fn(loss, fisher_type)(outputs, targets, generator)
+        assert vectors.device == outputs.device
+        if fisher_type != "mc":
+            on_cpu = torch_bridge.make_batch_grad_output_fn(loss.cpu(), fisher_type)(outputs.cpu(), targets.cpu())
+            torch.testing.assert_close(vectors.cpu(), on_cpu)
+        vectors.mul_(2)
+
+    def test_devices_are_not_mixed(self) -> None:
+        fn = torch_bridge.make_grad_output_fn(torch.nn.MSELoss(), "type-2")
+        with pytest.raises(ValueError, match="the target is on cpu, but output on cuda:0"):
+            fn(torch.zeros(3, device="cuda"), torch.zeros(3))
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A loss with options, and one datum of random shape, dtype and strides."""
+    kind = draw(st.sampled_from(["mse", "bce", "ce", "ce-soft"]))
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=kind.startswith("ce"), max_size=3)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    reduction = draw(st.sampled_from(["mean", "sum"]))
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        layout = draw(st.sampled_from(["plain", "transposed", "strided", "misaligned"]))
+        if layout == "strided":
+            return torch.rand(*shape, 2, dtype=dtype, generator=generator)[..., 1]
+        if layout == "transposed":
+            return torch.rand(shape[::-1], dtype=dtype, generator=generator).permute(tuple(range(len(shape))[::-1]))
+        size = int(np.prod(shape))
+        return torch.rand(size + 1, dtype=dtype, generator=generator)[layout == "misaligned" :][:size].reshape(shape)
+
+    output = 4 * random(shape) - 2
+    if kind == "mse":
+        return torch.nn.MSELoss(reduction=reduction), output, random(shape)
+    if kind == "bce":
+        weight, pos_weight = (random(shape) if draw(st.booleans()) else None for _ in range(2))
+        loss: torch.nn.Module = torch.nn.BCEWithLogitsLoss(weight, reduction=reduction, pos_weight=pos_weight)
+        return loss, output, random(shape)
+    options = {
+        "weight": random(shape[:1]) + 0.1 if draw(st.booleans()) else None,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.2])),
+        "reduction": reduction,
+    }
+    if kind == "ce-soft":
+        return torch.nn.CrossEntropyLoss(**options), output, random(shape).softmax(0)
+    target = torch.randint(shape[0], shape[1:], generator=generator)
+    # At least one class is kept: torch's mean over nothing is NaN.
+    ignored = draw(st.integers(0, shape[0] - 1))
+    if torch.all(target == ignored):
+        ignored = -100
+    return torch.nn.CrossEntropyLoss(ignore_index=ignored, **options), output, target
+
+
+@given(arguments())
+def test_any_loss_shape_and_layout(arguments: tuple[torch.nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    loss, output, target = arguments
+    kept = output.clone(), target.clone()
+    root = torch_bridge.loss_hessian_matrix_sqrt(output, target, loss).reshape(output.numel(), output.numel())
+    flat, wide = output.double().flatten(), target.double() if target.is_floating_point() else target
+    wide_loss = loss.double()
+    hessian = torch.autograd.functional.hessian(lambda f: wide_loss(f.reshape(1, *output.shape), wide[None]), flat)
+    tolerance = 1e-12 if output.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close((root @ root.T).double(), hessian, rtol=tolerance, atol=tolerance)
+    assert torch.equal(output, kept[0])
+    assert torch.equal(target, kept[1])
