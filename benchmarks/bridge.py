@@ -90,9 +90,9 @@ def main() -> None:
                 peer = torch.func.vmap(torch_vectors, in_dims=(0, None), out_dims=1, randomness="different")
                 mapped, batch = vmapped(fisher_type, num), batched(fisher_type, num)
                 sides = {
-                    "torch": lambda peer=peer, samples=samples: peer(outputs, samples),  # noqa: B023
-                    "vmapped": lambda mapped=mapped: mapped(outputs, targets, None),  # noqa: B023
-                    "batched": lambda batch=batch: batch(outputs, targets),  # noqa: B023
+                    "torch": lambda peer=peer, samples=samples: peer(outputs, samples),
+                    "vmapped": lambda mapped=mapped: mapped(outputs, targets, None),
+                    "batched": lambda batch=batch: batch(outputs, targets),
                 }
                 for side in sides.values():
                     side()

@@ -100,7 +100,9 @@ def test_bad_fisher_types(fisher_type: Any) -> None:
             make(MSELoss(), fisher_type)
 
 
-@pytest.mark.parametrize(("mc_samples", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("mc_samples", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
 def test_bad_numbers_of_samples(mc_samples: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="mc_samples must be an integer of at least 1"):
         torch_bridge.make_grad_output_fn(MSELoss(), "mc", mc_samples)
@@ -137,7 +139,7 @@ def test_bad_targets_in_a_batch_are_found() -> None:
     outputs, targets = torch.zeros(4, 3), torch.tensor([0, 1, 7, 2])
     fn = torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "type-2")
     for call in (torch.func.vmap(fn), torch_bridge.make_batch_grad_output_fn(CrossEntropyLoss(), "type-2")):
-        with pytest.raises(ValueError, match="class indices from 0 to 2 .*got 7"):
+        with pytest.raises(ValueError, match=r"class indices from 0 to 2 .*got 7"):
             call(outputs, targets)
 
 
@@ -155,7 +157,9 @@ def test_registering_a_subclass_as_its_base() -> None:
     torch_bridge.register_loss(LoggedLoss, CrossEntropyLoss)
     weight = torch.tensor([1.0, 2, 3])
     ours = torch_bridge.make_grad_output_fn(LoggedLoss(weight, label_smoothing=0.1), "type-2")(X, Y)
-    assert torch.equal(ours, torch_bridge.make_grad_output_fn(CrossEntropyLoss(weight, label_smoothing=0.1), "type-2")(X, Y))
+    assert torch.equal(
+        ours, torch_bridge.make_grad_output_fn(CrossEntropyLoss(weight, label_smoothing=0.1), "type-2")(X, Y)
+    )
 
 
 def test_registering_a_loss_of_ones_own() -> None:

@@ -1,4 +1,4 @@
-"""`to_jax` and `to_torch`: values, dtypes, views, aliasing and lifetime; whatever is passed to the façade goes there."""
+"""`to_jax` and `to_torch`: values, dtypes, views, aliasing and lifetime; and the façade on any layout."""
 
 import gc
 from typing import Any
@@ -47,7 +47,9 @@ def test_round_trip(dtype: torch.dtype, view: str) -> None:
     array = to_jax(original)
     assert array.dtype == DTYPES[original.dtype]
     assert array.shape == tuple(original.shape)
-    assert np.array_equal(np.asarray(array).astype(complex), original.detach().resolve_conj().resolve_neg().to(torch.complex128).numpy())
+    assert np.array_equal(
+        np.asarray(array).astype(complex), original.detach().resolve_conj().resolve_neg().to(torch.complex128).numpy()
+    )
     back = to_torch(array)
     assert torch.equal(back, original)
     assert back.dtype == original.dtype

@@ -75,7 +75,10 @@ def test_vmap_is_a_loop(loss: Any, fisher_type: str) -> None:
 def test_any_axis(fisher_type: str, in_dims: Any, out_dims: int) -> None:
     fn = torch_bridge.make_grad_output_fn(BCEWithLogitsLoss(), fisher_type)
     outputs, targets = batch(BCEWithLogitsLoss())
-    whole = vmap(fn)(outputs if in_dims[0] is not None else outputs[:1].expand(5, 3), targets if in_dims[1] is not None else targets[:1].expand(5, 3))
+    whole = vmap(fn)(
+        outputs if in_dims[0] is not None else outputs[:1].expand(5, 3),
+        targets if in_dims[1] is not None else targets[:1].expand(5, 3),
+    )
     args = [
         {None: t[0], 0: t}.get(dim, t.movedim(0, dim if dim else 0))
         for t, dim in zip((outputs, targets), in_dims, strict=True)
@@ -175,7 +178,8 @@ def test_make_fx(mode: str, fisher_type: str) -> None:
     # Traced with fake tensors, nothing may be looked at that is not an input.
     weight = loss.weight
     graph = make_fx(
-        lambda outputs, targets, weight: (setattr(loss, "weight", weight), scaled(outputs, targets))[1], tracing_mode=mode
+        lambda outputs, targets, weight: (setattr(loss, "weight", weight), scaled(outputs, targets))[1],
+        tracing_mode=mode,
     )(outputs, targets, weight)
     loss.weight = weight
     other, labels = batch(loss, 7) if mode == "symbolic" else (outputs + 1, targets.flip(0))
@@ -213,7 +217,7 @@ def test_compile_of_everything(fisher_type: str) -> None:
 
 
 def pseudo_loss_product(fn: Any, outputs: torch.Tensor, targets: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The product with an operator's Hessian, by differentiating a pseudo-loss twice, as curvlinops does for its MC-GGN."""
+    """A product with a Hessian, by differentiating a pseudo-loss twice, as curvlinops does for its MC-GGN."""
 
     def pseudo_loss(outputs: torch.Tensor) -> torch.Tensor:
         vectors = fn(outputs.detach(), targets, None)
@@ -234,7 +238,9 @@ def test_nested_derivatives_of_a_pseudo_loss(fisher_type: str) -> None:
     torch.testing.assert_close(seeded(mapped, directions), expected, rtol=1e-13, atol=1e-13)
     compiled = torch.compile(lambda v: pseudo_loss_product(fn, outputs, targets, v), backend="eager", fullgraph=True)
     torch.testing.assert_close(seeded(compiled, directions[0]), expected[0], rtol=1e-13, atol=1e-13)
-    traced = make_fx(lambda f, y, v: pseudo_loss_product(fn, f, y, v), tracing_mode="fake")(outputs, targets, directions[0])
+    traced = make_fx(lambda f, y, v: pseudo_loss_product(fn, f, y, v), tracing_mode="fake")(
+        outputs, targets, directions[0]
+    )
     torch.testing.assert_close(seeded(traced, outputs, targets, directions[0]), expected[0], rtol=1e-13, atol=1e-13)
 
 
@@ -311,7 +317,9 @@ def test_derivatives_in_the_outputs(loss: Any, fisher_type: str) -> None:
     def summed(fn: Any) -> Any:
         return lambda f, y: fn(f, y).sin().sum()
 
-    torch.testing.assert_close(vmap(grad(summed(ours)))(outputs, targets), vmap(grad(summed(theirs)))(outputs, targets), **close)
+    torch.testing.assert_close(
+        vmap(grad(summed(ours)))(outputs, targets), vmap(grad(summed(theirs)))(outputs, targets), **close
+    )
     expected = grad(summed(vmap(theirs)))(outputs, targets)
     torch.testing.assert_close(grad(summed(vmap(ours)))(outputs, targets), expected, **close)
     for fn in (vmap(ours), torch.compile(vmap(ours), backend="aot_eager", fullgraph=True)):

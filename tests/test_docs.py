@@ -14,9 +14,11 @@ README = ROOT / "README.md"
 
 DOCTESTS = """
 import doctest, importlib, pkgutil, sys
-import ggn_jax
+import ggn_jax, torch_bridge
 
-modules = ["ggn_jax", *(m.name for m in pkgutil.walk_packages(ggn_jax.__path__, "ggn_jax."))]
+packages = (ggn_jax, torch_bridge)
+modules = [m.name for package in packages for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+modules += [package.__name__ for package in packages]
 failed = attempted = 0
 for name in modules:
     result = doctest.testmod(importlib.import_module(name))

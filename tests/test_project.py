@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import ggn_jax
+import torch_bridge
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path(ggn_jax.__path__[0])
+PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax, torch_bridge)}
 
 # From low to high: a module imports from lower layers only, and all modules are here.
-LAYERS = [
+GGN_JAX = [
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding", "term_hessian"},
     {"terms"},
     {"loss"},
@@ -28,17 +30,38 @@ LAYERS = [
     {"operators"},
     {""},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIBRARIES = {"jax", "numpy", "equinox", "lineax", "jaxtyping"}
+TORCH_BRIDGE = [
+    {"_fork"},
+    {"tensors", "generators", "losses"},
+    {"_compute"},
+    {"_op"},
+    {"grad_output"},
+    {""},
+]
+LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}
+LEVEL = {
+    f"{package}.{name}".removesuffix("."): level
+    for package, layers in LAYERS.items()
+    for level, names in enumerate(layers)
+    for name in names
+}
+LIBRARIES = {
+    "ggn_jax": {"jax", "numpy", "equinox", "lineax", "jaxtyping"},
+    "torch_bridge": {"jax", "numpy", "torch"},
+}
 # Nothing below these (parts, so that this file does not name them).
 PRIVATE = [("jax", "core"), ("jax", "interpreters"), ("jaxlib",), ("equinox", "internal"), ("torch", "_functorch")]
 WITHOUT_EXAMPLE = {"Loss"}  # abstract
 
 
 def modules() -> dict[str, Path]:
-    """The package's modules, by their names without `ggn_jax.`."""
-    paths = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in sorted(PACKAGE.rglob("*.py"))}
-    return {".".join(part for part in parts if part != "__init__"): path for parts, path in paths.items()}
+    """All modules of the packages."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
 
 
 def sources() -> list[Path]:
@@ -90,7 +113,7 @@ def uses(tree: ast.AST) -> set[str]:
 def is_private(name: str) -> bool:
     """Whether a dotted name is not of another project's public interface."""
     parts = name.split(".")
-    if parts[0] == "ggn_jax":
+    if parts[0] in PACKAGES:
         return False
     hidden = any(part.startswith("_") and not part.endswith("__") for part in parts)
     return hidden or any(tuple(parts[: len(start)]) == start for start in PRIVATE)
@@ -98,23 +121,26 @@ def is_private(name: str) -> bool:
 
 def test_layers_are_the_modules() -> None:
     assert set(LEVEL) == set(modules())
-    assert sum(map(len, LAYERS)) == len(LEVEL)
+    assert sum(len(names) for layers in LAYERS.values() for names in layers) == len(LEVEL)
 
 
 @pytest.mark.parametrize("name", modules())
 def test_imports(name: str) -> None:
+    package = name.partition(".")[0]
     tree = parse(modules()[name])
     at_import = {module for module, _, _ in imports(WithoutFunctions().visit(parse(modules()[name])))}
     for module in {module for module, _, _ in imports(tree)}:
-        top, _, inner = module.partition(".")
-        if top == "ggn_jax":
-            assert LEVEL[inner] < LEVEL[name], f"{name or 'ggn_jax'} imports {module}"
-            assert name != "models" or inner == "_frozen", "models is separate from the rest"
+        top = module.partition(".")[0]
+        if top == package:
+            assert LEVEL[module] < LEVEL[name], f"{name} imports {module}"
+            assert name != "ggn_jax.models" or module == "ggn_jax._frozen", "models is separate from the rest"
+        elif top == "ggn_jax":
+            assert module == "ggn_jax", "the bridge uses the public face only"
         elif top == "flax":
-            assert name == "models"
+            assert name == "ggn_jax.models"
             assert module not in at_import
         else:
-            assert top in LIBRARIES | sys.stdlib_module_names, module
+            assert top in LIBRARIES[package] | sys.stdlib_module_names, module
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -151,15 +177,18 @@ def test_no_global_switches(name: str) -> None:
         assert not used.startswith(("jax.config", "os.environ", "warnings.")), used
 
 
-def test_all() -> None:
-    public = {name for name, value in vars(ggn_jax).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert set(ggn_jax.__all__) == public
-    assert ggn_jax.__all__ == sorted(ggn_jax.__all__)
+@pytest.mark.parametrize("package", [ggn_jax, torch_bridge])
+def test_all(package: ModuleType) -> None:
+    public = {name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert set(package.__all__) == public
+    assert package.__all__ == sorted(package.__all__)
 
 
-@pytest.mark.parametrize("name", ggn_jax.__all__)
-def test_documented(name: str) -> None:
-    value = getattr(ggn_jax, name)
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package in (ggn_jax, torch_bridge) for name in package.__all__]
+)
+def test_documented(package: ModuleType, name: str) -> None:
+    value = getattr(package, name)
     doc = value.__doc__ or ""
     assert len(doc) > 40
     assert not doc.startswith(f"{name}("), "a dataclass's own"
@@ -175,17 +204,18 @@ import sys, jax
 import ggn_jax
 print(*sorted({"torch", "flax", "optax", "sklearn", "matfree", "matplotlib", "beartype"} & set(sys.modules)))
 """
-    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    env = {**os.environ, "PYTHONPATH": str(PACKAGES["ggn_jax"].parent)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True, timeout=300
     )
     assert not done.stdout.split()
 
 
-def test_typed() -> None:
-    assert (PACKAGE / "py.typed").is_file()
+@pytest.mark.parametrize("folder", PACKAGES.values(), ids=PACKAGES)
+def test_typed(folder: Path) -> None:
+    assert (folder / "py.typed").is_file()
 
 
 @pytest.mark.skipif("GGN_JAX_TEST_INSTALLED" not in os.environ, reason="asks for the installed package, as CI does")
 def test_the_installed_package_is_tested() -> None:
-    assert "site-packages" in PACKAGE.parts
+    assert all("site-packages" in folder.parts for folder in PACKAGES.values())

@@ -6,14 +6,13 @@ there, and wherever else a derivative may be asked for, `GradOutputVectors` wrap
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bridge import _compute
-from torch_bridge._compute import Request
+from torch_bridge._compute import VECTORS, VECTORS_VJP, Request, check_weights, raise_invalid
 from torch_bridge.tensors import borrow, hand_over, jax_on
 
 
@@ -36,11 +35,11 @@ def vectors_op(
         # To look at a GPU's values would stop its pipeline; there what is invalid gives NaN.
         look = outputs.device.type == "cpu"
         if look and borrowed:
-            _compute.check_weights(borrowed, request)
-        result, valid = _compute.VECTORS[outputs.device.type](*arrays, borrowed, request=request)
+            check_weights(borrowed, request)
+        result, valid = VECTORS[outputs.device.type](*arrays, borrowed, request=request)
         tensor = hand_over(result)
         if look and valid is not None and not valid.item():
-            _compute.raise_invalid(*arrays[:2], borrowed, request)
+            raise_invalid(arrays[0], arrays[1], borrowed, request)
         return tensor
 
 
@@ -61,7 +60,7 @@ def vjp_op(
     with jax_on(outputs.device):
         arrays = [None if t is None else borrow(t) for t in (cotangents, outputs, targets, seeds)]
         borrowed = [borrow(weight) for weight in weights]
-        return hand_over(_compute.VECTORS_VJP[outputs.device.type](*arrays, borrowed, request=request))
+        return hand_over(VECTORS_VJP[outputs.device.type](*arrays, borrowed, request=request))
 
 
 def _num_vectors(outputs: Tensor, vectors: str, num: int, batch: bool) -> Any:
@@ -71,7 +70,9 @@ def _num_vectors(outputs: Tensor, vectors: str, num: int, batch: bool) -> Any:
 
 
 @vectors_op.register_fake
-def _(outputs: Tensor, targets: Any, seeds: Any, weights: Any, loss: str, vectors: str, num: int, batch: bool) -> Tensor:
+def _(
+    outputs: Tensor, targets: Any, seeds: Any, weights: Any, loss: str, vectors: str, num: int, batch: bool
+) -> Tensor:
     return outputs.new_empty((_num_vectors(outputs, vectors, num, batch), *outputs.shape))
 
 
@@ -83,7 +84,7 @@ def _(cotangents: Tensor, outputs: Tensor, *_: Any) -> Tensor:
 # Mapping over one more axis.
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int, items: int = 0) -> Tensor | None:
+def _fold(tensor: Any, dim: int | None, size: int, items: int = 0) -> Any:
     """`tensor` with its mapped axis, expanded if it has none, folded into the axis of the items."""
     if tensor is None:
         return None
@@ -94,7 +95,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, items: int = 0) -> 
     return tensor.flatten(items, items + 1)
 
 
-def _fold_weight(weight: Tensor, dim: int | None, size: int, items: int) -> Tensor:
+def _fold_weight(weight: Tensor, dim: int | None, size: int, items: int) -> Any:
     if dim is None:
         return weight if weight.shape[0] == 1 else _fold(weight, None, size)
     weight = weight.movedim(dim, 0)
@@ -119,7 +120,9 @@ def _(info: Any, in_dims: Any, outputs: Any, targets: Any, seeds: Any, weights: 
 
 
 @vjp_op.register_vmap
-def _(info: Any, in_dims: Any, cotangents: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *request: Any) -> Any:
+def _(
+    info: Any, in_dims: Any, cotangents: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *request: Any
+) -> Any:
     size, dims = info.batch_size, (*in_dims[1:4], *in_dims[4])
     items, (outputs, targets, seeds, *weights) = _fold_all(size, dims, outputs, targets, seeds, *weights)
     cotangents = _fold(cotangents, in_dims[0], size, items=1)
@@ -171,7 +174,7 @@ class GradOutputVectors(torch.autograd.Function):
         gradient = GradOutputVectorsVjp.apply(ctx.request, cotangents, *ctx.saved_tensors)
         return None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
 
-    jvp = staticmethod(_refuse_forward_mode)
+    jvp = staticmethod(_refuse_forward_mode)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, request: Request, *tensors: Any) -> tuple[Tensor, int]:
@@ -191,8 +194,8 @@ class GradOutputVectorsVjp(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
-    backward = staticmethod(_refuse_second_derivative)
-    jvp = staticmethod(_refuse_forward_mode)
+    backward = staticmethod(_refuse_second_derivative)  # type: ignore[assignment]
+    jvp = staticmethod(_refuse_forward_mode)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, request: Request, cotangents: Tensor, *tensors: Any) -> tuple[Tensor, int]:

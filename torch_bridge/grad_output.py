@@ -114,9 +114,7 @@ def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor
     return sampler
 
 
-def loss_hessian_matrix_sqrt(
-    output_one_datum: Tensor, target_one_datum: Tensor, loss_func: torch.nn.Module
-) -> Tensor:
+def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor, loss_func: torch.nn.Module) -> Tensor:
     r"""The square root `S` of the Hessian of one datum's loss as a dense tensor, `[*out, *out]`.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`.

@@ -21,7 +21,7 @@ class LossEntry:
     """How a class of loss modules becomes a loss of `ggn_jax`."""
 
     name: str
-    convert: Callable[..., ggn_jax.Loss]
+    convert: Callable[..., Any]
     tensors: tuple[str, ...]
     options: tuple[str, ...]
 
@@ -38,7 +38,7 @@ _BY_NAME: dict[str, LossEntry] = {}
 
 def register_loss(
     cls: type[torch.nn.Module],
-    convert: Callable[..., ggn_jax.Loss] | type[torch.nn.Module],
+    convert: Callable[..., Any],
     *,
     tensors: Sequence[str] = (),
     options: Sequence[str] = (),
@@ -91,9 +91,9 @@ def register_loss(
             raise ValueError(f"convert must be a class that is registered, or a function; got {convert.__name__}.")
         if tensors or options:
             raise ValueError(f"tensors and options are those of {convert.__name__}: leave them out.")
-        entry = _REGISTERED[convert]
-        convert, tensors, options = entry.convert, entry.tensors, entry.options
-    elif not callable(convert):
+        like = _REGISTERED[convert]
+        convert, tensors, options = like.convert, like.tensors, like.options
+    if not callable(convert):
         raise TypeError(f"convert must be a function or a registered class of modules; got {convert!r}.")
     for argument, names in (("tensors", tensors), ("options", options)):
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -155,7 +155,9 @@ def _parse(text: str) -> tuple[LossEntry, dict[str, Any], list[str]]:
     try:
         name, options, tensors = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise TypeError(f"a loss's options must be Python literals, not tensors or other objects; got {text}.") from None
+        raise TypeError(
+            f"a loss's options must be Python literals, not tensors or other objects; got {text}."
+        ) from None
     if name not in _BY_NAME:
         raise NotImplementedError(f"{name} is not registered in this process: call torch_bridge.register_loss first.")
     return _BY_NAME[name], options, tensors

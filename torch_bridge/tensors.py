@@ -1,13 +1,13 @@
 """Tensors of PyTorch as arrays of JAX, and back.
 
-|           | guarantee                                                                                                   |
-|-----------|-------------------------------------------------------------------------------------------------------------|
-| aliasing  | none: the result has memory of its own, and is complete when the function returns; writing to either is safe |
-| dtype     | kept, 64-bit types also where JAX has them switched off (compute with them under `jax.enable_x64(True)`)    |
-| device    | kept: CPU to CPU, GPU to the same GPU; nothing is copied to the host behind your back                       |
-| values    | of what the tensor stands for: strided, expanded, conjugate and negative views are resolved                 |
-| gradients | not carried: tensors are detached, results do not require grad                                              |
-| lifetime  | independent: either may be deleted first                                                                    |
+What `to_jax` and `to_torch` guarantee:
+
+* aliasing: none. The result has memory of its own, and is complete when the function returns: write to either.
+* dtype: kept, 64-bit types also where JAX has them switched off (compute with them under `jax.enable_x64(True)`).
+* device: kept, CPU to CPU and GPU to the same GPU; nothing is copied to the host behind your back.
+* values: those that the tensor stands for; strided, expanded, conjugate and negative views are resolved.
+* gradients: not carried. Tensors are detached, and results do not require grad.
+* lifetime: independent. Either may be deleted first.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ DTYPES = {
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """A JAX array with the tensor's values, dtype and device, that shares no memory with it.
 
-    See the table at the top of this module for what is guaranteed.
+    What is guaranteed is listed at the top of this module.
 
     **Raises:** TypeError for what is not a tensor, or has a dtype that JAX does not have; RuntimeError for a CUDA
     tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other devices and
@@ -71,7 +71,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 def to_torch(array: jax.Array) -> torch.Tensor:
     """A torch tensor with the array's values, dtype and device: writable, contiguous, sharing no memory with it.
 
-    See the table at the top of this module for what is guaranteed.
+    What is guaranteed is listed at the top of this module.
 
     **Raises:** TypeError for what is not a JAX array, is being traced, holds PRNG keys, or has a dtype that torch does
     not have; ValueError for an array on several devices; NotImplementedError for devices other than CPU and CUDA.
@@ -139,17 +139,17 @@ def hand_over(array: jax.Array) -> torch.Tensor:
     (device,) = array.devices()
     if device.platform == "cpu":
         wait_for(array)  # and thus for everything that reads borrowed memory
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
     # Torch passes its current stream, on which JAX then orders the computation, and with it what reads inputs.
     with torch.cuda.device(device.local_hardware_id):
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
 
 
 def wait_for(array: jax.Array) -> None:
     """Wait until the array is computed."""
     # To put a thread to sleep and wake it takes longer than most of these computations.
     for _ in range(SPINS):
-        if array.is_ready():
+        if array.is_ready():  # type: ignore[attr-defined]  # not in jax's annotations
             return
     array.block_until_ready()
 
@@ -173,5 +173,7 @@ def _jax_device(kind: str, index: int) -> jax.Device:
     try:
         return jax.local_devices(backend=kind)[index if kind == "cuda" else 0]
     except (RuntimeError, IndexError):
-        way_out = "install jax[cuda12], or move the tensor to the CPU" if kind == "cuda" else "keep cpu in JAX_PLATFORMS"
+        way_out = (
+            "install jax[cuda12], or move the tensor to the CPU" if kind == "cuda" else "keep cpu in JAX_PLATFORMS"
+        )
         raise RuntimeError(f"a tensor is on {kind}:{index}, which this JAX does not have: {way_out}.") from None
