@@ -23,7 +23,7 @@ import torch_bridge
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 LOSS = CrossEntropyLoss()
-DAMPING = 1e-1
+DAMPING = 3e-2
 ADAM_RATE = 1e-2
 
 

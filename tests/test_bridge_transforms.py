@@ -3,8 +3,11 @@
 import itertools
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -13,6 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 import torch_bridge
+from torch_bridge._compute import Request
+from torch_bridge._compute import vectors as compute
 
 BACKENDS = [
     "eager",
@@ -285,6 +290,16 @@ def test_opcheck(args: tuple[Any, ...]) -> None:
     torch.library.opcheck(torch.ops.torch_bridge.grad_output_vectors, (outputs.clone().requires_grad_(), *rest))
     cotangents = torch.ops.torch_bridge.grad_output_vectors(*args)
     torch.library.opcheck(torch.ops.torch_bridge.grad_output_vectors_vjp, (cotangents, *args))
+
+
+@pytest.mark.parametrize("vectors", ["type-2", "mc", "empirical"])
+def test_the_operator_lowers_for_every_platform(vectors: str) -> None:
+    outputs, targets = jnp.zeros((2, 3, 4)), jnp.zeros((2, 4), int)
+    request = Request("('torch.nn.modules.loss.CrossEntropyLoss', {}, ['weight'])", vectors, 2, False)
+    fn = jax.jit(partial(compute, request=request))
+    seeds = jnp.zeros(2) if vectors == "mc" else None
+    exported = jax.export.export(fn, platforms=("cpu", "cuda", "tpu"))(outputs, targets, seeds, [jnp.ones((1, 3))])
+    assert exported.out_avals[0].shape == ({"type-2": 12, "mc": 2, "empirical": 1}[vectors], 2, 3, 4)
 
 
 # Derivatives

@@ -256,3 +256,19 @@ def test_sixty_four_bits_are_never_narrowed() -> None:
             with raises(TypeError, "targets", "int64", "int32"):
                 CrossEntropyLoss()(f, np.array([0, wraps]))
         assert CrossEntropyLoss()(f, np.array([0, 2])) > 0  # those that fit are taken
+
+
+def test_targets_valid_under_jit() -> None:
+    """Where nothing can be raised, one can still ask."""
+    loss = CrossEntropyLoss(ignore_index=-1)
+    outputs, targets = jnp.zeros((2, 3, 4)), jnp.array([[0, 3, -1, 2], [-2, 1, 2, 0]])
+    valid = [[True, False, True, True], [False, True, True, True]]
+    for ask in (loss.targets_valid, jax.jit(loss.targets_valid)):
+        assert ask(outputs, targets).tolist() == valid
+    one = jax.vmap(lambda f, y: loss.targets_valid(f, y, batch=False))(outputs, targets)
+    assert one.tolist() == valid
+    with pytest.raises(ValueError, match="targets must have shape"):
+        loss.targets_valid(outputs, targets[:, 0])
+    probabilities = jnp.array([[0.5, 0.5], [1.5, -0.5]])
+    assert CrossEntropyLoss().targets_valid(probabilities, probabilities).tolist() == [True, False]
+    assert BCEWithLogitsLoss().targets_valid(probabilities, probabilities).tolist() == [[True] * 2, [False] * 2]
