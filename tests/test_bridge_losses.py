@@ -193,6 +193,20 @@ def test_classes_of_one_name_are_not_confused() -> None:
     torch.testing.assert_close(torch_bridge.loss_hessian_matrix_sqrt(target, target, second())[0, 0].item(), 2**0.5)
 
 
+def test_registering_again() -> None:
+    """Nothing compiled for the first entry is used for the second."""
+
+    class Changed(torch.nn.Module):
+        pass
+
+    target = torch.zeros(2)
+    torch_bridge.register_loss(Changed, lambda: ggn_jax.MSELoss(reduction="mean"))
+    first = torch_bridge.make_grad_output_fn(Changed(), "type-2")(target, target)
+    torch_bridge.register_loss(Changed, lambda: ggn_jax.MSELoss(reduction="sum"))
+    second = torch_bridge.make_grad_output_fn(Changed(), "type-2")(target, target)
+    torch.testing.assert_close(second, first * 2**0.5)
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "message"),
     [

@@ -56,7 +56,7 @@ def register_loss(
     - `tensors`: the names of attributes that are tensors, or None.
     - `options`: the names of attributes that are Python literals (numbers, strings, bools, None, tuples of such).
 
-    Registering a class again replaces its entry.
+    Registering a class again replaces its entry for functions made from then on.
 
     **Raises:** TypeError for a `cls` that is no class of modules; ValueError for a `convert` that is a class which is
     not registered.
@@ -98,13 +98,15 @@ def register_loss(
     for argument, names in (("tensors", tensors), ("options", options)):
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"{argument} must be a sequence of attributes' names; got {names!r}.")
-    name = _REGISTERED[cls].name if cls in _REGISTERED else _new_name(cls)
+    name = _new_name(cls)
     _REGISTERED[cls] = _BY_NAME[name] = LossEntry(name, convert, tuple(tensors), tuple(options))
-    _parse.cache_clear()
 
 
 def _new_name(cls: type) -> str:
-    """A name for the class that no other has: classes made inside of functions share theirs."""
+    """A name for an entry that no other has, for graphs and compiled functions to know it by.
+
+    Classes made inside of functions share theirs, and a class may be registered again.
+    """
     name = qualified = f"{cls.__module__}.{cls.__qualname__}"
     number = 2
     while name in _BY_NAME:
