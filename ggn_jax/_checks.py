@@ -19,7 +19,11 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
-        hint = " (torch_bridge has these functions for torch tensors)" if type(value).__module__.startswith("torch") else ""
+        hint = (
+            " (torch_bridge has these functions for torch tensors)"
+            if type(value).__module__.startswith("torch")
+            else ""
+        )
         raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
     try:
         array = jnp.asarray(value)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
@@ -79,11 +80,29 @@ def test_no_reduction_is_refused(make: Any, cls: Any) -> None:
         make(cls(reduction="none"))
 
 
-def test_a_replaced_forward_is_refused() -> None:
+CHANGES = {
+    "forward": lambda loss: setattr(loss, "forward", lambda output, target: (output - target).sum()),
+    "forward hook": lambda loss: loss.register_forward_hook(lambda *args: 3 * args[-1]),
+    "forward pre-hook": lambda loss: loss.register_forward_pre_hook(lambda module, args: (2 * args[0], args[1])),
+    "backward hook": lambda loss: loss.register_full_backward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_modules_are_refused(name: str) -> None:
     loss = CrossEntropyLoss()
-    loss.forward = lambda output, target: (output - target).sum()  # type: ignore[method-assign]
-    with pytest.raises(NotImplementedError, match="forward has been replaced"):
-        torch_bridge.make_grad_output_fn(loss, "mc")
+    fn = torch_bridge.make_grad_output_fn(loss, "type-2")
+    CHANGES[name](loss)
+    for call in (lambda: fn(X, Y), lambda: torch_bridge.make_grad_output_fn(loss, "mc")):
+        with pytest.raises(NotImplementedError, match="hooks, or a forward of its own"):
+            call()
+
+
+def test_options_from_numpy() -> None:
+    loss = CrossEntropyLoss(label_smoothing=np.float64(0.5), ignore_index=np.int64(-1))
+    plain = CrossEntropyLoss(label_smoothing=0.5, ignore_index=-1)
+    ours, expected = (torch_bridge.make_grad_output_fn(each, "empirical")(X, Y) for each in (loss, plain))
+    assert torch.equal(ours, expected)
 
 
 def test_legacy_arguments_of_torch() -> None:

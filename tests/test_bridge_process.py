@@ -92,12 +92,13 @@ def test_memory_does_not_grow() -> None:
 FORK = """
 import os, sys, warnings
 warnings.simplefilter("ignore")  # JAX's own, of forks
-import torch, torch_bridge
+import jax, torch, torch_bridge
 
 fn = torch_bridge.make_grad_output_fn(torch.nn.MSELoss(), "type-2")
-use_first = sys.argv[1] == "used"
-if use_first:
+if sys.argv[1] == "used":
     fn(torch.zeros(2), torch.zeros(2))
+if sys.argv[1] == "jax used":
+    jax.numpy.ones(3) + 1
 pid = os.fork()
 if pid == 0:
     try:
@@ -111,7 +112,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 def test_a_forked_child_is_told() -> None:
     """JAX hangs in a child of a process that has used it."""
-    for state, code in (("used", 42), ("unused", 0)):
+    for state, code in (("used", 42), ("jax used", 42), ("unused", 0)):
         done = subprocess.run(
             [sys.executable, "-c", FORK, state],
             env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from torch.utils.checkpoint import checkpoint
 
 import torch_bridge
 from torch_bridge._compute import Request
@@ -139,6 +140,14 @@ def test_a_state_is_a_result(loss: Any) -> None:
         assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("partitionable", [True, False])
+def test_settings_of_jax_change_nothing(partitionable: bool) -> None:
+    fn = torch_bridge.make_batch_grad_output_fn(MSELoss(), "mc", 2)
+    expected = seeded(fn, torch.zeros(5, 3), torch.zeros(5, 3))
+    with jax.threefry_partitionable(partitionable), jax.transfer_guard("disallow"), jax.enable_x64(False):
+        assert torch.equal(seeded(fn, torch.zeros(5, 3), torch.zeros(5, 3)), expected)
+
+
 def test_data_and_samples_differ() -> None:
     fn = as_curvlinops(MSELoss(), "mc", 4)
     vectors = fn(torch.zeros(5, 3), torch.zeros(5, 3), None).reshape(20, 3)
@@ -204,6 +213,17 @@ def test_compile(backend: Any, fisher_type: str) -> None:
         outputs, targets = batch(loss, size)
         expected = seeded(fn, outputs, targets, None) * 2
         torch.testing.assert_close(seeded(compiled, outputs, targets), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dynamic", [True, False, None])
+def test_compile_follows_the_options(dynamic: bool | None) -> None:
+    loss = CrossEntropyLoss(label_smoothing=0.1)
+    fn = torch_bridge.make_batch_grad_output_fn(loss, "empirical")
+    compiled = torch.compile(lambda f, y: fn(f, y), backend="eager", fullgraph=True, dynamic=dynamic)
+    for change in ({}, {"label_smoothing": 0.2}, {"label_smoothing": 0.3, "ignore_index": 1}, {"reduction": "sum"}):
+        vars(loss).update(change)
+        outputs, targets = batch(loss)
+        torch.testing.assert_close(compiled(outputs, targets), fn(outputs, targets), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fisher_type", TYPES)
@@ -414,6 +434,15 @@ NOT_DIFFERENTIABLE = {
 def test_other_derivatives_raise(name: str) -> None:
     with pytest.raises(NotImplementedError, match="differentia"):
         NOT_DIFFERENTIABLE[name](torch.randn(3))
+
+
+def test_checkpointing() -> None:
+    """Saved tensors are unpacked once."""
+    output = torch.randn(3, dtype=torch.float64)
+    expected = grad(lambda f: of_output(f).sin().sum())(output)
+    leaf = output.clone().requires_grad_()
+    checkpoint(lambda f: of_output(f).sin().sum(), leaf, use_reentrant=False).backward()
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_detached_outputs_are_constants() -> None:

@@ -171,8 +171,9 @@ class GradOutputVectors(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:
         _check_needs_grad(ctx.needs_input_grad[2:])
-        gradient = GradOutputVectorsVjp.apply(ctx.request, cotangents, *ctx.saved_tensors)
-        return None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
+        tensors = ctx.saved_tensors  # once: hooks may recompute them
+        gradient = GradOutputVectorsVjp.apply(ctx.request, cotangents, *tensors)
+        return None, gradient, *[None] * (len(tensors) - 1)
 
     jvp = staticmethod(_refuse_forward_mode)  # type: ignore[assignment]
 
@@ -230,7 +231,8 @@ def grad_output_vectors(
 ) -> Tensor:
     """The operator, through `GradOutputVectors` where somebody may ask for a derivative.
 
-    Compiled graphs cannot hold that class; there the operator has its own formula for the backward pass.
+    Compiled graphs cannot hold that class; there the operator has its own formula for the backward pass, and forward
+    mode, which `torch.compile` cannot be asked about under `vmap`, gives zeros.
     """
     if not torch.compiler.is_compiling() and any(map(_may_be_differentiated, [outputs, targets, *weights])):
         return GradOutputVectors.apply(request, outputs, targets, seeds, *weights)

@@ -36,7 +36,9 @@ def make_grad_output_fn(
     `ggn_jax.make_grad_output_fn`, which computes them.
 
     It works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx` and `torch.compile`,
-    and is differentiable once in `output`, by reverse mode; other derivatives raise NotImplementedError. Under `vmap`
+    and is differentiable once in `output`, by reverse mode; other derivatives raise NotImplementedError. *Inside* of a
+    compiled region there is `backward` only: `torch.func.grad` raises, and forward mode, which cannot be seen there,
+    gives zeros, so detach outputs first. Under `vmap`
     with random vectors, `randomness="different"` gives each datum draws of its own. For a whole batch,
     `make_batch_grad_output_fn` is faster, and knows the batch's reduction.
 
@@ -48,7 +50,7 @@ def make_grad_output_fn(
     - `mc_samples`: the number of Monte-Carlo vectors, at least 1.
 
     **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
-    `generator` belongs to `mc`; `None` stands for torch's global generator.
+    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace).
 
     **Raises:** NotImplementedError for a loss that is not supported; ValueError for an unknown fisher type,
     `mc_samples` below 1, options such as `reduction="none"`, shapes that do not fit, and targets that are not of the

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 import ggn_jax
+
+# What `torch.nn.Module` has no public names for; without them nothing is refused.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,23 @@ class LossEntry:
 
     def take_apart(self, module: torch.nn.Module) -> tuple[str, list[torch.Tensor]]:
         """The module's options as text, and its tensors."""
+        if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
+            raise NotImplementedError(
+                f"loss_func has hooks, or a forward of its own, and so need not be {type(module).__name__}: remove"
+                " them, or make it a class of its own and add that with torch_bridge.register_loss."
+            )
         names = [name for name in self.tensors if getattr(module, name) is not None]
-        options = ", ".join([f"{name!r}: {getattr(module, name)!r}" for name in self.options])
+        options = ", ".join([f"{name!r}: {_literal(getattr(module, name))!r}" for name in self.options])
         return f"({self.name!r}, {{{options}}}, {names!r})", [getattr(module, name) for name in names]
+
+
+def _literal(value: Any) -> Any:
+    """Numbers of NumPy, and those that `torch.compile` has made symbolic, as Python's."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return float(value) if isinstance(value, float | np.floating) else value
 
 
 _REGISTERED: dict[type, LossEntry] = {}
@@ -125,8 +143,6 @@ def find_loss(module: Any) -> LossEntry:
             f"loss_func must be a module of one of the classes {names}; got {type(module).__name__}{hint}. Use"
             " torch_bridge.register_loss to add a class."
         )
-    if "forward" in vars(module):
-        raise NotImplementedError(f"loss_func's forward has been replaced, so it need not be {type(module).__name__}.")
     return entry
 
 

@@ -136,7 +136,10 @@ def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
 
 def hand_over(array: jax.Array) -> torch.Tensor:
     """The array's memory as a writable tensor. The array must be fresh, and nobody may keep it."""
-    (device,) = array.devices()
+    devices = array.devices()
+    if len(devices) != 1:
+        raise RuntimeError("torch_bridge works on one device: call it outside of jax.set_mesh.")
+    (device,) = devices
     if device.platform == "cpu":
         wait_for(array)  # and thus for everything that reads borrowed memory
         return torch.utils.dlpack.from_dlpack(array)
@@ -158,7 +161,12 @@ def wait_for(array: jax.Array) -> None:
 def jax_on(device: torch.device) -> Iterator[None]:
     """JAX with 64-bit types, working on the torch device, whatever JAX's own settings are."""
     check_not_forked()
-    with jax.enable_x64(True), jax.default_device(_jax_device(device.type, device.index or 0)):
+    with (
+        jax.enable_x64(True),
+        jax.default_device(_jax_device(device.type, device.index or 0)),
+        jax.transfer_guard("allow"),
+        jax.threefry_partitionable(True),  # one state gives one result
+    ):
         if device.type == "cuda":
             with torch.cuda.device(device):
                 yield
