@@ -22,3 +22,14 @@ import hypothesis
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")
+
+FORGET_EVERY = 100
+finished = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Free compiled functions now and then: each maps memory, of which a process may have 65,530 pieces on Linux."""
+    global finished
+    finished += 1
+    if finished % FORGET_EVERY == 0:
+        jax.clear_caches()
