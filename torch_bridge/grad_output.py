@@ -38,8 +38,9 @@ def make_grad_output_fn(
     It works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx` and `torch.compile`,
     and is differentiable once in `output`, by reverse mode; other derivatives raise NotImplementedError. *Inside* of a
     compiled region there is `backward` only: `torch.func.grad` raises, and forward mode, which cannot be seen there,
-    gives zeros, so detach outputs first. Under `vmap`
-    with random vectors, `randomness="different"` gives each datum draws of its own. For a whole batch,
+    gives zeros, so detach outputs first.
+
+    Under `vmap` with random vectors, `randomness="different"` gives each datum draws of its own. For a whole batch,
     `make_batch_grad_output_fn` is faster, and knows the batch's reduction.
 
     **Arguments:**

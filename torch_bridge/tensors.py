@@ -159,12 +159,11 @@ def wait_for(array: jax.Array) -> None:
 
 @contextlib.contextmanager
 def jax_on(device: torch.device) -> Iterator[None]:
-    """JAX with 64-bit types, working on the torch device, whatever JAX's own settings are."""
+    """JAX with 64-bit types and one way to draw, working on the torch device, whatever JAX's own settings are."""
     check_not_forked()
     with (
         jax.enable_x64(True),
         jax.default_device(_jax_device(device.type, device.index or 0)),
-        jax.transfer_guard("allow"),
         jax.threefry_partitionable(True),  # one state gives one result
     ):
         if device.type == "cuda":
