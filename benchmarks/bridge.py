@@ -2,9 +2,9 @@
 
 The peer is what one writes in PyTorch: a per-datum function under `torch.func.vmap` (see `vectors.py`). Each size is
 timed in one process, all sides in turn; printed are medians. `vmapped` is `torch.func.vmap` over
-`make_grad_output_fn`, `batched` is `make_batch_grad_output_fn`; the ratio is the peer's time over ours. `overhead` is
-what `vmap` adds to one call of the operator beneath. Then the time to the first result for a shape never seen, in a
-process that has done the same for another shape, without and with JAX's persistent compilation cache.
+`make_grad_output_fn`, `batched` is `make_batch_grad_output_fn`; the ratio is the peer's time over ours, `overhead` the
+vmapped time less the batched one. Then the time to the first result for a shape never seen, in a process that has done
+the same for another shape, without and with JAX's persistent compilation cache.
 
     python benchmarks/bridge.py
 """

@@ -152,7 +152,7 @@ def _check_request(loss_func: Any, fisher_type: Any) -> tuple[FisherType, LossEn
     entry = find_loss(loss_func)
     # JAX is not to be traced into a graph, where the operator checks the same.
     if not torch.compiler.is_compiling():
-        check_loss(loss_func, fisher_type)
+        check_loss(entry, loss_func, fisher_type)
     return fisher_type, entry
 
 

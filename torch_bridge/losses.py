@@ -155,9 +155,9 @@ def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
     return loss
 
 
-def check_loss(module: torch.nn.Module, fisher_type: str) -> None:
+def check_loss(entry: LossEntry, module: torch.nn.Module, fisher_type: str) -> None:
     """Refuse what can be refused without looking at values: options, and shapes and dtypes of tensors."""
-    text, tensors = find_loss(module).take_apart(module)
+    text, tensors = entry.take_apart(module)
     with jax.enable_x64(True):
         shapes = [jax.ShapeDtypeStruct(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors]
 
