@@ -47,7 +47,8 @@ def _literal(value: Any) -> Any:
         return value
     if isinstance(value, int | np.integer):
         return int(value)
-    return float(value) if isinstance(value, float | np.floating) else value
+    # By way of its hexadecimal text, which makes a number of a symbolic one under every version of Python.
+    return float.fromhex(float(value).hex()) if isinstance(value, float | np.floating) else value
 
 
 _REGISTERED: dict[type, LossEntry] = {}
