@@ -7,6 +7,7 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
+from ggn_jax.layers import report
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_hessian import LossHessian
@@ -15,9 +16,11 @@ from ggn_jax.models import from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
     DampedLinearOperator,
     EFLinearOperator,
+    EKFACLinearOperator,
     GGNDiagonalLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    KFACLinearOperator,
 )
 
 __all__ = [
@@ -25,10 +28,12 @@ __all__ = [
     "CrossEntropyLoss",
     "DampedLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "FisherType",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "KFACLinearOperator",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",
@@ -40,4 +45,5 @@ __all__ = [
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
     "make_grad_output_sampler",
+    "report",
 ]

@@ -5,11 +5,14 @@ from ggn_jax.operators.diagonal import GGNDiagonalLinearOperator
 from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
+from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator
 
 __all__ = [
     "DampedLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "KFACLinearOperator",
 ]

@@ -1,0 +1,73 @@
+"""The stack of vectors at a model's outputs whose outer products make up the loss Hessian, one part at a time."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.loss import Loss
+from ggn_jax.terms import Terms, term_axes
+
+Positions = Literal["signs", "exact"]
+
+
+def features(loss: Loss, output: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The axes of one datum's output whose entries are seeded one by one.
+
+    Those of a term; the last axis where each entry is a term of its own, as with squared errors.
+    """
+    axes = term_axes(loss, output, False)
+    return axes if axes or not output.shape else (len(output.shape) - 1,)
+
+
+def draws_signs(loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions) -> bool:
+    """Whether type-2 vectors of several loss positions are added with random signs."""
+    axes = features(loss, output)
+    several = math.prod(size for axis, size in enumerate(output.shape) if axis not in axes) > 1
+    return fisher_type is FisherType.TYPE2 and positions == "signs" and several
+
+
+def count_vectors(
+    loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, mc_samples: int, positions: Positions
+) -> int:
+    """The number of vectors."""
+    if fisher_type is FisherType.FORWARD_ONLY:
+        return 0
+    if fisher_type is FisherType.TYPE2:
+        signs = draws_signs(loss, output, fisher_type, positions)
+        return math.prod(output.shape[axis] for axis in features(loss, output)) if signs else math.prod(output.shape)
+    return mc_samples if fisher_type is FisherType.MC else 1
+
+
+def vector_maker(terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, keys: Any) -> Any:
+    """A function of indices `[v]` that returns these of the stack's vectors, `[v, N, *out]`.
+
+    `keys` holds one key per datum, where something is drawn.
+    """
+    shape, dtype = terms.outputs.shape, terms.outputs.dtype
+    one = jax.ShapeDtypeStruct(shape[1:], dtype)
+    if fisher_type is FisherType.MC:
+        drawn = terms.drawn_gradients(keys, mc_samples) / math.sqrt(mc_samples)
+        return lambda indices: drawn[indices].astype(terms.dtype)
+    if fisher_type is FisherType.EMPIRICAL:
+        gradients = terms.gradients()
+        # Where everything is ignored, r is infinite and the gradient 0.
+        vector = jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)
+        return lambda indices: jnp.broadcast_to(vector, (len(indices), *shape))
+
+    if draws_signs(terms.loss, one, fisher_type, positions):
+        axes = features(terms.loss, one)
+        seeded = tuple(size if axis in axes else 1 for axis, size in enumerate(one.shape))
+        free = tuple(1 if axis in axes else size for axis, size in enumerate(one.shape))
+        signs = jax.vmap(lambda key: jax.random.rademacher(key, free, dtype))(keys)
+    else:
+        seeded, signs = one.shape, jnp.ones((1,) * len(shape), dtype)
+
+    def column(index: Array) -> Float[Array, "N *out"]:
+        unit = (jnp.arange(math.prod(seeded)) == index).astype(dtype).reshape(seeded)
+        return terms.product("sqrt_mv", jnp.broadcast_to(unit[None] * signs, shape))
+
+    return jax.vmap(column)

@@ -1,0 +1,82 @@
+"""Run a traced model: each layer's inputs, and its output gradients for any vectors at the outputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax.layers.jaxprs import REMAT, SCAN, bind, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
+from ggn_jax.layers.trace import Trace
+
+
+class Captured(NamedTuple):
+    """What one forward pass over a batch gives; arrays are in the equations' own layouts, see `Use`."""
+
+    outputs: Array  # [N, *out]
+    inputs: tuple[Array, ...]  # for each use, [N, *loops, *operand]
+    pull_back: Callable[[Array], tuple[tuple[Array, ...], tuple[Array, ...]]]
+    """Vectors `[N, *out]` to each use's output gradients, `[N, *loops, *output]`, and to the gradients of each datum in
+    the parameters asked for, `[N, *shape]`."""
+
+
+def capture(trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] = ()) -> Captured:
+    """Run the model on a batch, mapped over examples; `leaves` are parameters wanted with a gradient per datum."""
+    jaxpr, consts = open_jaxpr(trace.closed)
+    flat = jax.tree.leaves(params)
+    size = jax.tree.leaves(inputs)[0].shape[0]
+    paths = {use.path: number for number, use in enumerate(trace.uses)}
+    containers = {path[:i] for path in paths for i in range(1, len(path))}
+
+    def one(perturbations: dict[int, Array], own: list[Array], x: PyTree) -> tuple[Array, dict[int, Array]]:
+        values = list(flat)
+        for leaf, value in zip(leaves, own, strict=True):
+            values[leaf] = value
+        values += [leaf[None] for leaf in jax.tree.leaves(x)]
+        (outputs,), captured = _evaluate(jaxpr, consts, values, (), perturbations)
+        return outputs[0], captured
+
+    def batch(perturbations: dict[int, Array], own: list[Array]) -> tuple[Array, dict[int, Array]]:
+        return jax.vmap(one)(perturbations, own, inputs)
+
+    def _evaluate(
+        jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], perturbations: dict[int, Array]
+    ) -> tuple[list[Any], dict[int, Array]]:
+        captured: dict[int, Array] = {}
+
+        def step(eqn: Any, at: tuple[int, ...], values: list[Any]) -> list[Any]:
+            if at in paths:
+                number = paths[at]
+                captured[number] = values[trace.uses[number].operand]
+                (output,) = bind(eqn, values)
+                return [output + perturbations[number]]
+            if at not in containers:
+                return bind(eqn, values)
+            inside = {n: perturbations[n] for p, n in paths.items() if p[: len(at)] == at}
+            inner, inner_consts = open_jaxpr(inner_jaxpr(eqn))
+
+            def run(values: Sequence[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
+                return _evaluate(inner, inner_consts, values, at, perturbations)
+
+            name = eqn.primitive.name
+            if name in SCAN:
+                results, more = run_scan(eqn, run, values, inside)
+            elif name in REMAT:
+                results, more = run_remat(eqn, run, values, inside)
+            else:
+                results, more = run(values, inside)
+            captured.update(more)
+            return results
+
+        return run_jaxpr(jaxpr, consts, values, path, step), captured
+
+    zeros = {n: jnp.zeros((size, *use.output_shape), use.output_dtype) for n, use in enumerate(trace.uses)}
+    copies = [jnp.broadcast_to(flat[leaf], (size, *flat[leaf].shape)) for leaf in leaves]
+    outputs, vjp, captured = jax.vjp(batch, zeros, copies, has_aux=True)
+
+    def pull_back(vectors: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        gradients, per_datum = vjp(vectors)
+        return tuple(gradients[n] for n in range(len(trace.uses))), tuple(per_datum)
+
+    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back)

@@ -1,0 +1,101 @@
+"""Everything that handles JAX's intermediate representation: the one module to mend when it changes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+# Sets, never one name: JAX has renamed its primitives before.
+CUSTOM_JVP = frozenset({"custom_jvp_call"})
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"}) | CUSTOM_JVP
+REMAT = frozenset({"remat", "remat2", "checkpoint"})
+SCAN = frozenset({"scan"})
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an input of an equation is a constant written in place."""
+    return isinstance(atom, Literal)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr, closed or not, and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def inner_jaxpr(eqn: Any) -> Any:
+    """The jaxpr that an equation of `INLINED`, `REMAT` or `SCAN` calls."""
+    return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+
+
+def source_of(eqn: Any) -> str:
+    """The user's line, `file:line:column (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def module_of(eqn: Any) -> str:
+    """The path of modules or named scopes, as Flax and `jax.named_scope` write it."""
+    return str(eqn.source_info.name_stack)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The equation itself, custom derivative rules included."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # JAX before 0.10 returned the functions to call apart.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+Step = Callable[[Any, tuple[int, ...], list[Any]], list[Any]]
+
+
+def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], step: Step) -> list[Any]:
+    """Evaluate a jaxpr, each equation by `step(eqn, path, inputs)`; a path is the equations' indices down to it."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else env[atom]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        results = step(eqn, (*path, index), [read(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """How many inputs of a loop are constants, and how many are carried; the rest is looped over.
+
+    From the shapes, which say it under every version of JAX: what is looped over has one axis more outside.
+    """
+    inner, _ = open_jaxpr(eqn.params["jaxpr"])
+    num_carry = sum(o.aval.shape == i.aval.shape for o, i in zip(eqn.outvars, inner.outvars, strict=True))
+    looped = sum(o.aval.shape != i.aval.shape for o, i in zip(eqn.invars, inner.invars, strict=True))
+    return len(eqn.invars) - num_carry - looped, num_carry
+
+
+def run_remat(eqn: Any, fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, rematerialised as the equation is."""
+    return jax.checkpoint(fn, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*args)
+
+
+def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) -> tuple[list[Any], Any]:
+    """The equation's loop around `fn(inputs, extra) -> (results, more)`: its results, and what more was stacked."""
+    params = eqn.params
+    num_consts, num_carry = scan_sizes(eqn)
+    consts, carry, xs = (
+        values[:num_consts],
+        values[num_consts : num_consts + num_carry],
+        values[num_consts + num_carry :],
+    )
+
+    def body(carry: list[Any], x: Any) -> Any:
+        results, more = fn([*consts, *carry, *x[0]], x[1])
+        return results[:num_carry], (results[num_carry:], more)
+
+    carry, (ys, more) = jax.lax.scan(
+        body, carry, (xs, extra), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys], more

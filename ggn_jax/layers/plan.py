@@ -1,0 +1,154 @@
+"""Which parameters each layer owns, and what is left over."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ggn_jax.layers.index_map import IndexMap
+from ggn_jax.layers.trace import Trace
+from ggn_jax.layers.uses import View
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight, with all its uses, and the bias that is added wherever it is used."""
+
+    uses: tuple[int, ...]  # numbers of `Trace.uses`
+    swapped: tuple[bool, ...]  # whether a use has inputs and outputs the other way round than the first
+    weight: View  # as the first use lays it out
+    bias: View | None
+    leaves: tuple[int, ...]  # the parameters it has entries of; the weight's first
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A parameter that no layer owns."""
+
+    leaf: int
+    kind: str  # "scale", "shift", "uncovered" or "unused"
+    why: str = ""
+    source: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter, once: in a layer, or left over."""
+
+    layers: tuple[Layer, ...]
+    leftovers: tuple[Leftover, ...]
+
+    def layer_of(self, leaf: int) -> Layer | None:
+        """The first layer with entries of a parameter."""
+        return next((layer for layer in self.layers if leaf in layer.leaves), None)
+
+
+def make_plan(trace: Trace) -> Plan:
+    """Group uses of the same entries into layers; a parameter with any other use is left over."""
+    sizes = [math.prod(shape) for shape in trace.shapes]
+
+    def leaves_of(entries: IndexMap) -> tuple[int, ...]:
+        return entries.owners(sizes)
+
+    # A bias belongs to a layer if it is added at every use of that weight, and nowhere else.
+    by_weight: dict[object, list[int]] = {}
+    for number, use in enumerate(trace.uses):
+        by_weight.setdefault(_key(use.weight), []).append(number)
+    bias_users: dict[object, set[object]] = {}
+    for use in trace.uses:
+        if use.bias is not None:
+            bias_users.setdefault(_key(use.bias), set()).add(_key(use.weight))
+    lost: dict[int, Leftover] = {}
+    drafts: list[Layer] = []
+    owned_biases: set[int] = set()
+    for weight, numbers in by_weight.items():
+        uses = [trace.uses[n] for n in numbers]
+        biases = tuple(use.bias for use in uses if use.bias is not None)
+        keys = {_key(bias) for bias in biases}
+        first = uses[0].weight
+        swapped = tuple(not _same_layout(first, use.weight) for use in uses)
+        if any(s and not _same_layout(first, _transposed(use.weight)) for s, use in zip(swapped, uses, strict=True)):
+            for leaf in leaves_of(first.entries):
+                why = "its uses lay it out differently, and are not each other's transpose"
+                lost.setdefault(leaf, Leftover(leaf, "uncovered", why, uses[0].source, uses[0].module))
+        bias = None
+        alike = len(biases) == len(uses) and not any(swapped) and all(_same_layout(biases[0], b) for b in biases)
+        if alike and bias_users[next(iter(keys))] == {weight}:
+            bias = biases[0]
+            owned_biases |= set(numbers)
+        views = (first,) if bias is None else (first, bias)
+        leaves = tuple(dict.fromkeys(leaf for view in views for leaf in leaves_of(view.entries)))
+        drafts.append(Layer(tuple(numbers), swapped, first, bias, leaves))
+
+    for blocked in trace.blocked:
+        for leaf in sorted(blocked.leaves):
+            lost.setdefault(leaf, Leftover(leaf, "uncovered", blocked.why, blocked.source, blocked.module))
+    in_layers = {leaf for layer in drafts for leaf in layer.leaves}
+    for small in trace.small:
+        if small.bias_of is not None and small.bias_of in owned_biases:
+            continue
+        for leaf in leaves_of(small.entries):
+            if leaf in in_layers:
+                why = f"it is the weight or bias of a layer and a {small.kind} as well"
+                lost.setdefault(leaf, Leftover(leaf, "uncovered", why, small.source, small.module))
+            else:
+                lost.setdefault(leaf, Leftover(leaf, small.kind, "", small.source, small.module))
+    for leaf in _overlapping(drafts, sizes):
+        lost.setdefault(leaf, Leftover(leaf, "uncovered", "its uses overlap in part"))
+
+    # A layer that shares a parameter with what is lost is lost as a whole.
+    while True:
+        broken = [layer for layer in drafts if any(leaf in lost for leaf in layer.leaves)]
+        if not broken:
+            break
+        drafts = [layer for layer in drafts if layer not in broken]
+        for layer in broken:
+            lacking = next(leaf for leaf in layer.leaves if leaf in lost)
+            use = trace.uses[layer.uses[0]]
+            for leaf in layer.leaves:
+                why = f"its layer also has entries of {trace.names[lacking]}, which is not covered"
+                is_bias = layer.bias is not None and leaf in leaves_of(layer.bias.entries)
+                kind, why = ("shift", "") if is_bias else ("uncovered", why)
+                lost.setdefault(leaf, Leftover(leaf, kind, why, use.source, use.module))
+    covered = {leaf for layer in drafts for leaf in layer.leaves}
+    for leaf in range(len(trace.shapes)):
+        if leaf not in covered and leaf not in lost:
+            lost[leaf] = Leftover(leaf, "unused", "no output depends on it")
+    return Plan(tuple(drafts), tuple(lost[leaf] for leaf in sorted(lost)))
+
+
+def _key(view: View) -> object:
+    return view.entries.entry_set()
+
+
+def _same_layout(a: View, b: View) -> bool:
+    return a.shape == b.shape and a.entries.reshape(a.shape) == b.entries.reshape(b.shape)
+
+
+def _transposed(view: View) -> View:
+    groups, out, inputs = view.shape
+    return View(view.entries.reshape(view.shape).transpose((0, 2, 1)), (groups, inputs, out))
+
+
+def _overlapping(layers: list[Layer], sizes: list[int]) -> list[int]:
+    """Parameters with an entry in two layers."""
+    holders: dict[int, list[View]] = {}
+    for layer in layers:
+        for view in (layer.weight, *([] if layer.bias is None else [layer.bias])):
+            for leaf in layer.leaves:
+                holders.setdefault(leaf, []).append(view)
+    result = []
+    for leaf, views in holders.items():
+        if len(views) < 2:
+            continue
+        start, stop = sum(sizes[:leaf]), sum(sizes[: leaf + 1])
+        seen = np.zeros(stop - start, bool)  # a byte per entry, of this parameter only
+        for view in views:
+            numbers = view.entries.numbers().reshape(-1)
+            numbers = numbers[(numbers >= start) & (numbers < stop)] - start
+            if seen[numbers].any():
+                result.append(leaf)
+                break
+            seen[numbers] = True
+    return result

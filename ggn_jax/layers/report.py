@@ -1,0 +1,196 @@
+"""What was found in a model, as a table to read and as rows to test against."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ggn_jax._checks import is_concrete
+from ggn_jax.layers.check import coupling, gradient_gaps, tolerance
+from ggn_jax.layers.index_map import IndexMap
+from ggn_jax.layers.plan import Plan, make_plan
+from ggn_jax.layers.trace import Trace, trace_model
+
+EXAMPLES = 4  # that the checks are made on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    parameter: str
+    """Its path, as `jax.tree_util.keystr` writes it."""
+    shape: tuple[int, ...]
+    kind: str
+    """What it is used as: "linear", "convolution", "embedding", "bias", "scale", "shift", "unused" or "uncovered"; with
+    several layers' kinds joined by "+"."""
+    layer: str
+    """The sizes of its layer, `groups x out x in`; empty where there is none."""
+    positions: tuple[int, ...]
+    """How many sharing positions each use has, in one example."""
+    uses: int
+    curvature: str
+    """"Kronecker" for the weights and biases of layers; "block" for scales and shifts, "none" for what no output
+    depends on, "uncovered" for the rest."""
+    why: str
+    """Why it is not covered, with the primitive, the line and the module; empty where it is."""
+    gap: float | None
+    """The self-check's relative error of its gradient; None where it was not made."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found: `print` it, or look at `rows`."""
+
+    rows: tuple[Row, ...]
+    tolerance: float
+    """What a gap may be for rounding."""
+    coupled: float | None
+    """How far a batch's outputs are from those of its examples one by one; None where it was not looked at."""
+
+    @property
+    def passed(self) -> bool | None:
+        """The verdict of the self-check: None if it was not made, since the arrays had no values."""
+        gaps = [row.gap for row in self.rows]
+        if self.coupled is None or None in gaps:
+            return None
+        return all(value <= self.tolerance for value in [self.coupled, *gaps])  # type: ignore[operator]
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """The paths of the parameters without a Kronecker block, a scale's or shift's block, or none needed."""
+        return tuple(row.parameter for row in self.rows if row.curvature == "uncovered")
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "kind", "G x out x in", "positions", "uses", "curvature", "gap")
+        table = [head]
+        for row in self.rows:
+            shape = " x ".join(map(str, row.shape)) or "()"
+            gap = "" if row.gap is None else f"{row.gap:.0e}"
+            positions = ", ".join(map(str, row.positions))
+            table.append((row.parameter, shape, row.kind, row.layer, positions, str(row.uses), row.curvature, gap))
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
+        if self.coupled is not None and self.coupled > self.tolerance:
+            lines.append(f"Self-check FAILED: {coupling_message(self.coupled)}")
+        elif self.passed is None:
+            lines.append("Self-check: not made, since parameters or inputs have no values here.")
+        elif self.passed:
+            lines.append(f"Self-check passed: the layers explain every gradient to {self.tolerance:.0e}.")
+        else:
+            bad = ", ".join(row.parameter for row in self.rows if row.gap is not None and not row.gap <= self.tolerance)
+            lines.append(
+                f"Self-check FAILED: gradients of {bad} are not explained by the layers found. Please report it."
+            )
+        return "\n".join(lines)
+
+
+def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Report:
+    """Find the linear layers of a model, and check that they explain its gradient.
+
+    A layer is an equation of the model's jaxpr in which a parameter, moved about or not (reshaped, sliced, transposed,
+    stacked), first meets data: a matrix product, a convolution, or rows of a table. Nothing needs to be tagged or
+    registered, and no module system is needed. `model_fn` is traced on one example, a batch of one.
+
+    The self-check compares, for each parameter, the sum over data and sharing positions of output gradient times input
+    with the gradient by automatic differentiation, for a random cotangent, on at most four examples; and the outputs of
+    these examples together with those one by one, which tells batch normalisation in training mode. It is made where
+    parameters and inputs have values (not under `jit`, or for `jax.ShapeDtypeStruct`s).
+
+    **Arguments:** `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`; `params`: a pytree of floating arrays;
+    `inputs`: a batch, perhaps a pytree.
+
+    **Raises:** TypeError or ValueError for a model that does not return one array with a batch axis, parameters that
+    are not floating, or inputs without a common batch axis.
+
+    >>> import jax, jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(2)}
+    >>> found = report(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
+    >>> [(row.parameter, row.kind, row.curvature) for row in found.rows]
+    [("['b']", 'bias', 'Kronecker'), ("['s']", 'scale', 'block'), ("['w']", 'linear', 'Kronecker')]
+    >>> found.passed
+    True
+    """
+    check_model(model_fn, params, inputs)
+    trace = trace_model(model_fn, params, inputs)
+    plan = make_plan(trace)
+    gaps: list[float | None] = [None] * len(trace.shapes)
+    coupled = None
+    arrays = jax.tree.leaves((params, inputs))
+    if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
+        few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
+        coupled = float(coupling(model_fn, params, few))
+        gaps = [float(gap) for gap in np.asarray(gradient_gaps(trace, plan, model_fn, params, few))]
+    rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
+    dtypes = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
+    return Report(rows, tolerance(*dtypes), coupled)
+
+
+def coupling_message(gap: float) -> str:
+    """What to do about examples that depend on each other."""
+    return (
+        f"the outputs of a batch differ from those of its examples one by one (relative distance {gap:.1e}):"
+        " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
+        " of them. Switch both to evaluation, or pass a key per example in the inputs."
+    )
+
+
+def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
+    """Refuse what is not a model, floating parameters, and a batch."""
+    if not callable(model_fn):
+        raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array; got an empty pytree.")
+    for path, leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not hasattr(leaf, "shape") or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be a floating array; got"
+                f" {type(leaf).__name__ if dtype is None else dtype}. Close model_fn over what is not a parameter."
+            )
+    batch = jax.tree_util.tree_leaves_with_path(inputs)
+    for path, leaf in batch:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(f"inputs{jax.tree_util.keystr(path)} must be an array; got {type(leaf).__name__}.")
+    sizes = {tuple(leaf.shape[:1]) for _, leaf in batch}
+    if len(sizes) != 1 or () in sizes or (0,) in sizes:
+        raise ValueError(
+            "inputs must hold arrays with one common leading batch axis of at least 1; got shapes"
+            f" {[tuple(leaf.shape) for _, leaf in batch]}."
+        )
+
+
+def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
+    name, shape = trace.names[leaf], trace.shapes[leaf]
+    for left in plan.leftovers:
+        if left.leaf == leaf:
+            curvature = {"scale": "block", "shift": "block", "unused": "none"}.get(left.kind, "uncovered")
+            why = left.why
+            if left.kind != "unused" and why:
+                why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
+            uses = sum(1 for small in trace.small if _touches(trace, small.entries, leaf))
+            return Row(name, shape, left.kind, "", (), uses, curvature, why, gap)
+    layers = [layer for layer in plan.layers if leaf in layer.leaves]
+    kinds, positions, sizes, uses = [], [], [], 0
+    for layer in layers:
+        is_weight = _touches(trace, layer.weight.entries, leaf)
+        kinds += [trace.uses[n].kind if is_weight else "bias" for n in layer.uses]
+        positions += [trace.uses[n].num_positions for n in layer.uses]
+        sizes += [" x ".join(map(str, trace.uses[n].weight.shape)) for n in layer.uses]
+        uses += len(layer.uses)
+    kind, size = "+".join(dict.fromkeys(kinds)), ", ".join(dict.fromkeys(sizes))
+    return Row(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
+
+
+def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:
+    return leaf in entries.owners([math.prod(shape) for shape in trace.shapes])

@@ -1,0 +1,337 @@
+"""Find the layers of a model: follow each parameter until it first meets data."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate
+from ggn_jax.layers.jaxprs import (
+    CUSTOM_JVP,
+    INLINED,
+    REMAT,
+    SCAN,
+    inner_jaxpr,
+    is_literal,
+    module_of,
+    open_jaxpr,
+    scan_sizes,
+    source_of,
+)
+from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
+
+ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
+WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A value that is parameters moved about; loop axes first."""
+
+    entries: IndexMap
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value computed from parameters and no data."""
+
+    leaves: frozenset[int]
+    how: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A value that depends on the inputs; if it is a layer's output, moved about: of which, and how."""
+
+    use: int | None = None
+    entries: IndexMap | None = None
+
+
+Value = Entries | Derived | Data | None  # None: a constant
+
+
+@dataclass(frozen=True)
+class SmallUse:
+    """A parameter that scales or shifts data entry by entry."""
+
+    kind: str  # "scale" or "shift"
+    entries: IndexMap
+    source: str
+    module: str
+    bias_of: int | None = None  # the layer to whose output it is added
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A use that has no Kronecker form."""
+
+    leaves: frozenset[int]
+    why: str
+    source: str
+    module: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A model's jaxpr for one example, and what was found in it."""
+
+    closed: Any
+    structure: Any  # of the parameters
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    names: tuple[str, ...]
+    uses: tuple[Use, ...]
+    small: tuple[SmallUse, ...]
+    blocked: tuple[Blocked, ...]
+    outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
+    inlines_custom_rule: bool
+
+
+def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Trace:
+    """Trace `model_fn` on one example of `inputs` (a batch of one, its axis kept) and find the uses of `params`.
+
+    Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+    """
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    closed, outputs = jax.make_jaxpr(model_fn, return_shape=True)(like, one)
+    if not isinstance(outputs, jax.ShapeDtypeStruct):
+        raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
+    if outputs.shape[:1] != (1,):
+        raise ValueError(
+            f"model_fn must return an array [N, *out]; for a batch of one it returned shape {outputs.shape}."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    analysis = _Analysis([leaf.shape for _, leaf in leaves])
+    jaxpr, consts = open_jaxpr(closed)
+    labels: list[Value] = [Entries(entries) for entries in analysis.maps]
+    labels += [Data()] * len(jax.tree.leaves(one))
+    with jax.ensure_compile_time_eval():
+        results = analysis.run(jaxpr, [None] * len(consts), labels, (), ())
+    for label in results:
+        if isinstance(label, Entries | Derived):
+            analysis.block([label], "it is an output of the model without having met data", "", "")
+    return Trace(
+        closed,
+        jax.tree.structure(like),
+        tuple(leaf.shape for _, leaf in leaves),
+        tuple(leaf.dtype for _, leaf in leaves),
+        tuple(jax.tree_util.keystr(path) for path, _ in leaves),
+        tuple(analysis.uses),
+        tuple(analysis.small),
+        tuple(analysis.blocked),
+        jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
+        analysis.inlines_custom_rule,
+    )
+
+
+class _Analysis:
+    """One walk over a jaxpr with labels in place of values."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]):
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.maps = [IndexMap.contiguous(shape, sum(self.sizes[:i])) for i, shape in enumerate(shapes)]
+        self.uses: list[Use] = []
+        self.small: list[SmallUse] = []
+        self.blocked: list[Blocked] = []
+        self.inlines_custom_rule = False
+
+    def leaves_of(self, label: Value) -> frozenset[int]:
+        """The numbers of the parameters that a value holds."""
+        if isinstance(label, Derived):
+            return label.leaves
+        return frozenset(label.entries.owners(self.sizes) if isinstance(label, Entries) else ())
+
+    def block(self, labels: list[Value], why: str, source: str, module: str) -> None:
+        for label in labels:
+            if isinstance(label, Derived):
+                self.blocked.append(
+                    Blocked(label.leaves, f"it goes through {label.how} first, then {why}", source, module)
+                )
+            elif isinstance(label, Entries):
+                self.blocked.append(Blocked(self.leaves_of(label), why, source, module))
+
+    def run(
+        self, jaxpr: Any, consts: list[Value], labels: list[Value], path: tuple[int, ...], loops: tuple[int, ...]
+    ) -> list[Value]:
+        atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + list(jaxpr.outvars)
+        reads = Counter(atom for atom in atoms if not is_literal(atom))
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *labels], strict=True))
+
+        def read(atom: Any) -> Value:
+            if is_literal(atom):
+                return None
+            label = env[atom]
+            # What is read twice has two gradients: a bias added to one of the copies sees only its own.
+            return Data() if isinstance(label, Data) and reads[atom] > 1 else label
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            results = self.step(eqn, (*path, index), [read(atom) for atom in eqn.invars], loops)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def step(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+        """The labels of an equation's results."""
+        name, count, lead = eqn.primitive.name, len(eqn.outvars), len(loops)
+        if name in WITHOUT_DERIVATIVE:
+            return [Data() if isinstance(label, Data) else None for label in labels]
+        has_data = any(isinstance(label, Data) for label in labels)
+        has_params = any(isinstance(label, Entries | Derived) for label in labels)
+        followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
+        if followed and name in INLINED | REMAT:
+            return self.call(eqn, path, labels, loops)
+        if has_params and name in SCAN:
+            return self.scan(eqn, path, labels, loops)
+        if not has_params and not has_data:
+            return [None] * count
+        if len(labels) == 1 and name in MOVES and _is_floating(eqn.outvars[0]):
+            return self.move(name, eqn, labels[0], lead)
+        if has_data and not has_params:
+            return [Data()] * count
+        # Rows at constant places, such as all positions of a position embedding, are an embedding as well.
+        if not has_data and name != "gather":
+            return [self.derive(eqn, labels)] * count
+        return self.meet(eqn, path, labels, loops)
+
+    def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+        """A call of another jaxpr, which is walked in place."""
+        jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
+        custom = eqn.primitive.name in CUSTOM_JVP
+        if custom:  # under a derivative of its own, what is added need not have the gradient of the sum
+            labels = [Data() if isinstance(label, Data) else label for label in labels]
+        before = len(self.uses)
+        results = self.run(jaxpr, [None] * len(consts), labels, path, loops)
+        self.inlines_custom_rule |= custom and len(self.uses) > before
+        return results
+
+    def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
+        if isinstance(label, Derived):
+            return [label] * len(eqn.outvars)
+        entries = label.entries if isinstance(label, Entries | Data) else None
+        if entries is None:
+            return [label] * len(eqn.outvars)
+        moved = MOVES[name](entries, lead, eqn.params)
+        maps = moved if isinstance(moved, list) else [moved]
+        if isinstance(label, Entries):
+            return [Entries(m) for m in maps]
+        # A table for every output entry would be large, and a part of an output is none of the forms a bias has.
+        whole = len(maps) == 1 and maps[0].table is None and maps[0].size == entries.size
+        return [replace(label, entries=maps[0])] if whole else [Data()] * len(maps)  # type: ignore[type-var]
+
+    def derive(self, eqn: Any, labels: list[Value]) -> Value:
+        """Parameters combined with each other or with constants."""
+        if not any(_is_floating(var) for var in eqn.outvars):
+            return None
+        maps = [label.entries for label in labels if isinstance(label, Entries)]
+        if eqn.primitive.name == "concatenate" and len(maps) == len(labels):
+            lead = len(maps[0].shape) - len(eqn.outvars[0].aval.shape)
+            return Entries(concatenate(maps, eqn.params["dimension"] + lead))
+        leaves: frozenset[int] = frozenset().union(*map(self.leaves_of, labels))
+        first = next((label.how for label in labels if isinstance(label, Derived)), None)
+        return Derived(leaves, first or f"{eqn.primitive.name} ({source_of(eqn)})")
+
+    def meet(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+        """A parameter meets data: a layer, a scale or shift, or something without a Kronecker form."""
+        name, where = eqn.primitive.name, (source_of(eqn), module_of(eqn))
+        params = [i for i, label in enumerate(labels) if isinstance(label, Entries | Derived)]
+        label = labels[params[0]]
+        if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries):
+            if name in LAYERS:
+                try:
+                    parts = LAYERS[name](eqn, params[0], label.entries, loops)
+                except NotALayerError as error:
+                    self.block([label], str(error), *where)
+                    return [Data()] * len(eqn.outvars)
+                rest = {"bias": None, "patches": None, "fills": False, "loops": loops, "path": path, **parts}
+                shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
+                self.uses.append(Use(**rest, output_shape=shape, output_dtype=dtype, source=where[0], module=where[1]))
+                return [Data(len(self.uses) - 1, IndexMap.contiguous(shape))]
+            if name in ELEMENTWISE:
+                self.small.append(SmallUse(ELEMENTWISE[name], label.entries, *where))
+                other = labels[1 - params[0]]
+                assert isinstance(other, Data)
+                if name in ("add", "add_any") and other.use is not None and other.entries is not None:
+                    use = self.uses[other.use]
+                    added, shape = label.entries, other.entries.shape
+                    if len(added.shape) == len(shape):  # primitives broadcast axes of length 1 themselves
+                        added = added.broadcast_in_dim(shape, tuple(range(len(shape))))
+                    fits = added.shape == shape and use.bias is None
+                    bias = attach_bias(use, other.entries, added) if fits else None
+                    if bias is not None:
+                        self.uses[other.use] = replace(use, bias=bias)
+                        self.small[-1] = replace(self.small[-1], bias_of=other.use)
+                return [Data()]
+        why = f"it meets data in {name}"
+        if len(params) > 1 and name in LAYERS | ELEMENTWISE:
+            why += " together with another parameter"
+        self.block([labels[i] for i in params], why, *where)
+        return [Data()] * len(eqn.outvars)
+
+    def scan(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+        """A loop of known length: one walk over its body, with a loop axis in front of all entries."""
+        params = eqn.params
+        (num_consts, num_carry), length = scan_sizes(eqn), params["length"]
+        jaxpr, consts = open_jaxpr(params["jaxpr"])
+        lead, where = len(loops), (source_of(eqn), module_of(eqn))
+
+        def enter(label: Value, sliced: bool) -> Value:
+            if isinstance(label, Entries):
+                if sliced:  # the axis after the loops is the one that is looped over
+                    return label
+                shape = (*loops, length, *label.entries.shape[lead:])
+                axes = (*range(lead), *range(lead + 1, len(shape)))
+                return Entries(label.entries.broadcast_in_dim(shape, axes))
+            return Data() if isinstance(label, Data) else label
+
+        inner = [enter(label, i >= num_consts + num_carry) for i, label in enumerate(labels)]
+        carried = slice(num_consts, num_consts + num_carry)
+        saved = len(self.uses), len(self.small), len(self.blocked), self.inlines_custom_rule
+        while True:
+            results = self.run(jaxpr, [None] * len(consts), list(inner), path, (*loops, length))
+            joined = [_join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
+            if joined == inner[carried]:
+                break
+            inner[carried] = joined
+            del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
+            self.inlines_custom_rule = saved[3]
+        for before, after in zip(labels[carried], inner[carried], strict=True):
+            if isinstance(after, Data):
+                self.block([before], "it is the initial value of a loop's carry", *where)
+        for after, result in zip(inner[carried], results[:num_carry], strict=True):
+            if isinstance(after, Data) and isinstance(result, Entries | Derived):
+                self.block([result], "it is the value of a loop's carry", *where)
+
+        def leave(label: Value, carry: bool, before: Value) -> Value:
+            if isinstance(label, Entries):
+                if carry:  # passed through as it came
+                    return before
+                return Derived(self.leaves_of(label), f"the results of a loop ({where[0]})")
+            return Data() if isinstance(label, Data) else label
+
+        outer = labels[carried] + [None] * (len(results) - num_carry)
+        final = [*joined, *results[num_carry:]]
+        return [leave(label, i < num_carry, outer[i]) for i, label in enumerate(final)]
+
+
+def _join(a: Value, b: Value) -> Value:
+    """The label of a value that is one or the other."""
+    if a == b:
+        return a
+    if isinstance(a, Data) or isinstance(b, Data):
+        return Data()
+    leaves: frozenset[int] = frozenset()
+    for label in (a, b):
+        if isinstance(label, Derived):
+            leaves |= label.leaves
+        elif isinstance(label, Entries):
+            return Data()  # moved about by the loop: whatever it meets there has no fixed entries
+    return Derived(leaves, "a loop's carry")
+
+
+def _is_floating(var: Any) -> bool:
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))

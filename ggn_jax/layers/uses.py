@@ -1,0 +1,319 @@
+"""What a layer is: one equation in which a parameter array meets data linearly, and how its arrays are laid out.
+
+Every layer is brought to one form: groups `G` that share nothing, sharing positions `S` that use the same weights, and
+matrices `[out, in]`. Inputs become `[G, N, S, in]`, output gradients `[G, N, S, out]`, weights `[G, out, in]`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ggn_jax.layers.index_map import IndexMap
+
+
+class NotALayerError(Exception):
+    """This use of a parameter has no Kronecker form; says why."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of an array (after it is reshaped to `shape`), by what they are to the layer."""
+
+    shape: tuple[int, ...]
+    groups: tuple[int, ...]
+    positions: tuple[int, ...]
+    features: tuple[int, ...]
+
+    def arrange(self, x: Array) -> Array:
+        """`[N, *shape]` as `[G, N, S, features]`."""
+        x = x.reshape(x.shape[0], *self.shape)
+        groups, positions, features = (
+            [axis + 1 for axis in axes] for axes in (self.groups, self.positions, self.features)
+        )
+        x = x.transpose(*groups, 0, *positions, *features)
+        return x.reshape(self.count(self.groups), -1, self.count(self.positions), self.count(self.features))
+
+    def count(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+
+@dataclass(frozen=True)
+class View:
+    """Parameter entries as an array `[G, out, in]`."""
+
+    entries: IndexMap  # [*groups, *out, *in]
+    shape: tuple[int, int, int]
+
+    def __repr__(self) -> str:  # tables are long
+        return f"View({self.shape})"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of a convolution's input, for each position of its output."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    spec: tuple[int, ...]  # of the input: batch, feature, spatial axes
+    groups: int
+    channels_first: bool
+
+    def __call__(self, x: Array) -> Array:
+        """`[B, *input]` as `[B * batch, *positions, groups, in]`."""
+        batch, feature, *spatial = (axis + 1 for axis in self.spec)
+        x = x.transpose(0, batch, *spatial, feature)
+        x = x.reshape(-1, *x.shape[2:])
+        config = [(0, 0, 0), *((*pad, d - 1) for pad, d in zip(self.padding, self.input_dilation, strict=True))]
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+        reach = [d * (k - 1) + 1 for d, k in zip(self.kernel_dilation, self.kernel, strict=True)]
+        positions = [(n - r) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, self.strides, strict=True)]
+
+        def shifted(offset: tuple[int, ...]) -> Array:
+            starts = [o * d for o, d in zip(offset, self.kernel_dilation, strict=True)]
+            stops = [a + s * (n - 1) + 1 for a, s, n in zip(starts, self.strides, positions, strict=True)]
+            limits = (x.shape[0], *stops, x.shape[-1])
+            return jax.lax.slice(x, (0, *starts, 0), limits, (1, *self.strides, 1))
+
+        offsets = [tuple(map(int, o)) for o in _all_indices(self.kernel)]
+        patches = jnp.stack([shifted(offset) for offset in offsets], axis=-2)  # [B, *positions, kernel, channels]
+        patches = patches.reshape(*patches.shape[:-1], self.groups, -1)
+        # Groups first, then channels and kernel in the order of the weight's axes.
+        patches = jnp.moveaxis(patches, -3, -1) if self.channels_first else jnp.moveaxis(patches, -2, -3)
+        return patches.reshape(*patches.shape[:-2], -1)
+
+
+def _all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    indices: list[tuple[int, ...]] = [()]
+    for size in shape:
+        indices = [(*index, i) for index in indices for i in range(size)]
+    return indices
+
+
+@dataclass(frozen=True)
+class Use:
+    """One layer: an equation, the operand it takes as data, and how its arrays are laid out."""
+
+    kind: str  # "linear", "convolution", "embedding"
+    path: tuple[int, ...]  # of equation indices, through nested jaxprs
+    operand: int  # which input of the equation is the data
+    loops: tuple[int, ...]  # lengths of the scans around it
+    weight: View
+    bias: View | None
+    input_axes: Axes
+    output_axes: Axes
+    output_shape: tuple[int, ...]  # of one example, loops first
+    output_dtype: Any
+    patches: Patches | None
+    fills: bool  # embedding: rows out of range are not read (but for `clip`)
+    source: str
+    module: str
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The sizes of the axes of sharing positions that are longer than 1."""
+        axes = self.output_axes
+        return tuple(axes.shape[axis] for axis in axes.positions if axes.shape[axis] > 1)
+
+    @property
+    def num_positions(self) -> int:
+        return math.prod(self.positions)
+
+    def arrange_inputs(self, x: Array) -> Array:
+        """What was captured, `[N, *loops, *operand]`, as `[G, N, S, in]`; an embedding's row numbers, `[G, N, S]`."""
+        if self.patches is None:
+            return self.input_axes.arrange(x) if self.kind != "embedding" else self.input_axes.arrange(x)[..., 0]
+        size, loops = x.shape[0], self.loops
+        x = self.patches(x.reshape(-1, *x.shape[1 + len(loops) :]))
+        return self.input_axes.arrange(x.reshape(size, -1))
+
+    def arrange_output_grads(self, g: Array) -> Array:
+        """`[N, *loops, *output]` as `[G, N, S, out]`."""
+        return self.output_axes.arrange(g)
+
+
+def _weight_view(
+    entries: IndexMap, groups: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...], what: str
+) -> View:
+    """The view with these axes; along all other axes the weight repeats."""
+    kept = (*groups, *out, *inputs)
+    starts = (0,) * len(entries.shape)
+    stops = tuple(size if axis in kept else min(size, 1) for axis, size in enumerate(entries.shape))
+    cut = entries.slice(starts, stops, (1,) * len(starts))
+    rest = tuple(axis for axis in range(len(entries.shape)) if axis not in kept)
+    cut = cut.transpose(rest + kept).reshape(tuple(entries.shape[axis] for axis in kept))
+    if not cut.is_injective():
+        raise NotALayerError(f"its entries are repeated within the weight of this {what}")
+    sizes = (math.prod(entries.shape[axis] for axis in axes) for axes in (groups, out, inputs))
+    return View(cut, tuple(sizes))  # type: ignore[arg-type]  # three of them
+
+
+def from_dot(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
+    """A matrix product, batched or not, with the weight as operand number `weight`."""
+    (contract, batch) = eqn.params["dimension_numbers"]
+    lead, data = len(loops), 1 - weight
+    ranks = [len(var.aval.shape) for var in eqn.invars]
+    free = [[a for a in range(ranks[i]) if a not in (*contract[i], *batch[i])] for i in range(2)]
+    out_of_batch = range(lead, lead + len(batch[0]))
+    first = lead + len(batch[0])
+    out_of_free = [range(first, first + len(free[0])), range(first + len(free[0]), first + len(free[0]) + len(free[1]))]
+
+    repeats = entries.repeats()
+    shared = [i for i in range(lead) if repeats[i]], [i for i, a in enumerate(batch[weight]) if repeats[a + lead]]
+    own = [i for i in range(lead) if not repeats[i]], [i for i, a in enumerate(batch[weight]) if not repeats[a + lead]]
+    return {
+        "kind": "linear",
+        "operand": data,
+        "weight": _weight_view(
+            entries,
+            (*own[0], *(batch[weight][i] + lead for i in own[1])),
+            tuple(a + lead for a in free[weight]),
+            tuple(a + lead for a in contract[weight]),
+            "matrix product",
+        ),
+        "input_axes": Axes(
+            (*loops, *eqn.invars[data].aval.shape),
+            (*own[0], *(batch[data][i] + lead for i in own[1])),
+            (*shared[0], *(batch[data][i] + lead for i in shared[1]), *(a + lead for a in free[data])),
+            tuple(a + lead for a in contract[data]),
+        ),
+        "output_axes": Axes(
+            (*loops, *eqn.outvars[0].aval.shape),
+            (*own[0], *(out_of_batch[i] for i in own[1])),
+            (*shared[0], *(out_of_batch[i] for i in shared[1]), *out_of_free[data]),
+            tuple(out_of_free[weight]),
+        ),
+    }
+
+
+def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
+    """A convolution of any rank, stride, padding, dilation and number of groups."""
+    params = eqn.params
+    if weight != 1:
+        raise NotALayerError("it is the input of a convolution whose kernel is data")
+    if params["batch_group_count"] != 1:
+        raise NotALayerError("the convolution has batch_group_count > 1")
+    lead, groups = len(loops), int(params["feature_group_count"])
+    spec, kernel_spec, out_spec = params["dimension_numbers"]
+    kernel_shape, out_shape = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    out_axis, in_axis, *spatial = kernel_spec
+    kernel = tuple(kernel_shape[axis] for axis in spatial)
+    channels_first = in_axis < min(spatial, default=-1)
+
+    repeats = entries.repeats()
+    shared, own = [i for i in range(lead) if repeats[i]], [i for i in range(lead) if not repeats[i]]
+    # [*loops, groups, out / groups, in / groups, *kernel] in the order of the kernel's own axes.
+    inner = (in_axis, *spatial) if channels_first else (*spatial, in_axis)
+    split = entries.transpose((*range(lead), out_axis + lead, *(axis + lead for axis in inner)))
+    split = split.reshape((*split.shape[:lead], groups, split.shape[lead] // groups, *split.shape[lead + 1 :]))
+    view = _weight_view(split, (*own, lead), (lead + 1,), tuple(range(lead + 2, len(split.shape))), "convolution")
+
+    out_batch, feature, *out_spatial = out_spec
+    positions = tuple(out_shape[axis] for axis in out_spatial)
+    shape = list(out_shape)
+    shape[feature : feature + 1] = [groups, out_shape[feature] // groups]
+
+    def split_axis(axis: int) -> int:  # where an axis is once the features are split
+        return axis + lead + (axis > feature)
+
+    size = eqn.invars[0].aval.shape[spec[0]]
+    after = lead + 1 + len(positions)
+    return {
+        "kind": "convolution",
+        "operand": 0,
+        "weight": view,
+        "patches": Patches(
+            kernel,
+            tuple(params["window_strides"]),
+            tuple((int(low), int(high)) for low, high in params["padding"]),
+            tuple(params["lhs_dilation"]),
+            tuple(params["rhs_dilation"]),
+            tuple(spec),
+            groups,
+            channels_first,
+        ),
+        "input_axes": Axes(
+            (*loops, size, *positions, groups, view.shape[2]),
+            (*own, after),
+            (*shared, *range(lead, after)),
+            (after + 1,),
+        ),
+        "output_axes": Axes(
+            (*loops, *shape),
+            (*own, feature + lead),
+            (*shared, split_axis(out_batch), *map(split_axis, out_spatial)),
+            (feature + lead + 1,),
+        ),
+    }
+
+
+def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
+    """Rows of a table, as in an embedding."""
+    if weight != 0:
+        raise NotALayerError("it is an index")
+    numbers, lead = eqn.params["dimension_numbers"], len(loops)
+    table, indices = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    rows = numbers.start_index_map
+    whole = tuple(1 if axis in rows else size for axis, size in enumerate(table))
+    if (
+        len(rows) != 1
+        or tuple(numbers.collapsed_slice_dims) != tuple(rows)
+        or numbers.operand_batching_dims
+        or tuple(eqn.params["slice_sizes"]) != whole
+    ):
+        raise NotALayerError("this indexing reads other things than whole rows")
+    repeats = entries.repeats()
+    shared, own = tuple(i for i in range(lead) if repeats[i]), tuple(i for i in range(lead) if not repeats[i])
+    row = rows[0] + lead
+    features = tuple(a + lead for a in range(len(table)) if a != rows[0])
+    offset = tuple(axis + lead for axis in numbers.offset_dims)
+    out_rank = len(eqn.outvars[0].aval.shape)
+    return {
+        "kind": "embedding",
+        "operand": 1,
+        "weight": _weight_view(entries, own, features, (row,), "embedding"),
+        "fills": "CLIP" not in str(eqn.params["mode"]),
+        "input_axes": Axes(
+            (*loops, *indices), own, (*shared, *range(lead, lead + len(indices) - 1)), (lead + len(indices) - 1,)
+        ),
+        "output_axes": Axes(
+            (*loops, *eqn.outvars[0].aval.shape),
+            own,
+            (*shared, *(axis for axis in range(lead, lead + out_rank) if axis not in offset)),
+            offset,
+        ),
+    }
+
+
+LAYERS = {"dot_general": from_dot, "conv_general_dilated": from_conv, "gather": from_gather}
+"""The primitives in which a parameter array can meet data as the weight of a layer."""
+
+
+def attach_bias(use: Use, output: IndexMap, bias: IndexMap) -> View | None:
+    """The bias `[G, out, 1]` that is added to a layer's output, where it is one number per output feature.
+
+    `output` says which of the layer's outputs each entry of the sum is, `bias` which parameter is added to it.
+    """
+    axes = use.output_axes
+    if output.table is not None or bias.table is not None or output.size != math.prod(axes.shape):
+        return None
+    order = sorted(range(len(output.shape)), key=lambda a: (-output.strides[a], output.shape[a]))
+    moved = output.transpose(tuple(order))
+    if moved.reshape((moved.size,)) != IndexMap.contiguous((moved.size,)):
+        return None
+    seen = bias.transpose(tuple(order)).reshape(axes.shape)
+    repeats = seen.repeats()
+    wanted = axes.positions
+    if any(repeats[a] != (a in wanted) for a in range(len(axes.shape)) if axes.shape[a] > 1):
+        return None
+    try:
+        view = _weight_view(seen, axes.groups, axes.features, (), "sum")
+    except NotALayerError:
+        return None
+    return View(view.entries, (*view.shape[:2], 1))

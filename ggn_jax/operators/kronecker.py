@@ -1,0 +1,392 @@
+"""Kronecker-factored approximations of the generalized Gauss-Newton matrix."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._checks import as_array, check_count, check_key, check_real, is_concrete
+from ggn_jax._supported import check_exact
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
+from ggn_jax.kronecker.factors import Blocks, Options, Place, Sharing, compute_blocks
+from ggn_jax.kronecker.vectors import Positions, draws_signs
+from ggn_jax.layers.check import coupling, tolerance
+from ggn_jax.layers.report import EXAMPLES, coupling_message
+from ggn_jax.loss import Loss
+from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register, structure_of
+from ggn_jax.operators.problem import Problem, pose
+
+
+class BlockLinearOperator(SymmetricLinearOperator):
+    """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer."""
+
+    blocks: Blocks
+    structure: Any = eqx.field(static=True)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        shapes, dtypes, tree = self.structure
+        return jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in zip(shapes, dtypes, strict=True)])
+
+    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return _mv(self, vector)
+
+    def trace(self) -> Float[Array, ""]:
+        """The trace."""
+        return sum((block.trace() for block in self.blocks.blocks), start=jnp.zeros(()))
+
+    def frobenius_norm(self) -> Float[Array, ""]:
+        """The Frobenius norm."""
+        return jnp.sqrt(sum((block.squared_norm() for block in self.blocks.blocks), start=jnp.zeros(())))
+
+    def diagonal(self) -> PyTree[Array]:
+        """The diagonal, as a pytree like the parameters."""
+        parts = [block.diagonal() for block in self.blocks.blocks]
+        return _write(self, parts)
+
+    def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
+        """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
+
+        Blocks that are a sum of Kronecker terms (tied weights) count as the nearest single one.
+        """
+        damping = check_damping(damping)
+        blocks = decompose(self.blocks.blocks)
+        logs = [jnp.sum(jnp.log(block.map(lambda x: x + damping.astype(x.dtype)).values)) for block in blocks]
+        return sum(logs, start=jnp.zeros(()))
+
+    def det(self, damping: Any = 0.0) -> Float[Array, ""]:
+        """The determinant of `self + damping * I`; `logdet` does not overflow."""
+        return jnp.exp(self.logdet(damping))
+
+    def inverse(self, damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact") -> "BlockLinearOperator":
+        r"""The inverse of `self + damping * I`, an operator of the same kind and tagged positive semi-definite.
+
+        `"exact"`: from the eigendecompositions of both factors, eigenvalues `1 / (l_A l_B + damping)`. `"heuristic"`:
+        `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1` with `pi = sqrt((tr A / d_A) / (tr B / d_B))`
+        (Martens & Grosse 2015, section 6.3), by Cholesky factorisations: cheaper, and not the inverse of the damped
+        operator. Factors of one size are factorised in one call, in at least float32. A sum of Kronecker terms (tied
+        weights) is inverted as the nearest single one.
+
+        **Raises:** ValueError for a damping that is not a number of at least 0, or an unknown method;
+        FloatingPointError, naming the parameters, where a block is singular or not finite (outside of `jit`; inside,
+        its entries are NaN or infinite).
+        """
+        damping = check_damping(damping)
+        if method not in ("exact", "heuristic"):
+            raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
+        result = _map_blocks(self, damping, "inverse" if method == "exact" else "heuristic")
+        return _checked(result, f"inverse with damping {damping}")
+
+    def solve(
+        self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
+    ) -> PyTree[Array]:
+        """`inverse(damping, method).mv(vector)`."""
+        return self.inverse(damping, method).mv(vector)
+
+    def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
+        """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`."""
+        return _checked(_map_blocks(self, check_damping(damping), "sqrt"), "square root")
+
+    def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
+        """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
+        return _checked(_map_blocks(self, check_damping(damping), "inverse_sqrt"), "inverse square root")
+
+    def block(self, path: str) -> Float[Array, "d d"]:
+        """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
+
+        A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
+        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
+        """
+        for block, place in zip(self.blocks.blocks, self.blocks.places, strict=True):
+            if path in place.names or path in [_simple(name) for name in place.names]:
+                return _dense(block, _shape(place))
+        known = ", ".join(name for place in self.blocks.places for name in place.names)
+        raise KeyError(f"no parameter {path!r}; there are {known}.")
+
+    def factors(self) -> dict[str, Block]:
+        """The blocks by the path of their first parameter: a pytree of arrays."""
+        places = self.blocks.places
+        return {place.names[0]: block for place, block in zip(places, self.blocks.blocks, strict=True)}
+
+
+register(BlockLinearOperator, positive_semidefinite=True)
+
+
+class KFACLinearOperator(BlockLinearOperator):
+    r"""KFAC: for each layer, the GGN's block as a Kronecker product `B (x) A` (Martens & Grosse 2015).
+
+    Layers are found by tracing `model_fn` (`ggn_jax.report` shows them). With layer inputs `a`, output gradients `g` of
+    the loss's gradient output vectors, `N` data and `S` positions that share the weight (Eschenhagen et al. 2023):
+
+    ```
+    A = sum_{n,s} a a^T / (N S)        B = sum_{v,n,s} g g^T        block = B (x) A on row-major [out, in]
+    ```
+
+    `g` carries the loss's reduction and weights. It equals the GGN's block for deep linear networks with squared error,
+    and for one datum with one position. Grouped convolutions have a factor pair per group; weights used several times
+    have a sum of Kronecker terms; embeddings a diagonal `A` of counts. Parameters that scale or shift data entry by
+    entry (normalisation layers) have their exact GGN block.
+
+    The operator is a pytree: build it inside `jax.jit`, and average two of them with `jax.tree.map`.
+
+    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`; `model_fn` is traced
+    on one example and must treat examples independently; and
+
+    - `fisher_type`: `"type-2"` (exact in the loss), `"mc"`, `"empirical"`, or `"forward-only"` (`B = I`).
+    - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2.
+    - `sharing`: `"expand"` treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
+      first.
+    - `bias`: `"joint"` makes it one more input of its layer, `"separate"` gives it the block `B`.
+    - `tied`: `"sum"` of Kronecker terms, one per use; or `"concatenate"` the uses' positions.
+    - `positions`: how type-2 treats outputs with several loss positions, such as tokens: `"signs"` back-propagates all
+      of them together with independent random signs (unbiased; needs a key), `"exact"` one by one.
+    - `mask`: `[N, *positions]`, true for real inputs: layers with these sharing positions leave the others out of `A`.
+    - `on_uncovered`: `"error"`, or `"diagonal"` or `"full"` for the exact GGN diagonal or block of parameters that no
+      layer covers.
+    - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
+    - `max_dense_size`: larger factors and blocks are diagonal.
+    - `vector_chunk_size`: how many vectors are back-propagated at once.
+
+    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them; for a model
+    whose examples depend on each other (checked on four, outside of `jit`); for parameters that are not covered.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((2, 3)) / 2, "b": jnp.zeros(3), "v": jnp.ones((3, 4)) / 3}
+    >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+    >>> batch = jnp.ones((8, 2)), jnp.arange(8) % 4
+    >>> kfac = KFACLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch, key=jax.random.key(0))
+    >>> step = kfac.inverse(damping=1e-3).mv(params)
+    >>> kfac.block("w").shape  # (3 outputs) x (2 inputs and the bias)
+    (9, 9)
+    """
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batch: tuple[PyTree, Any],
+        *,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        key: Any = None,
+        sharing: Sharing = "expand",
+        bias: Literal["joint", "separate"] = "joint",
+        tied: Literal["sum", "concatenate"] = "sum",
+        positions: Positions = "signs",
+        mask: Any = None,
+        on_uncovered: Literal["error", "diagonal", "full"] = "error",
+        small: Literal["full", "diagonal"] = "full",
+        max_dense_size: int = 8192,
+        chunk_size: int | None = None,
+        vector_chunk_size: int = 16,
+    ):
+        problem = pose(model_fn, loss, params, batch, chunk_size)
+        options = Options(
+            fisher_type=FisherType(fisher_type) if isinstance(fisher_type, str) else FisherType._missing_(fisher_type),
+            mc_samples=check_count("mc_samples", mc_samples),
+            sharing=_choice("sharing", sharing, "expand", "reduce"),
+            bias=_choice("bias", bias, "joint", "separate"),
+            tied=_choice("tied", tied, "sum", "concatenate"),
+            positions=_choice("positions", positions, "signs", "exact"),
+            on_uncovered=_choice("on_uncovered", on_uncovered, "error", "diagonal", "full"),
+            small=_choice("small", small, "full", "diagonal"),
+            max_dense_size=check_count("max_dense_size", max_dense_size),
+            vector_chunk_size=check_count("vector_chunk_size", vector_chunk_size),
+        )
+        keys = _check_draws(problem, options, key)
+        if options.fisher_type is FisherType.TYPE2:
+            check_exact(loss)
+        mask = _check_mask(mask, problem)
+        _check_independent(problem, model_fn)
+        self.blocks = _compute(problem, keys, mask, options, self._corrects)
+        leaves, tree = jax.tree.flatten(structure_of(problem.params))
+        self.structure = tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
+
+    @property
+    def _corrects(self) -> bool:
+        return False
+
+
+class EKFACLinearOperator(KFACLinearOperator):
+    r"""EKFAC: KFAC's eigenbases, with the GGN's own diagonal in them (George et al. 2018).
+
+    `(Q_B (x) Q_A) diag(E) (Q_B (x) Q_A)^T` with `Q` the eigenvectors of KFAC's factors and
+    `E = sum_{v,n} (Q_B^T (sum_s g a^T) Q_A)^2` from each datum's weight gradients: no other diagonal in this basis is
+    nearer to the GGN's block in Frobenius norm, so it is never farther than KFAC's.
+
+    **Arguments:** as for `KFACLinearOperator`; `"forward-only"` has no gradients to correct with and is refused.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> loss = ggn_jax.CrossEntropyLoss()
+    >>> ekfac = EKFACLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
+    >>> ekfac.solve(params, damping=0.1)["w"].shape
+    (2, 3)
+    """
+
+    @property
+    def _corrects(self) -> bool:
+        return True
+
+
+register(KFACLinearOperator, positive_semidefinite=True)
+register(EKFACLinearOperator, positive_semidefinite=True)
+
+
+@eqx.filter_jit
+def _compute(problem: Problem, keys: Any, mask: Any, options: Options, correct: bool) -> Blocks:
+    return compute_blocks(problem, keys, mask, options, correct)
+
+
+@jax.jit
+def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
+    parts = []
+    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
+    for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
+        m = _reader(operator, place)(leaves)
+        parts.append(block.mv(m.astype(jnp.promote_types(m.dtype, _dtype(block)))))
+    return _write(operator, parts)
+
+
+def _dtype(block: Block) -> Any:
+    return jax.tree.leaves(block)[0].dtype
+
+
+def _shape(place: Place) -> tuple[int, int, int]:
+    groups, out, inputs = place.views[0].shape
+    return groups, out, inputs + len(place.views) - 1
+
+
+def _reader(operator: BlockLinearOperator, place: Place) -> Callable[[list[Array]], Array]:
+    """A linear function of the flattened parameters that returns a block's entries, `[G, out, in]`."""
+    sizes = [math.prod(shape) for shape in operator.structure[0]]
+
+    def read(leaves: list[Array]) -> Array:
+        parts = []
+        for view in place.views:
+            owners = view.entries.owners(sizes)
+            first, last = owners[0], owners[-1] + 1
+            some = leaves[first:last]
+            wide = jnp.result_type(*(leaf.dtype for leaf in some))
+            flat = some[0] if len(some) == 1 else jnp.concatenate([leaf.astype(wide) for leaf in some])
+            start = sum(sizes[:first])
+            parts.append(view.entries.shifted(-start).reader(flat.size)(flat).reshape(view.shape))
+        wide = jnp.result_type(*(part.dtype for part in parts))
+        return parts[0] if len(parts) == 1 else jnp.concatenate([part.astype(wide) for part in parts], axis=-1)
+
+    return read
+
+
+def _write(operator: BlockLinearOperator, parts: list[Array]) -> PyTree[Array]:
+    """The parameters with these entries at the blocks' places, and 0 elsewhere."""
+    shapes, dtypes, tree = operator.structure
+    total = [jnp.zeros(math.prod(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    for part, place in zip(parts, operator.blocks.places, strict=True):
+        read = _reader(operator, place)
+        dtype = jax.eval_shape(read, total).dtype
+        (written,) = jax.linear_transpose(read, total)(part.reshape(_shape(place)).astype(dtype))
+        total = [a + b for a, b in zip(total, written, strict=True)]
+    return jax.tree.unflatten(tree, [x.reshape(shape) for x, shape in zip(total, shapes, strict=True)])
+
+
+@partial(jax.jit, static_argnames="what")
+def _map_blocks(operator: BlockLinearOperator, damping: Array, what: str) -> BlockLinearOperator:
+    if what == "heuristic":
+        blocks: Any = invert_heuristically(operator.blocks.blocks, damping)
+    else:
+        fn = {"inverse": lambda x: 1 / x, "sqrt": jnp.sqrt, "inverse_sqrt": jax.lax.rsqrt}[what]
+        blocks = [b.map(lambda x: fn(x + damping.astype(x.dtype))) for b in decompose(operator.blocks.blocks)]
+    return _with_blocks(operator, blocks)
+
+
+def _with_blocks(operator: BlockLinearOperator, blocks: Any) -> BlockLinearOperator:
+    new = object.__new__(BlockLinearOperator)
+    object.__setattr__(new, "blocks", Blocks(tuple(blocks), operator.blocks.places))
+    object.__setattr__(new, "structure", operator.structure)
+    return new
+
+
+def _checked(operator: BlockLinearOperator, what: str) -> BlockLinearOperator:
+    """`operator`, unless a block is not finite where that can be looked at."""
+    leaves = jax.tree.leaves(operator.blocks.blocks)
+    if all(is_concrete(leaf) for leaf in leaves):
+        for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
+            if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(block)):
+                raise FloatingPointError(
+                    f"the {what} of the block of {', '.join(place.names)} is not finite: it is singular, or holds NaN."
+                    " Use a larger damping, or look at the model's outputs."
+                )
+    return operator
+
+
+def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
+    size = math.prod(shape)
+    dtype = _dtype(block)
+    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), jnp.eye(size, dtype=dtype), batch_size=32)
+
+
+def _simple(name: str) -> str:
+    """`a/b` for `['a']['b']`."""
+    return name.replace("']['", "/").strip("[]'.").replace("].", "/").replace("][", "/").replace(".", "/")
+
+
+def check_damping(damping: Any) -> Array:
+    """`damping` as an array: one number of at least 0."""
+    damping = as_array("damping", damping)
+    check_real("damping", damping)
+    if damping.ndim:
+        raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
+    if is_concrete(damping) and not np.asarray(damping) >= 0:
+        raise ValueError(f"damping must not be negative; got {damping}.")
+    return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
+
+
+def _choice(name: str, value: Any, *choices: str) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value
+
+
+def _check_draws(problem: Problem, options: Options, key: Any) -> Array | None:
+    """A key per datum, where something is drawn."""
+    output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
+    signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
+    if options.fisher_type is not FisherType.MC and not signs:
+        if key is not None:
+            raise ValueError(f"key is not used by fisher_type {options.fisher_type.value!r} here: leave it out.")
+        return None
+    wanted_by = "fisher_type 'mc'"
+    if signs:
+        wanted_by = "fisher_type 'type-2' with several loss positions (or pass positions='exact')"
+    return jax.random.split(check_key(key, wanted_by=wanted_by, batch=True), problem.targets.shape[0])
+
+
+def _check_mask(mask: Any, problem: Problem) -> Array | None:
+    if mask is None:
+        return None
+    mask = as_array("mask", mask)
+    size = problem.targets.shape[0]
+    if mask.ndim < 2 or mask.shape[0] != size or mask.dtype != bool:
+        raise ValueError(
+            f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape {mask.shape}."
+        )
+    return mask
+
+
+def _check_independent(problem: Problem, model_fn: Any) -> None:
+    leaves = jax.tree.leaves((problem.params, problem.inputs, problem.model_fn))
+    if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
+        return
+    few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
+    gap = float(coupling(model_fn, problem.params, few))
+    if not gap <= tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))):
+        raise ValueError(coupling_message(gap))
