@@ -94,7 +94,7 @@ class Kronecker(eqx.Module):
             gram_a = jnp.stack([jnp.stack([inner(x, y) for y in a]) for x in a])
             gram_b = jnp.stack([jnp.stack([inner(x, y) for y in b]) for x in b])
             values, vectors = jnp.linalg.eigh(gram_a)
-            root = (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+            root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T
             # B = sum_i p_i B_i is the leading left singular vector of sum_i vec(B_i) vec(A_i)^T; for it, A is best.
             p = jnp.abs(root @ jnp.linalg.eigh(root @ gram_b @ root)[1][:, -1])
             q = gram_b @ p
@@ -273,7 +273,7 @@ def invert_heuristically(blocks: Sequence[Block], damping: Array) -> list[Block]
 def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
     if is_diagonal(factor):
         return factor + by[:, None]
-    return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)
+    return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)[None]
 
 
 def _inverse_by_cholesky(x: Float[Array, "k d d"]) -> Float[Array, "k d d"]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
@@ -100,7 +102,20 @@ class Layout:
             size = math.prod(self.trace.shapes[left.leaf])
             entries = IndexMap.contiguous((1, 1, size), starts[left.leaf])
             result.append(Place((self.trace.names[left.leaf],), left.kind, (View(entries, (1, 1, size)),)))
-        return tuple(result)
+        return (*result, *self.rest(result))
+
+    def rest(self, places: list[Place]) -> list[Place]:
+        """The entries that no output depends on, of parameters of which a layer uses a part."""
+        sizes = [math.prod(shape) for shape in self.trace.shapes]
+        views = [view for place in places for view in place.views]
+        if sum(view.entries.size for view in views) == sum(sizes):
+            return []
+        free = np.ones(sum(sizes), bool)  # a byte per parameter, and only here
+        for view in views:
+            free[view.entries.numbers().reshape(-1)] = False
+        (numbers,) = np.nonzero(free)
+        view = View(IndexMap.explicit(numbers.reshape(1, 1, -1)), (1, 1, len(numbers)))
+        return [Place((f"unused entries of {', '.join(self._names(view))}",), "unused", (view,))]
 
     def _names(self, view: View) -> tuple[str, ...]:
         return tuple(self.trace.names[i] for i in view.entries.owners([math.prod(s) for s in self.trace.shapes]))
@@ -125,6 +140,12 @@ def compute_blocks(
 ) -> Blocks:
     """KFAC's blocks of the loss at a batch; with `correct`, EKFAC's."""
     layout = Layout(problem, options)
+    if mask is not None and not any(_masked(use, mask) for use in layout.trace.uses):
+        positions = sorted({use.positions for use in layout.trace.uses})
+        raise ValueError(
+            f"mask of shape {mask.shape} fits no layer: their sharing positions are {positions}, of each of"
+            f" {mask.shape[0]} data."
+        )
     sums = problem.sum_over_chunks(partial(_factor_sums, layout, problem.params, None), *_data(keys, mask))
     blocks = _assemble(layout, sums)
     if correct:
@@ -136,7 +157,10 @@ def compute_blocks(
         pairs = [pair for group in zip(grouped, values, strict=True) for pair in zip(*group, strict=True)]
         corrected = [Spectral(basis.qa, basis.qb, value) for basis, value in pairs]  # type: ignore[union-attr]
         blocks = [*corrected, *blocks[len(corrected) :]]
-    return Blocks(tuple(blocks), layout.places())
+    places = layout.places()
+    dtype = compute_dtype(layout.trace.outputs.dtype)
+    blocks += [Diagonal(jnp.zeros(place.views[0].shape[2], dtype)) for place in places[len(blocks) :]]
+    return Blocks(tuple(blocks), places)
 
 
 def _data(keys: Array | None, mask: Array | None) -> tuple[Any, ...]:
@@ -150,7 +174,7 @@ def _factor_sums(
     """Unnormalised input factors, their counts, output factors, and what leftovers need, of a chunk."""
     trace, plan, options = layout.trace, layout.plan, layout.options
     captured = capture(trace, params, inputs, layout.leaves)
-    wide = jnp.promote_types(captured.outputs.dtype, jnp.float32)
+    wide = compute_dtype(captured.outputs.dtype)
     uses = [[(n, trace.uses[n]) for n in layer.uses] for layer in plan.layers]
     rows = [[_Inputs(use, captured.inputs[n], extra["mask"], options, wide) for n, use in members] for members in uses]
     result: dict[str, Any] = {}
@@ -205,6 +229,11 @@ def _sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTr
     return jax.tree.map(jnp.add, total, fn(jnp.arange(num - rest, num))) if rest > 0 else total
 
 
+def _masked(use: Use, mask: Array) -> bool:
+    """Whether the mask is of this layer's sharing positions."""
+    return bool(use.positions) and use.positions == tuple(n for n in mask.shape[1:] if n > 1)
+
+
 class _Inputs:
     """A use's inputs, as sharing, mask and dtype want them."""
 
@@ -213,7 +242,7 @@ class _Inputs:
         self.use, self.options = use, options
         size, positions = x.shape[1], x.shape[2]
         self.mask = None
-        if mask is not None and use.positions == tuple(n for n in mask.shape[1:] if n > 1) and positions > 1:
+        if mask is not None and _masked(use, mask):
             self.mask = mask.reshape(size, positions).astype(wide)
         self.embedding = use.kind == "embedding"
         if self.embedding:
@@ -346,8 +375,8 @@ def _assemble(layout: Layout, sums: dict[str, Any]) -> list[Block]:
     own = iter(sums.get("own", ()))
     for left in layout.plan.leftovers:
         if left.kind == "unused":
-            size, dtype = math.prod(layout.trace.shapes[left.leaf]), layout.trace.dtypes[left.leaf]
-            blocks.append(Diagonal(jnp.zeros(size, jnp.promote_types(dtype, jnp.float32))))
+            size, dtype = math.prod(layout.trace.shapes[left.leaf]), compute_dtype(layout.trace.outputs.dtype)
+            blocks.append(Diagonal(jnp.zeros(size, dtype)))
         else:
             block = next(own)
             blocks.append(Dense(block) if block.ndim == 2 else Diagonal(block))

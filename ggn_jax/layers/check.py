@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import compute_dtype
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
@@ -25,7 +26,7 @@ def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs
 
 
 def _distance(a: Array, b: Array) -> Array:
-    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+    a, b = (x.astype(compute_dtype(x.dtype)) for x in (a, b))
     size = jnp.maximum(jnp.linalg.norm(a), jnp.linalg.norm(b))
     return jnp.where(size == 0, 0, jnp.linalg.norm(a - b) / jnp.where(size == 0, 1, size))
 
@@ -52,13 +53,13 @@ def _gradient_gaps(
     leftovers = [left.leaf for left in plan.leftovers]
     captured = capture(trace, params, inputs, leftovers)
     outputs = captured.outputs
-    noise = jax.random.normal(jax.random.key(0), outputs.shape, jnp.promote_types(outputs.dtype, jnp.float32))
+    noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype))
     vector = noise.astype(outputs.dtype)
     output_grads, per_datum = captured.pull_back(vector)
     flat = jax.tree.leaves(params)
     sizes = [leaf.size for leaf in flat]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    total = jnp.zeros(sum(sizes), jnp.promote_types(outputs.dtype, jnp.float32))
+    total = jnp.zeros(sum(sizes), compute_dtype(outputs.dtype))
 
     for layer in plan.layers:
         for number in layer.uses:

@@ -88,7 +88,7 @@ def make_plan(trace: Trace) -> Plan:
     for small in trace.small:
         if small.bias_of is not None and small.bias_of in owned_biases:
             continue
-        for leaf in leaves_of(small.entries):
+        for leaf in sorted(small.leaves):
             if leaf in in_layers:
                 why = f"it is the weight or bias of a layer and a {small.kind} as well"
                 lost.setdefault(leaf, Leftover(leaf, "uncovered", why, small.source, small.module))

@@ -121,7 +121,14 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     True
     """
     check_model(model_fn, params, inputs)
+    size = jax.tree.leaves(inputs)[0].shape[0]
+    whole = jax.eval_shape(model_fn, params, inputs)
     trace = trace_model(model_fn, params, inputs)
+    if whole.shape != (size, *trace.outputs.shape):
+        raise ValueError(
+            f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
+            f" {(1, *trace.outputs.shape)} for a batch of one."
+        )
     plan = make_plan(trace)
     gaps: list[float | None] = [None] * len(trace.shapes)
     coupled = None
@@ -178,7 +185,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
             why = left.why
             if left.kind != "unused" and why:
                 why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
-            uses = sum(1 for small in trace.small if _touches(trace, small.entries, leaf))
+            uses = sum(1 for small in trace.small if leaf in small.leaves)
             return Row(name, shape, left.kind, "", (), uses, curvature, why, gap)
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0

@@ -25,6 +25,7 @@ from ggn_jax.layers.jaxprs import (
 )
 from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
 
+ADDITIONS = frozenset({"add", "add_any"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 
@@ -57,10 +58,10 @@ Value = Entries | Derived | Data | None  # None: a constant
 
 @dataclass(frozen=True)
 class SmallUse:
-    """A parameter that scales or shifts data entry by entry."""
+    """Parameters that, moved about or computed with, scale or shift data entry by entry."""
 
     kind: str  # "scale" or "shift"
-    entries: IndexMap
+    leaves: frozenset[int]
     source: str
     module: str
     bias_of: int | None = None  # the layer to whose output it is added
@@ -195,7 +196,7 @@ class _Analysis:
             return [Data()] * count
         # Rows at constant places, such as all positions of a position embedding, are an embedding as well.
         if not has_data and name != "gather":
-            return [self.derive(eqn, labels)] * count
+            return [self.derive(eqn, labels, loops)] * count
         return self.meet(eqn, path, labels, loops)
 
     def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
@@ -223,14 +224,17 @@ class _Analysis:
         whole = len(maps) == 1 and maps[0].table is None and maps[0].size == entries.size
         return [replace(label, entries=maps[0])] if whole else [Data()] * len(maps)  # type: ignore[type-var]
 
-    def derive(self, eqn: Any, labels: list[Value]) -> Value:
+    def derive(self, eqn: Any, labels: list[Value], loops: tuple[int, ...]) -> Value:
         """Parameters combined with each other or with constants."""
         if not any(_is_floating(var) for var in eqn.outvars):
             return None
         maps = [label.entries for label in labels if isinstance(label, Entries)]
-        if eqn.primitive.name == "concatenate" and len(maps) == len(labels):
-            lead = len(maps[0].shape) - len(eqn.outvars[0].aval.shape)
+        name, lead = eqn.primitive.name, len(loops)
+        if name == "concatenate" and len(maps) == len(labels):
             return Entries(concatenate(maps, eqn.params["dimension"] + lead))
+        if name == "stack" and len(maps) == len(labels):
+            axis = eqn.params["axis"] + lead
+            return Entries(concatenate([m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps], axis))
         leaves: frozenset[int] = frozenset().union(*map(self.leaves_of, labels))
         first = next((label.how for label in labels if isinstance(label, Derived)), None)
         return Derived(leaves, first or f"{eqn.primitive.name} ({source_of(eqn)})")
@@ -240,37 +244,38 @@ class _Analysis:
         name, where = eqn.primitive.name, (source_of(eqn), module_of(eqn))
         params = [i for i, label in enumerate(labels) if isinstance(label, Entries | Derived)]
         label = labels[params[0]]
-        if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries):
-            if name in LAYERS:
-                try:
-                    parts = LAYERS[name](eqn, params[0], label.entries, loops)
-                except NotALayerError as error:
-                    self.block([label], str(error), *where)
-                    return [Data()] * len(eqn.outvars)
-                rest = {"bias": None, "patches": None, "fills": False, "loops": loops, "path": path, **parts}
-                shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
-                self.uses.append(Use(**rest, output_shape=shape, output_dtype=dtype, source=where[0], module=where[1]))
-                return [Data(len(self.uses) - 1, IndexMap.contiguous(shape))]
-            if name in ELEMENTWISE:
-                self.small.append(SmallUse(ELEMENTWISE[name], label.entries, *where))
-                other = labels[1 - params[0]]
-                assert isinstance(other, Data)
-                if name in ("add", "add_any") and other.use is not None and other.entries is not None:
-                    use = self.uses[other.use]
-                    added, shape = label.entries, other.entries.shape
-                    if len(added.shape) == len(shape):  # primitives broadcast axes of length 1 themselves
-                        added = added.broadcast_in_dim(shape, tuple(range(len(shape))))
-                    fits = added.shape == shape and use.bias is None
-                    bias = attach_bias(use, other.entries, added) if fits else None
-                    if bias is not None:
-                        self.uses[other.use] = replace(use, bias=bias)
-                        self.small[-1] = replace(self.small[-1], bias_of=other.use)
-                return [Data()]
+        if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
+            try:
+                parts = LAYERS[name](eqn, params[0], label.entries, loops)
+            except NotALayerError as error:
+                self.block([label], str(error), *where)
+                return [Data()] * len(eqn.outvars)
+            rest = {"bias": None, "patches": None, "fills": False, "loops": loops, "path": path, **parts}
+            shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
+            self.uses.append(Use(**rest, output_shape=shape, output_dtype=dtype, source=where[0], module=where[1]))
+            return [Data(len(self.uses) - 1, IndexMap.contiguous(shape))]
+        if len(params) == 1 and name in ELEMENTWISE:
+            owner = self.attach(label, labels[1 - params[0]]) if name in ADDITIONS else None
+            self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
+            return [Data()]
         why = f"it meets data in {name}"
         if len(params) > 1 and name in LAYERS | ELEMENTWISE:
             why += " together with another parameter"
         self.block([labels[i] for i in params], why, *where)
         return [Data()] * len(eqn.outvars)
+
+    def attach(self, label: Value, other: Value) -> int | None:
+        """Make what is added to a layer's output that layer's bias, if it is one; the number of the layer."""
+        if not isinstance(label, Entries) or not isinstance(other, Data) or other.use is None or other.entries is None:
+            return None
+        use, added, shape = self.uses[other.use], label.entries, other.entries.shape
+        if len(added.shape) == len(shape):  # primitives broadcast axes of length 1 themselves
+            added = added.broadcast_in_dim(shape, tuple(range(len(shape))))
+        bias = attach_bias(use, other.entries, added) if added.shape == shape and use.bias is None else None
+        if bias is None:
+            return None
+        self.uses[other.use] = replace(use, bias=bias)
+        return other.use
 
     def scan(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A loop of known length: one walk over its body, with a loop axis in front of all entries."""

@@ -41,11 +41,11 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def trace(self) -> Float[Array, ""]:
         """The trace."""
-        return sum((block.trace() for block in self.blocks.blocks), start=jnp.zeros(()))
+        return _sum([block.trace() for block in self.blocks.blocks])
 
     def frobenius_norm(self) -> Float[Array, ""]:
         """The Frobenius norm."""
-        return jnp.sqrt(sum((block.squared_norm() for block in self.blocks.blocks), start=jnp.zeros(())))
+        return jnp.sqrt(_sum([block.squared_norm() for block in self.blocks.blocks]))
 
     def diagonal(self) -> PyTree[Array]:
         """The diagonal, as a pytree like the parameters."""
@@ -60,7 +60,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         damping = check_damping(damping)
         blocks = decompose(self.blocks.blocks)
         logs = [jnp.sum(jnp.log(block.map(lambda x: x + damping.astype(x.dtype)).values)) for block in blocks]
-        return sum(logs, start=jnp.zeros(()))
+        return _sum(logs)
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The determinant of `self + damping * I`; `logdet` does not overflow."""
@@ -202,6 +202,11 @@ class KFACLinearOperator(BlockLinearOperator):
             max_dense_size=check_count("max_dense_size", max_dense_size),
             vector_chunk_size=check_count("vector_chunk_size", vector_chunk_size),
         )
+        if self._corrects and options.fisher_type is FisherType.FORWARD_ONLY:
+            raise NotImplementedError(
+                "fisher_type 'forward-only' back-propagates nothing that EKFAC could correct its eigenvalues with: use"
+                " KFACLinearOperator, or another fisher type."
+            )
         keys = _check_draws(problem, options, key)
         if options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
@@ -253,8 +258,12 @@ def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
     leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
     for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
         m = _reader(operator, place)(leaves)
-        parts.append(block.mv(m.astype(jnp.promote_types(m.dtype, _dtype(block)))))
+        parts.append(block.mv(m.astype(_dtype(block))))
     return _write(operator, parts)
+
+
+def _sum(parts: list[Array]) -> Array:
+    return jnp.sum(jnp.stack(parts))
 
 
 def _dtype(block: Block) -> Any:
@@ -276,14 +285,19 @@ def _reader(operator: BlockLinearOperator, place: Place) -> Callable[[list[Array
             owners = view.entries.owners(sizes)
             first, last = owners[0], owners[-1] + 1
             some = leaves[first:last]
-            wide = jnp.result_type(*(leaf.dtype for leaf in some))
+            wide = _common(some)
             flat = some[0] if len(some) == 1 else jnp.concatenate([leaf.astype(wide) for leaf in some])
             start = sum(sizes[:first])
             parts.append(view.entries.shifted(-start).reader(flat.size)(flat).reshape(view.shape))
-        wide = jnp.result_type(*(part.dtype for part in parts))
+        wide = _common(parts)
         return parts[0] if len(parts) == 1 else jnp.concatenate([part.astype(wide) for part in parts], axis=-1)
 
     return read
+
+
+def _common(arrays: list[Array]) -> Any:
+    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+        return jnp.result_type(*(array.dtype for array in arrays))
 
 
 def _write(operator: BlockLinearOperator, parts: list[Array]) -> PyTree[Array]:
@@ -386,7 +400,8 @@ def _check_independent(problem: Problem, model_fn: Any) -> None:
     leaves = jax.tree.leaves((problem.params, problem.inputs, problem.model_fn))
     if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
         return
-    few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
-    gap = float(coupling(model_fn, problem.params, few))
+    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+        few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
+        gap = float(coupling(model_fn, problem.params, few))
     if not gap <= tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))):
         raise ValueError(coupling_message(gap))

@@ -1,0 +1,528 @@
+"""KFAC and EKFAC against dense algebra from Jacobians, exactness cases, and curvlinops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import curvlinops
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+import torch
+from jax.flatten_util import ravel_pytree
+
+import ggn_jax
+from ggn_jax.kronecker.algebra import Kronecker
+
+KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
+BOTH = pytest.mark.parametrize("cls", [KFAC, EKFAC])
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+
+
+def linear_net(p: Any, x: jax.Array) -> jax.Array:
+    return (x @ p["1"]["w"] + p["1"]["b"][None]) @ p["2"]["w"] + p["2"]["b"][None]
+
+
+def tanh_net(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p["1"]["w"] + p["1"]["b"][None]) @ p["2"]["w"] + p["2"]["b"][None]
+
+
+PARAMS = {"1": {"w": normal(3, 4), "b": normal(4)}, "2": {"w": normal(4, 2), "b": normal(2)}}
+FIRST = 4 + 12  # entries of the first layer
+INPUTS, LABELS = normal(7, 3), jnp.arange(7) % 2
+CE = ggn_jax.CrossEntropyLoss()
+
+
+def blocks_of(matrix: jax.Array) -> jax.Array:
+    """The two layers' blocks of a matrix over `PARAMS`."""
+    return matrix.at[:FIRST, FIRST:].set(0).at[FIRST:, :FIRST].set(0)
+
+
+def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
+    """The dense GGN from Jacobians and JAX's Hessian of the loss; tested itself in `test_operators.py`."""
+    flat, unravel = ravel_pytree(params)
+    outputs = model_fn(params, batch[0])
+    jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
+    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
+    return jacobian.T @ hessian @ jacobian
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunks", [{}, {"chunk_size": 3, "vector_chunk_size": 1}])
+def test_exact_for_deep_linear_nets(cls: Any, reduction: str, chunks: dict[str, int]) -> None:
+    loss, batch = ggn_jax.MSELoss(reduction=reduction), (INPUTS, normal(7, 2))
+    operator = cls(linear_net, loss, PARAMS, batch, fisher_type="type-2", **chunks)
+    expected = blocks_of(ggn(linear_net, loss, PARAMS, batch))
+    np.testing.assert_allclose(operator.as_matrix(), expected, atol=1e-13)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CE,
+        ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
+        ggn_jax.BCEWithLogitsLoss(pos_weight=jnp.array([2.0, 0.5])),
+        ggn_jax.MSELoss(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_exact_for_one_datum(cls: Any, loss: Any) -> None:
+    targets = jnp.array([1]) if isinstance(loss, ggn_jax.CrossEntropyLoss) else jnp.array([[0.3, 0.9]])
+    batch = INPUTS[:1], targets
+    operator = cls(tanh_net, loss, PARAMS, batch, fisher_type="type-2")
+    np.testing.assert_allclose(operator.as_matrix(), blocks_of(ggn(tanh_net, loss, PARAMS, batch)), atol=1e-15)
+
+
+@BOTH
+def test_exact_for_linear_convolutions_in_their_setting(cls: Any) -> None:
+    """Expand for a loss term per position, reduce for averaged positions (Eschenhagen et al. 2023)."""
+
+    def convolve(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, p, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    params, inputs = normal(2, 3, 2), normal(4, 5, 3)
+    batch = inputs, normal(4, 4, 2)
+    expand = cls(convolve, ggn_jax.MSELoss(), params, batch, fisher_type="type-2", positions="exact")
+    expected = ggn(convolve, ggn_jax.MSELoss(), params, batch)
+    np.testing.assert_allclose(expand.as_matrix(), expected, atol=1e-13)
+
+    def pooled(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(convolve(p, x), axis=1)
+
+    batch = inputs, normal(4, 2)
+    reduce = cls(pooled, ggn_jax.MSELoss(), params, batch, fisher_type="type-2", sharing="reduce")
+    np.testing.assert_allclose(reduce.as_matrix(), ggn(pooled, ggn_jax.MSELoss(), params, batch), atol=1e-13)
+
+
+def attention(p: Any, x: jax.Array, eps: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A small attention network by hand, with something to add to its layers' outputs, and its layers' inputs."""
+    kept: dict[str, jax.Array] = {}
+
+    def dense(name: str, x: jax.Array) -> jax.Array:
+        kept[name] = x
+        y = x @ p[name]
+        return y if eps is None else y + eps[name]
+
+    q, k, v = dense("q", x), dense("k", x), dense("v", x)
+    weights = jax.nn.softmax(jnp.einsum("nsd,ntd->nst", q, k))
+    return dense("o", jnp.tanh(weights @ v)), kept
+
+
+ATTENTION = {name: normal(3, 3, seed=i) for i, name in enumerate("koqv")}
+SEQUENCES = normal(4, 5, 3), jnp.arange(20).reshape(4, 5) % 3
+TOKENS = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=2)
+
+
+def attention_factors(sharing: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`A` and `B` of every layer from Jacobians: the definition, in dense algebra."""
+    inputs, targets = SEQUENCES
+    outputs, kept = attention(ATTENTION, inputs)
+    zeros = {name: jnp.zeros((4, 5, 3)) for name in ATTENTION}
+    jacobian = jax.jacobian(lambda eps: attention(ATTENTION, inputs, eps)[0].reshape(-1))(zeros)
+    hessian = jax.hessian(lambda f: TOKENS(f.reshape(outputs.shape), targets))(outputs.reshape(-1))
+    factors = {}
+    for name in ATTENTION:
+        a, j = np.asarray(kept[name]), np.asarray(jacobian[name])  # [60, N, S, out]
+        if sharing == "reduce":
+            a, j = a.mean(1, keepdims=True), j.sum(2, keepdims=True)
+        big_a = np.einsum("nsi,nsj->ij", a, a) / a[..., 0].size
+        big_b = np.einsum("xnso,xy,ynsp->op", j, np.asarray(hessian), j)
+        factors[name] = big_a, big_b
+    return factors
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_attention_against_dense_algebra(sharing: Any) -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return attention(p, x)[0]
+
+    args = model_fn, TOKENS, ATTENTION, SEQUENCES
+    exact = KFAC(*args, fisher_type="type-2", positions="exact", sharing=sharing, vector_chunk_size=4)
+    expected = attention_factors(sharing)
+    for name, (a, b) in expected.items():
+        np.testing.assert_allclose(exact.block(name), np.kron(b, a), atol=1e-14)
+    for options in ({"fisher_type": "type-2"}, {"fisher_type": "mc", "mc_samples": 3}):
+
+        @jax.jit
+        def draw(key: jax.Array, options: dict[str, Any] = options) -> list[jax.Array]:
+            factors = KFAC(*args, key=key, sharing=sharing, **options).factors()
+            return [factors[f"['{name}']"].b[0][0] for name in "koqv"]
+
+        draws = jax.lax.map(draw, jax.random.split(jax.random.key(0), 1000))
+        for drawn, name in zip(draws, "koqv", strict=True):
+            error = np.std(drawn, axis=0) / 1000**0.5
+            z = (np.mean(drawn, axis=0) - expected[name][1]) / np.maximum(error, 1e-12)
+            assert np.abs(z).max() < 5  # 36 independent numbers: 2e-5
+
+
+class TorchNet(torch.nn.Sequential):
+    """The networks that curvlinops knows, and the same in JAX with torch's own parameters."""
+
+
+def torch_mlp() -> tuple[torch.nn.Module, Callable[[Any, jax.Array], jax.Array], torch.Tensor]:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+
+    def model_fn(p: list[jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p[0].T + p[1][None]) @ p[2].T + p[3][None]
+
+    return net.double(), model_fn, torch.randn(6, 3, dtype=torch.float64)
+
+
+def torch_cnn() -> tuple[torch.nn.Module, Callable[[Any, jax.Array], jax.Array], torch.Tensor]:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=1),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(3 * 5 * 3, 3),
+    )
+
+    def model_fn(p: list[jax.Array], x: jax.Array) -> jax.Array:
+        x = jax.lax.conv_general_dilated(x, p[0], (1, 2), ((1, 1), (1, 1))) + p[1][None, :, None, None]
+        return jnp.tanh(x).reshape(x.shape[0], -1) @ p[2].T + p[3][None]
+
+    return net.double(), model_fn, torch.randn(6, 2, 5, 5, dtype=torch.float64)
+
+
+LOSSES = {"CrossEntropyLoss": 0, "MSELoss": 1, "BCEWithLogitsLoss": 2}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical", "forward-only"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("make", [torch_mlp, torch_cnn])
+def test_curvlinops(make: Any, loss: str, reduction: str, fisher_type: str, sharing: Any, separate: bool) -> None:
+    torch.manual_seed(0)
+    net, model_fn, inputs = make()
+    targets = [torch.arange(6) % 3, torch.randn(6, 3).double(), torch.rand(6, 3).double().round()][LOSSES[loss]]
+    params = list(net.parameters())
+    options = {"check_deterministic": False, "kfac_approx": sharing, "separate_weight_and_bias": separate}
+    theirs = {
+        cls: cls(
+            net,
+            getattr(torch.nn, loss)(reduction=reduction),
+            params,
+            [(inputs, targets)],
+            fisher_type=fisher_type,
+            **options,
+        )
+        for cls in ([curvlinops.KFACLinearOperator] if fisher_type == "forward-only" else THEIRS)
+    }
+    ours = [jnp.asarray(p.detach().numpy()) for p in params]
+    batch = jnp.asarray(inputs.numpy()), jnp.asarray(targets.numpy())
+    for their_cls, operator in theirs.items():
+        cls = KFAC if their_cls is curvlinops.KFACLinearOperator else EKFAC
+        mine = cls(
+            model_fn,
+            getattr(ggn_jax, loss)(reduction=reduction),
+            ours,
+            batch,
+            fisher_type=fisher_type,
+            sharing=sharing,
+            bias="separate" if separate else "joint",
+        )
+        if cls is EKFAC and sharing == "reduce":
+            # Averaged inputs of 6 data leave eigenvectors undetermined, but not the sum over them.
+            np.testing.assert_allclose(mine.trace(), operator.trace.item(), rtol=1e-10)
+            continue
+        vector = normal(sum(p.size for p in ours))
+        expected = (operator @ torch.from_numpy(np.array(vector))).detach().numpy()
+        product = ravel_pytree(mine.mv(ravel_pytree(ours)[1](vector)))[0]
+        np.testing.assert_allclose(product, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+THEIRS = [curvlinops.KFACLinearOperator, curvlinops.EKFACLinearOperator]
+
+
+@BOTH
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_algebra(cls: Any, bias: Any) -> None:
+    operator = cls(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", bias=bias)
+    matrix = np.asarray(operator.as_matrix())
+    size, vector = len(matrix), jax.tree.map(lambda x: normal(*x.shape, seed=3), PARAMS)
+    damped = matrix + 0.3 * np.eye(size)
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-15)
+    np.testing.assert_allclose(operator.trace(), np.trace(matrix), rtol=1e-13)
+    np.testing.assert_allclose(operator.frobenius_norm(), np.linalg.norm(matrix), rtol=1e-13)
+    np.testing.assert_allclose(ravel_pytree(operator.diagonal())[0], np.diag(matrix), atol=1e-15)
+    np.testing.assert_allclose(operator.logdet(0.3), np.linalg.slogdet(damped)[1], rtol=1e-12)
+    np.testing.assert_allclose(operator.det(0.3), np.linalg.det(damped), rtol=1e-11)
+    np.testing.assert_allclose(operator.inverse(0.3).as_matrix(), np.linalg.inv(damped), atol=1e-12)
+    solution = ravel_pytree(operator.solve(vector, 0.3))[0]
+    np.testing.assert_allclose(damped @ solution, ravel_pytree(vector)[0], atol=1e-12)
+    root, inverse_root = operator.sqrt(0.3).as_matrix(), operator.inverse_sqrt(0.3).as_matrix()
+    np.testing.assert_allclose(root @ root, damped, atol=1e-13)
+    np.testing.assert_allclose(inverse_root @ inverse_root @ damped, np.eye(size), atol=1e-12)
+    assert lx.is_positive_semidefinite(operator.inverse(0.3))
+    solved = lx.linear_solve(operator.damped(0.3), vector, lx.CG(rtol=1e-10, atol=1e-10)).value
+    np.testing.assert_allclose(ravel_pytree(solved)[0], solution, atol=1e-8)
+
+
+def test_heuristic_damping_is_its_formula() -> None:
+    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
+    inverse = operator.inverse(0.3, "heuristic")
+    for name, block in operator.factors().items():
+        a, b = np.asarray(block.a[0][0]), np.asarray(block.b[0][0])
+        pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
+        damped_a, damped_b = a + pi * 0.3**0.5 * np.eye(len(a)), b + 0.3**0.5 / pi * np.eye(len(b))
+        expected = np.kron(np.linalg.inv(damped_b), np.linalg.inv(damped_a))
+        np.testing.assert_allclose(inverse.block(name), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_block_layout() -> None:
+    """Row-major `[out, in]`, the joint bias last."""
+    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
+    a = np.concatenate([INPUTS, np.ones((7, 1))], 1)
+    block = operator.factors()["['1']['w']"]
+    np.testing.assert_allclose(block.a[0][0], a.T @ a / 7, atol=1e-15)
+    expected = np.kron(np.asarray(block.b[0][0]), a.T @ a / 7)
+    for path in ("['1']['w']", "1/w", "1/b"):
+        np.testing.assert_allclose(operator.block(path), expected, atol=1e-15)
+    with pytest.raises(KeyError, match="no parameter"):
+        operator.block("3/w")
+
+
+def tied(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["v"]
+
+
+TIED = {"v": normal(3, 2), "w": normal(3, 3)}
+
+
+def tied_factors() -> list[tuple[np.ndarray, np.ndarray]]:
+    h = jnp.tanh(INPUTS @ TIED["w"])
+    result = []
+    for a, rest in (
+        (INPUTS, lambda y: jnp.tanh(jnp.tanh(y) @ TIED["w"]) @ TIED["v"]),
+        (h, lambda y: jnp.tanh(y) @ TIED["v"]),
+    ):
+        y = a @ TIED["w"]
+        outputs = rest(y)
+        j = jax.jacobian(rest)(y).reshape(outputs.size, 7, 3)
+        hessian = jax.hessian(lambda f, s=outputs.shape: CE(f.reshape(s), LABELS))(outputs.reshape(-1))
+        result.append((np.asarray(a.T @ a / 7), np.einsum("xno,xy,ynp->op", j, hessian, j)))
+    return result
+
+
+def test_tied_weights_are_a_sum_of_kronecker_terms() -> None:
+    operator = KFAC(tied, CE, TIED, (INPUTS, LABELS), fisher_type="type-2")
+    terms = tied_factors()
+    expected = sum(np.kron(b, a) for a, b in terms)
+    np.testing.assert_allclose(operator.block("w"), expected, atol=1e-14)
+    np.testing.assert_allclose(operator.trace(), np.trace(operator.as_matrix()), rtol=1e-13)
+    np.testing.assert_allclose(operator.frobenius_norm(), np.linalg.norm(operator.as_matrix()), rtol=1e-13)
+    # The inverse uses the nearest single product: the leading singular pair of the rearranged block.
+    rearranged = sum(np.outer(b, a) for a, b in terms)
+    u, s, vt = np.linalg.svd(rearranged)
+    nearest = s[0] * np.kron(u[:, 0].reshape(3, 3), vt[0].reshape(3, 3))
+    np.testing.assert_allclose(operator.inverse(0.1).block("w"), np.linalg.inv(nearest + 0.1 * np.eye(9)), atol=1e-11)
+    together = KFAC(tied, CE, TIED, (INPUTS, LABELS), fisher_type="type-2", tied="concatenate")
+    expected = np.kron(sum(b for _, b in terms), sum(a for a, _ in terms) / 2)
+    np.testing.assert_allclose(together.block("w"), expected, atol=1e-14)
+
+
+def test_ekfac_of_tied_weights_uses_whole_gradients() -> None:
+    batch = INPUTS, LABELS
+    block = EKFAC(tied, CE, TIED, batch, fisher_type="type-2").factors()["['w']"]
+    exact = ggn(tied, CE, TIED, batch)[6:, 6:].reshape(3, 3, 3, 3).transpose(1, 0, 3, 2).reshape(9, 9)  # [out, in]
+    q = np.kron(np.asarray(block.qb[0]), np.asarray(block.qa[0]))
+    np.testing.assert_allclose(block.values.reshape(-1), np.diag(q.T @ exact @ q), atol=1e-14)
+
+
+def embedding(p: Any, tokens: jax.Array) -> jax.Array:
+    return jnp.tanh(p["e"][tokens]) @ p["e"].T
+
+
+def test_embeddings_count_rows_and_may_be_tied_to_the_head() -> None:
+    tokens, targets = jnp.array([[0, 1, 1], [3, 1, 0]]), jnp.array([[1, 1, 2], [0, 3, 3]])
+    loss, params = ggn_jax.CrossEntropyLoss(class_axis=-1), {"e": normal(4, 2)}
+    operator = KFAC(embedding, loss, params, (tokens, targets), fisher_type="type-2", positions="exact")
+    block = operator.factors()["['e']"]
+    np.testing.assert_allclose(block.a[0][0], np.array([2, 3, 0, 1]) / 6)
+    assert block.a[0].ndim == 2  # diagonal
+    assert [x.shape for x in (*block.a, *block.b)] == [(1, 4), (1, 4, 4), (1, 2, 2), (1, 2, 2)]
+    matrix = operator.as_matrix()
+    np.testing.assert_allclose(operator.frobenius_norm(), np.linalg.norm(matrix), rtol=1e-13)
+    assert np.linalg.eigvalsh(matrix).min() > -1e-12
+    ekfac = EKFAC(embedding, loss, params, (tokens, targets), fisher_type="type-2", positions="exact")
+    np.testing.assert_allclose(ekfac.trace(), jnp.trace(ggn(embedding, loss, params, (tokens, targets))), rtol=1e-12)
+    with pytest.raises(NotImplementedError, match="concatenate"):
+        KFAC(embedding, loss, params, (tokens, targets), fisher_type="empirical", tied="concatenate")
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_masked_positions_are_as_if_they_were_not_there(sharing: Any) -> None:
+    def model_fn(p: Any, x: Any) -> jax.Array:
+        h = jnp.tanh(x["x"] @ p["w"] + p["b"][None, None])
+        return h @ p["v"]
+
+    params = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 2)}
+    x, y = normal(3, 5, 3), jnp.arange(15).reshape(3, 5) % 2
+    mask = jnp.arange(5)[None] < jnp.array([3, 3, 3])[:, None]
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=-1)
+    padded = {"x": jnp.where(mask[..., None], x, 9.0)}, jnp.where(mask, y, -1)
+    options = {"fisher_type": "type-2", "positions": "exact", "sharing": sharing}
+    masked = KFAC(model_fn, loss, params, padded, mask=mask, **options)
+    short = KFAC(model_fn, loss, params, ({"x": x[:, :3]}, y[:, :3]), **options)
+    np.testing.assert_allclose(masked.as_matrix(), short.as_matrix(), atol=1e-15)
+
+
+def scale_and_shift(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p["w"]) * p["s"][None] + p["t"][None]
+
+
+@BOTH
+def test_scales_and_shifts_have_their_exact_block(cls: Any) -> None:
+    params, batch = {"s": normal(2), "t": normal(2), "w": normal(3, 2)}, (INPUTS, LABELS)
+    exact = np.asarray(ggn(scale_and_shift, CE, params, batch))
+    full = cls(scale_and_shift, CE, params, batch, fisher_type="type-2", chunk_size=2)
+    np.testing.assert_allclose(full.block("s"), exact[:2, :2], atol=1e-15)
+    np.testing.assert_allclose(full.block("t"), exact[2:4, 2:4], atol=1e-15)
+    diagonal = cls(scale_and_shift, CE, params, batch, fisher_type="type-2", small="diagonal")
+    np.testing.assert_allclose(diagonal.block("s"), np.diag(np.diag(exact[:2, :2])), atol=1e-15)
+
+
+@BOTH
+def test_uncovered_parameters(cls: Any) -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"]
+
+    params, args = {"v": normal(2, 2), "w": normal(3, 2)}, (CE,)
+    batch = INPUTS, LABELS
+    with pytest.raises(NotImplementedError, match=r"params\['w'\].*test_kronecker"):
+        cls(model_fn, *args, params, batch, fisher_type="type-2")
+    exact = np.asarray(ggn(model_fn, CE, params, batch))[4:, 4:]
+    full = cls(model_fn, *args, params, batch, fisher_type="type-2", on_uncovered="full")
+    np.testing.assert_allclose(full.block("w"), exact, atol=1e-15)
+    diagonal = cls(model_fn, *args, params, batch, fisher_type="type-2", on_uncovered="diagonal")
+    np.testing.assert_allclose(diagonal.block("w"), np.diag(np.diag(exact)), atol=1e-15)
+    np.testing.assert_allclose(diagonal.inverse(0.1).block("w"), np.diag(1 / (np.diag(exact) + 0.1)), atol=1e-12)
+
+
+def test_large_factors_are_diagonal() -> None:
+    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", max_dense_size=3)
+    full = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
+    block, dense = operator.factors()["['1']['w']"], full.factors()["['1']['w']"]
+    np.testing.assert_allclose(block.a[0][0], jnp.diag(dense.a[0][0]), atol=1e-15)
+    np.testing.assert_allclose(block.b[0][0], jnp.diag(dense.b[0][0]), atol=1e-15)
+    inverse = operator.inverse(0.1).as_matrix()
+    np.testing.assert_allclose(inverse, np.linalg.inv(operator.as_matrix() + 0.1 * np.eye(26)), atol=1e-12)
+
+
+@BOTH
+def test_monte_carlo_is_unbiased(cls: Any) -> None:
+    """EKFAC's eigenvectors are random, so it is its trace that has the exact one as its mean."""
+    args = tanh_net, CE, PARAMS, (INPUTS, LABELS)
+    draw = jax.jit(lambda key: cls(*args, key=key, mc_samples=2).trace())
+    draws = np.asarray(jax.lax.map(draw, jax.random.split(jax.random.key(0), 2000)))
+    expected = cls(*args, fisher_type="type-2").trace()
+    assert abs(draws.mean() - expected) < 5 * draws.std() / 2000**0.5
+
+
+@BOTH
+def test_transformations(cls: Any) -> None:
+    """A pytree: built inside of `jit` from sharded data, mapped over keys, averaged."""
+    args = tanh_net, CE, PARAMS
+    key = jax.random.key(3)
+    eager = cls(*args, (INPUTS[:6], LABELS[:6]), key=key)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put((INPUTS[:6], LABELS[:6]), sharding)
+    sharded = jax.jit(lambda batch, key: cls(*args, batch, key=key))(batch, key)
+    np.testing.assert_allclose(sharded.as_matrix(), eager.as_matrix(), atol=1e-14)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, eager, sharded)
+    np.testing.assert_allclose(mean.mv(PARAMS)["1"]["w"], eager.mv(PARAMS)["1"]["w"], atol=1e-13)
+    traces = jax.vmap(lambda k: cls(*args, (INPUTS, LABELS), key=k).trace())(jax.random.split(key, 3))
+    np.testing.assert_allclose(traces[1], cls(*args, (INPUTS, LABELS), key=jax.random.split(key, 3)[1]).trace())
+
+
+def test_low_precision_has_float32_factors() -> None:
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    batch = INPUTS.astype(jnp.bfloat16), LABELS
+    operator = KFAC(tanh_net, CE, params, batch, fisher_type="type-2")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(operator.blocks)} == {"float32"}
+    product = operator.inverse(0.1).mv(params)
+    assert product["1"]["w"].dtype == jnp.bfloat16
+    exact = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
+    np.testing.assert_allclose(operator.trace(), exact.trace(), rtol=0.02)
+
+
+def test_nothing_left_to_divide_by() -> None:
+    """An all-masked batch has zero blocks; singular blocks are named."""
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=1)
+    operator = KFAC(tanh_net, loss, PARAMS, (INPUTS, jnp.ones(7, int)), fisher_type="type-2")
+    assert float(operator.trace()) == 0
+    np.testing.assert_allclose(operator.inverse(0.5).mv(PARAMS)["1"]["w"], 2 * PARAMS["1"]["w"], rtol=1e-12)
+    assert float(jnp.max(jnp.abs(operator.inverse(0.5, "heuristic").mv(PARAMS)["1"]["w"]))) < 10
+    with pytest.raises(FloatingPointError, match=r"\['1'\]\['w'\]"):
+        operator.inverse()
+
+
+def test_unused_parameters_have_no_curvature() -> None:
+    params = {"w": normal(3, 2), "unused": normal(2)}
+    operator = KFAC(lambda p, x: x @ p["w"], CE, params, (INPUTS, LABELS), fisher_type="type-2")
+    assert not np.any(operator.mv(params)["unused"])
+    np.testing.assert_allclose(operator.inverse(0.5).mv(params)["unused"], 2 * params["unused"])
+
+
+def test_partly_used_parameters() -> None:
+    params = {"w": normal(3, 4)}
+    operator = KFAC(lambda p, x: x @ p["w"][:, :2], CE, params, (INPUTS, LABELS), fisher_type="type-2")
+    matrix = np.asarray(operator.as_matrix())
+    np.testing.assert_allclose(operator.inverse(0.5).as_matrix(), np.linalg.inv(matrix + 0.5 * np.eye(12)), atol=1e-12)
+
+
+def test_nearest_of_random_sums() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        roots = [rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 4, 4))]
+        a, b = ([jnp.asarray(r @ r.T)[None] for r in root] for root in roots)
+        near = Kronecker(tuple(a), tuple(b)).nearest()
+        rearranged = sum(np.outer(y, x) for x, y in zip(a, b, strict=True))
+        u, s, vt = np.linalg.svd(rearranged)
+        np.testing.assert_allclose(
+            np.outer(near.b[0], near.a[0]), s[0] * np.outer(u[:, 0], vt[0]), rtol=1e-8, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"fisher_type": "type2"}, ValueError, "fisher"),
+        ({}, ValueError, "key"),
+        ({"fisher_type": "type-2", "key": 0}, ValueError, "key is not used"),
+        ({"fisher_type": "type-2", "sharing": "both"}, ValueError, "sharing must be one of"),
+        ({"fisher_type": "type-2", "bias": None}, ValueError, "bias must be one of"),
+        ({"fisher_type": "type-2", "on_uncovered": "skip"}, ValueError, "on_uncovered must be"),
+        ({"fisher_type": "type-2", "mask": np.ones(7, bool)}, ValueError, "mask must be boolean"),
+        ({"fisher_type": "type-2", "mask": np.ones((7, 3), bool)}, ValueError, "no layer"),
+        ({"fisher_type": "type-2", "max_dense_size": 0}, ValueError, "max_dense_size"),
+        ({"fisher_type": "type-2", "vector_chunk_size": 1.5}, TypeError, "vector_chunk_size"),
+    ],
+)
+def test_errors(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), **options)
+
+
+def test_more_errors() -> None:
+    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
+    with pytest.raises(ValueError, match="method must be"):
+        operator.inverse(0.1, "fast")
+    with pytest.raises(ValueError, match="must not be negative"):
+        operator.inverse(-0.1)
+    with pytest.raises(ValueError, match="must have shape"):
+        operator.mv(jax.tree.map(lambda x: x[None], PARAMS))
+    with pytest.raises(NotImplementedError, match="forward-only"):
+        EKFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="forward-only")
+    params = {"s": normal(2), "t": normal(2), "w": normal(3, 2)}
+    with pytest.raises(NotImplementedError, match="forward-only"):
+        KFAC(scale_and_shift, CE, params, (INPUTS, LABELS), fisher_type="forward-only")

@@ -1,0 +1,405 @@
+"""Layers are found in every way of writing them, and explain the gradient; what is none is named."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ggn_jax
+from ggn_jax.layers import capture, make_plan, trace_model
+from ggn_jax.layers.index_map import IndexMap
+
+Model = tuple[Callable[[Any, Any], jax.Array], Any, Any]
+wide = partial(dict, param_dtype=jnp.float64, dtype=jnp.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+
+
+@pytest.fixture(autouse=True)
+def flax_promotes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Flax's own code promotes dtypes; nothing of ours does."""
+    flax = any(
+        name in request.node.name for name in ("convolutions", "transformer", "recurrent", "nnx", "flax", "every")
+    )
+    with jax.numpy_dtype_promotion("standard" if flax else "strict"):
+        yield
+
+
+def linen(module: nn.Module, inputs: Any, **kwargs: Any) -> Model:
+    variables = module.init(jax.random.key(0), inputs, **kwargs)
+    # Biases start at 0 and scales at 1, where mistakes do not show.
+    variables = jax.tree.map(lambda x: x + 0.3 * normal(*x.shape, seed=1).astype(x.dtype), variables)
+    return (*ggn_jax.from_linen(module, variables, **kwargs), inputs)
+
+
+class Convolutions(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.gelu(nn.Conv(4, (3, 3), **wide())(x))
+        x = nn.LayerNorm(**wide())(x)
+        x = nn.Conv(
+            6, (3, 2), strides=(2, 1), feature_group_count=2, padding="VALID", kernel_dilation=(1, 2), **wide()
+        )(x)
+        x = nn.Conv(6, (2, 2), feature_group_count=6, padding="CIRCULAR", **wide())(x)
+        x = nn.ConvTranspose(3, (2, 2), strides=(2, 2), **wide())(x)
+        x = nn.BatchNorm(use_running_average=True, **wide())(x)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        return nn.Dense(3, **wide())(x.reshape(x.shape[0], -1))
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = nn.Embed(7, 8, **wide())
+        x = embed(tokens) + nn.Embed(5, 8, name="position", **wide())(jnp.arange(5))[None]
+        for _ in range(2):
+            y = nn.LayerNorm(**wide())(x)
+            x = x + nn.MultiHeadDotProductAttention(2, **wide())(y, y, y, mask=nn.make_causal_mask(tokens))
+            x = x + nn.Dense(8, **wide())(nn.gelu(nn.Dense(12, **wide())(nn.RMSNorm(**wide())(x))))
+        return embed.attend(x)
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.RNN(nn.GRUCell(5, **wide()))(x)
+        return nn.Dense(2, **wide())(nn.remat(nn.Dense)(4, **wide())(x[:, -1]))
+
+
+def nnx_model() -> Model:
+    layers = [nnx.Linear(3, 4, rngs=nnx.Rngs(0), **wide()), nnx.LayerNorm(4, rngs=nnx.Rngs(1), **wide()), nnx.relu]
+    model = nnx.Sequential(*layers, nnx.LinearGeneral((4,), (2, 3), rngs=nnx.Rngs(2), **wide()))
+    return (*ggn_jax.from_nnx(model), normal(6, 3))
+
+
+def equinox_model() -> Model:
+    keys = jax.random.split(jax.random.key(0), 2)
+    module = eqx.nn.Sequential(
+        [
+            eqx.nn.Conv1d(2, 4, 3, key=keys[0], dtype=jnp.float64),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.MLP(16, 3, 5, 2, key=keys[1], dtype=jnp.float64),
+        ]
+    )
+    return (*ggn_jax.from_equinox(module), normal(4, 2, 6))
+
+
+def scanned(params: Any, x: jax.Array) -> jax.Array:
+    def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        return jnp.tanh(h @ w["w"] + w["b"][None]), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["stack"], reverse=True)
+    x = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ params["again"] + params["shift"][None]), x)
+    return x @ params["head"]
+
+
+def moved(params: Any, x: jax.Array) -> jax.Array:
+    """A fused kernel split after, one split before, one stacked, one reshaped, one from two."""
+    q, k, v = jnp.split(x @ params["qkv"], 3, axis=-1)
+    first, second = params["halves"][:, :3], params["halves"][:, 3:]
+    x = jnp.concatenate([jnp.tanh(q * k) @ first, v @ second], -1)
+    x = jnp.einsum("nj,gjk->ngk", x, jnp.stack([params["a"], params["b"]])).reshape(x.shape[0], -1)
+    x = x @ params["flat"].reshape(4, 6)[::-1].T
+    return x @ jnp.concatenate([params["left"], params["right"]], 1) + jnp.reshape(params["bias"], (1, -1))
+
+
+def experts(params: Any, x: jax.Array) -> jax.Array:
+    gates = jax.nn.softmax(x @ params["gate"])
+    hidden = jnp.tanh(jnp.einsum("ni,eio->neo", x, params["in"]) + params["bias"][None])
+    return jnp.sum(gates[..., None] * jnp.einsum("neo,eoj->nej", hidden, params["out"]), 1)
+
+
+@jax.jit
+def twice(w: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w + b[None])
+
+
+@jax.custom_jvp
+def custom(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w)
+
+
+custom.defjvp(lambda primals, tangents: jax.jvp(lambda w, x: jnp.tanh(x @ w), primals, tangents))
+
+FUNCTIONS: dict[str, Callable[[], Model]] = {
+    "scan": lambda: (
+        scanned,
+        {
+            "stack": {"w": normal(4, 3, 3), "b": normal(4, 3)},
+            "again": normal(3, 3, seed=2),
+            "shift": normal(3),
+            "head": normal(3, 2),
+        },
+        normal(5, 3),
+    ),
+    "moved": lambda: (
+        moved,
+        {
+            "qkv": normal(3, 12),
+            "halves": normal(4, 6),
+            "a": normal(6, 3),
+            "b": normal(6, 3, seed=3),
+            "flat": normal(24),
+            "left": normal(4, 2),
+            "right": normal(4, 1),
+            "bias": normal(3, 1),
+        },
+        normal(5, 3),
+    ),
+    "experts": lambda: (
+        experts,
+        {"gate": normal(3, 2), "in": normal(2, 3, 4), "bias": normal(2, 4), "out": normal(2, 4, 3)},
+        normal(5, 3),
+    ),
+    "twice": lambda: (
+        lambda p, x: twice(p["w"], p["b"], twice(p["w"], p["b"], x)) @ p["v"],
+        {"w": normal(3, 3), "b": normal(3), "v": normal(3, 2)},
+        normal(5, 3),
+    ),
+    "custom_jvp": lambda: (lambda p, x: custom(p, x), normal(3, 2), normal(5, 3)),
+    "merged axes": lambda: (
+        lambda p, x: (x.reshape(-1, 3) @ p).reshape(x.shape[0], -1),
+        normal(3, 2),
+        normal(5, 4, 3),
+    ),
+    "batch last": lambda: (lambda p, x: (p @ jnp.moveaxis(x, 0, -1)).T, normal(2, 3), normal(5, 3)),
+    "pytree inputs": lambda: (
+        lambda p, x: x["a"] @ p["a"] + x["b"] @ p["b"] - p["c"][None],
+        {"a": normal(3, 2), "b": normal(4, 2), "c": normal(2)},
+        {"a": normal(5, 3), "b": normal(5, 4)},
+    ),
+}
+MODELS: dict[str, Callable[[], Model]] = FUNCTIONS | {
+    "convolutions": lambda: linen(Convolutions(), normal(3, 6, 6, 2)),
+    "transformer": lambda: linen(Transformer(), jnp.arange(15).reshape(3, 5) % 7),
+    "recurrent": lambda: linen(Recurrent(), normal(3, 4, 3)),
+    "nnx": nnx_model,
+    "equinox": equinox_model,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_explain_the_gradient(name: str) -> None:
+    found = ggn_jax.report(*MODELS[name]())
+    assert found.passed, str(found)
+    assert found.uncovered == (), str(found)
+    assert str(found).endswith("2e-13.")
+
+
+def kinds(model: Model) -> dict[str, tuple[str, str, int]]:
+    return {row.parameter: (row.kind, row.layer, row.uses) for row in ggn_jax.report(*model).rows}
+
+
+def test_what_is_found() -> None:
+    assert kinds(MODELS["scan"]()) == {
+        "['again']": ("linear", "1 x 3 x 3", 1),
+        "['head']": ("linear", "1 x 2 x 3", 1),
+        "['shift']": ("bias", "1 x 3 x 3", 1),
+        "['stack']['b']": ("bias", "4 x 3 x 3", 1),
+        "['stack']['w']": ("linear", "4 x 3 x 3", 1),
+    }
+    assert kinds(MODELS["twice"]())["['w']"] == ("linear", "1 x 3 x 3", 2)
+    assert kinds(MODELS["twice"]())["['b']"] == ("bias", "1 x 3 x 3", 2)
+    assert kinds(MODELS["experts"]())["['in']"] == ("linear", "1 x 8 x 3", 1)  # all experts have the same input
+    assert kinds(MODELS["experts"]())["['out']"] == ("linear", "2 x 3 x 4", 1)
+    assert kinds(MODELS["experts"]())["['bias']"][0] == "bias"
+    assert kinds(MODELS["pytree inputs"]())["['c']"][0] == "shift"  # one bias for two layers
+
+
+def test_what_is_found_in_flax() -> None:
+    transformer = kinds(MODELS["transformer"]())
+    assert transformer["['Embed_0']['embedding']"] == ("embedding+linear", "1 x 8 x 7, 1 x 7 x 8", 2)
+    assert transformer["['position']['embedding']"][0] == "embedding"
+    assert transformer["['MultiHeadDotProductAttention_0']['query']['bias']"][0] == "bias"
+    assert transformer["['LayerNorm_0']['scale']"][0] == "scale"
+    convolutions = kinds(MODELS["convolutions"]())
+    assert convolutions["['Conv_1']['kernel']"] == ("convolution", "2 x 3 x 12", 1)
+    assert convolutions["['Conv_2']['kernel']"] == ("convolution", "6 x 1 x 4", 1)
+    assert convolutions["['Conv_1']['bias']"] == ("bias", "2 x 3 x 12", 1)
+    assert convolutions["['BatchNorm_0']['scale']"][0] == "scale"
+
+
+@jax.custom_vjp
+def opaque(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+opaque.defvjp(lambda w, x: (opaque(w, x), (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+
+UNCOVERED: dict[str, tuple[Callable[[Any, Any], jax.Array], str]] = {
+    "custom_vjp": (lambda w, x: opaque(w, x), "custom_vjp"),
+    "cond": (lambda w, x: jax.lax.cond(w[0, 0] > 0, lambda: x @ w, lambda: -(x @ w)), "cond"),
+    "weight norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes through"),
+    "low rank sum": (lambda w, x: x @ (w + w[:, :1] @ w[:1]), "goes through"),
+    "two uses": (lambda w, x: x @ w + jnp.sum(w**2), "as well"),
+    "as data": (lambda w, x: x @ w @ w.T @ w + jnp.sin(w[:1] * x[:, :1]), "as well"),
+    "repeated": (lambda w, x: x @ jnp.concatenate([w, w], 1), "repeated"),
+    "overlap": (lambda w, x: jnp.concatenate([x @ w[:, :2], x[:, :2] @ w[:2, 1:]], 1), "overlap"),
+    "output": (lambda w, x: jnp.zeros((x.shape[0], 3)) + jnp.sum(w, 0)[None], "output"),
+    "carry": (
+        lambda w, x: jax.lax.scan(lambda h, s: (jnp.sin(h) + s, None), jnp.broadcast_to(w[:1], x.shape), x[None])[0],
+        "carry",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_is_not_covered_is_named(name: str) -> None:
+    model_fn, why = UNCOVERED[name]
+    found = ggn_jax.report(lambda p, x: model_fn(p["w"], x), {"w": normal(3, 3)}, normal(4, 3))
+    (row,) = found.rows
+    assert (row.kind, row.curvature) == ("uncovered", "uncovered")
+    assert why in row.why
+    assert "test_layers.py" in row.why or name in ("overlap", "output")
+    assert found.uncovered == ("['w']",)
+    if name not in ("output", "carry"):
+        assert found.passed, str(found)
+
+
+def test_stopped_gradients_are_unused() -> None:
+    found = ggn_jax.report(
+        lambda p, x: x @ jax.lax.stop_gradient(p["w"]) @ p["v"], {"w": normal(3, 3), "v": normal(3, 2)}, normal(4, 3)
+    )
+    assert [row.kind for row in found.rows] == ["linear", "unused"]
+    assert found.passed
+
+
+def test_a_position_embedding_is_no_bias() -> None:
+    found = ggn_jax.report(
+        lambda p, x: x @ p["w"] + p["e"][None], {"w": normal(3, 2), "e": normal(4, 2)}, normal(5, 4, 3)
+    )
+    assert [row.kind for row in found.rows] == ["shift", "linear"]
+    assert found.passed
+
+
+def test_a_bias_of_a_value_that_is_read_twice_is_a_shift() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        y = x @ p["w"]
+        return y * jnp.tanh(y + p["b"][None])
+
+    found = ggn_jax.report(model_fn, {"w": normal(3, 2), "b": normal(2)}, normal(5, 3))
+    assert [row.kind for row in found.rows] == ["shift", "linear"]
+    assert found.passed
+
+
+def test_batch_normalisation_in_training_mode_is_told() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        y = x @ p
+        return (y - jnp.mean(y, 0, keepdims=True)) / (1e-3 + jnp.std(y, 0, keepdims=True))
+
+    found = ggn_jax.report(model_fn, normal(3, 2), normal(5, 3))
+    assert found.passed is False
+    assert "couples examples" in str(found)
+    with pytest.raises(ValueError, match="couples examples"):
+        ggn_jax.KFACLinearOperator(
+            model_fn, ggn_jax.MSELoss(), normal(3, 2), (normal(5, 3), normal(5, 2)), key=jax.random.key(0)
+        )
+
+
+def test_shapes_are_enough() -> None:
+    model_fn, params, inputs = MODELS["twice"]()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, inputs))
+    found = ggn_jax.report(model_fn, *shapes)
+    assert found.passed is None
+    assert "not made" in str(found)
+
+
+@pytest.mark.parametrize("name", ["scan", "transformer", "convolutions"])
+def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
+    """Against one datum's gradient by automatic differentiation, of each weight."""
+    model_fn, params, inputs = MODELS[name]()
+    trace = trace_model(model_fn, params, inputs)
+    captured = capture(trace, params, inputs)
+    np.testing.assert_allclose(captured.outputs, model_fn(params, inputs), atol=1e-14)
+    vectors = normal(*captured.outputs.shape, seed=5)
+    grads, _ = captured.pull_back(vectors)
+
+    def datum(params: Any, n: int) -> jax.Array:
+        one = jax.tree.map(lambda x: x[n : n + 1], inputs)
+        return jnp.sum(model_fn(params, one) * vectors[n : n + 1])
+
+    flat = [jax.flatten_util.ravel_pytree(jax.grad(datum)(params, n))[0] for n in range(vectors.shape[0])]
+    plan = make_plan(trace)
+    for layer in plan.layers:
+        total = 0
+        for number, swapped in zip(layer.uses, layer.swapped, strict=True):
+            use = trace.uses[number]
+            a = use.arrange_inputs(captured.inputs[number])
+            if use.kind == "embedding":
+                a = jax.nn.one_hot(a, use.weight.shape[2], dtype=jnp.float64)
+            product = jnp.einsum("gnso,gnsi->ngoi", use.arrange_output_grads(grads[number]), a)
+            total = total + (jnp.swapaxes(product, -1, -2) if swapped else product)
+        numbers = layer.weight.entries.numbers().reshape(layer.weight.shape)
+        for n, gradient in enumerate(flat):
+            np.testing.assert_allclose(total[n], gradient[numbers], atol=1e-13)
+
+
+def test_the_trace_is_the_same_in_every_process() -> None:
+    model_fn, params, inputs = MODELS["transformer"]()
+    assert trace_model(model_fn, params, inputs).uses == trace_model(model_fn, params, inputs).uses
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "match"),
+    [
+        ((None, {"w": 1}, 1), TypeError, "model_fn"),
+        ((lambda p, x: x, {}, np.ones((2, 3))), ValueError, "params must hold"),
+        ((lambda p, x: x, {"w": np.ones(2, int)}, np.ones((2, 3))), TypeError, r"params\['w'\]"),
+        ((lambda p, x: x, {"w": np.ones(2)}, {"a": np.ones((2, 3)), "b": np.ones((3, 3))}), ValueError, "batch axis"),
+        ((lambda p, x: x, {"w": np.ones(2)}, [1.0]), TypeError, r"inputs\[0\]"),
+        ((lambda p, x: (x, x), {"w": np.ones(2)}, np.ones((2, 3))), TypeError, "one array"),
+        ((lambda p, x: jnp.sum(x), {"w": np.ones(2)}, np.ones((2, 3))), ValueError, "batch of one"),
+    ],
+)
+def test_errors(args: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ggn_jax.report(*args)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[IndexMap, np.ndarray]:
+    """A map and the array of numbers that NumPy makes of the same moves."""
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    offset = draw(st.integers(0, 5))
+    entries = IndexMap.contiguous(shape, offset)
+    array = offset + np.arange(entries.size).reshape(shape)
+    for move in draw(st.lists(st.sampled_from(["reshape", "transpose", "slice", "flip"]), max_size=5)):
+        if move == "reshape":
+            new, rest = [], array.size
+            while rest > 1:
+                new.append(draw(st.sampled_from([d for d in range(2, rest + 1) if rest % d == 0])))
+                rest //= new[-1]
+            entries, array = entries.reshape(tuple(new)), array.reshape(new)
+        elif move == "transpose":
+            axes = draw(st.permutations(range(array.ndim)))
+            entries, array = entries.transpose(tuple(axes)), array.transpose(axes)
+        elif move == "slice":
+            starts = tuple(draw(st.integers(0, n - 1)) for n in array.shape)
+            stops = tuple(draw(st.integers(a + 1, n)) for a, n in zip(starts, array.shape, strict=True))
+            steps = tuple(draw(st.sampled_from([1, 1, 2])) for _ in starts)
+            entries, array = entries.slice(starts, stops, steps), array[tuple(map(slice, starts, stops, steps))]
+        elif array.ndim:
+            axis = draw(st.integers(0, array.ndim - 1))
+            entries, array = entries.flip((axis,)), np.flip(array, axis)
+    return entries, array
+
+
+@settings(max_examples=100, deadline=None)
+@given(views(), st.integers(0, 3))
+def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    entries, array = view
+    np.testing.assert_array_equal(entries.numbers(), array)
+    assert entries.is_injective()
+    flat = jnp.arange(int(array.max()) + 1 + more)
+    np.testing.assert_array_equal(entries.reader(flat.size)(flat), array)
