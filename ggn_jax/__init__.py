@@ -21,6 +21,7 @@ from ggn_jax.operators import (
     GGNLinearOperator,
     HessianLinearOperator,
     KFACLinearOperator,
+    KFOCLinearOperator,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "GGNLinearOperator",
     "HessianLinearOperator",
     "KFACLinearOperator",
+    "KFOCLinearOperator",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",

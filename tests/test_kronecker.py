@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 import ggn_jax
 from ggn_jax.kronecker.algebra import Kronecker
 
-KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
+KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
 BOTH = pytest.mark.parametrize("cls", [KFAC, EKFAC])
 
 
@@ -478,6 +478,48 @@ def test_partly_used_parameters() -> None:
     operator = KFAC(lambda p, x: x @ p["w"][:, :2], CE, params, (INPUTS, LABELS), fisher_type="type-2")
     matrix = np.asarray(operator.as_matrix())
     np.testing.assert_allclose(operator.inverse(0.5).as_matrix(), np.linalg.inv(matrix + 0.5 * np.eye(12)), atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_kfoc_is_the_nearest_kronecker_product(bias: Any) -> None:
+    """The leading singular pair of the exact block, rearranged, with positive semi-definite factors."""
+    batch = INPUTS, LABELS
+    operator = KFOC(tanh_net, CE, PARAMS, batch, fisher_type="type-2", bias=bias)
+    exact = np.asarray(ggn(tanh_net, CE, PARAMS, batch))
+    kfac = KFAC(tanh_net, CE, PARAMS, batch, fisher_type="type-2", bias=bias)
+    for start, name, out, inputs in ((0, "1/w", 4, 3), (FIRST, "2/w", 2, 4)):
+        order = start + out + np.arange(out * inputs).reshape(inputs, out).T  # [out, in]
+        if bias == "joint":
+            order = np.concatenate([order, start + np.arange(out)[:, None]], 1)
+        block = exact[np.ix_(order.reshape(-1), order.reshape(-1))]
+        width = order.shape[1]
+        rearranged = block.reshape(out, width, out, width).transpose(0, 2, 1, 3).reshape(out**2, width**2)
+        u, s, vt = np.linalg.svd(rearranged)
+        nearest = s[0] * np.kron(u[:, 0].reshape(out, out), vt[0].reshape(width, width))
+        np.testing.assert_allclose(operator.block(name), nearest, atol=1e-10)
+        assert np.linalg.norm(block - operator.block(name)) <= np.linalg.norm(block - kfac.block(name))
+        factors = operator.factors()[f"['{name[0]}']['w']" if bias == "separate" else next(iter(names(operator, name)))]
+        for factor in (*factors.a, *factors.b):
+            assert np.linalg.eigvalsh(factor[0]).min() > -1e-14
+
+
+def names(operator: Any, name: str) -> list[str]:
+    """The key of the block that holds a parameter."""
+    path = f"['{name[0]}']['{name[2]}']"
+    return [place.names[0] for place in operator.blocks.places if path in place.names]
+
+
+def test_kfoc_of_tied_and_shared_weights() -> None:
+    batch = INPUTS, LABELS
+    operator = KFOC(tied, CE, TIED, batch, fisher_type="type-2")
+    exact = ggn(tied, CE, TIED, batch)[6:, 6:].reshape(3, 3, 3, 3).transpose(1, 0, 3, 2)  # [out, in, out, in]
+    u, s, vt = np.linalg.svd(exact.transpose(0, 2, 1, 3).reshape(9, 9))
+    nearest = s[0] * np.kron(u[:, 0].reshape(3, 3), vt[0].reshape(3, 3))
+    np.testing.assert_allclose(operator.block("w"), nearest, atol=1e-10)
+    inverse = operator.inverse(0.1).block("w")
+    np.testing.assert_allclose(inverse, np.linalg.inv(nearest + 0.1 * np.eye(9)), atol=1e-8)
+    with pytest.raises(NotImplementedError, match="chunk_size"):
+        KFOC(tied, CE, TIED, batch, fisher_type="type-2", chunk_size=2)
 
 
 def test_nearest_of_random_sums() -> None:

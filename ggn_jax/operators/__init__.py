@@ -5,7 +5,7 @@ from ggn_jax.operators.diagonal import GGNDiagonalLinearOperator
 from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
-from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator
+from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 
 __all__ = [
     "DampedLinearOperator",
@@ -15,4 +15,5 @@ __all__ = [
     "GGNLinearOperator",
     "HessianLinearOperator",
     "KFACLinearOperator",
+    "KFOCLinearOperator",
 ]

@@ -15,7 +15,7 @@ from ggn_jax._checks import as_array, check_count, check_key, check_real, is_con
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
-from ggn_jax.kronecker.factors import Blocks, Options, Place, Sharing, compute_blocks
+from ggn_jax.kronecker.factors import Blocks, Options, Place, Sharing, compute_blocks, compute_optimal_blocks
 from ggn_jax.kronecker.vectors import Positions, draws_signs
 from ggn_jax.layers.check import coupling, tolerance
 from ggn_jax.layers.report import EXAMPLES, coupling_message
@@ -202,23 +202,27 @@ class KFACLinearOperator(BlockLinearOperator):
             max_dense_size=check_count("max_dense_size", max_dense_size),
             vector_chunk_size=check_count("vector_chunk_size", vector_chunk_size),
         )
-        if self._corrects and options.fisher_type is FisherType.FORWARD_ONLY:
+        if self._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
             raise NotImplementedError(
-                "fisher_type 'forward-only' back-propagates nothing that EKFAC could correct its eigenvalues with: use"
-                " KFACLinearOperator, or another fisher type."
+                f"fisher_type 'forward-only' back-propagates nothing, but {self._method.upper()} is made of gradients:"
+                " use KFACLinearOperator, or another fisher type."
+            )
+        if self._method == "kfoc" and chunk_size is not None:
+            raise NotImplementedError(
+                "KFOC's power iterations go over all data many times, and keep them: leave chunk_size out, or use KFAC."
             )
         keys = _check_draws(problem, options, key)
         if options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
         mask = _check_mask(mask, problem)
         _check_independent(problem, model_fn)
-        self.blocks = _compute(problem, keys, mask, options, self._corrects)
+        self.blocks = _compute(problem, keys, mask, options, self._method)
         leaves, tree = jax.tree.flatten(structure_of(problem.params))
         self.structure = tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
 
     @property
-    def _corrects(self) -> bool:
-        return False
+    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
+        return "kfac"
 
 
 class EKFACLinearOperator(KFACLinearOperator):
@@ -239,17 +243,43 @@ class EKFACLinearOperator(KFACLinearOperator):
     """
 
     @property
-    def _corrects(self) -> bool:
-        return True
+    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
+        return "ekfac"
 
 
+class KFOCLinearOperator(KFACLinearOperator):
+    r"""KFOC: for each layer the Kronecker product nearest to the GGN's own block (Koroko et al. 2022).
+
+    It minimises `|B (x) A - sum_{v,n} vec(G) vec(G)^T|` in Frobenius norm over all `A` and `B`, with each datum's
+    weight gradients `G = sum_s g a^T`: the leading singular pair of the rearranged block, by power iterations that keep
+    both factors positive semi-definite. It is never farther from the block than KFAC.
+
+    **Arguments:** as for `KFACLinearOperator`, but for `chunk_size`, `mask`, `tied` and `sharing`, which it has no use
+    for, and `"forward-only"`. All vectors of all data are kept at once.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> loss = ggn_jax.CrossEntropyLoss()
+    >>> kfoc = KFOCLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
+    >>> kfoc.solve(params, damping=0.1)["w"].shape
+    (2, 3)
+    """
+
+    @property
+    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
+        return "kfoc"
+
+
+register(KFOCLinearOperator, positive_semidefinite=True)
 register(KFACLinearOperator, positive_semidefinite=True)
 register(EKFACLinearOperator, positive_semidefinite=True)
 
 
 @eqx.filter_jit
-def _compute(problem: Problem, keys: Any, mask: Any, options: Options, correct: bool) -> Blocks:
-    return compute_blocks(problem, keys, mask, options, correct)
+def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
+    if method == "kfoc":
+        return compute_optimal_blocks(problem, keys, mask, options)
+    return compute_blocks(problem, keys, mask, options, method == "ekfac")
 
 
 @jax.jit
