@@ -8,8 +8,8 @@ need only products with the GGN, but many of them where the damping is small. KF
 form; as preconditioners they leave CG only what they miss of the GGN, and the solution stays exact.
 
 That pays early, where residuals are 3 to 10 times smaller after the same number of iterations. To high accuracy, and
-after more training (`--steps`), plain CG catches up or overtakes. The settings here are where it pays: few steps of training.
-lineax stops by the size of its steps as well, so iteration counts in the table belong to the residuals beside them.
+after more training (`--steps`), plain CG catches up or overtakes: the settings here are where it pays. lineax stops by
+the size of its steps as well, so iteration counts in the table belong to the residuals beside them.
 
 - lineax: `CG` on `GGNLinearOperator(...).damped(damping)`, linearised once per solve.
 - The preconditioners: none, the GGN's diagonal, `KFACLinearOperator(...).inverse(damping)`, and EKFAC's.
