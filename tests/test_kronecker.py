@@ -473,6 +473,18 @@ def test_unused_parameters_have_no_curvature() -> None:
     np.testing.assert_allclose(operator.inverse(0.5).mv(params)["unused"], 2 * params["unused"])
 
 
+def test_empty_parameters() -> None:
+    params = {"empty": jnp.zeros((0, 2)), "shift": jnp.zeros((0, 2)), "w": normal(3, 2)}
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return x @ p["w"] + x[:, :0] @ p["empty"] + jnp.sum(p["shift"], 0)[None]
+
+    assert ggn_jax.report(model_fn, params, INPUTS).passed
+    operator = KFAC(model_fn, CE, params, (INPUTS, LABELS), fisher_type="type-2")
+    assert operator.inverse(0.1).mv(params)["empty"].shape == (0, 2)
+    assert operator.block("w").shape == (6, 6)
+
+
 def test_partly_used_parameters() -> None:
     params = {"w": normal(3, 4)}
     operator = KFAC(lambda p, x: x @ p["w"][:, :2], CE, params, (INPUTS, LABELS), fisher_type="type-2")

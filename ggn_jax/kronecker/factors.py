@@ -101,6 +101,8 @@ class Layout:
                 result.append(Place(owners[layer.bias], "bias", (layer.bias,)))
         for left in self.plan.leftovers:
             size = math.prod(self.trace.shapes[left.leaf])
+            if not size:
+                continue
             entries = IndexMap.contiguous((1, 1, size), starts[left.leaf])
             result.append(Place((self.trace.names[left.leaf],), left.kind, (View(entries, (1, 1, size)),)))
         return (*result, *self.rest(result))
@@ -459,7 +461,8 @@ def _assemble(layout: Layout, sums: dict[str, Any]) -> list[Block]:
     for left in layout.plan.leftovers:
         if left.kind == "unused":
             size, dtype = math.prod(layout.trace.shapes[left.leaf]), compute_dtype(layout.trace.outputs.dtype)
-            blocks.append(Diagonal(jnp.zeros(size, dtype)))
+            if size:
+                blocks.append(Diagonal(jnp.zeros(size, dtype)))
         else:
             block = next(own)
             blocks.append(Dense(block) if block.ndim == 2 else Diagonal(block))

@@ -54,6 +54,8 @@ def make_plan(trace: Trace) -> Plan:
     # A bias belongs to a layer if it is added at every use of that weight, and nowhere else.
     by_weight: dict[object, list[int]] = {}
     for number, use in enumerate(trace.uses):
+        if not use.weight.entries.size:
+            continue  # nothing to own
         by_weight.setdefault(_key(use.weight), []).append(number)
     bias_users: dict[object, set[object]] = {}
     for use in trace.uses:
@@ -113,7 +115,7 @@ def make_plan(trace: Trace) -> Plan:
                 lost.setdefault(leaf, Leftover(leaf, kind, why, use.source, use.module))
     covered = {leaf for layer in drafts for leaf in layer.leaves}
     for leaf in range(len(trace.shapes)):
-        if leaf not in covered and leaf not in lost:
+        if not sizes[leaf] or (leaf not in covered and leaf not in lost):
             lost[leaf] = Leftover(leaf, "unused", "no output depends on it")
     return Plan(tuple(drafts), tuple(lost[leaf] for leaf in sorted(lost)))
 
