@@ -1,7 +1,6 @@
 """Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,9 @@ from ggn_jax.layers.trace import Trace
 def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
     """How far the outputs of a batch are from those of its examples one by one, relative to their size."""
 
-    @jax.jit  # of a function of its own, so that its cache goes with it
-    def distance(params: PyTree, inputs: PyTree) -> Array:
-        together = model_fn(params, inputs)
-        apart = jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
-        return _distance(together, apart)
-
-    return distance(params, inputs)
+    together = model_fn(params, inputs)
+    apart = jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
+    return _distance(together, apart)
 
 
 def _distance(a: Array, b: Array) -> Array:
@@ -44,12 +39,6 @@ def gradient_gaps(
 
     The gradient is that of the outputs times a random cotangent; gaps are relative to the gradient's size.
     """
-    return jax.jit(partial(_gradient_gaps, trace, plan, model_fn))(params, inputs)
-
-
-def _gradient_gaps(
-    trace: Trace, plan: Plan, model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree
-) -> Array:
     leftovers = [left.leaf for left in plan.leftovers]
     captured = capture(trace, params, inputs, leftovers)
     outputs = captured.outputs

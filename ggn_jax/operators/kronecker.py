@@ -215,7 +215,7 @@ class KFACLinearOperator(BlockLinearOperator):
         if options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
         mask = _check_mask(mask, problem)
-        _check_independent(problem, model_fn)
+        _check_independent(problem)
         self.blocks = _compute(problem, keys, mask, options, self._method)
         leaves, tree = jax.tree.flatten(structure_of(problem.params))
         self.structure = tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
@@ -426,12 +426,15 @@ def _check_mask(mask: Any, problem: Problem) -> Array | None:
     return mask
 
 
-def _check_independent(problem: Problem, model_fn: Any) -> None:
+_coupling = eqx.filter_jit(coupling)
+
+
+def _check_independent(problem: Problem) -> None:
     leaves = jax.tree.leaves((problem.params, problem.inputs, problem.model_fn))
     if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
         return
     with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
         few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
-        gap = float(coupling(model_fn, problem.params, few))
+        gap = float(_coupling(problem.model_fn, problem.params, few))
     if not gap <= tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))):
         raise ValueError(coupling_message(gap))
