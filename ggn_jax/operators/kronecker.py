@@ -436,5 +436,7 @@ def _check_independent(problem: Problem) -> None:
     with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
         few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
         gap = float(_coupling(problem.model_fn, problem.params, few))
-    if not gap <= tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))):
+    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
+    allowed = tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))) ** 0.5
+    if not gap <= allowed:
         raise ValueError(coupling_message(gap))
