@@ -38,6 +38,7 @@ class Options:
     on_uncovered: Literal["error", "diagonal", "full"]
     small: Literal["full", "diagonal"]
     max_dense_size: int
+    max_small_size: int
     vector_chunk_size: int
 
 
@@ -82,8 +83,12 @@ class Layout:
         return layer.bias is not None and self.options.bias == "joint" and "embedding" not in kinds
 
     def is_full(self, left: Leftover) -> bool:
-        wanted = self.options.on_uncovered if left.kind == "uncovered" else self.options.small
-        return wanted == "full" and math.prod(self.trace.shapes[left.leaf]) <= self.options.max_dense_size
+        options = self.options
+        uncovered = left.kind == "uncovered"
+        wanted, most = (
+            (options.on_uncovered, options.max_dense_size) if uncovered else (options.small, options.max_small_size)
+        )
+        return wanted == "full" and math.prod(self.trace.shapes[left.leaf]) <= most
 
     def places(self) -> tuple[Place, ...]:
         result: list[Place] = []

@@ -152,8 +152,10 @@ class KFACLinearOperator(BlockLinearOperator):
     - `on_uncovered`: `"error"`, or `"diagonal"` or `"full"` for the exact GGN diagonal or block of parameters that no
       layer covers.
     - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
-    - `max_dense_size`: larger factors and blocks are diagonal.
-    - `vector_chunk_size`: how many vectors are back-propagated at once.
+    - `max_dense_size`: larger Kronecker factors, and larger blocks of uncovered parameters, are diagonal.
+    - `max_small_size`: larger blocks of scales and shifts (a position embedding that is added, say) are diagonal.
+    - `vector_chunk_size`: how many vectors are back-propagated at once. On a CPU, one by one is fastest but for tiny
+      models, and takes the least memory.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them; for a model
     whose examples depend on each other (checked on four, outside of `jit`); for parameters that are not covered.
@@ -186,8 +188,9 @@ class KFACLinearOperator(BlockLinearOperator):
         on_uncovered: Literal["error", "diagonal", "full"] = "error",
         small: Literal["full", "diagonal"] = "full",
         max_dense_size: int = 8192,
+        max_small_size: int = 1024,
         chunk_size: int | None = None,
-        vector_chunk_size: int = 16,
+        vector_chunk_size: int = 1,
     ):
         problem = pose(model_fn, loss, params, batch, chunk_size)
         options = Options(
@@ -200,6 +203,7 @@ class KFACLinearOperator(BlockLinearOperator):
             on_uncovered=_choice("on_uncovered", on_uncovered, "error", "diagonal", "full"),
             small=_choice("small", small, "full", "diagonal"),
             max_dense_size=check_count("max_dense_size", max_dense_size),
+            max_small_size=check_count("max_small_size", max_small_size),
             vector_chunk_size=check_count("vector_chunk_size", vector_chunk_size),
         )
         if self._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
