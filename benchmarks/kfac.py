@@ -13,6 +13,7 @@ a compiled program, beside that of the gradient.
     python benchmarks/kfac.py
 """
 
+import itertools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,7 +67,7 @@ def mlp() -> tuple:
     inputs = jax.random.normal(jax.random.key(1), (batch, sizes[0]))
     targets = jax.random.randint(jax.random.key(2), (batch,), 0, CLASSES)
     layers: list[torch.nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+    for i, o in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
     return model_fn, ggn_jax.CrossEntropyLoss(), params, inputs, targets, torch.nn.Sequential(*layers[:-1])
 
@@ -136,16 +137,21 @@ def transformer() -> tuple:
 
     def block_params() -> dict[str, Any]:
         return {
-            **{"norm1": norm_params(), "qkv": dense(next(keys), WIDTH, 3 * WIDTH)},
-            **{"out": dense(next(keys), WIDTH, WIDTH), "norm2": norm_params()},
-            **{"up": dense(next(keys), WIDTH, 4 * WIDTH), "down": dense(next(keys), 4 * WIDTH, WIDTH)},
+            "norm1": norm_params(),
+            "qkv": dense(next(keys), WIDTH, 3 * WIDTH),
+            "out": dense(next(keys), WIDTH, WIDTH),
+            "norm2": norm_params(),
+            "up": dense(next(keys), WIDTH, 4 * WIDTH),
+            "down": dense(next(keys), 4 * WIDTH, WIDTH),
         }
 
     params = {
         "tokens": jax.random.normal(next(keys), (VOCABULARY, WIDTH)),
         "places": jax.random.normal(next(keys), (LENGTH, WIDTH)),
-        **{"block1": block_params(), "block2": block_params()},
-        **{"norm": norm_params(), "head": dense(next(keys), WIDTH, VOCABULARY)},
+        "block1": block_params(),
+        "block2": block_params(),
+        "norm": norm_params(),
+        "head": dense(next(keys), WIDTH, VOCABULARY),
     }
 
     def norm(p: dict, x: jax.Array) -> jax.Array:
@@ -207,8 +213,7 @@ def measure(name: str, rounds: int, builds: int) -> dict[str, Any]:
         return jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
 
     def factors(params, batch, key, options):
-        kfac = ggn_jax.KFACLinearOperator(model_fn, loss, params, batch, key=key, **options)
-        return kfac
+        return ggn_jax.KFACLinearOperator(model_fn, loss, params, batch, key=key, **options)
 
     programs: dict[str, Callable] = {"gradient": gradient}
     for kind, options in KINDS.items():
@@ -314,9 +319,7 @@ def show(figures: dict[str, Any]) -> None:
             mib, build = figures["mib"], figures["build_s"]
             cells += [f"{mib[side]:.1f}", f"{mib[side] / mib['gradient']:.2f}"]
             cells += [f"{build[side]:.2f}", f"{build[side] / build['gradient']:.2f}"]
-        print(
-            f"{side:<20}" + "".join(f"{c:>{max(11, len(h) + 2)}}" for c, h in zip(cells, heads[1:], strict=False))
-        )
+        print(f"{side:<20}" + "".join(f"{c:>{max(11, len(h) + 2)}}" for c, h in zip(cells, heads[1:], strict=False)))
 
 
 def main() -> None:

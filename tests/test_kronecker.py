@@ -547,6 +547,100 @@ def test_nearest_of_random_sums() -> None:
         )
 
 
+def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
+    ends = np.cumsum(sizes)
+    return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CE,
+        ggn_jax.CrossEntropyLoss(reduction="sum"),
+        ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
+        ggn_jax.CrossEntropyLoss(ignore_index=1),
+    ],
+    ids=["mean", "sum", "weights", "ignored"],
+)
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+def test_batches_are_one_batch(cls: Any, loss: Any, fisher_type: str) -> None:
+    """Of any sizes, and one where all that it holds is ignored; with the same draws."""
+    options: dict[str, Any] = {"fisher_type": fisher_type, "bias": "separate"}
+    if fisher_type == "mc":
+        options |= {"key": jax.random.key(1), "mc_samples": 2}
+    whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
+    for batches in as_batches(1, 1, 3, 2), as_batches(7):
+        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
+        assert jax.tree.structure(operator) == jax.tree.structure(whole)
+        np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+@BOTH
+def test_batches_of_masked_sequences_with_leftovers(cls: Any) -> None:
+    """Scales have their own blocks; a chunk size does not matter, nor does a progress bar."""
+    params = {"s": normal(3), "w": normal(3, 2)}
+    inputs, mask = normal(6, 4, 3), jnp.arange(4)[None] < jnp.array([1, 4, 2, 3, 4, 1])[:, None]
+    targets = jnp.where(mask, jnp.arange(24).reshape(6, 4) % 2, -100)
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x * p["s"][None, None]) @ p["w"]
+
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
+    options = {"fisher_type": "type-2", "key": jax.random.key(0)}
+    whole = cls(model_fn, loss, params, (inputs, targets), mask=mask, **options)
+    batches = [(inputs[:4], targets[:4], mask[:4]), (inputs[4:], targets[4:], mask[4:])]
+    operator = cls.from_batches(model_fn, loss, params, batches, progress=True, chunk_size=3, **options)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+def test_nothing_counts_in_any_batch() -> None:
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=0, reduction="mean")
+    batches = [(INPUTS[:1], LABELS[:1]), (INPUTS[2:3], LABELS[2:3])]
+    assert float(KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="type-2").trace()) == 0
+
+
+def test_errors_of_batches() -> None:
+    def make(batches: Any, cls: Any = KFAC, **options: Any) -> Any:
+        return cls.from_batches(tanh_net, CE, PARAMS, batches, **{"fisher_type": "type-2", **options})
+
+    with pytest.raises(ValueError, match="at least one batch"):
+        make([])
+    with pytest.raises(TypeError, match="iterable"):
+        make(3)
+    with pytest.raises(TypeError, match="batch 1 must be"):
+        make([(INPUTS, LABELS), INPUTS])
+    with pytest.raises(TypeError, match="twice"):
+        make(iter(as_batches(3, 4)), EKFAC)
+    with pytest.raises(NotImplementedError, match="KFOC"):
+        make(as_batches(3, 4), KFOC)
+    with pytest.raises(TypeError, match=r"unknown options.*mask"):
+        make(as_batches(3, 4), mask=None)
+    with pytest.raises(ValueError, match="sharing must be"):
+        make(as_batches(3, 4), sharing="both")
+    with pytest.raises(NotImplementedError, match="forward-only"):
+        make(as_batches(3, 4), EKFAC, fisher_type="forward-only")
+
+    class Shrinking:
+        def __init__(self) -> None:
+            self.sizes = [(3, 4), (3,)]
+
+        def __iter__(self) -> Any:
+            return iter(as_batches(*self.sizes.pop(0)))
+
+    with pytest.raises(ValueError, match="7 data in the first pass and 3"):
+        make(Shrinking(), EKFAC)
+
+
+def test_large_blocks_of_scales_are_diagonal() -> None:
+    params = {"s": normal(2), "t": normal(2), "w": normal(3, 2)}
+    args = scale_and_shift, CE, params, (INPUTS, LABELS)
+    full = KFAC(*args, fisher_type="type-2").block("s")
+    assert abs(full[0, 1]) > 1e-3
+    capped = KFAC(*args, fisher_type="type-2", max_small_size=1).block("s")
+    np.testing.assert_allclose(capped, np.diag(np.diag(full)), atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -559,6 +653,7 @@ def test_nearest_of_random_sums() -> None:
         ({"fisher_type": "type-2", "mask": np.ones(7, bool)}, ValueError, "mask must be boolean"),
         ({"fisher_type": "type-2", "mask": np.ones((7, 3), bool)}, ValueError, "no layer"),
         ({"fisher_type": "type-2", "max_dense_size": 0}, ValueError, "max_dense_size"),
+        ({"fisher_type": "type-2", "max_small_size": 0}, ValueError, "max_small_size"),
         ({"fisher_type": "type-2", "vector_chunk_size": 1.5}, TypeError, "vector_chunk_size"),
     ],
 )

@@ -1,9 +1,10 @@
 """Kronecker-factored approximations of the generalized Gauss-Newton matrix."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
@@ -11,11 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_count, check_key, check_real, is_concrete
+from ggn_jax._checks import as_array, check_key, check_real, is_concrete
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
-from ggn_jax.kronecker.factors import Blocks, Options, Place, Sharing, compute_blocks, compute_optimal_blocks
+from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
+from ggn_jax.kronecker.layout import (
+    Bias,
+    Blocks,
+    OnUncovered,
+    Options,
+    Sharing,
+    Small,
+    Structure,
+    Tied,
+    reader,
+    shape_of,
+    write,
+)
+from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.vectors import Positions, draws_signs
 from ggn_jax.layers.check import coupling, tolerance
 from ggn_jax.layers.report import EXAMPLES, coupling_message
@@ -50,7 +65,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def diagonal(self) -> PyTree[Array]:
         """The diagonal, as a pytree like the parameters."""
         parts = [block.diagonal() for block in self.blocks.blocks]
-        return _write(self, parts)
+        return write(self.blocks.places, self.structure, parts)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
@@ -107,7 +122,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """
         for block, place in zip(self.blocks.blocks, self.blocks.places, strict=True):
             if path in place.names or path in [_simple(name) for name in place.names]:
-                return _dense(block, _shape(place))
+                return _dense(block, shape_of(place))
         known = ", ".join(name for place in self.blocks.places for name in place.names)
         raise KeyError(f"no parameter {path!r}; there are {known}.")
 
@@ -177,35 +192,132 @@ class KFACLinearOperator(BlockLinearOperator):
         params: PyTree[Array],
         batch: tuple[PyTree, Any],
         *,
-        fisher_type: FisherType | str = FisherType.MC,
-        mc_samples: int = 1,
+        fisher_type: FisherType | str = Options.fisher_type,
+        mc_samples: int = Options.mc_samples,
         key: Any = None,
-        sharing: Sharing = "expand",
-        bias: Literal["joint", "separate"] = "joint",
-        tied: Literal["sum", "concatenate"] = "sum",
-        positions: Positions = "signs",
+        sharing: Sharing = Options.sharing,
+        bias: Bias = Options.bias,
+        tied: Tied = Options.tied,
+        positions: Positions = Options.positions,
         mask: Any = None,
-        on_uncovered: Literal["error", "diagonal", "full"] = "error",
-        small: Literal["full", "diagonal"] = "full",
-        max_dense_size: int = 8192,
-        max_small_size: int = 1024,
+        on_uncovered: OnUncovered = Options.on_uncovered,
+        small: Small = Options.small,
+        max_dense_size: int = Options.max_dense_size,
+        max_small_size: int = Options.max_small_size,
         chunk_size: int | None = None,
-        vector_chunk_size: int = 1,
+        vector_chunk_size: int = Options.vector_chunk_size,
     ):
         problem = pose(model_fn, loss, params, batch, chunk_size)
         options = Options(
-            fisher_type=FisherType(fisher_type) if isinstance(fisher_type, str) else FisherType._missing_(fisher_type),
-            mc_samples=check_count("mc_samples", mc_samples),
-            sharing=_choice("sharing", sharing, "expand", "reduce"),
-            bias=_choice("bias", bias, "joint", "separate"),
-            tied=_choice("tied", tied, "sum", "concatenate"),
-            positions=_choice("positions", positions, "signs", "exact"),
-            on_uncovered=_choice("on_uncovered", on_uncovered, "error", "diagonal", "full"),
-            small=_choice("small", small, "full", "diagonal"),
-            max_dense_size=check_count("max_dense_size", max_dense_size),
-            max_small_size=check_count("max_small_size", max_small_size),
-            vector_chunk_size=check_count("vector_chunk_size", vector_chunk_size),
+            fisher_type,  # type: ignore[arg-type]  # made one there
+            mc_samples,
+            sharing,
+            bias,
+            tied,
+            positions,
+            on_uncovered,
+            small,
+            max_dense_size,
+            max_small_size,
+            vector_chunk_size,
         )
+        self._check(problem, options, chunk_size)
+        keys = _check_draws(problem, options, key, 0)
+        mask = _check_mask(mask, problem)
+        _check_independent(problem)
+        self.blocks = _compute(problem, keys, mask, options, self._method)
+        self.structure = _structure(problem)
+
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        key: Any = None,
+        chunk_size: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The operator of all data of an iterable of batches, as if they were one batch.
+
+        `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and a mean is over
+        all their terms. What is drawn for a datum depends on its place in the whole, so that it does not matter how
+        data are cut into batches. EKFAC goes over them twice, and wants an iterable that can be: a list, or a loader,
+        but no generator. A function is compiled for each size of batch. `progress=True` shows a bar (needs tqdm);
+        `options` are those of the constructor. Must be called outside of `jit` if `batches` are not arrays there.
+
+        **Raises:** as the constructor; ValueError, naming the batch, for one that does not fit the first; for an
+        iterable that is empty, or that differs between EKFAC's passes.
+
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> model_fn = lambda p, x: x @ p["w"]
+        >>> kfac = KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
+        >>> kfac.solve(params, damping=0.1)["w"].shape
+        (2, 3)
+        """
+        unknown = set(options) - {field.name for field in fields(Options)}
+        if unknown:
+            raise TypeError(f"from_batches got unknown options {sorted(unknown)}; masks are part of the batches.")
+        made = Options(**options)
+        operator = object.__new__(cls)
+        if operator._method == "kfoc":
+            raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        twice = operator._method == "ekfac"
+        if twice and isinstance(batches, Iterator):
+            raise TypeError(
+                f"EKFAC goes over the batches twice, but {type(batches).__name__} is an iterator that is empty after"
+                " one pass: pass a list, or a loader that starts anew."
+            )
+
+        def add_up(bases: Any, description: str) -> tuple[Problem, Any, int]:
+            total, first, start = None, None, 0
+            for number, batch in enumerate(_with_progress(batches, progress, description)):
+                if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+                    raise TypeError(
+                        f"batch {number} must be (inputs, targets) or (inputs, targets, mask);"
+                        f" got {type(batch).__name__}."
+                    )
+                problem = pose(model_fn, loss, params, tuple(batch[:2]), chunk_size)
+                if first is None:
+                    first = problem
+                    operator._check(problem, made, chunk_size)
+                    _check_independent(problem)
+                keys = _check_draws(problem, made, key, start)
+                mask = _check_mask(batch[2] if len(batch) == 3 else None, problem)
+                sums = _batch_sums(problem, keys, mask, made, bases)
+                if total is not None and structure_of(sums) != structure_of(total):
+                    raise ValueError(
+                        f"batch {number} has inputs {structure_of(problem.inputs)}, for which the model's layers are"
+                        f" others than for those of batch 0, {structure_of(first.inputs)}."
+                    )
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+                start += problem.targets.shape[0]
+            if first is None:
+                raise ValueError("batches must yield at least one batch; got none.")
+            return first, total, start
+
+        problem, total, seen = add_up(None, "factors")
+        bases = corrections = None
+        if twice:
+            bases = _bases(problem, made, total)
+            _, corrections, again = add_up(bases, "corrections")
+            if again != seen:
+                raise ValueError(
+                    f"batches held {seen} data in the first pass and {again} in the second: EKFAC needs the same."
+                )
+        operator.__dict__["blocks"] = _finish(problem, made, total, bases, corrections)
+        operator.__dict__["structure"] = _structure(problem)
+        return operator
+
+    def _check(self, problem: Problem, options: Options, chunk_size: int | None) -> None:
+        """Refuse what this operator cannot be made of."""
         if self._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
             raise NotImplementedError(
                 f"fisher_type 'forward-only' back-propagates nothing, but {self._method.upper()} is made of gradients:"
@@ -215,14 +327,8 @@ class KFACLinearOperator(BlockLinearOperator):
             raise NotImplementedError(
                 "KFOC's power iterations go over all data many times, and keep them: leave chunk_size out, or use KFAC."
             )
-        keys = _check_draws(problem, options, key)
         if options.fisher_type is FisherType.TYPE2:
-            check_exact(loss)
-        mask = _check_mask(mask, problem)
-        _check_independent(problem)
-        self.blocks = _compute(problem, keys, mask, options, self._method)
-        leaves, tree = jax.tree.flatten(structure_of(problem.params))
-        self.structure = tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
+            check_exact(problem.loss)
 
     @property
     def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
@@ -286,14 +392,44 @@ def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: s
     return compute_blocks(problem, keys, mask, options, method == "ekfac")
 
 
+_batch_sums = eqx.filter_jit(batch_sums)
+
+
+@eqx.filter_jit
+def _bases(problem: Problem, options: Options, total: dict[str, Any]) -> Any:
+    return eigenbases(problem, options, reduce_sums(problem, total))
+
+
+@eqx.filter_jit
+def _finish(problem: Problem, options: Options, total: Any, bases: Any, corrections: Any) -> Blocks:
+    if corrections is not None:
+        corrections = reduce_sums(problem, corrections)
+    return assemble(problem, options, reduce_sums(problem, total), bases, corrections)
+
+
+def _structure(problem: Problem) -> Structure:
+    leaves, tree = jax.tree.flatten(structure_of(problem.params))
+    return tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
+
+
+def _with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("progress=True shows its bar with tqdm: pip install tqdm, or leave it out.") from error
+    return tqdm(batches, desc=description, unit="batch")
+
+
 @jax.jit
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
     parts = []
     leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
     for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
-        m = _reader(operator, place)(leaves)
+        m = reader(place, operator.structure[0])(leaves)
         parts.append(block.mv(m.astype(_dtype(block))))
-    return _write(operator, parts)
+    return write(operator.blocks.places, operator.structure, parts)
 
 
 def _sum(parts: list[Array]) -> Array:
@@ -302,48 +438,6 @@ def _sum(parts: list[Array]) -> Array:
 
 def _dtype(block: Block) -> Any:
     return jax.tree.leaves(block)[0].dtype
-
-
-def _shape(place: Place) -> tuple[int, int, int]:
-    groups, out, inputs = place.views[0].shape
-    return groups, out, inputs + len(place.views) - 1
-
-
-def _reader(operator: BlockLinearOperator, place: Place) -> Callable[[list[Array]], Array]:
-    """A linear function of the flattened parameters that returns a block's entries, `[G, out, in]`."""
-    sizes = [math.prod(shape) for shape in operator.structure[0]]
-
-    def read(leaves: list[Array]) -> Array:
-        parts = []
-        for view in place.views:
-            owners = view.entries.owners(sizes)
-            first, last = owners[0], owners[-1] + 1
-            some = leaves[first:last]
-            wide = _common(some)
-            flat = some[0] if len(some) == 1 else jnp.concatenate([leaf.astype(wide) for leaf in some])
-            start = sum(sizes[:first])
-            parts.append(view.entries.shifted(-start).reader(flat.size)(flat).reshape(view.shape))
-        wide = _common(parts)
-        return parts[0] if len(parts) == 1 else jnp.concatenate([part.astype(wide) for part in parts], axis=-1)
-
-    return read
-
-
-def _common(arrays: list[Array]) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-        return jnp.result_type(*(array.dtype for array in arrays))
-
-
-def _write(operator: BlockLinearOperator, parts: list[Array]) -> PyTree[Array]:
-    """The parameters with these entries at the blocks' places, and 0 elsewhere."""
-    shapes, dtypes, tree = operator.structure
-    total = [jnp.zeros(math.prod(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    for part, place in zip(parts, operator.blocks.places, strict=True):
-        read = _reader(operator, place)
-        dtype = jax.eval_shape(read, total).dtype
-        (written,) = jax.linear_transpose(read, total)(part.reshape(_shape(place)).astype(dtype))
-        total = [a + b for a, b in zip(total, written, strict=True)]
-    return jax.tree.unflatten(tree, [x.reshape(shape) for x, shape in zip(total, shapes, strict=True)])
 
 
 @partial(jax.jit, static_argnames="what")
@@ -398,14 +492,8 @@ def check_damping(damping: Any) -> Array:
     return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
 
 
-def _choice(name: str, value: Any, *choices: str) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-    return value
-
-
-def _check_draws(problem: Problem, options: Options, key: Any) -> Array | None:
-    """A key per datum, where something is drawn."""
+def _check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
+    """A key per datum, where something is drawn: it depends on the datum's number alone, from `start` on."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
     if options.fisher_type is not FisherType.MC and not signs:
@@ -415,7 +503,11 @@ def _check_draws(problem: Problem, options: Options, key: Any) -> Array | None:
     wanted_by = "fisher_type 'mc'"
     if signs:
         wanted_by = "fisher_type 'type-2' with several loss positions (or pass positions='exact')"
-    return jax.random.split(check_key(key, wanted_by=wanted_by, batch=True), problem.targets.shape[0])
+    numbers = jnp.arange(start, start + problem.targets.shape[0])
+    return _fold_in(check_key(key, wanted_by=wanted_by, batch=True), numbers)
+
+
+_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def _check_mask(mask: Any, problem: Problem) -> Array | None:

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
@@ -27,7 +27,12 @@ class Problem(eqx.Module):
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
 
-    def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Array) -> PyTree[Array]:
+    def reduction(self) -> Float[Array, ""]:
+        """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
+        zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
+        return split_terms(self.loss, zeros, self.targets, batch=True).r
+
+    def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Any) -> PyTree[Array]:
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.
 
         `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is that of the whole

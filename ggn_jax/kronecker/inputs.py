@@ -1,0 +1,87 @@
+"""A layer's inputs, as sharing, mask and dtype want them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ggn_jax.kronecker.algebra import Factor
+from ggn_jax.kronecker.layout import Options
+from ggn_jax.layers import Use
+
+
+def masks(use: Use, mask: Array) -> bool:
+    """Whether the mask is of this layer's sharing positions."""
+    return bool(use.positions) and use.positions == tuple(n for n in mask.shape[1:] if n > 1)
+
+
+class Inputs:
+    """A use's inputs, as sharing, mask and dtype want them."""
+
+    def __init__(self, use: Use, captured: Array, mask: Array | None, options: Options, wide: Any):
+        x = use.arrange_inputs(captured)  # [G, N, S, in], or row numbers [G, N, S]
+        self.use, self.options = use, options
+        size, positions = x.shape[1], x.shape[2]
+        self.mask = None
+        if mask is not None and masks(use, mask):
+            self.mask = mask.reshape(size, positions).astype(wide)
+        self.embedding = use.kind == "embedding"
+        if self.embedding:
+            rows = use.weight.shape[2]
+            index = jnp.clip(x, 0, rows - 1)
+            weight = ((index == x) | (not use.fills)).astype(wide)
+            self.index = index
+            self.weight = weight if self.mask is None else weight * self.mask
+        else:
+            self.x = x.astype(wide)
+        reduce = options.sharing == "reduce"
+        if self.mask is None:
+            self.count: Any = jnp.asarray(size * (1 if reduce else positions), wide)
+        elif reduce:
+            self.count = jnp.sum(jnp.any(self.mask > 0, axis=1)).astype(wide)
+        else:
+            self.count = jnp.sum(self.mask)
+
+    def rows(self, joint: bool) -> Array:
+        """`[G, N, S, in]`, with the bias's constant where it is joint; averaged over positions for `reduce`."""
+        x = self.x
+        if joint:
+            x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+        if self.mask is not None:
+            x = x * self.mask[None, :, :, None]
+        if self.options.sharing == "reduce":
+            total = x.shape[2] if self.mask is None else jnp.maximum(jnp.sum(self.mask, 1), 1)[None, :, None, None]
+            x = jnp.sum(x, axis=2, keepdims=True) / total
+        return x
+
+    def raw_rows(self, joint: bool) -> Array:
+        """`[G, N, S, in]` of all positions, as in the weight's gradient; rows of a table as one-hot vectors."""
+        if self.embedding:
+            return (
+                jax.nn.one_hot(self.index, self.use.weight.shape[2], dtype=self.weight.dtype) * self.weight[..., None]
+            )
+        x = self.x
+        return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if joint else x
+
+    def width(self, joint: bool) -> int:
+        """The length of these rows."""
+        return self.use.weight.shape[2] + joint
+
+    def factor(self, joint: bool) -> Factor:
+        """The unnormalised `sum a a^T`."""
+        if self.embedding:
+            groups, rows = self.index.shape[0], self.use.weight.shape[2]
+            weight = self.weight
+            if self.options.sharing == "reduce":
+                # The mean of one-hot rows: its square at a row is (count / S)^2; sum_s (count of s's row) / S^2.
+                same = (self.index[..., :, None] == self.index[..., None, :]) * weight[..., None, :]
+                total = jnp.maximum(jnp.sum(weight, -1), 1) if self.mask is not None else weight.shape[-1]
+                weight = weight * jnp.sum(same, axis=-1) / jnp.square(jnp.asarray(total, weight.dtype))[..., None]
+            flat, values = self.index.reshape(groups, -1), weight.reshape(groups, -1)
+            return jax.vmap(lambda i, v: jnp.zeros(rows, v.dtype).at[i].add(v))(flat, values)
+        x = self.rows(joint)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if x.shape[-1] > self.options.max_dense_size:
+            return jnp.sum(x**2, axis=1)
+        return jnp.einsum("gmi,gmj->gij", x, x)
