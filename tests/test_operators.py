@@ -340,9 +340,11 @@ def test_ef_of_terms_and_of_data_differ() -> None:
 
 
 @pytest.mark.parametrize(("chunk_size", "vector_chunk_size"), [(None, 1), (3, 2), (N + 2, 100)])
+@pytest.mark.parametrize("method", ["layers", "data"])
 @every_problem
-def test_diagonal(problem: Problem, chunk_size: int | None, vector_chunk_size: int) -> None:
-    diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=chunk_size, vector_chunk_size=vector_chunk_size)
+def test_diagonal(problem: Problem, chunk_size: int | None, vector_chunk_size: int, method: Any) -> None:
+    options = {"chunk_size": chunk_size, "vector_chunk_size": vector_chunk_size}
+    diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
     assert jax.tree.structure(diagonal.entries) == jax.tree.structure(problem.params)
     assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
@@ -984,6 +986,8 @@ def test_ef_and_hessian_need_no_factor(cls: Any) -> None:
 def test_refuses_other_arguments() -> None:
     with pytest.raises(ValueError, match="per must be 'term' or 'datum'"):
         EFLinearOperator(*CE.args, per="token")
+    with pytest.raises(ValueError, match="method must be 'layers' or 'data'"):
+        GGNDiagonalLinearOperator(*CE.args, method="fast")
     for value, error in ((0, ValueError), (1.5, TypeError), (True, TypeError), (None, TypeError)):
         with pytest.raises(error, match="vector_chunk_size must be an integer of at least 1"):
             GGNDiagonalLinearOperator(*CE.args, vector_chunk_size=value)

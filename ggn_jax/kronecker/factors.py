@@ -28,13 +28,21 @@ def compute_blocks(
     if not correct:
         return assemble(problem, options, sums)
     bases = eigenbases(problem, options, sums)
-    return assemble(problem, options, sums, bases, factor_sums(problem, keys, mask, options, bases))
+    return assemble(problem, options, sums, bases, factor_sums(problem, keys, mask, options, bases, leftovers=False))
 
 
 def factor_sums(
-    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Bases | None = None
+    problem: Problem,
+    keys: Array | None,
+    mask: Array | None,
+    options: Options,
+    bases: Bases | None = None,
+    leftovers: bool = True,
 ) -> dict[str, Any]:
-    """What KFAC's blocks are made of, summed over a batch; with EKFAC's bases, the squared gradients in them."""
+    """What KFAC's blocks are made of, summed over a batch; with EKFAC's bases, the squared gradients in them.
+
+    `leftovers` asks for the blocks of parameters that have no layer as well.
+    """
     layout = Layout(problem, options)
     if mask is not None and not any(masks(use, mask) for use in layout.trace.uses):
         positions = sorted({use.positions for use in layout.trace.uses})
@@ -42,7 +50,7 @@ def factor_sums(
             f"mask of shape {mask.shape} fits no layer: their sharing positions are {positions}, of each of"
             f" {mask.shape[0]} data."
         )
-    fn = partial(_factor_sums, layout, problem.params, bases)
+    fn = partial(_factor_sums, layout, problem.params, bases, leftovers)
     return problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})
 
 
@@ -53,7 +61,7 @@ def batch_sums(
 
     All but the input factors and their counts are proportional to the reduction.
     """
-    sums, r = factor_sums(problem, keys, mask, options, bases), problem.reduction()
+    sums, r = factor_sums(problem, keys, mask, options, bases, bases is None), problem.reduction()
     for name in {"b", "own", "corrected"} & set(sums):
         # Where nothing counts, r is infinite and the sums are 0.
         sums[name] = jax.tree.map(lambda x: jnp.where(jnp.isinf(r), x, x / r.astype(x.dtype)), sums[name])
@@ -86,24 +94,37 @@ def assemble(
 ) -> Blocks:
     """The blocks from sums over all data."""
     layout = Layout(problem, options)
-    blocks = _assemble(layout, sums)
+    groups: list[list[Block]] = _assemble_layers(layout, sums)  # type: ignore[assignment]  # Kronecker products
     if bases is not None and corrections is not None:
-        values = corrections["corrected"]
-        pairs = [pair for group in zip(bases, values, strict=True) for pair in zip(*group, strict=True)]
-        corrected: list[Block] = [Spectral(basis.qa, basis.qb, value) for basis, value in pairs]
-        blocks = [*corrected, *blocks[len(corrected) :]]
-    places = layout.places()
+        corrected = corrections["corrected"]
+        groups = [
+            [Spectral(basis.qa, basis.qb, value) for basis, value in zip(*pair, strict=True)]
+            for pair in zip(bases, corrected, strict=True)
+        ]
+    return in_places(layout, [block for group in groups for block in group], sums)
+
+
+def in_places(layout: Layout, layers: list[Block], sums: dict[str, Any]) -> Blocks:
+    """The layers' blocks, and those of all other entries."""
+    blocks, places = [*layers, *_leftover_blocks(layout, sums)], layout.places()
     dtype = compute_dtype(layout.trace.outputs.dtype)
     blocks += [Diagonal(jnp.zeros(place.views[0].shape[2], dtype)) for place in places[len(blocks) :]]
     return Blocks(tuple(blocks), places)
 
 
 def _factor_sums(
-    layout: Layout, params: PyTree, bases: Any, terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]
+    layout: Layout,
+    params: PyTree,
+    bases: Bases | None,
+    leftovers: bool,
+    terms_at: Any,
+    inputs: PyTree,
+    operand: Any,
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Unnormalised input factors, their counts, output factors, and what leftovers need, of a chunk."""
     trace, plan, options = layout.trace, layout.plan, layout.options
-    captured = capture(trace, params, inputs, layout.leaves)
+    captured = capture(trace, params, inputs, layout.leaves if leftovers else ())
     wide = compute_dtype(captured.outputs.dtype)
     uses = [[(n, trace.uses[n]) for n in layer.uses] for layer in plan.layers]
     rows = [[Inputs(use, captured.inputs[n], extra["mask"], options, wide) for n, use in members] for members in uses]
@@ -130,14 +151,15 @@ def _factor_sums(
         gs = [[arranged(n, use) for n, use in members] for members in uses]
         if bases is None:
             sums["b"] = [[_output_factor(g, options) for g in members] for members in gs]
-            flat = [g.reshape(g.shape[0] * g.shape[1], -1).astype(wide) for g in own]
-            full = [layout.is_full(left) for left in plan.leftovers if left.kind != "unused"]
-            sums["own"] = [g.T @ g if f else jnp.sum(g**2, axis=0) for g, f in zip(flat, full, strict=True)]
         else:
             sums["corrected"] = [
                 _corrected(layout, layer, xs, g, basis)
                 for layer, xs, g, basis in zip(plan.layers, rows, gs, bases, strict=True)
             ]
+        if leftovers:
+            flat = [g.reshape(g.shape[0] * g.shape[1], -1).astype(wide) for g in own]
+            full = [layout.is_full(left) for left in plan.leftovers if left.kind != "unused"]
+            sums["own"] = [g.T @ g if f else jnp.sum(g**2, axis=0) for g, f in zip(flat, full, strict=True)]
         return sums
 
     return {**result, **sum_in_parts(part, num, options.vector_chunk_size)}
@@ -227,8 +249,9 @@ def _assemble_layers(layout: Layout, sums: dict[str, Any]) -> list[list[Kronecke
     return groups
 
 
-def _assemble(layout: Layout, sums: dict[str, Any]) -> list[Block]:
-    blocks: list[Block] = [block for group in _assemble_layers(layout, sums) for block in group]
+def _leftover_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
+    """The blocks of parameters that have no layer."""
+    blocks: list[Block] = []
     own = iter(sums.get("own", ()))
     for left in layout.plan.leftovers:
         if left.kind == "unused":

@@ -170,6 +170,12 @@ def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
     )
 
 
+def structure(params: PyTree[Array]) -> Structure:
+    """What is static of parameters."""
+    leaves, tree = jax.tree.flatten(params)
+    return tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
+
+
 def shape_of(place: Place) -> tuple[int, int, int]:
     groups, out, inputs = place.views[0].shape
     return groups, out, inputs + len(place.views) - 1

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_count, check_sampling
 from ggn_jax._supported import check_exact
+from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import DampedLinearOperator, SymmetricLinearOperator, check_vector, register, structure_of
 from ggn_jax.operators.problem import Problem, pose
@@ -28,10 +29,13 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     **Arguments:** as for `GGNLinearOperator`, and
 
-    - `vector_chunk_size`: how many vectors of a datum are back-propagated at once. Memory is about
-      `chunk_size * vector_chunk_size` times the parameters.
+    - `vector_chunk_size`: how many vectors of a datum are back-propagated at once.
+    - `method`: `"layers"` finds the linear layers (`ggn_jax.report`) and squares `sum_s g a^T` of their inputs `a` and
+      output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron, no datum's gradient
+      is formed. `"data"` squares each datum's gradient, and looks at nothing inside of the model. Memory is about
+      `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of them.
 
-    `model_fn` is called on batches of one and mapped over the data.
+    `model_fn` must treat examples independently: it is called on batches of one and mapped over the data.
 
     As a preconditioner of CG on the damped GGN, which helps where parameters differ in scale (and may cost steps where
     they do not), pass `ggn_diagonal.damped(x).inverse()`:
@@ -61,13 +65,18 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         key: Any = None,
         chunk_size: int | None = None,
         vector_chunk_size: int = 1,
+        method: Literal["layers", "data"] = "layers",
     ):
+        if method not in ("layers", "data"):
+            raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
         vector_chunk_size = check_count("vector_chunk_size", vector_chunk_size)
         mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
         problem = pose(model_fn, loss, params, batch, chunk_size)
         if not mc_samples:
             check_exact(loss)
-        self.entries = _diagonal(problem, key, mc_samples, vector_chunk_size)
+        keys = None if key is None else jax.random.split(key, problem.targets.shape[0])
+        compute = _by_layers if method == "layers" else _by_data
+        self.entries = compute(problem, keys, mc_samples, vector_chunk_size)
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""
@@ -102,11 +111,12 @@ def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
         return ravel_pytree(operator.entries)[0]
 
 
+_by_layers = jax.jit(compute_diagonal, static_argnames=("mc_samples", "vector_chunk_size"))
+
+
 @partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
-def _diagonal(problem: Problem, key: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
-    size = problem.outputs.shape[0]
+def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
     num = mc_samples or math.prod(problem.outputs.shape[1:])
-    keys = () if key is None else (jax.random.split(key, size),)
 
     def datum(terms_at: Any, inputs: PyTree, operand: Any, *key: Array) -> PyTree[Array]:
         """The sum over vectors of squared gradients of one datum, as a batch of one."""
@@ -139,4 +149,4 @@ def _diagonal(problem: Problem, key: Array | None, mc_samples: int, vector_chunk
         squares = jax.vmap(partial(datum, terms_at))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
-    return problem.sum_over_chunks(chunk, *keys)
+    return problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

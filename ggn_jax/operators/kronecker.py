@@ -24,10 +24,10 @@ from ggn_jax.kronecker.layout import (
     Options,
     Sharing,
     Small,
-    Structure,
     Tied,
     reader,
     shape_of,
+    structure,
     write,
 )
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
@@ -226,7 +226,7 @@ class KFACLinearOperator(BlockLinearOperator):
         mask = _check_mask(mask, problem)
         _check_independent(problem)
         self.blocks = _compute(problem, keys, mask, options, self._method)
-        self.structure = _structure(problem)
+        self.structure = structure(problem.params)
 
     @classmethod
     def from_batches(
@@ -313,7 +313,7 @@ class KFACLinearOperator(BlockLinearOperator):
                     f"batches held {seen} data in the first pass and {again} in the second: EKFAC needs the same."
                 )
         operator.__dict__["blocks"] = _finish(problem, made, total, bases, corrections)
-        operator.__dict__["structure"] = _structure(problem)
+        operator.__dict__["structure"] = structure(problem.params)
         return operator
 
     def _check(self, problem: Problem, options: Options, chunk_size: int | None) -> None:
@@ -405,11 +405,6 @@ def _finish(problem: Problem, options: Options, total: Any, bases: Any, correcti
     if corrections is not None:
         corrections = reduce_sums(problem, corrections)
     return assemble(problem, options, reduce_sums(problem, total), bases, corrections)
-
-
-def _structure(problem: Problem) -> Structure:
-    leaves, tree = jax.tree.flatten(structure_of(problem.params))
-    return tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
 
 
 def _with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:

@@ -120,6 +120,7 @@ def pose(
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
         # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
         parts = {size} if chunk_size is None or chunk_size >= size else {chunk_size, size % chunk_size} - {0}
+        parts |= {1}  # layers are found on one example
         cut = {n: jax.tree.map(lambda x, n=n: x[:n], inputs) for n in parts}
         model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):

@@ -1,0 +1,33 @@
+"""The GGN's diagonal, layer by layer."""
+
+from jaxtyping import Array, PyTree
+
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.algebra import Block, Spectral
+from ggn_jax.kronecker.factors import factor_sums, in_places
+from ggn_jax.kronecker.layout import Layout, Options, structure, write
+from ggn_jax.operators.problem import Problem
+
+
+def compute_diagonal(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
+    """`sum_{v, n} (sum_s g a^T)^2` of each weight, and of everything else the squared gradients of each datum.
+
+    It is what EKFAC does in the basis of the parameters themselves. Where a weight is used at one position only, no
+    datum's gradient is formed: its square is `g^2 (a^2)^T`.
+    """
+    options = Options(
+        FisherType.MC if mc_samples else FisherType.TYPE2,
+        mc_samples or 1,
+        bias="separate",
+        positions="exact",
+        on_uncovered="diagonal",
+        small="diagonal",
+        vector_chunk_size=vector_chunk_size,
+    )
+    layout = Layout(problem, options)
+    own = Spectral(None, None, None)  # type: ignore[arg-type]  # no rotation, and no eigenvalues needed
+    bases = [[own] * (1 + (layer.bias is not None)) for layer in layout.plan.layers]
+    sums = factor_sums(problem, keys, None, options, bases)
+    layers: list[Block] = [Spectral(None, None, value) for group in sums["corrected"] for value in group]
+    made = in_places(layout, layers, sums)
+    return write(made.places, structure(problem.params), [block.diagonal() for block in made.blocks])
