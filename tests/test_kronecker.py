@@ -1,5 +1,8 @@
 """KFAC and EKFAC against dense algebra from Jacobians, exactness cases, and curvlinops."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -675,3 +678,28 @@ def test_more_errors() -> None:
     params = {"s": normal(2), "t": normal(2), "w": normal(3, 2)}
     with pytest.raises(NotImplementedError, match="forward-only"):
         KFAC(scale_and_shift, CE, params, (INPUTS, LABELS), fisher_type="forward-only")
+
+
+def test_factorisations_of_many_sizes_end() -> None:
+    # Two batched LAPACK calls at a time wait for each other for ever in jaxlib 0.10 on two cores.
+    code = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax, jax.numpy as jnp, ggn_jax
+sizes = [60, 60, 120, 120, 250, 250, 30, 30, 10]
+keys = jax.random.split(jax.random.key(0), len(sizes))
+params = [jax.random.normal(k, s) / s[0] for k, s in zip(keys, zip(sizes[:-1], sizes[1:]))]
+def model_fn(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return x
+batch = jnp.ones((16, 60)), jnp.zeros((16, 10))
+kfac = ggn_jax.KFACLinearOperator(model_fn, ggn_jax.MSELoss(), params, batch, fisher_type="type-2")
+for method in ("heuristic", "exact"):
+    inverse = jax.jit(lambda kfac: kfac.inverse(1e-3, method))
+    for _ in range(5):
+        jax.block_until_ready([inverse(kfac) for _ in range(4)])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=180)

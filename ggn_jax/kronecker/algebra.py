@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 Factor = Float[Array, "G d *d"]
 
@@ -101,7 +101,7 @@ class Kronecker(eqx.Module):
             norm = p @ q
             return combine(a, jnp.where(norm > 0, q / jnp.where(norm > 0, norm, 1), 0))[0], combine(b, p)[0]
 
-        a, b = jax.vmap(one)(self.a, self.b)
+        a, b = one_by_one(one, self.a, self.b)
         return Kronecker((a,), (b,))
 
 
@@ -124,7 +124,10 @@ class Spectral(eqx.Module):
 
     def map(self, fn: Callable[[Array], Array]) -> "Spectral":
         """The same function of all eigenvalues; negative ones, which rounding gives, count as 0."""
-        return Spectral(self.qa, self.qb, fn(jnp.maximum(self.values, 0)))
+        return self.replace_values(fn(jnp.maximum(self.values, 0)))
+
+    def replace_values(self, values: Float[Array, "G out in"]) -> "Spectral":
+        return Spectral(self.qa, self.qb, values)
 
     def trace(self) -> Float[Array, ""]:
         return jnp.sum(self.values)
@@ -201,13 +204,26 @@ class Diagonal(eqx.Module):
 Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
 
 
+def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
+    """`vmap(fn)(*stacks)`; on CPUs in a loop.
+
+    There, LAPACK calls of a batch share XLA's threads, and with jaxlib 0.10 two such calls at a time wait for each
+    other for ever on a machine of two cores. A loop takes about as long.
+    """
+
+    def loop(*stacks: PyTree[Array]) -> PyTree[Array]:
+        return jax.lax.map(lambda members: fn(*members), stacks)
+
+    return jax.lax.platform_dependent(*stacks, cpu=loop, default=jax.vmap(fn))
+
+
 def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:
-    """`fn` of stacks of matrices `[k, d, d]`, called once for all matrices of one size."""
+    """`fn` of each matrix `[d, d]`, batched over all matrices of one size."""
     results: list[Any] = [None] * len(matrices)
     sizes = dict.fromkeys((matrix.shape[1], matrix.dtype) for matrix in matrices)
     for size in sizes:
         members = [i for i, matrix in enumerate(matrices) if (matrix.shape[1], matrix.dtype) == size]
-        stacked = fn(jnp.concatenate([matrices[i] for i in members]))
+        stacked = one_by_one(fn, jnp.concatenate([matrices[i] for i in members]))
         start = 0
         for i in members:
             stop = start + matrices[i].shape[0]
@@ -216,7 +232,10 @@ def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[A
     return results
 
 
-def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagonal]:
+Batch = Callable[[Callable[[Array], tuple[Array, ...]], Sequence[Array]], list[Any]]  # `batched`, or another like it
+
+
+def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral | DenseSpectral | Diagonal]:
     """All blocks by their eigendecompositions; sums of Kronecker terms by the nearest single one's."""
     nearest = [block.nearest() if isinstance(block, Kronecker) else block for block in blocks]
     wanted = []
@@ -225,7 +244,7 @@ def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagon
             wanted += [factor for factor in (block.a[0], block.b[0]) if not is_diagonal(factor)]
         elif isinstance(block, Dense):
             wanted.append(block.matrix[None])
-    found = iter(batched(lambda x: tuple(jnp.linalg.eigh(x)), wanted))
+    found = iter(batch(lambda x: tuple(jnp.linalg.eigh(x)), wanted))
 
     def one(block: Block) -> Spectral | DenseSpectral | Diagonal:
         if isinstance(block, Kronecker):
@@ -240,7 +259,7 @@ def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagon
     return [one(block) for block in nearest]
 
 
-def invert_heuristically(blocks: Sequence[Block], damping: Array) -> list[Block]:
+def invert_heuristically(blocks: Sequence[Block], damping: Array, batch: Batch = batched) -> list[Block]:
     """Inverses with the damping split over both factors (Martens & Grosse 2015, section 6.3).
 
     `pi = sqrt((tr A / d_A) / (tr B / d_B))`; `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1`.
@@ -256,10 +275,10 @@ def invert_heuristically(blocks: Sequence[Block], damping: Array) -> list[Block]
             root = jnp.sqrt(damping).astype(pi.dtype)
             damped.append((_shift(a, pi * root), _shift(b, root / pi)))
     dense_ones = [factor for pair in damped for factor in pair if not is_diagonal(factor)]
-    found = iter(batched(lambda x: (_inverse_by_cholesky(x),), dense_ones))
+    found = iter(batch(lambda x: (_inverse_by_cholesky(x),), dense_ones))
     pairs = iter([tuple(1 / f if is_diagonal(f) else next(found)[0] for f in pair) for pair in damped])
 
-    rest = iter(decompose([block for block in blocks if not isinstance(block, Kronecker)]))
+    rest = iter(decompose([block for block in blocks if not isinstance(block, Kronecker)], batch))
     result: list[Block] = []
     for block in blocks:
         if isinstance(block, Kronecker):
@@ -276,8 +295,7 @@ def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
     return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)[None]
 
 
-def _inverse_by_cholesky(x: Float[Array, "k d d"]) -> Float[Array, "k d d"]:
+def _inverse_by_cholesky(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
     root = jax.lax.linalg.cholesky(x)
-    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-    half = jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
-    return jnp.einsum("kji,kjl->kil", half, half)
+    half = jax.lax.linalg.triangular_solve(root, jnp.eye(x.shape[-1], dtype=x.dtype), left_side=True, lower=True)
+    return half.T @ half

@@ -24,7 +24,7 @@ def compute_diagonal(problem: Problem, keys: Array | None, mc_samples: int, vect
         small="diagonal",
         vector_chunk_size=vector_chunk_size,
     )
-    layout = Layout(problem, options)
+    layout = Layout.of(problem, options)
     own = Spectral(None, None, None)  # type: ignore[arg-type]  # no rotation, and no eigenvalues needed
     bases = [[own] * (1 + (layer.bias is not None)) for layer in layout.plan.layers]
     sums = factor_sums(problem, keys, None, options, bases)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.inputs import Inputs, masks
 from ggn_jax.kronecker.layout import Blocks, Layout, Options
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
-from ggn_jax.layers import Layer, Use, capture
+from ggn_jax.layers import Captured, Layer, Use, capture
 from ggn_jax.operators.problem import Problem
 
 Bases = list[list[Spectral]]  # of each layer's weight, and of its bias where that is separate
@@ -43,7 +44,7 @@ def factor_sums(
 
     `leftovers` asks for the blocks of parameters that have no layer as well.
     """
-    layout = Layout(problem, options)
+    layout = Layout.of(problem, options)
     if mask is not None and not any(masks(use, mask) for use in layout.trace.uses):
         positions = sorted({use.positions for use in layout.trace.uses})
         raise ValueError(
@@ -78,9 +79,35 @@ def reduce_sums(problem: Problem, sums: dict[str, Any]) -> dict[str, Any]:
     return sums
 
 
+def zero_sums(layout: Layout) -> dict[str, Any]:
+    """`factor_sums` of nothing: zeros of the right shapes, which need no data."""
+    trace, options = layout.trace, layout.options
+    dtype = compute_dtype(trace.outputs.dtype)
+
+    def factor(groups: int, size: int, diagonal: bool) -> Array:
+        return jnp.zeros((groups, size) if diagonal or size > options.max_dense_size else (groups, size, size), dtype)
+
+    sums: dict[str, Any] = {"a": [], "count": [], "b": [], "own": []}
+    for layer in layout.plan.layers:
+        members = [trace.uses[n] for n in layer.uses]
+        joint = layout.joint(layer)
+        shapes = [use.weight.shape for use in members]
+        embeddings = [use.kind == "embedding" for use in members]
+        sums["a"].append([factor(g, n + joint, e) for (g, _, n), e in zip(shapes, embeddings, strict=True)])
+        sums["count"].append([jnp.ones((), dtype)] * len(members))
+        sums["b"].append([factor(g, out, False) for g, out, _ in shapes])
+    for left in layout.plan.leftovers:
+        size = math.prod(trace.shapes[left.leaf])
+        if left.kind != "unused":
+            sums["own"].append(jnp.zeros((size, size) if layout.is_full(left) else size, dtype))
+    if options.fisher_type is FisherType.FORWARD_ONLY:
+        del sums["b"], sums["own"]
+    return sums
+
+
 def eigenbases(problem: Problem, options: Options, sums: dict[str, Any]) -> Bases:
     """EKFAC's: the eigenvectors of KFAC's factors."""
-    groups = _assemble_layers(Layout(problem, options), sums)
+    groups = _assemble_layers(Layout.of(problem, options), sums)
     bases = iter(decompose([block for group in groups for block in group]))
     return [[next(bases) for _ in group] for group in groups]  # type: ignore[misc]  # of Kronecker products
 
@@ -93,7 +120,12 @@ def assemble(
     corrections: dict[str, Any] | None = None,
 ) -> Blocks:
     """The blocks from sums over all data."""
-    layout = Layout(problem, options)
+    return assemble_blocks(Layout.of(problem, options), sums, bases, corrections)
+
+
+def assemble_blocks(
+    layout: Layout, sums: dict[str, Any], bases: Bases | None = None, corrections: dict[str, Any] | None = None
+) -> Blocks:
     groups: list[list[Block]] = _assemble_layers(layout, sums)  # type: ignore[assignment]  # Kronecker products
     if bases is not None and corrections is not None:
         corrected = corrections["corrected"]
@@ -122,12 +154,26 @@ def _factor_sums(
     operand: Any,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Unnormalised input factors, their counts, output factors, and what leftovers need, of a chunk."""
+    """`captured_sums` of a chunk."""
+    captured = capture(layout.trace, params, inputs, layout.leaves if leftovers else ())
+    return captured_sums(layout, captured, terms_at, operand, extra["keys"], extra["mask"], bases, leftovers)
+
+
+def captured_sums(
+    layout: Layout,
+    captured: Captured,
+    terms_at: Any,
+    operand: Any,
+    keys: Array | None,
+    mask: Array | None,
+    bases: Bases | None = None,
+    leftovers: bool = True,
+) -> dict[str, Any]:
+    """Unnormalised input factors, their counts, output factors, and what leftovers need; or EKFAC's corrections."""
     trace, plan, options = layout.trace, layout.plan, layout.options
-    captured = capture(trace, params, inputs, layout.leaves if leftovers else ())
     wide = compute_dtype(captured.outputs.dtype)
     uses = [[(n, trace.uses[n]) for n in layer.uses] for layer in plan.layers]
-    rows = [[Inputs(use, captured.inputs[n], extra["mask"], options, wide) for n, use in members] for members in uses]
+    rows = [[Inputs(use, captured.inputs[n], mask, options, wide) for n, use in members] for members in uses]
     result: dict[str, Any] = {}
     if bases is None:
         result["a"] = [
@@ -139,7 +185,7 @@ def _factor_sums(
     if not num:
         return result
     terms = terms_at(captured.outputs, operand)
-    make = vector_maker(terms, *kind, extra["keys"])
+    make = vector_maker(terms, *kind, keys)
 
     def part(indices: Array) -> dict[str, Any]:
         grads, own = jax.vmap(captured.pull_back)(make(indices).astype(captured.outputs.dtype))

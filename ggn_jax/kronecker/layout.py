@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers import Layer, Leftover, Plan, Trace, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import View
+from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 
 Sharing = Literal["expand", "reduce"]
@@ -88,10 +89,9 @@ class Blocks(eqx.Module):
 class Layout:
     """What a trace and options say about blocks, before any value is known."""
 
-    def __init__(self, problem: Problem, options: Options):
-        self.options, self.loss = options, problem.loss
-        self.trace: Trace = trace_model(problem.model_fn, problem.params, problem.inputs)
-        self.plan: Plan = make_plan(self.trace)
+    def __init__(self, loss: Loss, trace: Trace, options: Options):
+        self.options, self.loss, self.trace = options, loss, trace
+        self.plan: Plan = make_plan(trace)
         self.leaves = tuple(left.leaf for left in self.plan.leftovers if left.kind != "unused")
         uncovered = [left for left in self.plan.leftovers if left.kind == "uncovered"]
         if uncovered and options.on_uncovered == "error":
@@ -103,6 +103,10 @@ class Layout:
                 f"fisher_type 'forward-only' back-propagates nothing, and has no curvature for {names}, which no layer"
                 " owns: choose another fisher type."
             )
+
+    @classmethod
+    def of(cls, problem: Problem, options: Options) -> Self:
+        return cls(problem.loss, trace_model(problem.model_fn, problem.params, problem.inputs), options)
 
     def joint(self, layer: Layer) -> bool:
         """Whether the bias is one more input; counts of rows stay diagonal, so an embedding's bias is apart."""
@@ -216,3 +220,13 @@ def write(places: Sequence[Place], structure: Structure, parts: Sequence[Array])
         (written,) = jax.linear_transpose(read, total)(part.reshape(shape_of(place)).astype(dtype))
         total = [a + b for a, b in zip(total, written, strict=True)]
     return jax.tree.unflatten(tree, [x.reshape(shape) for x, shape in zip(total, shapes, strict=True)])
+
+
+def multiply(blocks: Blocks, structure: Structure, vector: PyTree[Array]) -> PyTree[Array]:
+    """The blocks' product with a pytree like the parameters; the result has `structure`."""
+    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
+    parts = []
+    for block, place in zip(blocks.blocks, blocks.places, strict=True):
+        m = reader(place, structure[0])(leaves)
+        parts.append(block.mv(m.astype(jax.tree.leaves(block)[0].dtype)))
+    return write(blocks.places, structure, parts)

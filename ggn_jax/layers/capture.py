@@ -1,6 +1,7 @@
 """Run a traced model: each layer's inputs, and its output gradients for any vectors at the outputs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,17 +20,26 @@ class Captured(NamedTuple):
     pull_back: Callable[[Array], tuple[tuple[Array, ...], tuple[Array, ...]]]
     """Vectors `[N, *out]` to each use's output gradients, `[N, *loops, *output]`, and to the gradients of each datum in
     the parameters asked for, `[N, *shape]`."""
+    gradient: Callable[[Array], PyTree[Array]]
+    """A vector `[N, *out]` to the parameters' gradient, if that was asked for."""
 
 
-def capture(trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] = ()) -> Captured:
-    """Run the model on a batch, mapped over examples; `leaves` are parameters wanted with a gradient per datum."""
+def capture(
+    trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] = (), gradient: bool = False
+) -> Captured:
+    """Run the model on a batch, mapped over examples.
+
+    `leaves` are parameters wanted with a gradient per datum; `gradient` asks for the batch's in all parameters.
+    """
     jaxpr, consts = open_jaxpr(trace.closed)
-    flat = jax.tree.leaves(params)
+    given, tree = jax.tree.flatten(params)
     size = jax.tree.leaves(inputs)[0].shape[0]
     paths = {use.path: number for number, use in enumerate(trace.uses)}
     containers = {path[:i] for path in paths for i in range(1, len(path))}
 
-    def one(perturbations: dict[int, Array], own: list[Array], x: PyTree) -> tuple[Array, dict[int, Array]]:
+    def one(
+        flat: list[Array], perturbations: dict[int, Array], own: list[Array], x: PyTree
+    ) -> tuple[Array, dict[int, Array]]:
         values = list(flat)
         for leaf, value in zip(leaves, own, strict=True):
             values[leaf] = value
@@ -37,8 +47,8 @@ def capture(trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] 
         (outputs,), captured = _evaluate(jaxpr, consts, values, (), perturbations)
         return outputs[0], captured
 
-    def batch(perturbations: dict[int, Array], own: list[Array]) -> tuple[Array, dict[int, Array]]:
-        return jax.vmap(one)(perturbations, own, inputs)
+    def batch(flat: list[Array], perturbations: dict[int, Array], own: list[Array]) -> tuple[Array, dict[int, Array]]:
+        return jax.vmap(one, in_axes=(None, 0, 0, 0))(flat, perturbations, own, inputs)
 
     def _evaluate(
         jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], perturbations: dict[int, Array]
@@ -72,11 +82,22 @@ def capture(trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] 
         return run_jaxpr(jaxpr, consts, values, path, step), captured
 
     zeros = {n: jnp.zeros((size, *use.output_shape), use.output_dtype) for n, use in enumerate(trace.uses)}
-    copies = [jnp.broadcast_to(flat[leaf], (size, *flat[leaf].shape)) for leaf in leaves]
-    outputs, vjp, captured = jax.vjp(batch, zeros, copies, has_aux=True)
+    copies = [jnp.broadcast_to(given[leaf], (size, *given[leaf].shape)) for leaf in leaves]
+    if gradient:
+        outputs, vjp, captured = jax.vjp(batch, given, zeros, copies, has_aux=True)
+    else:
+        outputs, vjp, captured = jax.vjp(partial(batch, given), zeros, copies, has_aux=True)
 
     def pull_back(vectors: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        gradients, per_datum = vjp(vectors)
+        gradients, per_datum = vjp(vectors)[-2:]
         return tuple(gradients[n] for n in range(len(trace.uses))), tuple(per_datum)
 
-    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back)
+    def total(vector: Array) -> PyTree[Array]:
+        if not gradient:
+            raise ValueError("ask capture for the gradient")
+        shared, _, per_datum = vjp(vector)
+        for leaf, rest in zip(leaves, per_datum, strict=True):
+            shared[leaf] = jnp.sum(rest, axis=0)  # its copies, and not itself, are what was used
+        return jax.tree.unflatten(tree, shared)
+
+    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back, total)

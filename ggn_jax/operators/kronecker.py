@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_key, check_real, is_concrete
+from ggn_jax._checks import is_concrete
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
+from ggn_jax.kronecker.checks import check_damping, check_draws, check_independent, check_mask
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.layout import (
     Bias,
@@ -25,15 +26,13 @@ from ggn_jax.kronecker.layout import (
     Sharing,
     Small,
     Tied,
-    reader,
+    multiply,
     shape_of,
     structure,
     write,
 )
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
-from ggn_jax.kronecker.vectors import Positions, draws_signs
-from ggn_jax.layers.check import coupling, tolerance
-from ggn_jax.layers.report import EXAMPLES, coupling_message
+from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register, structure_of
 from ggn_jax.operators.problem import Problem, pose
@@ -222,9 +221,9 @@ class KFACLinearOperator(BlockLinearOperator):
             vector_chunk_size,
         )
         self._check(problem, options, chunk_size)
-        keys = _check_draws(problem, options, key, 0)
-        mask = _check_mask(mask, problem)
-        _check_independent(problem)
+        keys = check_draws(problem, options, key, 0)
+        mask = check_mask(mask, problem)
+        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
         self.blocks = _compute(problem, keys, mask, options, self._method)
         self.structure = structure(problem.params)
 
@@ -288,9 +287,9 @@ class KFACLinearOperator(BlockLinearOperator):
                 if first is None:
                     first = problem
                     operator._check(problem, made, chunk_size)
-                    _check_independent(problem)
-                keys = _check_draws(problem, made, key, start)
-                mask = _check_mask(batch[2] if len(batch) == 3 else None, problem)
+                    check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+                keys = check_draws(problem, made, key, start)
+                mask = check_mask(batch[2] if len(batch) == 3 else None, problem)
                 sums = _batch_sums(problem, keys, mask, made, bases)
                 if total is not None and structure_of(sums) != structure_of(total):
                     raise ValueError(
@@ -419,12 +418,7 @@ def _with_progress(batches: Iterable[Any], progress: bool, description: str) -> 
 
 @jax.jit
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
-    parts = []
-    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
-    for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
-        m = reader(place, operator.structure[0])(leaves)
-        parts.append(block.mv(m.astype(_dtype(block))))
-    return write(operator.blocks.places, operator.structure, parts)
+    return multiply(operator.blocks, operator.structure, vector)
 
 
 def _sum(parts: list[Array]) -> Array:
@@ -474,60 +468,3 @@ def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
 def _simple(name: str) -> str:
     """`a/b` for `['a']['b']`."""
     return name.replace("']['", "/").strip("[]'.").replace("].", "/").replace("][", "/").replace(".", "/")
-
-
-def check_damping(damping: Any) -> Array:
-    """`damping` as an array: one number of at least 0."""
-    damping = as_array("damping", damping)
-    check_real("damping", damping)
-    if damping.ndim:
-        raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
-    if is_concrete(damping) and not np.asarray(damping) >= 0:
-        raise ValueError(f"damping must not be negative; got {damping}.")
-    return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
-
-
-def _check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
-    """A key per datum, where something is drawn: it depends on the datum's number alone, from `start` on."""
-    output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-    signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
-    if options.fisher_type is not FisherType.MC and not signs:
-        if key is not None:
-            raise ValueError(f"key is not used by fisher_type {options.fisher_type.value!r} here: leave it out.")
-        return None
-    wanted_by = "fisher_type 'mc'"
-    if signs:
-        wanted_by = "fisher_type 'type-2' with several loss positions (or pass positions='exact')"
-    numbers = jnp.arange(start, start + problem.targets.shape[0])
-    return _fold_in(check_key(key, wanted_by=wanted_by, batch=True), numbers)
-
-
-_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-
-
-def _check_mask(mask: Any, problem: Problem) -> Array | None:
-    if mask is None:
-        return None
-    mask = as_array("mask", mask)
-    size = problem.targets.shape[0]
-    if mask.ndim < 2 or mask.shape[0] != size or mask.dtype != bool:
-        raise ValueError(
-            f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape {mask.shape}."
-        )
-    return mask
-
-
-_coupling = eqx.filter_jit(coupling)
-
-
-def _check_independent(problem: Problem) -> None:
-    leaves = jax.tree.leaves((problem.params, problem.inputs, problem.model_fn))
-    if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
-        return
-    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-        few = jax.tree.map(lambda x: x[:EXAMPLES], problem.inputs)
-        gap = float(_coupling(problem.model_fn, problem.params, few))
-    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
-    allowed = tolerance(problem.outputs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(problem.params))) ** 0.5
-    if not gap <= allowed:
-        raise ValueError(coupling_message(gap))
