@@ -23,6 +23,7 @@ from ggn_jax.operators import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from ggn_jax.optimizer import KFACTransformation, kfac, multi_steps, scale_by_kfac
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -35,6 +36,7 @@ __all__ = [
     "GGNLinearOperator",
     "HessianLinearOperator",
     "KFACLinearOperator",
+    "KFACTransformation",
     "KFOCLinearOperator",
     "LikelihoodLoss",
     "Loss",
@@ -43,9 +45,12 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "kfac",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
     "make_grad_output_sampler",
+    "multi_steps",
     "report",
+    "scale_by_kfac",
 ]

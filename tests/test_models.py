@@ -349,6 +349,6 @@ def test_wrong_types() -> None:
 
 def test_import_needs_no_other_library() -> None:
     """Only what is used is imported."""
-    code = "import sys, ggn_jax; print(sorted({'flax', 'torch', 'optax', 'matfree'} & set(sys.modules)))"
+    code = "import sys, ggn_jax; print(sorted({'flax', 'torch', 'orbax', 'matfree', 'tqdm'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,0 +1,67 @@
+"""The quadratic model of a batch's loss along a few directions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax.operators.problem import Problem
+from ggn_jax.optimizer.numbers import inner
+from ggn_jax.terms import split_terms
+
+
+class QuadraticModel(NamedTuple):
+    """`M(c) = b^T c + c^T K c / 2`: the predicted change of the loss along `sum_i c_i d_i`."""
+
+    b: Float[Array, " k"]
+    k: Float[Array, "k k"]
+
+    def change(self, c: Float[Array, " k"]) -> Float[Array, ""]:
+        return self.b @ c + c @ (self.k @ c) / 2
+
+    def minimum(self) -> Float[Array, " k"]:
+        """The `c` of least norm that minimises it; directions of no length get 0."""
+        scale = jnp.sqrt(jnp.maximum(jnp.diagonal(self.k), 0))
+        safe = jnp.where(scale > 0, scale, 1)
+        values, vectors = jnp.linalg.eigh(self.k / safe[:, None] / safe[None, :])
+        keep = values > 1e-6 * jnp.max(values)
+        coefficients = jnp.where(keep, vectors.T @ (-self.b / safe) / jnp.where(keep, values, 1), 0)
+        return jnp.where(scale > 0, vectors @ coefficients / safe, 0)
+
+
+def quadratic_model(
+    problem: Problem, gradient: PyTree[Array], directions: Sequence[PyTree[Array]], damping: Array
+) -> QuadraticModel:
+    """`b_i = g^T d_i`, `K_ij = d_i^T (GGN + damping I) d_j`: the exact GGN of the batch, by one tangent a direction."""
+    outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, problem.inputs), problem.params)
+    terms = split_terms(problem.loss, outputs, problem.targets, batch=True)
+    tangents = [jvp(_like(direction, problem.params)) for direction in directions]
+    curved = [terms.product("mv", tangent) for tangent in tangents]
+    rows = []
+    for tangent, direction in zip(tangents, directions, strict=True):
+        curvatures = jnp.stack([inner(tangent, c) for c in curved])
+        lengths = jnp.stack([inner(direction, d) for d in directions]).astype(curvatures.dtype)
+        rows.append(curvatures + damping.astype(curvatures.dtype) * lengths)
+    k = jnp.stack(rows)
+    return QuadraticModel(jnp.stack([inner(gradient, d) for d in directions]).astype(k.dtype), (k + k.T) / 2)
+
+
+def reduction_ratio(
+    problem: Problem, model: QuadraticModel, c: Float[Array, " k"], step: PyTree[Array]
+) -> Float[Array, ""]:
+    """How much of the predicted decrease of the batch's loss the step achieves; minus infinity if none is predicted."""
+
+    def value(params: PyTree[Array]) -> Array:
+        return problem.loss(problem.model_fn(params, problem.inputs), problem.targets)
+
+    moved = jax.tree.map(lambda p, s: p + s.astype(p.dtype), problem.params, step)
+    predicted = model.change(c)
+    achieved = (value(moved) - value(problem.params)).astype(predicted.dtype)
+    ratio = achieved / jnp.where(predicted < 0, predicted, 1)
+    return jnp.where((predicted < 0) & jnp.isfinite(ratio), ratio, -jnp.inf)
+
+
+def _like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

@@ -1,0 +1,82 @@
+"""Which curvature each parameter gets, as a table to read and as rows to test against."""
+
+from dataclasses import dataclass
+
+import jax
+
+from ggn_jax.kronecker.algebra import Diagonal, Kronecker, is_diagonal
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.optimizer.curvature import Curvature, describe
+
+
+@dataclass(frozen=True)
+class CurvatureRow:
+    """One parameter's part in one block."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    kind: str
+    """What it is used as, as in `report`."""
+    curvature: str
+    """The block: "Kronecker (out x out) (x) (in x in)", "exact d x d", "diagonal d" or "none"."""
+    why: str
+    """Why the block is not what such a parameter gets by default; empty where it is."""
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """What `optimizer.report(params)` returns: `print` it, or look at `rows`."""
+
+    rows: tuple[CurvatureRow, ...]
+    state_size: int
+    """The entries of the averages and inverses in the state."""
+    params_size: int
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "kind", "curvature")
+        table = [head]
+        table += [(r.parameter, " x ".join(map(str, r.shape)) or "()", r.kind, r.curvature) for r in self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
+        lines.append(
+            f"State: {self.state_size} entries, {self.state_size / max(self.params_size, 1):.1f} per parameter."
+        )
+        return "\n".join(lines)
+
+
+def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
+    """The report of blocks, whose arrays need no values."""
+    trace = layout.trace
+    shapes = dict(zip(trace.names, trace.shapes, strict=True))
+    reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
+    rows = []
+    for place, block in zip(layout.places(), curvature.blocks, strict=True):
+        unused = place.kind == "unused"
+        why = ""
+        if isinstance(block, Kronecker):
+            wide = max(f.shape[1] for f in (*block.a, *block.b) if is_diagonal(f) or f.shape[1]) if block.a else 0
+            too_large = [f.shape[1] for f in (*block.a, *block.b) if f.shape[1] > layout.options.max_dense_size]
+            if too_large:
+                why = f"a factor of size {wide} is more than max_dense_size = {layout.options.max_dense_size}: diagonal"
+        elif (
+            isinstance(block, Diagonal) and not unused and place.kind != "uncovered" and layout.options.small == "full"
+        ):
+            why = (
+                f"size {block.values.shape[0]} is more than max_small_size = {layout.options.max_small_size}: diagonal"
+            )
+        for name in place.names:
+            reason = reasons.get(name, "")
+            rows.append(
+                CurvatureRow(
+                    name,
+                    shapes.get(name, ()),
+                    place.kind,
+                    "none" if unused else describe(block),
+                    f"uncovered, {reason}" if reason else why,
+                )
+            )
+    kept = jax.tree.leaves((curvature.blocks, curvature.inverses))
+    params_size = sum(int(x.size) for x in jax.tree.leaves([jax.ShapeDtypeStruct(s, "float32") for s in trace.shapes]))
+    return CurvatureReport(tuple(rows), sum(int(x.size) for x in kept), params_size)

@@ -1,0 +1,160 @@
+"""The optimizer on meshes of many devices, and in several processes: each test starts its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ggn_jax
+
+COMMON = """
+import json, sys
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import ggn_jax
+
+def model_fn(params, x):
+    for name in sorted(params):
+        x = jnp.tanh(x @ params[name])
+    return x
+
+sizes = [3, 9, 4, 7, 5]
+params = {
+    f"w{i}": np.asarray(jax.random.normal(jax.random.key(i), (a, b)), np.float32)
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
+}
+x = np.asarray(jax.random.normal(jax.random.key(9), (16, 3)), np.float32)
+y = np.arange(16) % 5
+loss = ggn_jax.CrossEntropyLoss()
+
+def train(mesh, params, batch, **options):
+    optimizer = ggn_jax.kfac(
+        model_fn, loss, 0.1, damping=0.1, example_inputs=jax.ShapeDtypeStruct((2, 3), jnp.float32), mesh=mesh, **options
+    )
+
+    @jax.jit
+    def step(params, state, batch, key):
+        value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
+        updates, state = optimizer.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(optimizer.init)(params)
+    for t in range(3):
+        params, state = step(params, state, batch, jax.random.key(t))
+    return {name: np.asarray(leaf.addressable_data(0)).tolist() for name, leaf in params.items()}
+"""
+
+DEVICES = """
+from ggn_jax.optimizer.shares import shared_over
+
+result = {"params": {}, "counts": {}}
+for n in (1, 2, 4, 8):
+    mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
+    batch = jax.device_put((jnp.asarray(x), jnp.asarray(y)), NamedSharding(mesh, P("data")))
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    result["params"][n] = train(mesh, placed, batch)
+    counts = [0] * n
+
+    def count(device):
+        counts[int(device)] += 1
+
+    def fn(matrix):
+        try:
+            jax.debug.callback(count, jax.lax.axis_index("data"))
+        except NameError:
+            pass  # outside of the mesh, only the shapes of the results are asked for
+        return (jnp.linalg.inv(matrix),)
+
+    matrices = [jnp.eye(6)[None] * (i + 1) for i in range(16)]
+    found = jax.jit(partial(shared_over(mesh), fn))(matrices)
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    assert all(np.allclose(f[0] * (i + 1), np.eye(6)) for i, f in enumerate(found))
+    result["counts"][n] = counts
+result["alone"] = train(None, params, (x, y))
+print(json.dumps(result))
+"""
+
+CONNECT = """
+import sys, jax
+number, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+"""
+
+PROCESS = """
+assert jax.process_count() == 2
+mesh = Mesh(np.array(jax.devices()), ("data",))
+half = slice(8 * number, 8 * number + 8)
+batch = tuple(jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), part[half]) for part in (x, y))
+everywhere = NamedSharding(mesh, P())
+placed = {name: jax.make_array_from_process_local_data(everywhere, leaf) for name, leaf in params.items()}
+print(json.dumps(train(mesh, placed, batch)))
+"""
+
+
+def environment(devices: int) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return env | {
+        "PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent),
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+def start(script: str, devices: int, cwd: Path, *args: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", script, *args]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment(devices))
+
+
+def finish(process: subprocess.Popen[str]) -> Any:
+    with process:  # closes its pipes
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def assert_close(a: Any, b: Any) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return finish(start(COMMON + DEVICES, 8, tmp_path_factory.mktemp("devices")))
+
+
+def test_steps_are_the_same_on_1_2_4_8_devices(on_devices: Any) -> None:
+    for params in on_devices["params"].values():
+        assert_close(params, on_devices["alone"])
+
+
+def test_each_device_inverts_its_share(on_devices: Any) -> None:
+    assert on_devices["counts"] == {str(n): [16 // n] * n for n in (1, 2, 4, 8)}
+
+
+def test_two_processes(on_devices: Any, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(CONNECT + COMMON + PROCESS, 1, tmp_path, str(number), str(port)) for number in range(2)]
+    try:
+        first, second = [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            with process:
+                process.kill()
+    assert first == second
+    assert_close(first, on_devices["alone"])
