@@ -1,0 +1,90 @@
+"""Train a character-level transformer on the source of Python's standard library with KFAC, AdamW and SGD.
+
+    pip install "ggn-jax[examples]"
+    python examples/training_text.py
+
+Two layers of width 64 with four heads, contexts of 64 characters, learned positions, layer normalisation first. All of
+it has curvature: embeddings a diagonal factor of counts, normalisation and positions their exact blocks.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from training_common import Task, main
+
+import ggn_jax
+
+MODULES = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "pathlib", "pickle", "random", "typing")
+LENGTH, WIDTH, HEADS, LAYERS, BATCH, EVALUATED = 64, 64, 4, 2, 32, 256
+LOSS = ggn_jax.CrossEntropyLoss(class_axis=-1)
+
+
+class Transformer(linen.Module):
+    """Logits of the next character."""
+
+    characters: int
+
+    @linen.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = linen.Embed(self.characters, WIDTH)(tokens)
+        x = x + self.param("positions", linen.initializers.normal(0.02), (LENGTH, WIDTH))[None]
+        causal = linen.make_causal_mask(tokens)
+        for _ in range(LAYERS):
+            h = linen.LayerNorm()(x)
+            q, k, v = (linen.Dense(WIDTH)(h).reshape(*h.shape[:2], HEADS, -1) for _ in range(3))
+            h = linen.dot_product_attention(q, k, v, mask=causal).reshape(h.shape)
+            x = x + linen.Dense(WIDTH)(h)
+            h = linen.Dense(4 * WIDTH)(linen.LayerNorm()(x))
+            x = x + linen.Dense(WIDTH)(linen.gelu(h))
+        return linen.Dense(self.characters)(linen.LayerNorm()(x))
+
+
+def load_text() -> tuple[np.ndarray, int]:
+    """The modules' characters as numbers, and how many different ones there are."""
+    text = ""
+    for name in MODULES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        text += Path(spec.origin).read_text(encoding="utf-8")
+    text = "".join(c for c in text if c.isascii())
+    characters, numbers = np.unique(list(text), return_inverse=True)
+    return numbers.astype(np.int32), len(characters)
+
+
+def tasks(seed: int) -> Sequence[Task]:
+    """One task."""
+    numbers, characters = load_text()
+    text = jnp.asarray(numbers)
+
+    def cut(starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        windows = text[starts[:, None] + jnp.arange(LENGTH + 1)[None]]
+        return windows[:, :-1], windows[:, 1:]
+
+    def batch_of(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cut(jax.random.randint(key, (BATCH,), 0, text.size - LENGTH - 1))
+
+    fixed = cut(jax.random.randint(jax.random.key(1), (EVALUATED,), 0, text.size - LENGTH - 1))
+    module = Transformer(characters)
+    model_fn, params = ggn_jax.from_linen(module, module.init(jax.random.key(seed), fixed[0][:1]))
+    return [
+        Task(
+            "standard library, transformer",
+            model_fn,
+            params,
+            LOSS,
+            batch_of,
+            jax.jit(lambda params: LOSS(model_fn(params, fixed[0]), fixed[1])),
+            kfac={"grid": [0.03, 0.1, 0.3], "damping": 0.01, "kl_clip": 0.01, "factor_interval": 5},
+            quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
+        )
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__, "training_text", tasks, steps=500)
