@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ggn_jax.kronecker.algebra import Factor
+from ggn_jax.kronecker.convolution import input_factor
 from ggn_jax.kronecker.layout import Options
 from ggn_jax.layers import Use
 
@@ -21,7 +22,7 @@ class Inputs:
 
     def __init__(self, use: Use, captured: Array, mask: Array | None, options: Options, wide: Any):
         x = use.arrange_inputs(captured)  # [G, N, S, in], or row numbers [G, N, S]
-        self.use, self.options = use, options
+        self.use, self.captured, self.options = use, captured, options
         size, positions = x.shape[1], x.shape[2]
         self.mask = None
         if mask is not None and masks(use, mask):
@@ -80,8 +81,11 @@ class Inputs:
                 weight = weight * jnp.sum(same, axis=-1) / jnp.square(jnp.asarray(total, weight.dtype))[..., None]
             flat, values = self.index.reshape(groups, -1), weight.reshape(groups, -1)
             return jax.vmap(lambda i, v: jnp.zeros(rows, v.dtype).at[i].add(v))(flat, values)
+        diagonal = self.width(joint) > self.options.max_dense_size
+        if self.use.patches is not None and self.mask is None and self.options.sharing == "expand" and not diagonal:
+            return input_factor(self.use, self.captured, joint, self.x.dtype)  # `x` is not computed then, under `jit`
         x = self.rows(joint)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        if x.shape[-1] > self.options.max_dense_size:
+        if diagonal:
             return jnp.sum(x**2, axis=1)
         return jnp.einsum("gmi,gmj->gij", x, x)

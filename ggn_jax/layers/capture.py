@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax.layers.jaxprs import REMAT, SCAN, bind, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
+from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
+from ggn_jax.layers.run import run_equation
 from ggn_jax.layers.trace import Trace
 
 
@@ -59,10 +60,10 @@ def capture(
             if at in paths:
                 number = paths[at]
                 captured[number] = values[trace.uses[number].operand]
-                (output,) = bind(eqn, values)
+                (output,) = run_equation(eqn, values)
                 return [output + perturbations[number]]
             if at not in containers:
-                return bind(eqn, values)
+                return run_equation(eqn, values)
             inside = {n: perturbations[n] for p, n in paths.items() if p[: len(at)] == at}
             inner, inner_consts = open_jaxpr(inner_jaxpr(eqn))
 

@@ -67,29 +67,41 @@ class Patches:
 
     def __call__(self, x: Array) -> Array:
         """`[B, *input]` as `[B * batch, *positions, groups, in]`."""
-        batch, feature, *spatial = (axis + 1 for axis in self.spec)
-        x = x.transpose(0, batch, *spatial, feature)
-        x = x.reshape(-1, *x.shape[2:])
-        config = [(0, 0, 0), *((*pad, d - 1) for pad, d in zip(self.padding, self.input_dilation, strict=True))]
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
-        reach = [d * (k - 1) + 1 for d, k in zip(self.kernel_dilation, self.kernel, strict=True)]
-        positions = [(n - r) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, self.strides, strict=True)]
-
-        def shifted(offset: tuple[int, ...]) -> Array:
-            starts = [o * d for o, d in zip(offset, self.kernel_dilation, strict=True)]
-            stops = [a + s * (n - 1) + 1 for a, s, n in zip(starts, self.strides, positions, strict=True)]
-            limits = (x.shape[0], *stops, x.shape[-1])
-            return jax.lax.slice(x, (0, *starts, 0), limits, (1, *self.strides, 1))
-
-        offsets = [tuple(map(int, o)) for o in _all_indices(self.kernel)]
-        patches = jnp.stack([shifted(offset) for offset in offsets], axis=-2)  # [B, *positions, kernel, channels]
+        x = self.spread(x)
+        shifted = [self.shifted(x, offset) for offset in all_indices(self.kernel)]
+        patches = jnp.stack(shifted, axis=-2)  # [B, *positions, kernel, channels]
         patches = patches.reshape(*patches.shape[:-1], self.groups, -1)
         # Groups first, then channels and kernel in the order of the weight's axes.
         patches = jnp.moveaxis(patches, -3, -1) if self.channels_first else jnp.moveaxis(patches, -2, -3)
         return patches.reshape(*patches.shape[:-2], -1)
 
+    def spread(self, x: Array) -> Array:
+        """`[B, *input]` as `[B * batch, *spatial, channels]`, padded and dilated."""
+        batch, feature, *spatial = (axis + 1 for axis in self.spec)
+        x = x.transpose(0, batch, *spatial, feature)
+        x = x.reshape(-1, *x.shape[2:])
+        config = [(0, 0, 0), *((*pad, d - 1) for pad, d in zip(self.padding, self.input_dilation, strict=True))]
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
 
-def _all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def shifted(self, x: Array, offset: tuple[int | None, ...]) -> Array:
+        """What this place of the kernel meets at each position, of a spread input; None is the whole axis."""
+        starts, stops, steps = [0], [x.shape[0]], [1]
+        for axis, place in enumerate(offset):
+            size, stride, dilation = x.shape[axis + 1], self.strides[axis], self.kernel_dilation[axis]
+            start = 0 if place is None else place * dilation
+            starts.append(start)
+            stops.append(size if place is None else start + stride * (self.count(x, axis) - 1) + 1)
+            steps.append(1 if place is None else stride)
+        return jax.lax.slice(x, (*starts, 0), (*stops, x.shape[-1]), (*steps, 1))
+
+    def count(self, x: Array, axis: int) -> int:
+        """How many positions there are along a spatial axis of a spread input."""
+        reach = self.kernel_dilation[axis] * (self.kernel[axis] - 1) + 1
+        return (x.shape[axis + 1] - reach) // self.strides[axis] + 1
+
+
+def all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The indices of an array, in C order."""
     indices: list[tuple[int, ...]] = [()]
     for size in shape:
         indices = [(*index, i) for index in indices for i in range(size)]

@@ -1,0 +1,144 @@
+"""The input factor of a convolution, with patches along all but one axis of its kernel.
+
+Along that axis, entry `(i, j)` of the factor sums products of the rows `d i + s p` and `d j + s p` of the padded input
+over the output's places `p` (stride `s`, dilation `d`). Entries with one `j - i` (and one `i` modulo the stride) sum
+the same products, but for strips at the borders: for a kernel of size `k` and stride 1, `k` products of matrices are
+enough, not `k^2`, and what they multiply is `k` times smaller than patches are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax.layers.uses import Patches, Use, all_indices
+
+AT_ONCE = {"cpu": 2**18, "default": 2**27}  # entries of rows; on a CPU they are to stay in its cache
+
+
+def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G in in"]:
+    """`sum_{n,s} a a^T` over patches `a`, with a joint bias's constant as last entry; `x` is `[N, *loops, *input]`."""
+    patches = use.patches
+    assert patches is not None
+    loops = len(use.loops)
+    own = tuple(axis + 1 for axis in use.input_axes.groups if axis < loops)  # loops with a weight for each turn
+    x = jnp.moveaxis(x.astype(wide), own, range(len(own)))
+    turns = math.prod(x.shape[: len(own)])
+    x = x.reshape(turns, -1, *x.shape[1 + loops :])
+    factors = jax.vmap(lambda x: _platform_factor(patches, patches.spread(x), joint))(x)
+    return factors.reshape(-1, *factors.shape[2:])
+
+
+def _platform_factor(patches: Patches, x: Array, joint: bool) -> Float[Array, "G in in"]:
+    """Of a spread input `[B, *spatial, channels]`."""
+
+    def in_chunks(entries: int) -> Callable[[Array], Array]:
+        return lambda x: _factor_in_chunks(patches, x, joint, entries)
+
+    small, large = (in_chunks(AT_ONCE[where]) for where in ("cpu", "default"))
+    return jax.lax.platform_dependent(x, cpu=small, default=large)
+
+
+def _factor_in_chunks(patches: Patches, x: Array, joint: bool, entries: int) -> Float[Array, "G in in"]:
+    size = x.shape[0]
+    one = jax.eval_shape(lambda x: _rows(patches, x, _main_axis(patches)), x[:1])
+    chunks = min(size, -(-size * one.size // entries))
+    each = -(-size // chunks)
+    # The chunks' axis is the minor one: a batch that is sharded over devices stays where it is. Images that fill the
+    # last chunk are 0, and add nothing.
+    x = jnp.pad(x, [(0, each * chunks - size), *[(0, 0)] * (x.ndim - 1)])
+    x = x.reshape(each, chunks, *x.shape[1:])
+
+    def part(index: Any) -> tuple[Array, Array]:
+        return _sums(patches, jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), joint)
+
+    if chunks == 1:
+        total, first = part(0)
+    else:
+        shapes = jax.eval_shape(part, 0)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (total, first), _ = jax.lax.scan(
+            lambda sums, index: (jax.tree.map(jnp.add, sums, part(index)), None), zeros, jnp.arange(chunks)
+        )
+    if not joint:
+        return total
+    count = size * math.prod(patches.count(x[:, 0], axis) for axis in range(len(patches.kernel)))
+    corner = jnp.full((*first.shape[:1], 1, 1), count, total.dtype)
+    return jnp.block([[total, first[:, :, None]], [first[:, None, :], corner]])
+
+
+def _main_axis(patches: Patches) -> int:
+    """The axis along which no patches are formed: the kernel's longest."""
+    return max(range(len(patches.kernel)), key=lambda axis: patches.kernel[axis])
+
+
+def _rows(patches: Patches, x: Array, axis: int) -> Float[Array, "L M G D"]:
+    """A spread input by its rows across `axis`; the rows' entries are patches along all other axes."""
+    places = [None if a == axis else k for a, k in enumerate(patches.kernel)]
+    offsets = all_indices(tuple(1 if k is None else k for k in places))
+    shifted = [patches.shifted(x, tuple(None if a == axis else o for a, o in enumerate(offset))) for offset in offsets]
+    rows = jnp.stack(shifted, axis=-2)  # [B, *positions and the axis, kernel, channels]
+    rows = jnp.moveaxis(rows, axis + 1, 0)
+    rows = rows.reshape(*rows.shape[:-1], patches.groups, -1)
+    rows = jnp.moveaxis(rows, -2, -3)
+    return rows.reshape(rows.shape[0], -1, patches.groups, math.prod(rows.shape[-2:]))
+
+
+def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in in"], Float[Array, "G in"]]:
+    """`sum a a^T` and, for a joint bias, `sum a`."""
+    axis = _main_axis(patches)
+    size, stride, dilation = patches.kernel[axis], patches.strides[axis], patches.kernel_dilation[axis]
+    rows, places = _rows(patches, x, axis), patches.count(x, axis)
+    step = math.gcd(stride, dilation)
+    turns, shift = stride // step, dilation // step  # `i` and `i + turns` see the same rows, `shift` of them later
+
+    def gram(first: int, second: int, start: int, stop: int) -> Float[Array, "G D D"]:
+        """Of the rows from `first` and from `second` on, by strides: those from number `start` to number `stop`."""
+        a, b = (
+            jax.lax.slice_in_dim(rows, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
+            for begin in (first, second)
+        )
+        return jnp.einsum("lmgi,lmgj->gij", a, b)
+
+    blocks: dict[tuple[int, int], Array] = {}
+    for difference in range(size):
+        for i in range(min(turns, size - difference)):
+            members = range(i, size - difference, turns)
+            begin = dilation * i, dilation * (i + difference)
+            last = shift * (len(members) - 1)  # windows are [shift * t, shift * t + places)
+            if places <= last:
+                sums = [gram(*begin, shift * t, shift * t + places) for t in range(len(members))]
+            else:
+                strips = [(shift * t, shift * (t + 1)) for t in range(len(members) - 1)]
+                before = [gram(*begin, *strip) for strip in strips]
+                after = [gram(*begin, places + start, places + stop) for start, stop in strips]
+                core = gram(*begin, last, places)
+                sums = [sum([*before[t:], *after[:t]], start=core) for t in range(len(members))]
+            for member, total in zip(members, sums, strict=True):
+                blocks[member, member + difference] = total
+                blocks[member + difference, member] = jnp.swapaxes(total, 1, 2)
+    groups, width = rows.shape[2:]
+    total = jnp.stack([jnp.stack([blocks[i, j] for j in range(size)], axis=2) for i in range(size)], axis=1)
+    total = total.reshape(groups, size * width, size * width)  # [G, i, D, j, D] before
+    first = jnp.zeros((groups, size * width), rows.dtype)
+    if joint:
+        windows = [
+            jax.lax.slice_in_dim(rows, dilation * i, dilation * i + stride * (places - 1) + 1, stride)
+            for i in range(size)
+        ]
+        first = jnp.stack([jnp.sum(window, axis=(0, 1)) for window in windows], axis=1).reshape(groups, -1)
+    order = _order(patches, axis, width)
+    return total[:, order][:, :, order], first[:, order]
+
+
+def _order(patches: Patches, axis: int, width: int) -> Array:
+    """Where the weight's entries, in their own order, are among the rows' of `_sums`."""
+    kernel = patches.kernel
+    others = [a for a in range(len(kernel)) if a != axis]
+    channels = width // math.prod(kernel[a] for a in others)
+    numbers = jnp.arange(kernel[axis] * width).reshape(kernel[axis], *(kernel[a] for a in others), channels)
+    numbers = jnp.moveaxis(numbers, 0, axis)
+    return (jnp.moveaxis(numbers, -1, 0) if patches.channels_first else numbers).reshape(-1)
