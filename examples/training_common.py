@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import ggn_jax
 
-BLOCK = 10  # steps between looks at the loss, in one compiled loop
+BLOCK = 10  # steps between looks at the loss
 COLORS = {"SGD": "#7f7f7f", "AdamW": "#4d9a3f", "KFAC": "#1b6ca8", "KFAC, quadratic model": "#d95f02"}
 
 
@@ -35,6 +35,8 @@ class Task:
     """Settings of KFAC with numbers; `grid` lists the learning rates."""
     quadratic: dict[str, Any] = field(default_factory=dict)
     """Settings of KFAC with the quadratic model; `grid` lists the first dampings."""
+    warmup: int = 0
+    """Over how many steps the learning rates, of all optimizers that have one, rise from 0."""
 
 
 @dataclass
@@ -56,10 +58,14 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     kfac = partial(ggn_jax.kfac, task.model_fn, task.loss, example_inputs=example)
     numbers = {name: value for name, value in task.kfac.items() if name != "grid"}
     quadratic = {name: value for name, value in task.quadratic.items() if name != "grid"}
+
+    def rate(x: float) -> Any:
+        return optax.linear_schedule(0.0, x, task.warmup) if task.warmup else x
+
     return {
-        "SGD": {f"lr {x:g}": partial(optax.sgd, x, momentum=0.9) for x in (0.03, 0.1, 0.3, 1.0)},
-        "AdamW": {f"lr {x:g}": partial(optax.adamw, x, weight_decay=0.0) for x in (1e-3, 3e-3, 1e-2, 3e-2)},
-        "KFAC": {f"lr {x:g}": partial(kfac, x, **numbers) for x in task.kfac["grid"]},
+        "SGD": {f"lr {x:g}": partial(optax.sgd, rate(x), momentum=0.9) for x in (0.03, 0.1, 0.3, 1.0)},
+        "AdamW": {f"lr {x:g}": partial(optax.adamw, rate(x), weight_decay=0.0) for x in (1e-3, 3e-3, 1e-2, 3e-2)},
+        "KFAC": {f"lr {x:g}": partial(kfac, rate(x), **numbers) for x in task.kfac["grid"]},
         "KFAC, quadratic model": {
             f"first damping {x:g}": partial(kfac, "quadratic", momentum="quadratic", damping=x, **quadratic)
             for x in task.quadratic["grid"]
@@ -71,8 +77,8 @@ def run(task: Task, name: str, setting: str, optimizer: Any, steps: int, seed: i
     """Train; only the steps are on the clock."""
     second_order = isinstance(optimizer, optax.GradientTransformationExtraArgs) and hasattr(optimizer, "core")
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        params, state = carry
+    @jax.jit
+    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
         key_batch, key_draws = jax.random.split(key)
         batch = task.batch_of(key_batch)
         if second_order:
@@ -81,19 +87,21 @@ def run(task: Task, name: str, setting: str, optimizer: Any, steps: int, seed: i
         else:
             grads = jax.grad(lambda params: task.loss(task.model_fn(params, batch[0]), batch[1]))(params)
             updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    carry = task.params, jax.jit(optimizer.init)(task.params)
-    keys = jax.random.split(jax.random.key(seed), steps)  # the same batches for all
+    params, state = task.params, jax.jit(optimizer.init)(task.params)
+    keys = list(jax.random.split(jax.random.key(seed), steps))  # the same batches for all
     start = time.perf_counter()
-    block = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0]).lower(carry, keys[:BLOCK]).compile()
-    result = Run(task.name, name, setting, [0], [0.0], [float(task.value(task.params))], time.perf_counter() - start)
+    compiled = step.lower(params, state, keys[0]).compile()
+    result = Run(task.name, name, setting, [0], [0.0], [float(task.value(params))], time.perf_counter() - start)
     for first in range(0, steps - BLOCK + 1, BLOCK):
         start = time.perf_counter()
-        carry = jax.block_until_ready(block(carry, keys[first : first + BLOCK]))
+        for key in keys[first : first + BLOCK]:
+            params, state = compiled(params, state, key)
+        jax.block_until_ready((params, state))
         result.seconds.append(result.seconds[-1] + time.perf_counter() - start)
         result.steps.append(first + BLOCK)
-        result.losses.append(float(task.value(carry[0])))
+        result.losses.append(float(task.value(params)))
     return result
 
 
@@ -168,7 +176,9 @@ def main(doc: str | None, name: str, tasks: Callable[[int], Sequence[Task]], ste
     runs = [result for task in made for result in compare(task, count, args.seed, args.quick)]
     print_table(runs)
     plot(runs, args.output)
-    settings = {task.name: {"KFAC": task.kfac, "KFAC, quadratic model": task.quadratic} for task in made}
+    settings = {
+        task.name: {"KFAC": task.kfac, "KFAC, quadratic model": task.quadratic, "warmup": task.warmup} for task in made
+    }
     report = {"jax": jax.__version__, "settings": settings, "runs": [asdict(result) for result in runs]}
     args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\nFigure and figures: {args.output}, {args.output.with_suffix('.json')}")

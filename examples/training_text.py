@@ -20,7 +20,7 @@ from training_common import Task, main
 import ggn_jax
 
 MODULES = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "pathlib", "pickle", "random", "typing")
-LENGTH, WIDTH, HEADS, LAYERS, BATCH, EVALUATED = 64, 64, 4, 2, 32, 256
+LENGTH, WIDTH, HEADS, LAYERS, BATCH, EVALUATED = 64, 64, 4, 2, 64, 256
 LOSS = ggn_jax.CrossEntropyLoss(class_axis=-1)
 
 
@@ -80,11 +80,18 @@ def tasks(seed: int) -> Sequence[Task]:
             LOSS,
             batch_of,
             jax.jit(lambda params: LOSS(model_fn(params, fixed[0]), fixed[1])),
-            kfac={"grid": [0.03, 0.1, 0.3], "damping": 0.01, "kl_clip": 0.01, "factor_interval": 5},
+            kfac={
+                "grid": [0.003, 0.01, 0.03],
+                "damping": 0.003,
+                "kl_clip": 0.01,
+                "factor_interval": 5,
+                "inverse_interval": 5,
+            },
             quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
+            warmup=50,
         )
     ]
 
 
 if __name__ == "__main__":
-    main(__doc__, "training_text", tasks, steps=500)
+    main(__doc__, "training_text", tasks, steps=400)
