@@ -703,3 +703,64 @@ for method in ("heuristic", "exact"):
 """
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=180)
+
+
+@pytest.mark.parametrize("make", [ggn_jax.KFACLinearOperator, ggn_jax.GGNDiagonalLinearOperator])
+def test_coupled_examples_are_refused_also_where_outputs_hide_it(make: Any) -> None:
+    """A branch with batch statistics that starts at 0 changes no output, but the gradients."""
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        hidden = x @ params["u"]
+        hidden = (hidden - jnp.mean(hidden, 0, keepdims=True)) / jnp.sqrt(jnp.var(hidden, 0, keepdims=True) + 1e-5)
+        return x @ params["w"] + hidden @ params["zero"]
+
+    params = {"u": normal(3, 4), "w": normal(3, 2), "zero": jnp.zeros((4, 2))}
+    with pytest.raises(ValueError, match="couples examples"):
+        make(model_fn, ggn_jax.MSELoss(), params, (normal(6, 3), normal(6, 2)), **KEYS.get(make, {}))
+
+
+KEYS: dict[Any, Any] = {ggn_jax.KFACLinearOperator: {"key": jax.random.key(0)}}
+
+
+def test_nan_outputs_are_told_as_such() -> None:
+    x = normal(6, 3).at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="are NaN for the first examples"):
+        ggn_jax.KFACLinearOperator(
+            lambda p, x: x @ p["w"], ggn_jax.MSELoss(), {"w": normal(3, 2)}, (x, normal(6, 2)), key=jax.random.key(0)
+        )
+
+
+@pytest.mark.parametrize("cls", [ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator])
+def test_outputs_without_entries_have_no_curvature(cls: Any) -> None:
+    params, batch = {"w": normal(5, 3)}, (normal(8, 5), jnp.zeros((8, 0)))
+    operator = cls(lambda p, x: (x @ p["w"])[:, :0], ggn_jax.MSELoss(), params, batch, fisher_type="type-2")
+    assert float(operator.trace()) == 0
+
+
+def test_blocks_of_a_stack_have_names() -> None:
+    params = {"w": normal(2, 5, 5), "layers": [{"v": normal(5, 3)}]}
+    operator = ggn_jax.KFACLinearOperator(
+        lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["layers"][0]["v"],
+        ggn_jax.MSELoss(),
+        params,
+        (normal(6, 5), normal(6, 3)),
+        fisher_type="type-2",
+    )
+    assert set(operator.factors()) == {"['w']#1", "['w']#2", "['layers'][0]['v']"}
+    assert operator.block("layers/0/v").shape == (15, 15)
+    assert operator.block("['w']#2").shape == (25, 25)
+    with pytest.raises(KeyError, match="several blocks"):
+        operator.block("w")
+
+
+@pytest.mark.parametrize("options", [{"sharing": "reduce"}, {"tied": "concatenate"}, {"mask": jnp.ones((6, 2), bool)}])
+def test_kfoc_refuses_what_it_does_not_use(options: Any) -> None:
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        ggn_jax.KFOCLinearOperator(
+            lambda p, x: x @ p["w"],
+            ggn_jax.MSELoss(),
+            {"w": normal(3, 2)},
+            (normal(6, 2, 3), normal(6, 2, 2)),
+            fisher_type="empirical",
+            **options,
+        )

@@ -12,7 +12,7 @@ from ggn_jax._checks import as_array, check_key, check_real, is_concrete
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.layout import Options
 from ggn_jax.kronecker.vectors import draws_signs
-from ggn_jax.layers.check import coupling, tolerance
+from ggn_jax.layers.check import coupling, gradient_coupling, tolerance
 from ggn_jax.layers.report import EXAMPLES, coupling_message
 from ggn_jax.operators.problem import Problem
 
@@ -58,7 +58,11 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
     return mask
 
 
-_coupling = eqx.filter_jit(coupling)
+@eqx.filter_jit
+def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+    """How far examples depend on each other, and whether an output is NaN."""
+    gap = jnp.maximum(coupling(model_fn, params, inputs), gradient_coupling(model_fn, params, inputs))
+    return gap, jnp.any(jnp.isnan(model_fn(params, inputs)))
 
 
 def check_independent(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], dtype: Any) -> None:
@@ -68,8 +72,10 @@ def check_independent(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array
         return
     with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
         few = jax.tree.map(lambda x: x[:EXAMPLES], inputs)
-        gap = float(_coupling(model_fn, params, few))
+        gap, has_nan = map(float, _coupling(model_fn, params, few))
     # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
     allowed = tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5
+    if has_nan:
+        raise ValueError("the outputs of model_fn are NaN for the first examples: look at params and inputs.")
     if not gap <= allowed:
         raise ValueError(coupling_message(gap))

@@ -182,7 +182,7 @@ def captured_sums(
         result["count"] = [[x.count for x in members] for members in rows]
     kind = options.fisher_type, options.mc_samples, options.positions
     num = count_vectors(layout.loss, trace.outputs, *kind)
-    if not num:
+    if options.fisher_type is FisherType.FORWARD_ONLY:
         return result
     terms = terms_at(captured.outputs, operand)
     make = vector_maker(terms, *kind, keys)
@@ -213,6 +213,8 @@ def captured_sums(
 
 def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
     """The sum of `fn(indices)` over `num` indices, in parts of about equal size."""
+    if not num:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jnp.arange(1)))
     parts = -(-num // at_once)
     size = -(-num // parts)
     even = num // size

@@ -17,12 +17,36 @@ def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs
 
     together = model_fn(params, inputs)
     apart = jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
-    return _distance(together, apart)
+    same = together == apart  # also where both are infinite
+    return _distance(jnp.where(same, 0, together), jnp.where(same, 0, apart), jnp.linalg.norm(_finite(together)))
 
 
-def _distance(a: Array, b: Array) -> Array:
+def _finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0).astype(compute_dtype(x.dtype))
+
+
+def gradient_coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
+    """The same of the parameters' gradients for a random cotangent, the largest of all parameters.
+
+    It also tells what does not show in the outputs, such as batch statistics before a head that starts at 0.
+    """
+
+    def apart(params: PyTree) -> Array:
+        return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
+
+    outputs, pull_back = jax.vjp(lambda params: model_fn(params, inputs), params)
+    noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
+    pairs = [jax.tree.leaves(tree) for tree in (pull_back(noise)[0], jax.vjp(apart, params)[1](noise)[0])]
+    dtype = compute_dtype(outputs.dtype)
+    total = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in pairs[0]))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [outputs, *pairs[0]])
+    gaps = [_distance(a.astype(dtype), b.astype(dtype), eps**0.5 * total) for a, b in zip(*pairs, strict=True)]
+    return jnp.max(jnp.stack(gaps))
+
+
+def _distance(a: Array, b: Array, least: Array | float = 0.0) -> Array:
     a, b = (x.astype(compute_dtype(x.dtype)) for x in (a, b))
-    size = jnp.maximum(jnp.linalg.norm(a), jnp.linalg.norm(b))
+    size = jnp.maximum(jnp.maximum(jnp.linalg.norm(a), jnp.linalg.norm(b)), jnp.asarray(least, a.dtype))
     return jnp.where(size == 0, 0, jnp.linalg.norm(a - b) / jnp.where(size == 0, 1, size))
 
 
@@ -37,7 +61,8 @@ def gradient_gaps(
 ) -> Array:
     """For each parameter, how far the gradient put together from layers is from automatic differentiation's.
 
-    The gradient is that of the outputs times a random cotangent; gaps are relative to the gradient's size.
+    The gradient is that of the outputs times a random cotangent; gaps are relative to its size, and where that is
+    nothing but rounding, to the root of the coarsest dtype's precision times the size of all gradients.
     """
     leftovers = [left.leaf for left in plan.leftovers]
     captured = capture(trace, params, inputs, leftovers)
@@ -71,8 +96,10 @@ def gradient_gaps(
         )
 
     (wanted,) = jax.vjp(lambda params: model_fn(params, inputs), params)[1](vector)
+    dtypes = {outputs.dtype, *(leaf.dtype for leaf in flat), *(use.output_dtype for use in trace.uses)}
+    least = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5 * jnp.linalg.norm(total)
     gaps = [
-        _distance(total[start : start + size], leaf.reshape(-1).astype(total.dtype))
+        _distance(total[start : start + size], leaf.reshape(-1).astype(total.dtype), least)
         for start, size, leaf in zip(starts, sizes, jax.tree.leaves(wanted), strict=True)
     ]
     return jnp.stack(gaps)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,6 @@ class Trace:
     small: tuple[SmallUse, ...]
     blocked: tuple[Blocked, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
-    inlines_custom_rule: bool
 
 
 def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Trace:
@@ -127,7 +126,6 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
         tuple(analysis.small),
         tuple(analysis.blocked),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
-        analysis.inlines_custom_rule,
     )
 
 
@@ -140,7 +138,6 @@ class _Analysis:
         self.uses: list[Use] = []
         self.small: list[SmallUse] = []
         self.blocked: list[Blocked] = []
-        self.inlines_custom_rule = False
 
     def leaves_of(self, label: Value) -> frozenset[int]:
         """The numbers of the parameters that a value holds."""
@@ -148,7 +145,7 @@ class _Analysis:
             return label.leaves
         return frozenset(label.entries.owners(self.sizes) if isinstance(label, Entries) else ())
 
-    def block(self, labels: list[Value], why: str, source: str, module: str) -> None:
+    def block(self, labels: Sequence[Value], why: str, source: str, module: str) -> None:
         for label in labels:
             if isinstance(label, Derived):
                 self.blocked.append(
@@ -184,6 +181,18 @@ class _Analysis:
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
+        if name in CUSTOM_JVP and has_params and has_data:
+            # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
+            params = [label for label in labels if isinstance(label, Entries | Derived)]
+            self.block(
+                params,
+                f"it meets data inside {name}, which has a derivative of its own",
+                source_of(eqn),
+                module_of(eqn),
+            )
+            return [Data()] * count
+        if name in CUSTOM_JVP and has_data:
+            return [Data()] * count
         if followed and name in INLINED | REMAT:
             return self.call(eqn, path, labels, loops)
         if has_params and name in SCAN:
@@ -202,13 +211,7 @@ class _Analysis:
     def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A call of another jaxpr, which is walked in place."""
         jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
-        custom = eqn.primitive.name in CUSTOM_JVP
-        if custom:  # under a derivative of its own, what is added need not have the gradient of the sum
-            labels = [Data() if isinstance(label, Data) else label for label in labels]
-        before = len(self.uses)
-        results = self.run(jaxpr, [None] * len(consts), labels, path, loops)
-        self.inlines_custom_rule |= custom and len(self.uses) > before
-        return results
+        return self.run(jaxpr, [None] * len(consts), labels, path, loops)
 
     def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
         if isinstance(label, Derived):
@@ -295,7 +298,7 @@ class _Analysis:
 
         inner = [enter(label, i >= num_consts + num_carry) for i, label in enumerate(labels)]
         carried = slice(num_consts, num_consts + num_carry)
-        saved = len(self.uses), len(self.small), len(self.blocked), self.inlines_custom_rule
+        saved = len(self.uses), len(self.small), len(self.blocked)
         while True:
             results = self.run(jaxpr, [None] * len(consts), list(inner), path, (*loops, length))
             joined = [_join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
@@ -303,7 +306,6 @@ class _Analysis:
                 break
             inner[carried] = joined
             del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
-            self.inlines_custom_rule = saved[3]
         for before, after in zip(labels[carried], inner[carried], strict=True):
             if isinstance(after, Data):
                 self.block([before], "it is the initial value of a loop's carry", *where)

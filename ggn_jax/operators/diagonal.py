@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_count, check_sampling
 from ggn_jax._supported import check_exact
+from ggn_jax.kronecker.checks import check_independent
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import DampedLinearOperator, SymmetricLinearOperator, check_vector, register, structure_of
@@ -74,6 +75,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem = pose(model_fn, loss, params, batch, chunk_size)
         if not mc_samples:
             check_exact(loss)
+        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
         keys = None if key is None else jax.random.split(key, problem.targets.shape[0])
         compute = _by_layers if method == "layers" else _by_data
         self.entries = compute(problem, keys, mc_samples, vector_chunk_size)

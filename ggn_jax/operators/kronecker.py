@@ -1,6 +1,7 @@
 """Kronecker-factored approximations of the generalized Gauss-Newton matrix."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -119,16 +120,29 @@ class BlockLinearOperator(SymmetricLinearOperator):
         A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
         `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
         """
-        for block, place in zip(self.blocks.blocks, self.blocks.places, strict=True):
-            if path in place.names or path in [_simple(name) for name in place.names]:
-                return _dense(block, shape_of(place))
+        found = [
+            (name, _dense(block, shape_of(place)))
+            for name, block, place in zip(self._names(), self.blocks.blocks, self.blocks.places, strict=True)
+            if path in (name, *place.names, *map(_simple, place.names))
+        ]
+        if len(found) == 1:
+            return found[0][1]
+        if found:
+            names = ", ".join(repr(name) for name, _ in found)
+            raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
         known = ", ".join(name for place in self.blocks.places for name in place.names)
         raise KeyError(f"no parameter {path!r}; there are {known}.")
 
     def factors(self) -> dict[str, Block]:
-        """The blocks by the path of their first parameter: a pytree of arrays."""
-        places = self.blocks.places
-        return {place.names[0]: block for place, block in zip(places, self.blocks.blocks, strict=True)}
+        """The blocks by the path of their first parameter, numbered where it has several: a pytree of arrays."""
+        return dict(zip(self._names(), self.blocks.blocks, strict=True))
+
+    def _names(self) -> list[str]:
+        """A name for each block: the path of its first parameter, and `#1`, `#2`, ... where that has several."""
+        firsts = [place.names[0] for place in self.blocks.places]
+        return [
+            f"{name}#{firsts[: i + 1].count(name)}" if firsts.count(name) > 1 else name for i, name in enumerate(firsts)
+        ]
 
 
 register(BlockLinearOperator, positive_semidefinite=True)
@@ -223,6 +237,8 @@ class KFACLinearOperator(BlockLinearOperator):
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
         mask = check_mask(mask, problem)
+        if mask is not None and self._method == "kfoc":
+            raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
         check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
         self.blocks = _compute(problem, keys, mask, options, self._method)
         self.structure = structure(problem.params)
@@ -322,6 +338,12 @@ class KFACLinearOperator(BlockLinearOperator):
                 f"fisher_type 'forward-only' back-propagates nothing, but {self._method.upper()} is made of gradients:"
                 " use KFACLinearOperator, or another fisher type."
             )
+        for name in ("tied", "sharing"):
+            if self._method == "kfoc" and getattr(options, name) != getattr(Options, name):
+                raise NotImplementedError(
+                    f"KFOC is nearest to the exact block, and has no use for {name}={getattr(options, name)!r}: leave"
+                    " it out, or use KFAC."
+                )
         if self._method == "kfoc" and chunk_size is not None:
             raise NotImplementedError(
                 "KFOC's power iterations go over all data many times, and keep them: leave chunk_size out, or use KFAC."
@@ -466,5 +488,6 @@ def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
 
 
 def _simple(name: str) -> str:
-    """`a/b` for `['a']['b']`."""
-    return name.replace("']['", "/").strip("[]'.").replace("].", "/").replace("][", "/").replace(".", "/")
+    """`a/0/b` for `['a'][0].b`."""
+    parts = re.findall(r"\['(.*?)'\]|\[(.*?)\]|\.(\w+)", name)
+    return "/".join(next(filter(None, part), "") for part in parts)

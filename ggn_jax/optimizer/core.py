@@ -105,8 +105,6 @@ class Core:
         settings = self.settings
         layout = Layout.of(problem, settings.options)
         keys = self._keys(problem, key)
-        # A gradient must follow the custom rules that layers were looked for inside of.
-        shares = gradient and not layout.trace.inlines_custom_rule
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         counts = ~jnp.isinf(problem.reduction())
 
@@ -124,16 +122,12 @@ class Core:
                 return Factors(counts.astype(jnp.float32), blocks, corrections)
 
             value = grads = None
-            if shares:
+            if gradient:
                 captured = capture(layout.trace, problem.params, inputs, layout.leaves, gradient=True)
                 value, vector = jax.value_and_grad(lambda outputs: problem.loss(outputs, problem.targets))(
                     captured.outputs
                 )
                 grads = captured.gradient(vector)
-            elif gradient:
-                value, grads = jax.value_and_grad(
-                    lambda params: problem.loss(problem.model_fn(params, problem.inputs), problem.targets)
-                )(problem.params)
             wanted = jax.eval_shape(see)
             _check_same(wanted, curvature, problem)
             if settings.factor_interval == 1:
