@@ -679,6 +679,24 @@ def _optimizer_for_finite_steps(options: tuple[tuple[str, Any], ...]) -> tuple[A
     return optimizer, step
 
 
+def test_scale_by_kfac_leaves_nan_out() -> None:
+    params, batch = mlp_params(), batch_of()
+    scale = ggn_jax.scale_by_kfac(mlp, CE, damping=0.1, example_inputs=batch[0])
+    step = jax.jit(lambda s, b, k: scale.update(gradient(mlp, CE, params, b), s, params, batch=b, key=k))
+    _, state = step(scale.init(params), batch, KEY)
+    updates, state = step(state, (batch[0].at[0, 0].set(jnp.nan), batch[1]), KEY)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
+    assert (int(state.rejected), int(state.curvature.skipped)) == (1, 1)
+
+
+def test_factors_of_an_ignored_batch_are_nothing() -> None:
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=-1)
+    params, (x, _) = mlp_params(), batch_of()
+    scale = ggn_jax.scale_by_kfac(mlp, loss, example_inputs=x)
+    seen = scale.factors(params, (x, jnp.full(len(x), -1)), scale.init(params), key=KEY)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(seen))
+
+
 def test_a_failed_inverse_leaves_the_last() -> None:
     params, batch = {"w": normal(0, 3, 2)}, (normal(1, 9, 3), normal(2, 9, 2))
     scale = ggn_jax.scale_by_kfac(
@@ -749,6 +767,16 @@ def test_bad_updates() -> None:
         quadratic.update(grads, quadratic.init(params), params, factors=factors)
     with pytest.raises(TypeError, match="floating"):
         optimizer.init({"w": jnp.arange(3)})
+
+
+def test_what_looks_at_the_whole_batch_is_refused_for_micro_batches() -> None:
+    x, y = batch_of()
+    optimizer = ggn_jax.kfac(mlp, CE, "quadratic", example_inputs=x)
+    with pytest.raises(NotImplementedError, match="multi_steps keeps no micro-batches"):
+        ggn_jax.multi_steps(optimizer, 2)
+    plain, params = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=x), mlp_params()
+    with pytest.raises(ValueError, match="fits no layer"):
+        plain.update(params, plain.init(params), params, batch=(x, y, jnp.ones((len(x), 5), bool)), key=KEY)
 
 
 def test_coupled_examples_are_refused() -> None:

@@ -214,7 +214,9 @@ def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTr
     def loop(*stacks: PyTree[Array]) -> PyTree[Array]:
         return jax.lax.map(lambda members: fn(*members), stacks)
 
-    return jax.lax.platform_dependent(*stacks, cpu=loop, default=jax.vmap(fn))
+    # An outer `vmap` would make batches of them again.
+    sequential = jax.custom_batching.sequential_vmap(loop)
+    return jax.lax.platform_dependent(*stacks, cpu=sequential, default=jax.vmap(fn))
 
 
 def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:

@@ -15,7 +15,7 @@ from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker,
 from ggn_jax.kronecker.inputs import Inputs, masks
 from ggn_jax.kronecker.layout import Blocks, Layout, Options
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
-from ggn_jax.layers import Captured, Layer, Use, capture
+from ggn_jax.layers import Captured, Layer, Trace, Use, capture
 from ggn_jax.operators.problem import Problem
 
 Bases = list[list[Spectral]]  # of each layer's weight, and of its bias where that is separate
@@ -45,14 +45,19 @@ def factor_sums(
     `leftovers` asks for the blocks of parameters that have no layer as well.
     """
     layout = Layout.of(problem, options)
-    if mask is not None and not any(masks(use, mask) for use in layout.trace.uses):
-        positions = sorted({use.positions for use in layout.trace.uses})
+    check_mask_fits(layout.trace, mask)
+    fn = partial(_factor_sums, layout, problem.params, bases, leftovers)
+    return problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})
+
+
+def check_mask_fits(trace: Trace, mask: Array | None) -> None:
+    """Refuse a mask that no layer has the sharing positions of."""
+    if mask is not None and not any(masks(use, mask) for use in trace.uses):
+        positions = sorted({use.positions for use in trace.uses})
         raise ValueError(
             f"mask of shape {mask.shape} fits no layer: their sharing positions are {positions}, of each of"
             f" {mask.shape[0]} data."
         )
-    fn = partial(_factor_sums, layout, problem.params, bases, leftovers)
-    return problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})
 
 
 def batch_sums(

@@ -12,7 +12,7 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_independent, check_mask
-from ggn_jax.kronecker.factors import assemble_blocks, captured_sums
+from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout, Place, structure
 from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers import capture, trace_model
@@ -104,6 +104,7 @@ class Core:
         """The loss, its gradient, and the factors if they are due: from one forward pass."""
         settings = self.settings
         layout = Layout.of(problem, settings.options)
+        check_mask_fits(layout.trace, mask)
         keys = self._keys(problem, key)
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         counts = ~jnp.isinf(problem.reduction())
@@ -115,6 +116,7 @@ class Core:
                 seen = captured or capture(layout.trace, problem.params, inputs, layout.leaves)
                 args = (layout, seen, terms_at, operand, keys, mask)
                 blocks = assemble_blocks(layout, captured_sums(*args)).blocks
+                blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be averaged with others'
                 corrections: tuple[Array, ...] = ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]

@@ -45,6 +45,11 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
     """
     if not isinstance(optimizer, KFACTransformation):
         raise TypeError(f"optimizer must be made by kfac or scale_by_kfac; got {type(optimizer).__name__}.")
+    if optimizer.needs_batch:
+        raise NotImplementedError(
+            "multi_steps keeps no micro-batches, but learning_rate='quadratic' and adapt_damping look at the loss of"
+            " all of them: use a number or a schedule as learning_rate, and leave adapt_damping out."
+        )
     every = check_count("every", every)
 
     def init(params: PyTree[Array]) -> MultiStepsState:

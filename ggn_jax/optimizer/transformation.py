@@ -40,6 +40,8 @@ class ScaleByKFACState(NamedTuple):
     """The state of `scale_by_kfac`."""
 
     curvature: Curvature
+    rejected: Array
+    """How many updates were zero because the gradient or its product was NaN or infinite."""
 
 
 class KFACState(NamedTuple):
@@ -69,11 +71,15 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     core: Core
     full_params: Any
+    needs_batch: bool
+    """Whether updates look at the batch's loss, also where they are given its factors."""
 
     @classmethod
-    def make(cls, core: Core, full_params: Any, init: Callable[..., Any], update: Callable[..., Any]) -> Self:
+    def make(
+        cls, core: Core, full_params: Any, init: Callable[..., Any], update: Callable[..., Any], needs_batch: bool
+    ) -> Self:
         made = cls(init, update)
-        made.core, made.full_params = core, full_params
+        made.core, made.full_params, made.needs_batch = core, full_params, needs_batch
         return made
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
@@ -172,7 +178,7 @@ def scale_by_kfac(
     core = Core(model_fn, loss, example_inputs, settings)
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
-        return ScaleByKFACState(_start(core, params, damping, full_params))
+        return ScaleByKFACState(_start(core, params, damping, full_params), jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree[Array],
@@ -189,9 +195,11 @@ def scale_by_kfac(
         _, curvature, scaled = _precondition(
             core, updates, state.curvature, params, batch, key, factors, full_params, damping
         )
-        return scaled, ScaleByKFACState(curvature)
+        fine = all_finite((updates, scaled))
+        scaled = choose(fine, scaled, jax.tree.map(jnp.zeros_like, scaled))
+        return scaled, ScaleByKFACState(curvature, state.rejected + (~fine).astype(jnp.int32))
 
-    return KFACTransformation.make(core, full_params, init, update)
+    return KFACTransformation.make(core, full_params, init, update, needs_batch=False)
 
 
 def kfac(
@@ -392,7 +400,7 @@ def kfac(
             velocity = jax.tree.map(lambda s, v: jnp.where(fine, s.astype(v.dtype), v), step, velocity)
         return final, KFACState(curvature, velocity, state.rejected + (~fine).astype(jnp.int32))
 
-    return KFACTransformation.make(core, full_params, init, update)
+    return KFACTransformation.make(core, full_params, init, update, needs_batch=quadratic or adapt_damping is not None)
 
 
 def find_curvature(state: Any) -> Curvature:
