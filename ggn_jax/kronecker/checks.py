@@ -5,27 +5,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import as_array, check_key, check_real, is_concrete
+from ggn_jax._checks import as_array, check_key, is_concrete
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.layout import Options
 from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers.check import coupling, gradient_coupling, tolerance
 from ggn_jax.layers.report import EXAMPLES, coupling_message
 from ggn_jax.operators.problem import Problem
-
-
-def check_damping(damping: Any) -> Array:
-    """`damping` as an array: one number of at least 0."""
-    damping = as_array("damping", damping)
-    check_real("damping", damping)
-    if damping.ndim:
-        raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
-    if is_concrete(damping) and not np.asarray(damping) >= 0:
-        raise ValueError(f"damping must not be negative; got {damping}.")
-    return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
 
 
 def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:

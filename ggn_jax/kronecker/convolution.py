@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.uses import Patches, Use, all_indices
 
 AT_ONCE = {"cpu": 2**18, "default": 2**27}  # entries of rows; on a CPU they are to stay in its cache
@@ -52,17 +53,10 @@ def _factor_in_chunks(patches: Patches, x: Array, joint: bool, entries: int) -> 
     x = jnp.pad(x, [(0, each * chunks - size), *[(0, 0)] * (x.ndim - 1)])
     x = x.reshape(each, chunks, *x.shape[1:])
 
-    def part(index: Any) -> tuple[Array, Array]:
-        return _sums(patches, jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), joint)
+    def part(indices: Array) -> tuple[Array, Array]:
+        return _sums(patches, jax.lax.dynamic_index_in_dim(x, indices[0], axis=1, keepdims=False), joint)
 
-    if chunks == 1:
-        total, first = part(0)
-    else:
-        shapes = jax.eval_shape(part, 0)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (total, first), _ = jax.lax.scan(
-            lambda sums, index: (jax.tree.map(jnp.add, sums, part(index)), None), zeros, jnp.arange(chunks)
-        )
+    total, first = sum_in_parts(part, chunks, 1)
     if not joint:
         return total
     count = size * math.prod(patches.count(x[:, 0], axis) for axis in range(len(patches.kernel)))
@@ -95,13 +89,12 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     step = math.gcd(stride, dilation)
     turns, shift = stride // step, dilation // step  # `i` and `i + turns` see the same rows, `shift` of them later
 
+    def cut(begin: int, start: int, stop: int) -> Float[Array, "l M G D"]:
+        """Of the rows from `begin` on, by strides: those from number `start` to number `stop`."""
+        return jax.lax.slice_in_dim(rows, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
+
     def gram(first: int, second: int, start: int, stop: int) -> Float[Array, "G D D"]:
-        """Of the rows from `first` and from `second` on, by strides: those from number `start` to number `stop`."""
-        a, b = (
-            jax.lax.slice_in_dim(rows, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
-            for begin in (first, second)
-        )
-        return jnp.einsum("lmgi,lmgj->gij", a, b)
+        return jnp.einsum("lmgi,lmgj->gij", cut(first, start, stop), cut(second, start, stop))
 
     blocks: dict[tuple[int, int], Array] = {}
     for difference in range(size):
@@ -125,10 +118,7 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     total = total.reshape(groups, size * width, size * width)  # [G, i, D, j, D] before
     first = jnp.zeros((groups, size * width), rows.dtype)
     if joint:
-        windows = [
-            jax.lax.slice_in_dim(rows, dilation * i, dilation * i + stride * (places - 1) + 1, stride)
-            for i in range(size)
-        ]
+        windows = [cut(dilation * i, 0, places) for i in range(size)]
         first = jnp.stack([jnp.sum(window, axis=(0, 1)) for window in windows], axis=1).reshape(groups, -1)
     order = _order(patches, axis, width)
     return total[:, order][:, :, order], first[:, order]

@@ -1,7 +1,6 @@
 """Kronecker factors of a model's layers, summed over a batch."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.inputs import Inputs, masks
 from ggn_jax.kronecker.layout import Blocks, Layout, Options
+from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
 from ggn_jax.layers import Captured, Layer, Trace, Use, capture
 from ggn_jax.operators.problem import Problem
@@ -214,24 +214,6 @@ def captured_sums(
         return sums
 
     return {**result, **sum_in_parts(part, num, options.vector_chunk_size)}
-
-
-def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
-    """The sum of `fn(indices)` over `num` indices, in parts of about equal size."""
-    if not num:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jnp.arange(1)))
-    parts = -(-num // at_once)
-    size = -(-num // parts)
-    even = num // size
-    if even <= 1:
-        total = fn(jnp.arange(min(size, num)))
-    else:
-        shapes = jax.eval_shape(fn, jnp.arange(size))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        indices = jnp.arange(even * size).reshape(even, size)
-        total, _ = jax.lax.scan(lambda t, i: (jax.tree.map(jnp.add, t, fn(i)), None), start, indices)
-    rest = num - max(even, 1) * size
-    return jax.tree.map(jnp.add, total, fn(jnp.arange(num - rest, num))) if rest > 0 else total
 
 
 def _output_factor(g: Array, options: Options) -> Factor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import ConvDimensionNumbers
 from jaxtyping import Array
 
@@ -43,10 +44,7 @@ def convolution(eqn: Any, x: Array, kernel: Array) -> Array:
             dimension_numbers=ConvDimensionNumbers(last, spec, last),
             **options,
         )
-        back = [0] * rank
-        for axis, place in zip((out[0], *out[2:], out[1]), range(rank), strict=True):
-            back[axis] = place
-        return y.transpose(back)
+        return y.transpose(np.argsort((out[0], *out[2:], out[1])))
 
     def plain(x: Array, kernel: Array) -> Array:
         (y,) = bind(eqn, [x, kernel])

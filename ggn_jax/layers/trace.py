@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ class _Analysis:
             return label.leaves
         return frozenset(label.entries.owners(self.sizes) if isinstance(label, Entries) else ())
 
-    def block(self, labels: Sequence[Value], why: str, source: str, module: str) -> None:
+    def block(self, labels: list[Value], why: str, source: str, module: str) -> None:
         for label in labels:
             if isinstance(label, Derived):
                 self.blocked.append(
@@ -181,17 +181,10 @@ class _Analysis:
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
-        if name in CUSTOM_JVP and has_params and has_data:
-            # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
-            params = [label for label in labels if isinstance(label, Entries | Derived)]
-            self.block(
-                params,
-                f"it meets data inside {name}, which has a derivative of its own",
-                source_of(eqn),
-                module_of(eqn),
-            )
-            return [Data()] * count
         if name in CUSTOM_JVP and has_data:
+            # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
+            why = f"it meets data inside {name}, which has a derivative of its own"
+            self.block(labels, why, source_of(eqn), module_of(eqn))
             return [Data()] * count
         if followed and name in INLINED | REMAT:
             return self.call(eqn, path, labels, loops)

@@ -79,6 +79,17 @@ def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+def check_damping(damping: Any) -> Array:
+    """`damping` as an array: one number of at least 0."""
+    damping = as_array("damping", damping)
+    check_real("damping", damping)
+    if damping.ndim:
+        raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
+    if is_concrete(damping) and not np.asarray(damping) >= 0:
+        raise ValueError(f"damping must not be negative; got {damping}.")
+    return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
+
+
 def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
     """Refuse a vector that is not like the parameters, naming the first leaf that differs."""
     wanted = operator.in_structure()
@@ -143,14 +154,8 @@ class DampedLinearOperator(SymmetricLinearOperator):
     def __init__(self, operator: lx.AbstractLinearOperator, damping: Any):
         if not isinstance(operator, lx.AbstractLinearOperator) or not lx.is_symmetric(operator):
             raise ValueError(f"operator must be a symmetric lineax operator; got {type(operator).__name__}.")
-        damping = as_array("damping", damping)
-        check_real("damping", damping)
-        if damping.ndim:
-            raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
-        if is_concrete(damping) and not np.asarray(damping) >= 0:
-            raise ValueError(f"damping must not be negative; got {damping}.")
         self.operator = operator
-        self.damping = damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
+        self.damping = check_damping(damping)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()

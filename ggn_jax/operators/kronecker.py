@@ -17,7 +17,7 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
-from ggn_jax.kronecker.checks import check_damping, check_draws, check_independent, check_mask
+from ggn_jax.kronecker.checks import check_draws, check_independent, check_mask
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.layout import (
     Bias,
@@ -35,7 +35,7 @@ from ggn_jax.kronecker.layout import (
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register, structure_of
+from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, register, structure_of
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -120,15 +120,15 @@ class BlockLinearOperator(SymmetricLinearOperator):
         A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
         `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
         """
-        found = [
-            (name, _dense(block, shape_of(place)))
+        found = {
+            name: (block, shape_of(place))
             for name, block, place in zip(self._names(), self.blocks.blocks, self.blocks.places, strict=True)
             if path in (name, *place.names, *map(_simple, place.names))
-        ]
+        }
         if len(found) == 1:
-            return found[0][1]
+            return _dense(*next(iter(found.values())))
         if found:
-            names = ", ".join(repr(name) for name, _ in found)
+            names = ", ".join(map(repr, found))
             raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
         known = ", ".join(name for place in self.blocks.places for name in place.names)
         raise KeyError(f"no parameter {path!r}; there are {known}.")

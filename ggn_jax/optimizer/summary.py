@@ -1,10 +1,11 @@
 """Which curvature each parameter gets, as a table to read and as rows to test against."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 
-from ggn_jax.kronecker.algebra import Diagonal, Kronecker, is_diagonal
+from ggn_jax.kronecker.algebra import Diagonal, Kronecker
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.optimizer.curvature import Curvature, describe
 
@@ -56,9 +57,8 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
         unused = place.kind == "unused"
         why = ""
         if isinstance(block, Kronecker):
-            wide = max(f.shape[1] for f in (*block.a, *block.b) if is_diagonal(f) or f.shape[1]) if block.a else 0
-            too_large = [f.shape[1] for f in (*block.a, *block.b) if f.shape[1] > layout.options.max_dense_size]
-            if too_large:
+            wide = max(f.shape[1] for f in (*block.a, *block.b))
+            if wide > layout.options.max_dense_size:
                 why = f"a factor of size {wide} is more than max_dense_size = {layout.options.max_dense_size}: diagonal"
         elif (
             isinstance(block, Diagonal) and not unused and place.kind != "uncovered" and layout.options.small == "full"
@@ -78,5 +78,5 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
                 )
             )
     kept = jax.tree.leaves((curvature.blocks, curvature.inverses))
-    params_size = sum(int(x.size) for x in jax.tree.leaves([jax.ShapeDtypeStruct(s, "float32") for s in trace.shapes]))
+    params_size = sum(map(math.prod, trace.shapes))
     return CurvatureReport(tuple(rows), sum(int(x.size) for x in kept), params_size)
