@@ -127,6 +127,11 @@ def test_max_pools_and_their_derivatives(case: Any, dtype: Any) -> None:
     np.testing.assert_array_equal(ours.astype(float), y.astype(float))
     g = jnp.asarray(np.random.default_rng(1).integers(-4, 5, y.shape), dtype)  # sums of these are exact
     np.testing.assert_array_equal(pull_ours_back(g)[0].astype(float), pull_back(g)[0].astype(float))
+    dx = jnp.asarray(np.random.default_rng(2).integers(-4, 5, shape), dtype)
+    dy = jax.jvp(lambda x: run_equation(eqn, [x])[0], (x,), (dx,))[1]  # at ties, JAX's own differs from its transpose
+    taken = jax.vmap(pull_back)(jnp.eye(y.size, dtype=dtype).reshape(y.size, *y.shape))[0]
+    want = jnp.sum(taken * dx[None], range(1, taken.ndim))
+    np.testing.assert_array_equal(dy.astype(float).ravel(), want.astype(float))
 
 
 def network() -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
@@ -144,6 +149,25 @@ def network() -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
 def kfac(params: Any, batch: Any) -> Any:
     model_fn, loss = network()[0], ggn_jax.CrossEntropyLoss()
     return ggn_jax.KFACLinearOperator(model_fn, loss, params, batch, fisher_type="type-2").mv(params)
+
+
+def test_forward_derivatives_of_operators() -> None:
+    model_fn, params, batch = network()
+
+    def diagonal(params: Any) -> Any:
+        return ggn_jax.GGNDiagonalLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch).mv(jax.tree.map(jnp.ones_like, params))
+
+    def dense(params: Any) -> Any:
+        """Of J^T H J for one datum after the other, with JAX's own derivatives."""
+        inputs, _ = batch
+        p = jax.nn.softmax(model_fn(params, inputs))
+        root = jnp.sqrt(p)[:, :, None] * (jnp.eye(3)[None] - p[:, None, :])  # its outer products' sum is the Hessian
+        jacobians = jax.jacrev(model_fn)(params, inputs)
+        return jax.tree.map(lambda j: jnp.mean(jnp.einsum("nvc,nc...->nv...", root, j) ** 2, 0).sum(0), jacobians)
+
+    got, want = (jax.jvp(fn, (params,), (params,)) for fn in (diagonal, dense))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_kfac_of_a_convolutional_net_lowers_for_gpu_and_tpu() -> None:

@@ -4,11 +4,13 @@ Outside of loops it finds that layout by itself. Inside, as when many vectors ar
 does not, and JAX's derivative of a convolution has another one: that takes four times as long.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.lax import ConvDimensionNumbers
 from jaxtyping import Array
 
@@ -50,18 +52,21 @@ def convolution(eqn: Any, x: Array, kernel: Array) -> Array:
         (y,) = bind(eqn, [x, kernel])
         return y
 
-    def run(x: Array, kernel: Array) -> Array:
+    @jax.custom_jvp
+    def convolve(x: Array, kernel: Array) -> Array:
         return jax.lax.platform_dependent(x, kernel, cpu=lambda x, k: canonical(x, k, False), default=plain)
 
-    def backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-        def to_input(forward: Any) -> Any:
-            return lambda x, kernel, g: jax.vjp(lambda x: forward(x, kernel), x)[1](g)[0]
+    @partial(convolve.defjvp, symbolic_zeros=True)
+    def push_forward(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+        x, kernel = primals
+        dx, dkernel = tangents
+        parts = []
+        if not isinstance(dx, SymbolicZero):
+            # Its transpose swaps inputs and outputs: of the swapped kernel, it has them in the order that is fast.
+            swapped = partial(canonical, swapped=True)
+            parts.append(jax.lax.platform_dependent(dx, kernel, cpu=swapped, default=plain))
+        if not isinstance(dkernel, SymbolicZero):
+            parts.append(plain(x, dkernel))
+        return convolve(x, kernel), sum(parts[1:], parts[0])
 
-        # The derivative swaps inputs and outputs: of the swapped kernel, it has them in the order that is fast.
-        fast = to_input(lambda x, kernel: canonical(x, kernel, True))
-        dx = jax.lax.platform_dependent(*kept, g, cpu=fast, default=to_input(plain))
-        return dx, jax.vjp(lambda kernel: plain(kept[0], kernel), kept[1])[1](g)[0]
-
-    convolve = jax.custom_vjp(run)
-    convolve.defvjp(lambda x, kernel: (run(x, kernel), (x, kernel)), backward)
     return convolve(x, kernel)

@@ -29,51 +29,44 @@ def max_pool(eqn: Any, x: Array) -> Array:
     def native(x: Array) -> Array:
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
-    def padded(x: Array) -> Array:
-        return jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), [(low, high, 0) for low, high in padding])
+    def padded(x: Array, value: float) -> Array:
+        return jax.lax.pad(x, jnp.asarray(value, x.dtype), [(low, high, 0) for low, high in padding])
 
     def marks(x: Array) -> Array:
         """Where the first largest entries are: of the windows, place by place; or of all entries, if none overlap."""
-        x, y = padded(x), native(x)
+        x, y = padded(x, -jnp.inf), native(x)
         found, places = jnp.zeros(y.shape, bool), []
         for start, end in _places(window, strides, y.shape):
             places.append((jax.lax.slice(x, start, end, strides) == y) & ~found)
             found = found | places[-1]
-        return jnp.stack(places) if overlap else _spread(places, window, strides, x.shape, jnp.logical_or)
+        return jnp.stack(places) if overlap else _spread(places, window, strides, x.shape)
 
-    def pull_back(marks: Array, g: Array, like: Array) -> Array:
-        shape = jax.eval_shape(padded, like).shape
+    def push(marks: Array, dx: Array) -> Array:
+        """The tangents at the marks, window by window. What counts for speed is this linear map's transpose."""
+        dx, shape = padded(dx, 0), jax.eval_shape(native, dx).shape
         if overlap:
-            parts = [jnp.where(mark, g, 0) for mark in marks]
-            total = _spread(parts, window, strides, shape, jnp.add)
-        else:
-            for axis, stride in enumerate(strides):
-                g = jnp.repeat(g, stride, axis)
-            g = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, n - m, 0) for n, m in zip(shape, g.shape, strict=True)])
-            total = jnp.where(marks, g, 0)
-        low = [start for start, _ in padding]
-        return jax.lax.slice(total, low, [start + n for start, n in zip(low, like.shape, strict=True)])
+            places = _places(window, strides, shape)
+            parts = [jax.lax.slice(dx, start, end, strides) for start, end in places]
+            return sum(jnp.where(mark, part, 0) for mark, part in zip(marks, parts, strict=True))
+        blocks = [(0, n * stride - size, 0) for n, stride, size in zip(shape, strides, dx.shape, strict=True)]
+        dx = jax.lax.pad(jnp.where(marks, dx, 0), jnp.zeros((), dx.dtype), blocks)
+        dx = dx.reshape([size for pair in zip(shape, strides, strict=True) for size in pair])
+        return dx.sum(range(1, dx.ndim, 2))
 
-    @jax.custom_vjp
-    def pool(x: Array) -> Array:
-        return native(x)
+    pool = jax.custom_jvp(native)
 
-    def forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-        return native(x), (x, marks(x))  # made here, for any number of vectors that are pulled back
-
-    def backward(kept: tuple[Array, Array], g: Array) -> tuple[Array]:
-        x, places = kept
-        return (
-            jax.lax.platform_dependent(
-                x,
-                places,
-                g,
-                cpu=lambda x, places, g: pull_back(places, g, x),
-                default=lambda x, places, g: jax.vjp(native, x)[1](g)[0],
-            ),
+    @pool.defjvp
+    def push_forward(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        (x,), (dx,) = primals, tangents
+        dy = jax.lax.platform_dependent(
+            marks(x),  # made here, for any number of vectors that are pulled back
+            x,
+            dx,
+            cpu=lambda places, x, dx: push(places, dx),
+            default=lambda places, x, dx: jax.jvp(native, (x,), (dx,))[1],
         )
+        return pool(x), dy
 
-    pool.defvjp(forward, backward)
     return pool(x)
 
 
@@ -85,13 +78,10 @@ def _places(
         yield start, [a + stride * (n - 1) + 1 for a, stride, n in zip(start, strides, shape, strict=True)]
 
 
-def _spread(
-    parts: Sequence[Array], window: Sequence[int], strides: Sequence[int], shape: Sequence[int], add: Any
-) -> Any:
-    """One array per place in the window, each put where it belongs in the padded input, and added."""
-    total: Any = None
-    for part, (start, end) in zip(parts, _places(window, strides, parts[0].shape), strict=True):
+def _spread(places: Sequence[Array], window: Sequence[int], strides: Sequence[int], shape: Sequence[int]) -> Array:
+    """One mask per place in the window, each put where it belongs in the padded input."""
+    total = jnp.zeros(shape, bool)
+    for place, (start, end) in zip(places, _places(window, strides, places[0].shape), strict=True):
         config = [(a, n - b, stride - 1) for a, b, stride, n in zip(start, end, strides, shape, strict=True)]
-        spread = jax.lax.pad(part, jnp.zeros((), part.dtype), config)
-        total = spread if total is None else add(total, spread)
+        total = total | jax.lax.pad(place, jnp.zeros((), bool), config)
     return total
