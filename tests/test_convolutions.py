@@ -155,7 +155,8 @@ def test_forward_derivatives_of_operators() -> None:
     model_fn, params, batch = network()
 
     def diagonal(params: Any) -> Any:
-        return ggn_jax.GGNDiagonalLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch).mv(jax.tree.map(jnp.ones_like, params))
+        operator = ggn_jax.GGNDiagonalLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch)
+        return operator.mv(jax.tree.map(jnp.ones_like, params))
 
     def dense(params: Any) -> Any:
         """Of J^T H J for one datum after the other, with JAX's own derivatives."""

@@ -46,8 +46,10 @@ def max_pool(eqn: Any, x: Array) -> Array:
         dx, shape = padded(dx, 0), jax.eval_shape(native, dx).shape
         if overlap:
             places = _places(window, strides, shape)
-            parts = [jax.lax.slice(dx, start, end, strides) for start, end in places]
-            return sum(jnp.where(mark, part, 0) for mark, part in zip(marks, parts, strict=True))
+            parts = [
+                jnp.where(mark, jax.lax.slice(dx, *ends, strides), 0) for mark, ends in zip(marks, places, strict=True)
+            ]
+            return sum(parts[1:], parts[0])
         blocks = [(0, n * stride - size, 0) for n, stride, size in zip(shape, strides, dx.shape, strict=True)]
         dx = jax.lax.pad(jnp.where(marks, dx, 0), jnp.zeros((), dx.dtype), blocks)
         dx = dx.reshape([size for pair in zip(shape, strides, strict=True) for size in pair])
