@@ -120,6 +120,22 @@ def experts(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(gates[..., None] * jnp.einsum("neo,eoj->nej", hidden, params["out"]), 1)
 
 
+PERMUTATION = np.array([2, 0, 3, 1])
+
+
+def gathered(params: Any, x: jax.Array) -> jax.Array:
+    """Weights read at known places, and rows of tables at all positions, also in a loop."""
+    x = x @ params["in"][:, PERMUTATION] + params["bias"][PERMUTATION][None, None]  # [n, t, 4]
+    x = x + params["positions"][jnp.arange(x.shape[1])][None]
+
+    def layer(h: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        offset = jnp.take(params["offsets"], number, axis=0)
+        return jnp.tanh(h @ params["again"][::-1][PERMUTATION] + offset[None, None]), None
+
+    x, _ = jax.lax.scan(layer, x, jnp.arange(3))
+    return x @ jnp.concatenate([params["left"], params["right"]])[jnp.argsort(jnp.asarray(PERMUTATION)) + 1]
+
+
 @jax.jit
 def twice(w: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ w + b[None])
@@ -149,6 +165,19 @@ FUNCTIONS: dict[str, Callable[[], Model]] = {
             "bias": normal(3, 1),
         },
         normal(5, 3),
+    ),
+    "gathered": lambda: (
+        gathered,
+        {
+            "in": normal(3, 4),
+            "bias": normal(4),
+            "positions": normal(2, 4),
+            "offsets": normal(3, 4),
+            "again": normal(4, 4, seed=2),
+            "left": normal(2, 2),
+            "right": normal(3, 2),
+        },
+        normal(5, 2, 3),
     ),
     "experts": lambda: (
         experts,
@@ -207,6 +236,15 @@ def test_what_is_found() -> None:
     assert kinds(MODELS["experts"]())["['out']"] == ("linear", "2 x 3 x 4", 1)
     assert kinds(MODELS["experts"]())["['bias']"][0] == "bias"
     assert kinds(MODELS["pytree inputs"]())["['c']"][0] == "shift"  # one bias for two layers
+    assert kinds(MODELS["gathered"]()) == {
+        "['again']": ("linear", "1 x 4 x 4", 1),
+        "['bias']": ("shift", "", 1),
+        "['in']": ("linear", "1 x 4 x 3", 1),
+        "['left']": ("linear", "1 x 2 x 4", 1),
+        "['offsets']": ("embedding", "1 x 4 x 3", 1),
+        "['positions']": ("embedding", "1 x 4 x 2", 1),
+        "['right']": ("linear", "1 x 2 x 4", 1),
+    }
 
 
 def test_what_is_found_in_flax() -> None:
@@ -243,6 +281,11 @@ UNCOVERED: dict[str, tuple[Callable[[Any, Any], jax.Array], str]] = {
     "cond": (lambda w, x: jax.lax.cond(w[0, 0] > 0, lambda: x @ w, lambda: -(x @ w)), "cond"),
     "weight norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes through"),
     "low rank sum": (lambda w, x: x @ (w + w[:, :1] @ w[:1]), "goes through"),
+    "in a loop": (
+        lambda w, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ jnp.take(jnp.stack([w, w, w]), i, axis=0)), x),
+        "known only when",
+    ),
+    "of repeated rows": (lambda w, x: x[:, :2] @ (2 * w[jnp.array([0, 0])]), "goes through mul"),
     "two uses": (lambda w, x: x @ w + jnp.sum(w**2), "as well"),
     "as data": (lambda w, x: x @ w @ w.T @ w + jnp.sin(w[:1] * x[:, :1]), "as well"),
     "repeated": (lambda w, x: x @ jnp.concatenate([w, w], 1), "repeated"),
@@ -266,6 +309,29 @@ def test_what_is_not_covered_is_named(name: str) -> None:
     assert found.uncovered == ("['w']",)
     if name not in ("output", "carry"):
         assert found.passed, str(found)
+
+
+def test_indices_of_an_outer_function_are_not_known() -> None:
+    def kinds(places: jax.Array) -> tuple[str, ...]:
+        trace = trace_model(lambda w, x: x @ w[places], normal(4, 2), normal(5, 4))
+        return tuple(use.kind for use in trace.uses) + tuple(blocked.why for blocked in trace.blocked)
+
+    found = []
+    jax.jit(lambda places: found.append(kinds(places)))(jnp.asarray(PERMUTATION))
+    assert kinds(jnp.asarray(PERMUTATION)) == ("linear",)
+    assert "known only when the program runs" in found[0][0]
+
+
+def test_a_weight_at_known_places_has_the_blocks_of_the_moved_weight() -> None:
+    batch, w = (normal(6, 4), jnp.arange(6) % 3), normal(4, 3)
+
+    def block(model_fn: Callable[[Any, Any], jax.Array], w: jax.Array) -> jax.Array:
+        loss = ggn_jax.CrossEntropyLoss()
+        return ggn_jax.KFACLinearOperator(model_fn, loss, w, batch, fisher_type="type-2").mv(jnp.cos(w))
+
+    moved = block(lambda w, x: jnp.tanh(x @ w), w[PERMUTATION])
+    got = block(lambda w, x: jnp.tanh(x @ w[PERMUTATION]), w)
+    np.testing.assert_allclose(got[PERMUTATION], moved, rtol=1e-13)
 
 
 def test_stopped_gradients_are_unused() -> None:

@@ -272,3 +272,22 @@ MOVES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[Index
 def concatenate(maps: list[IndexMap], axis: int) -> IndexMap:
     """The maps put together along an axis."""
     return IndexMap.explicit(np.concatenate([entries.numbers() for entries in maps], axis))
+
+
+def gather(entries: IndexMap, lead: int, params: dict[str, Any], places: Array) -> IndexMap | None:
+    """The entries that `jax.lax.gather` reads at these places, `lead` loop axes in front; None where it reads others.
+
+    Also None if the places are not known, as those of an outer `jax.jit` are not.
+    """
+    shape = entries.shape[lead:]
+    names = ("dimension_numbers", "slice_sizes", "mode")
+    options = {name: params[name] for name in names}
+    try:
+        numbers = jnp.arange(math.prod(shape)).reshape(shape)
+        read = np.asarray(jax.lax.gather(numbers, places, fill_value=-1, **options))
+    except jax.errors.TracerArrayConversionError:
+        return None
+    if (read < 0).any():
+        return None
+    flat = entries.numbers().reshape(*entries.shape[:lead], -1)
+    return IndexMap.explicit(np.take(flat, read, axis=-1))

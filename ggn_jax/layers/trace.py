@@ -2,20 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate
+from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     CUSTOM_JVP,
     INLINED,
     REMAT,
     SCAN,
+    bind,
     inner_jaxpr,
     is_literal,
     module_of,
@@ -26,6 +28,7 @@ from ggn_jax.layers.jaxprs import (
 from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
 
 ADDITIONS = frozenset({"add", "add_any"})
+GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 
@@ -35,6 +38,7 @@ class Entries:
     """A value that is parameters moved about; loop axes first."""
 
     entries: IndexMap
+    rows: frozenset[tuple[int, ...]] = frozenset()  # the paths of the gathers it went through
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Derived:
 
     leaves: frozenset[int]
     how: str
+    rows: frozenset[tuple[int, ...]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,18 @@ class Data:
     entries: IndexMap | None = None
 
 
-Value = Entries | Derived | Data | None  # None: a constant
+@dataclass(eq=False)
+class Known:
+    """A constant that can be computed while tracing, which is done where something depends on its value."""
+
+    compute: Callable[[], Any]
+
+    @cached_property
+    def value(self) -> Any:
+        return self.compute()
+
+
+Value = Entries | Derived | Data | Known | None  # None: a constant that changes in a loop
 
 
 @dataclass(frozen=True)
@@ -107,12 +123,19 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
             f"model_fn must return an array [N, *out]; for a batch of one it returned shape {outputs.shape}."
         )
     leaves = jax.tree_util.tree_leaves_with_path(like)
-    analysis = _Analysis([leaf.shape for _, leaf in leaves])
     jaxpr, consts = open_jaxpr(closed)
-    labels: list[Value] = [Entries(entries) for entries in analysis.maps]
-    labels += [Data()] * len(jax.tree.leaves(one))
+    embeddings: frozenset[tuple[int, ...]] = frozenset()
     with jax.ensure_compile_time_eval():
-        results = analysis.run(jaxpr, [None] * len(consts), labels, (), ())
+        while True:
+            analysis = _Analysis([leaf.shape for _, leaf in leaves], embeddings)
+            labels: list[Value] = [Entries(entries) for entries in analysis.maps]
+            labels += [Data()] * len(jax.tree.leaves(one))
+            results = analysis.run(jaxpr, _known(consts), labels, (), ())
+            # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
+            more = analysis.rows - analysis.weights
+            if not more:
+                break
+            embeddings |= more
     for label in results:
         if isinstance(label, Entries | Derived):
             analysis.block([label], "it is an output of the model without having met data", "", "")
@@ -130,14 +153,20 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
 
 
 class _Analysis:
-    """One walk over a jaxpr with labels in place of values."""
+    """One walk over a jaxpr with labels in place of values.
 
-    def __init__(self, shapes: list[tuple[int, ...]]):
+    `embeddings` are the paths of gathers at known places that count as embeddings.
+    """
+
+    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]]):
         self.sizes = [math.prod(shape) for shape in shapes]
         self.maps = [IndexMap.contiguous(shape, sum(self.sizes[:i])) for i, shape in enumerate(shapes)]
         self.uses: list[Use] = []
         self.small: list[SmallUse] = []
         self.blocked: list[Blocked] = []
+        self.embeddings = embeddings
+        self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
+        self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
 
     def leaves_of(self, label: Value) -> frozenset[int]:
         """The numbers of the parameters that a value holds."""
@@ -163,7 +192,7 @@ class _Analysis:
 
         def read(atom: Any) -> Value:
             if is_literal(atom):
-                return None
+                return _known([atom.val])[0]
             label = env[atom]
             # What is read twice has two gradients: a bias added to one of the copies sees only its own.
             return Data() if isinstance(label, Data) and reads[atom] > 1 else label
@@ -176,10 +205,12 @@ class _Analysis:
     def step(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """The labels of an equation's results."""
         name, count, lead = eqn.primitive.name, len(eqn.outvars), len(loops)
-        if name in WITHOUT_DERIVATIVE:
-            return [Data() if isinstance(label, Data) else None for label in labels]
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
+        if not has_params and not has_data:
+            return _constants(eqn, labels)
+        if name in WITHOUT_DERIVATIVE:
+            return [Data() if isinstance(label, Data) else None for label in labels]
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
         if name in CUSTOM_JVP and has_data:
             # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
@@ -190,21 +221,19 @@ class _Analysis:
             return self.call(eqn, path, labels, loops)
         if has_params and name in SCAN:
             return self.scan(eqn, path, labels, loops)
-        if not has_params and not has_data:
-            return [None] * count
         if len(labels) == 1 and name in MOVES and _is_floating(eqn.outvars[0]):
             return self.move(name, eqn, labels[0], lead)
         if has_data and not has_params:
             return [Data()] * count
-        # Rows at constant places, such as all positions of a position embedding, are an embedding as well.
-        if not has_data and name != "gather":
-            return [self.derive(eqn, labels, loops)] * count
+        if not has_data and path not in self.embeddings:
+            result = self.gather(eqn, path, labels, loops) if name in GATHERS else self.derive(eqn, labels, loops)
+            return [result] * count
         return self.meet(eqn, path, labels, loops)
 
     def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A call of another jaxpr, which is walked in place."""
         jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
-        return self.run(jaxpr, [None] * len(consts), labels, path, loops)
+        return self.run(jaxpr, _known(consts), labels, path, loops)
 
     def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
         if isinstance(label, Derived):
@@ -215,10 +244,27 @@ class _Analysis:
         moved = MOVES[name](entries, lead, eqn.params)
         maps = moved if isinstance(moved, list) else [moved]
         if isinstance(label, Entries):
-            return [Entries(m) for m in maps]
+            return [replace(label, entries=m) for m in maps]
         # A table for every output entry would be large, and a part of an output is none of the forms a bias has.
         whole = len(maps) == 1 and maps[0].table is None and maps[0].size == entries.size
         return [replace(label, entries=maps[0])] if whole else [Data()] * len(maps)  # type: ignore[type-var]
+
+    def gather(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> Value:
+        """Parameters read at places that do not depend on data, such as a permutation, or all positions."""
+        label, places = labels
+        if not isinstance(label, Entries):
+            return self.derive(eqn, labels, loops)
+        rows = label.rows
+        try:
+            if LAYERS["gather"](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
+                rows |= {path}
+                self.rows.add(path)
+        except NotALayerError:
+            pass
+        entries = gather(label.entries, len(loops), eqn.params, places.value) if isinstance(places, Known) else None
+        if entries is not None:
+            return Entries(entries, rows)
+        return Derived(self.leaves_of(label), f"{eqn.primitive.name} at indices known only when the program runs", rows)
 
     def derive(self, eqn: Any, labels: list[Value], loops: tuple[int, ...]) -> Value:
         """Parameters combined with each other or with constants."""
@@ -226,26 +272,32 @@ class _Analysis:
             return None
         maps = [label.entries for label in labels if isinstance(label, Entries)]
         name, lead = eqn.primitive.name, len(loops)
+        # Multiplied with a weight, they are what meets it.
+        params = [label for label in labels if isinstance(label, Entries | Derived)]
+        rows = frozenset().union(*(label.rows for label in params if name not in LAYERS))
         if name == "concatenate" and len(maps) == len(labels):
-            return Entries(concatenate(maps, eqn.params["dimension"] + lead))
+            return Entries(concatenate(maps, eqn.params["dimension"] + lead), rows)
         if name == "stack" and len(maps) == len(labels):
             axis = eqn.params["axis"] + lead
-            return Entries(concatenate([m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps], axis))
+            return Entries(concatenate([m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps], axis), rows)
         leaves: frozenset[int] = frozenset().union(*map(self.leaves_of, labels))
         first = next((label.how for label in labels if isinstance(label, Derived)), None)
-        return Derived(leaves, first or f"{eqn.primitive.name} ({source_of(eqn)})")
+        return Derived(leaves, first or f"{name} ({source_of(eqn)})", rows)
 
     def meet(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A parameter meets data: a layer, a scale or shift, or something without a Kronecker form."""
         name, where = eqn.primitive.name, (source_of(eqn), module_of(eqn))
         params = [i for i, label in enumerate(labels) if isinstance(label, Entries | Derived)]
         label = labels[params[0]]
+        if name in LAYERS and isinstance(label, Derived):
+            self.weights |= label.rows
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
             try:
                 parts = LAYERS[name](eqn, params[0], label.entries, loops)
             except NotALayerError as error:
                 self.block([label], str(error), *where)
                 return [Data()] * len(eqn.outvars)
+            self.weights |= label.rows
             rest = {"bias": None, "patches": None, "fills": False, "loops": loops, "path": path, **parts}
             shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
             self.uses.append(Use(**rest, output_shape=shape, output_dtype=dtype, source=where[0], module=where[1]))
@@ -280,20 +332,22 @@ class _Analysis:
         jaxpr, consts = open_jaxpr(params["jaxpr"])
         lead, where = len(loops), (source_of(eqn), module_of(eqn))
 
-        def enter(label: Value, sliced: bool) -> Value:
+        def enter(label: Value, changes: bool, sliced: bool) -> Value:
             if isinstance(label, Entries):
                 if sliced:  # the axis after the loops is the one that is looped over
                     return label
                 shape = (*loops, length, *label.entries.shape[lead:])
                 axes = (*range(lead), *range(lead + 1, len(shape)))
-                return Entries(label.entries.broadcast_in_dim(shape, axes))
+                return replace(label, entries=label.entries.broadcast_in_dim(shape, axes))
+            if isinstance(label, Known) and changes:
+                return None
             return Data() if isinstance(label, Data) else label
 
-        inner = [enter(label, i >= num_consts + num_carry) for i, label in enumerate(labels)]
+        inner = [enter(label, i >= num_consts, i >= num_consts + num_carry) for i, label in enumerate(labels)]
         carried = slice(num_consts, num_consts + num_carry)
         saved = len(self.uses), len(self.small), len(self.blocked)
         while True:
-            results = self.run(jaxpr, [None] * len(consts), list(inner), path, (*loops, length))
+            results = self.run(jaxpr, _known(consts), list(inner), path, (*loops, length))
             joined = [_join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
             if joined == inner[carried]:
                 break
@@ -311,11 +365,25 @@ class _Analysis:
                 if carry:  # passed through as it came
                     return before
                 return Derived(self.leaves_of(label), f"the results of a loop ({where[0]})")
-            return Data() if isinstance(label, Data) else label
+            return Data() if isinstance(label, Data) else None if isinstance(label, Known) else label
 
         outer = labels[carried] + [None] * (len(results) - num_carry)
         final = [*joined, *results[num_carry:]]
         return [leave(label, i < num_carry, outer[i]) for i, label in enumerate(final)]
+
+
+def _known(values: Sequence[Any]) -> list[Value]:
+    """The labels of values that are there."""
+    return [Known(lambda value=value: value) for value in values]  # type: ignore[misc]
+
+
+def _constants(eqn: Any, labels: list[Value]) -> list[Value]:
+    """The labels of an equation of constants."""
+    known = [label for label in labels if isinstance(label, Known)]
+    if len(known) < len(labels):
+        return [None] * len(eqn.outvars)
+    results = Known(lambda: bind(eqn, [label.value for label in known]))
+    return [Known(lambda i=i: results.value[i]) for i in range(len(eqn.outvars))]  # type: ignore[misc]
 
 
 def _join(a: Value, b: Value) -> Value:
@@ -324,6 +392,8 @@ def _join(a: Value, b: Value) -> Value:
         return a
     if isinstance(a, Data) or isinstance(b, Data):
         return Data()
+    if not isinstance(a, Entries | Derived) and not isinstance(b, Entries | Derived):
+        return None
     leaves: frozenset[int] = frozenset()
     for label in (a, b):
         if isinstance(label, Derived):
