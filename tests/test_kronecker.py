@@ -16,6 +16,7 @@ import torch
 from jax.flatten_util import ravel_pytree
 
 import ggn_jax
+from ggn_jax.kronecker import inverse
 from ggn_jax.kronecker.algebra import Kronecker
 
 KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
@@ -280,6 +281,14 @@ def test_heuristic_damping_is_its_formula() -> None:
         np.testing.assert_allclose(inverse.block(name), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 11])
+def test_inverse_by_halves(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inverse, "LEAST", 2)
+    root = normal(size, size)
+    matrix = root @ root.T + jnp.eye(size)
+    np.testing.assert_allclose(inverse.inverse_by_cholesky(matrix), np.linalg.inv(matrix), atol=1e-13)
+
+
 def test_block_layout() -> None:
     """Row-major `[out, in]`, the joint bias last."""
     operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
@@ -291,6 +300,10 @@ def test_block_layout() -> None:
         np.testing.assert_allclose(operator.block(path), expected, atol=1e-15)
     with pytest.raises(KeyError, match="no parameter"):
         operator.block("3/w")
+    quoted = {"it's": normal(3, 2)}
+    assert (
+        KFAC(lambda p, x: x @ p["it's"], CE, quoted, (INPUTS, LABELS), fisher_type="forward-only").block("it's").any()
+    )
 
 
 def tied(p: Any, x: jax.Array) -> jax.Array:
@@ -361,21 +374,31 @@ def test_embeddings_count_rows_and_may_be_tied_to_the_head() -> None:
         KFAC(embedding, loss, params, (tokens, targets), fisher_type="empirical", tied="concatenate")
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_masked_positions_are_as_if_they_were_not_there(sharing: Any) -> None:
-    def model_fn(p: Any, x: Any) -> jax.Array:
-        h = jnp.tanh(x["x"] @ p["w"] + p["b"][None, None])
-        return h @ p["v"]
+def dropout_net(p: Any, inputs: Any) -> jax.Array:
+    h = jnp.tanh(inputs["x"] @ p["1"]["w"])
+    return jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(inputs["key"]), h, 0) @ p["2"]["w"]
 
-    params = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 2)}
-    x, y = normal(3, 5, 3), jnp.arange(15).reshape(3, 5) % 2
-    mask = jnp.arange(5)[None] < jnp.array([3, 3, 3])[:, None]
-    loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=-1)
-    padded = {"x": jnp.where(mask[..., None], x, 9.0)}, jnp.where(mask, y, -1)
-    options = {"fisher_type": "type-2", "positions": "exact", "sharing": sharing}
-    masked = KFAC(model_fn, loss, params, padded, mask=mask, **options)
-    short = KFAC(model_fn, loss, params, ({"x": x[:, :3]}, y[:, :3]), **options)
-    np.testing.assert_allclose(masked.as_matrix(), short.as_matrix(), atol=1e-15)
+
+def test_keys_in_the_inputs() -> None:
+    """A key for each example: the same for all data at once, in chunks, and in batches."""
+    params = {name: {"w": layer["w"]} for name, layer in PARAMS.items()}
+    batch = {"x": INPUTS, "key": jax.random.split(jax.random.key(1), 7)}, LABELS
+    exact = ggn(dropout_net, CE, params, batch)
+    hidden = dropout_net({**params, "2": {"w": jnp.eye(4)}}, batch[0])
+    p = jax.nn.softmax(dropout_net(params, batch[0]))
+    big_b = np.diag(p.mean(0)) - p.T @ p / 7
+    kfac = KFAC(dropout_net, CE, params, batch, fisher_type="type-2")
+    np.testing.assert_allclose(kfac.block("2/w"), np.kron(big_b, hidden.T @ hidden / 7), atol=1e-14)
+    halves = [jax.tree.map(lambda x: x[:4], batch), jax.tree.map(lambda x: x[4:], batch)]
+    for cls in (KFAC, EKFAC):
+        whole = cls(dropout_net, CE, params, batch, fisher_type="type-2", chunk_size=3)
+        batches = cls.from_batches(dropout_net, CE, params, halves, fisher_type="type-2")
+        np.testing.assert_allclose(batches.as_matrix(), whole.as_matrix(), atol=1e-14)
+    np.testing.assert_allclose(whole.trace(), jnp.trace(exact), rtol=1e-13)
+    nearest = KFOC(dropout_net, CE, params, batch, fisher_type="type-2").block("2/w")
+    order = 12 + np.arange(8).reshape(4, 2).T.reshape(-1)
+    block = exact[np.ix_(order, order)]
+    assert np.linalg.norm(nearest - block) <= np.linalg.norm(kfac.block("2/w") - block)
 
 
 def scale_and_shift(p: Any, x: jax.Array) -> jax.Array:
@@ -485,6 +508,10 @@ def test_empty_parameters() -> None:
     assert ggn_jax.report(model_fn, params, INPUTS).passed
     operator = KFAC(model_fn, CE, params, (INPUTS, LABELS), fisher_type="type-2")
     assert operator.inverse(0.1).mv(params)["empty"].shape == (0, 2)
+    nothing = KFAC(lambda p, x: x, ggn_jax.MSELoss(), {"n": params["empty"]}, (INPUTS, INPUTS), fisher_type="type-2")
+    assert float(nothing.trace()) == 0
+    with pytest.raises(KeyError, match="none with entries"):
+        nothing.block("n")
     assert operator.block("w").shape == (6, 6)
 
 
@@ -548,91 +575,6 @@ def test_nearest_of_random_sums() -> None:
         np.testing.assert_allclose(
             np.outer(near.b[0], near.a[0]), s[0] * np.outer(u[:, 0], vt[0]), rtol=1e-8, atol=1e-8
         )
-
-
-def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
-    ends = np.cumsum(sizes)
-    return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "loss",
-    [
-        CE,
-        ggn_jax.CrossEntropyLoss(reduction="sum"),
-        ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
-        ggn_jax.CrossEntropyLoss(ignore_index=1),
-    ],
-    ids=["mean", "sum", "weights", "ignored"],
-)
-@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
-def test_batches_are_one_batch(cls: Any, loss: Any, fisher_type: str) -> None:
-    """Of any sizes, and one where all that it holds is ignored; with the same draws."""
-    options: dict[str, Any] = {"fisher_type": fisher_type, "bias": "separate"}
-    if fisher_type == "mc":
-        options |= {"key": jax.random.key(1), "mc_samples": 2}
-    whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
-    for batches in as_batches(1, 1, 3, 2), as_batches(7):
-        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
-        assert jax.tree.structure(operator) == jax.tree.structure(whole)
-        np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
-
-
-@BOTH
-def test_batches_of_masked_sequences_with_leftovers(cls: Any) -> None:
-    """Scales have their own blocks; a chunk size does not matter, nor does a progress bar."""
-    params = {"s": normal(3), "w": normal(3, 2)}
-    inputs, mask = normal(6, 4, 3), jnp.arange(4)[None] < jnp.array([1, 4, 2, 3, 4, 1])[:, None]
-    targets = jnp.where(mask, jnp.arange(24).reshape(6, 4) % 2, -100)
-
-    def model_fn(p: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(x * p["s"][None, None]) @ p["w"]
-
-    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
-    options = {"fisher_type": "type-2", "key": jax.random.key(0)}
-    whole = cls(model_fn, loss, params, (inputs, targets), mask=mask, **options)
-    batches = [(inputs[:4], targets[:4], mask[:4]), (inputs[4:], targets[4:], mask[4:])]
-    operator = cls.from_batches(model_fn, loss, params, batches, progress=True, chunk_size=3, **options)
-    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
-
-
-def test_nothing_counts_in_any_batch() -> None:
-    loss = ggn_jax.CrossEntropyLoss(ignore_index=0, reduction="mean")
-    batches = [(INPUTS[:1], LABELS[:1]), (INPUTS[2:3], LABELS[2:3])]
-    assert float(KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="type-2").trace()) == 0
-
-
-def test_errors_of_batches() -> None:
-    def make(batches: Any, cls: Any = KFAC, **options: Any) -> Any:
-        return cls.from_batches(tanh_net, CE, PARAMS, batches, **{"fisher_type": "type-2", **options})
-
-    with pytest.raises(ValueError, match="at least one batch"):
-        make([])
-    with pytest.raises(TypeError, match="iterable"):
-        make(3)
-    with pytest.raises(TypeError, match="batch 1 must be"):
-        make([(INPUTS, LABELS), INPUTS])
-    with pytest.raises(TypeError, match="twice"):
-        make(iter(as_batches(3, 4)), EKFAC)
-    with pytest.raises(NotImplementedError, match="KFOC"):
-        make(as_batches(3, 4), KFOC)
-    with pytest.raises(TypeError, match=r"unknown options.*mask"):
-        make(as_batches(3, 4), mask=None)
-    with pytest.raises(ValueError, match="sharing must be"):
-        make(as_batches(3, 4), sharing="both")
-    with pytest.raises(NotImplementedError, match="forward-only"):
-        make(as_batches(3, 4), EKFAC, fisher_type="forward-only")
-
-    class Shrinking:
-        def __init__(self) -> None:
-            self.sizes = [(3, 4), (3,)]
-
-        def __iter__(self) -> Any:
-            return iter(as_batches(*self.sizes.pop(0)))
-
-    with pytest.raises(ValueError, match="7 data in the first pass and 3"):
-        make(Shrinking(), EKFAC)
 
 
 def test_large_blocks_of_scales_are_diagonal() -> None:

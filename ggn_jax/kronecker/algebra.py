@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax.kronecker.inverse import inverse_by_cholesky
+
 Factor = Float[Array, "G d *d"]
 
 
@@ -277,7 +279,7 @@ def invert_heuristically(blocks: Sequence[Block], damping: Array, batch: Batch =
             root = jnp.sqrt(damping).astype(pi.dtype)
             damped.append((_shift(a, pi * root), _shift(b, root / pi)))
     dense_ones = [factor for pair in damped for factor in pair if not is_diagonal(factor)]
-    found = iter(batch(lambda x: (_inverse_by_cholesky(x),), dense_ones))
+    found = iter(batch(lambda x: (inverse_by_cholesky(x),), dense_ones))
     pairs = iter([tuple(1 / f if is_diagonal(f) else next(found)[0] for f in pair) for pair in damped])
 
     rest = iter(decompose([block for block in blocks if not isinstance(block, Kronecker)], batch))
@@ -295,9 +297,3 @@ def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
     if is_diagonal(factor):
         return factor + by[:, None]
     return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)[None]
-
-
-def _inverse_by_cholesky(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    root = jax.lax.linalg.cholesky(x)
-    half = jax.lax.linalg.triangular_solve(root, jnp.eye(x.shape[-1], dtype=x.dtype), left_side=True, lower=True)
-    return half.T @ half

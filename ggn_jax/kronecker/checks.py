@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import Array
 
 from ggn_jax._checks import as_array, check_key, is_concrete
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.layout import Options
 from ggn_jax.kronecker.vectors import draws_signs
-from ggn_jax.layers.check import coupling, gradient_coupling, tolerance
-from ggn_jax.layers.report import EXAMPLES, coupling_message
 from ggn_jax.operators.problem import Problem
 
 
@@ -35,6 +33,7 @@ _fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def check_mask(mask: Any, problem: Problem) -> Array | None:
+    """`mask` as an array `[N, *positions]`; None where it is known to leave nothing out."""
     if mask is None:
         return None
     mask = as_array("mask", mask)
@@ -43,27 +42,17 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
         raise ValueError(
             f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape {mask.shape}."
         )
-    return mask
+    single = mask.size == size  # one position for each datum: layers that have it look like layers that have none
+    return None if single and is_concrete(mask) and np.asarray(mask).all() else mask
 
 
-@eqx.filter_jit
-def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
-    """How far examples depend on each other, and whether an output is NaN."""
-    gap = jnp.maximum(coupling(model_fn, params, inputs), gradient_coupling(model_fn, params, inputs))
-    return gap, jnp.any(jnp.isnan(model_fn(params, inputs)))
-
-
-def check_independent(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], dtype: Any) -> None:
-    """Refuse a model whose examples depend on each other, where values can be looked at."""
-    leaves = jax.tree.leaves((params, inputs, model_fn))
-    if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
-        return
-    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-        few = jax.tree.map(lambda x: x[:EXAMPLES], inputs)
-        gap, has_nan = map(float, _coupling(model_fn, params, few))
-    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
-    allowed = tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5
-    if has_nan:
-        raise ValueError("the outputs of model_fn are NaN for the first examples: look at params and inputs.")
-    if not gap <= allowed:
-        raise ValueError(coupling_message(gap))
+def check_unbatched(problem: Problem) -> None:
+    """Refuse a loss that holds something for each datum, where it is to be used for several batches."""
+    output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
+    try:
+        problem.loss.check_shapes(output, problem.targets[0], False)
+    except ValueError as error:
+        raise ValueError(
+            f"the loss must be the same for each batch, but holds something for each datum of one ({error}). Pass all"
+            " data as one batch, with chunk_size to bound the memory."
+        ) from None

@@ -11,8 +11,9 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
-from ggn_jax.kronecker.inputs import Inputs, masks
+from ggn_jax.kronecker.inputs import Inputs
 from ggn_jax.kronecker.layout import Blocks, Layout, Options
+from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
 from ggn_jax.layers import Captured, Layer, Trace, Use, capture
@@ -52,7 +53,7 @@ def factor_sums(
 
 def check_mask_fits(trace: Trace, mask: Array | None) -> None:
     """Refuse a mask that no layer has the sharing positions of."""
-    if mask is not None and not any(masks(use, mask) for use in trace.uses):
+    if mask is not None and all(arranged is None for arranged in arrange_masks(trace, mask)):
         positions = sorted({use.positions for use in trace.uses})
         raise ValueError(
             f"mask of shape {mask.shape} fits no layer: their sharing positions are {positions}, of each of"
@@ -178,7 +179,8 @@ def captured_sums(
     trace, plan, options = layout.trace, layout.plan, layout.options
     wide = compute_dtype(captured.outputs.dtype)
     uses = [[(n, trace.uses[n]) for n in layer.uses] for layer in plan.layers]
-    rows = [[Inputs(use, captured.inputs[n], mask, options, wide) for n, use in members] for members in uses]
+    masks = arrange_masks(trace, mask)
+    rows = [[Inputs(use, captured.inputs[n], masks[n], options, wide) for n, use in members] for members in uses]
     result: dict[str, Any] = {}
     if bases is None:
         result["a"] = [

@@ -12,11 +12,6 @@ from ggn_jax.kronecker.layout import Options
 from ggn_jax.layers import Use
 
 
-def masks(use: Use, mask: Array) -> bool:
-    """Whether the mask is of this layer's sharing positions."""
-    return bool(use.positions) and use.positions == tuple(n for n in mask.shape[1:] if n > 1)
-
-
 class Inputs:
     """A use's inputs, as sharing, mask and dtype want them."""
 
@@ -24,9 +19,7 @@ class Inputs:
         x = use.arrange_inputs(captured)  # [G, N, S, in], or row numbers [G, N, S]
         self.use, self.captured, self.options = use, captured, options
         size, positions = x.shape[1], x.shape[2]
-        self.mask = None
-        if mask is not None and masks(use, mask):
-            self.mask = mask.reshape(size, positions).astype(wide)
+        self.mask = None if mask is None else mask.astype(wide)  # [N, S]
         self.embedding = use.kind == "embedding"
         if self.embedding:
             rows = use.weight.shape[2]

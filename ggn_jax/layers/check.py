@@ -1,15 +1,68 @@
 """Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import compute_dtype
+from ggn_jax._checks import compute_dtype, is_concrete
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
+
+EXAMPLES = 4  # that the checks are made on
+
+
+def check_independent(
+    model_fn: Any,
+    params: PyTree[Array],
+    inputs: PyTree[Array],
+    dtype: Any,
+    *,
+    examples: int = EXAMPLES,
+    allow_nan: bool = False,
+) -> None:
+    """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'."""
+    if not jax.tree.leaves(inputs):
+        raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
+    leaves = jax.tree.leaves((params, inputs, model_fn))
+    if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
+        return
+
+    def measure() -> tuple[Array, Array]:
+        return _coupling(model_fn, params, jax.tree.map(lambda x: x[:examples], inputs))
+
+    result = measure()
+    if not is_concrete(result[0]):
+        with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+            result = measure()
+    gap, is_nan = map(float, result)
+    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
+    if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
+        raise ValueError(coupling_message(gap))
+    if is_nan and not allow_nan:
+        raise ValueError(
+            "the outputs of model_fn are NaN for the first examples, or their gradients: look at params and inputs."
+        )
+
+
+@eqx.filter_jit
+def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+    """How far examples depend on each other, as far as it is told, and whether something is NaN."""
+    gaps = jnp.stack([coupling(model_fn, params, inputs), gradient_coupling(model_fn, params, inputs)])
+    return jnp.nanmax(gaps), jnp.any(jnp.isnan(gaps))
+
+
+def coupling_message(gap: float) -> str:
+    """What to do about examples that depend on each other."""
+    return (
+        f"the outputs of a batch differ from those of its examples one by one (relative distance {gap:.1e}):"
+        " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
+        " of them. Switch both to evaluation, or pass a key per example in the inputs."
+    )
 
 
 def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:

@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax.layers.check import coupling, gradient_gaps, tolerance
+from ggn_jax.layers.check import EXAMPLES, coupling, coupling_message, gradient_gaps, tolerance
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import Plan, make_plan
+from ggn_jax.layers.table import dimensions, table
 from ggn_jax.layers.trace import Trace, trace_model
-
-EXAMPLES = 4  # that the checks are made on
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,13 @@ class Report:
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "G x out x in", "positions", "uses", "curvature", "gap")
-        table = [head]
+        cells = []
         for row in self.rows:
-            shape = " x ".join(map(str, row.shape)) or "()"
             gap = "" if row.gap is None else f"{row.gap:.0e}"
             positions = ", ".join(map(str, row.positions))
-            table.append((row.parameter, shape, row.kind, row.layer, positions, str(row.uses), row.curvature, gap))
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+            own = row.parameter, dimensions(row.shape), row.kind, row.layer, positions
+            cells.append((*own, str(row.uses), row.curvature, gap))
+        lines = table(head, cells)
         lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
         if self.coupled is not None and self.coupled > self.tolerance:
             lines.append(f"Self-check FAILED: {coupling_message(self.coupled)}")
@@ -143,15 +138,6 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     return Report(rows, tolerance(*dtypes), coupled)
 
 
-def coupling_message(gap: float) -> str:
-    """What to do about examples that depend on each other."""
-    return (
-        f"the outputs of a batch differ from those of its examples one by one (relative distance {gap:.1e}):"
-        " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
-        " of them. Switch both to evaluation, or pass a key per example in the inputs."
-    )
-
-
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
     """Refuse what is not a model, floating parameters, and a batch."""
     if not callable(model_fn):
@@ -194,7 +180,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
         is_weight = _touches(trace, layer.weight.entries, leaf)
         kinds += [trace.uses[n].kind if is_weight else "bias" for n in layer.uses]
         positions += [trace.uses[n].num_positions for n in layer.uses]
-        sizes += [" x ".join(map(str, trace.uses[n].weight.shape)) for n in layer.uses]
+        sizes += [dimensions(trace.uses[n].weight.shape) for n in layer.uses]
         uses += len(layer.uses)
     kind, size = "+".join(dict.fromkeys(kinds)), ", ".join(dict.fromkeys(sizes))
     return Row(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)

@@ -79,15 +79,19 @@ def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def check_damping(damping: Any) -> Array:
-    """`damping` as an array: one number of at least 0."""
-    damping = as_array("damping", damping)
-    check_real("damping", damping)
-    if damping.ndim:
-        raise ValueError(f"damping must be a number; got an array of shape {damping.shape}.")
-    if is_concrete(damping) and not np.asarray(damping) >= 0:
-        raise ValueError(f"damping must not be negative; got {damping}.")
-    return damping if jnp.issubdtype(damping.dtype, jnp.floating) else damping.astype(float)
+def check_number(name: str, value: Any) -> Array:
+    """`value` as a floating array: one number of at least 0."""
+    if isinstance(value, np.generic | np.ndarray) and not np.ndim(value):
+        value = value.item()  # narrowed where Python's numbers are
+    number = as_array(name, value)
+    check_real(name, number)
+    if number.dtype == bool:
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    if number.ndim:
+        raise ValueError(f"{name} must be a number; got an array of shape {number.shape}.")
+    if is_concrete(number) and not np.asarray(number) >= 0:
+        raise ValueError(f"{name} must not be negative, nor NaN; got {number}.")
+    return number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(float)
 
 
 def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
@@ -155,7 +159,7 @@ class DampedLinearOperator(SymmetricLinearOperator):
         if not isinstance(operator, lx.AbstractLinearOperator) or not lx.is_symmetric(operator):
             raise ValueError(f"operator must be a symmetric lineax operator; got {type(operator).__name__}.")
         self.operator = operator
-        self.damping = check_damping(damping)
+        self.damping = check_number("damping", damping)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()

@@ -14,10 +14,18 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_count, check_sampling
 from ggn_jax._supported import check_exact
-from ggn_jax.kronecker.checks import check_independent
 from ggn_jax.kronecker.diagonal import compute_diagonal
+from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import DampedLinearOperator, SymmetricLinearOperator, check_vector, register, structure_of
+from ggn_jax.operators.base import (
+    DampedLinearOperator,
+    SymmetricLinearOperator,
+    check_number,
+    check_vector,
+    register,
+    structure_of,
+)
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -99,8 +107,11 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
         The scale cancels in conjugate gradients, but not in lineax's check for a breakdown: see `GGNLinearOperator`.
         Entries that are 0 give infinity: damp first.
+
+        **Raises:** ValueError for a scale that is not a number, or negative.
         """
-        inverse = lx.DiagonalLinearOperator(jax.tree.map(lambda d: scale / d, self.entries))
+        number = check_number("scale", scale)
+        inverse = lx.DiagonalLinearOperator(jax.tree.map(lambda d: number.astype(d.dtype) / d, self.entries))
         return lx.TaggedLinearOperator(inverse, lx.positive_semidefinite_tag)
 
 
@@ -135,17 +146,10 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
                 vector = terms.product("sqrt_mv", unit)
             return jax.tree.map(jnp.square, vjp(vector.astype(outputs.dtype))[0])
 
-        def add(total: PyTree, indices: Array) -> tuple[PyTree, None]:
-            squares = jax.vmap(squared)(indices)
-            return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, squares), None
+        def squares(indices: Array) -> PyTree[Array]:
+            return jax.tree.map(lambda s: jnp.sum(s, axis=0), jax.vmap(squared)(indices))
 
-        total = jax.tree.map(jnp.zeros_like, problem.params)
-        block = min(vector_chunk_size, num)
-        whole = num - num % block
-        total, _ = jax.lax.scan(add, total, jnp.arange(whole).reshape(-1, block))
-        if whole < num:
-            total, _ = add(total, jnp.arange(whole, num))
-        return total
+        return sum_in_parts(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
         squares = jax.vmap(partial(datum, terms_at))(*data)

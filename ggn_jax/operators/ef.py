@@ -49,6 +49,7 @@ class EFLinearOperator(CurvatureLinearOperator):
         if per not in ("term", "datum"):
             raise ValueError(f"per must be 'term' or 'datum'; got {per!r}.")
         self.problem, self.per = pose(model_fn, loss, params, batch, chunk_size), per
+        self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return structure_of(self.problem.params)

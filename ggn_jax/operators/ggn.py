@@ -45,10 +45,11 @@ class GGNLinearOperator(CurvatureLinearOperator):
     **Arguments:**
 
     - `model_fn`: `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat data independently
-      (no batch normalisation in training mode).
+      (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
     - `loss`: a `Loss`.
     - `params`: a pytree of floating arrays.
-    - `batch`: `(inputs, targets)`; inputs may be a pytree; every leading axis is the batch's.
+    - `batch`: `(inputs, targets)`; inputs may be a pytree, of arrays and of PRNG keys (one for each example, for
+      dropout); every leading axis is the batch's.
     - `mc_samples`: 0 for the exact matrix.
     - `key`: a PRNG key, with `mc_samples`.
     - `chunk_size`: how many data are worked on at once; `None` for all.
@@ -87,6 +88,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
         self.problem = pose(model_fn, loss, params, batch, chunk_size)
         if not mc_samples:
             check_exact(loss)
+        self.problem.check_chunks()
         self.key, self.mc_samples = key, mc_samples
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:

@@ -39,6 +39,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
         chunk_size: int | None = None,
     ):
         self.problem = pose(model_fn, loss, params, batch, chunk_size)
+        self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return structure_of(self.problem.params)

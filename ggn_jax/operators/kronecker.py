@@ -1,151 +1,26 @@
 """Kronecker-factored approximations of the generalized Gauss-Newton matrix."""
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import is_concrete
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
-from ggn_jax.kronecker.checks import check_draws, check_independent, check_mask
+from ggn_jax.kronecker.checks import check_draws, check_mask, check_unbatched
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
-from ggn_jax.kronecker.layout import (
-    Bias,
-    Blocks,
-    OnUncovered,
-    Options,
-    Sharing,
-    Small,
-    Tied,
-    multiply,
-    shape_of,
-    structure,
-    write,
-)
+from ggn_jax.kronecker.layout import Bias, Blocks, OnUncovered, Options, Sharing, Small, Tied, structure
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.vectors import Positions
+from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, register, structure_of
+from ggn_jax.operators.base import register
+from ggn_jax.operators.batches import add_up, with_progress
+from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.problem import Problem, pose
-
-
-class BlockLinearOperator(SymmetricLinearOperator):
-    """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer."""
-
-    blocks: Blocks
-    structure: Any = eqx.field(static=True)
-
-    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes, dtypes, tree = self.structure
-        return jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in zip(shapes, dtypes, strict=True)])
-
-    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
-        check_vector(self, vector)
-        return _mv(self, vector)
-
-    def trace(self) -> Float[Array, ""]:
-        """The trace."""
-        return _sum([block.trace() for block in self.blocks.blocks])
-
-    def frobenius_norm(self) -> Float[Array, ""]:
-        """The Frobenius norm."""
-        return jnp.sqrt(_sum([block.squared_norm() for block in self.blocks.blocks]))
-
-    def diagonal(self) -> PyTree[Array]:
-        """The diagonal, as a pytree like the parameters."""
-        parts = [block.diagonal() for block in self.blocks.blocks]
-        return write(self.blocks.places, self.structure, parts)
-
-    def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
-
-        Blocks that are a sum of Kronecker terms (tied weights) count as the nearest single one.
-        """
-        damping = check_damping(damping)
-        blocks = decompose(self.blocks.blocks)
-        logs = [jnp.sum(jnp.log(block.map(lambda x: x + damping.astype(x.dtype)).values)) for block in blocks]
-        return _sum(logs)
-
-    def det(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The determinant of `self + damping * I`; `logdet` does not overflow."""
-        return jnp.exp(self.logdet(damping))
-
-    def inverse(self, damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact") -> "BlockLinearOperator":
-        r"""The inverse of `self + damping * I`, an operator of the same kind and tagged positive semi-definite.
-
-        `"exact"`: from the eigendecompositions of both factors, eigenvalues `1 / (l_A l_B + damping)`. `"heuristic"`:
-        `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1` with `pi = sqrt((tr A / d_A) / (tr B / d_B))`
-        (Martens & Grosse 2015, section 6.3), by Cholesky factorisations: cheaper, and not the inverse of the damped
-        operator. Factors of one size are factorised in one call, in at least float32. A sum of Kronecker terms (tied
-        weights) is inverted as the nearest single one.
-
-        **Raises:** ValueError for a damping that is not a number of at least 0, or an unknown method;
-        FloatingPointError, naming the parameters, where a block is singular or not finite (outside of `jit`; inside,
-        its entries are NaN or infinite).
-        """
-        damping = check_damping(damping)
-        if method not in ("exact", "heuristic"):
-            raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
-        result = _map_blocks(self, damping, "inverse" if method == "exact" else "heuristic")
-        return _checked(result, f"inverse with damping {damping}")
-
-    def solve(
-        self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
-    ) -> PyTree[Array]:
-        """`inverse(damping, method).mv(vector)`."""
-        return self.inverse(damping, method).mv(vector)
-
-    def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
-        """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`."""
-        return _checked(_map_blocks(self, check_damping(damping), "sqrt"), "square root")
-
-    def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
-        """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
-        return _checked(_map_blocks(self, check_damping(damping), "inverse_sqrt"), "inverse square root")
-
-    def block(self, path: str) -> Float[Array, "d d"]:
-        """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
-
-        A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
-        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
-        """
-        found = {
-            name: (block, shape_of(place))
-            for name, block, place in zip(self._names(), self.blocks.blocks, self.blocks.places, strict=True)
-            if path in (name, *place.names, *map(_simple, place.names))
-        }
-        if len(found) == 1:
-            return _dense(*next(iter(found.values())))
-        if found:
-            names = ", ".join(map(repr, found))
-            raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
-        known = ", ".join(name for place in self.blocks.places for name in place.names)
-        raise KeyError(f"no parameter {path!r}; there are {known}.")
-
-    def factors(self) -> dict[str, Block]:
-        """The blocks by the path of their first parameter, numbered where it has several: a pytree of arrays."""
-        return dict(zip(self._names(), self.blocks.blocks, strict=True))
-
-    def _names(self) -> list[str]:
-        """A name for each block: the path of its first parameter, and `#1`, `#2`, ... where that has several."""
-        firsts = [place.names[0] for place in self.blocks.places]
-        return [
-            f"{name}#{firsts[: i + 1].count(name)}" if firsts.count(name) > 1 else name for i, name in enumerate(firsts)
-        ]
-
-
-register(BlockLinearOperator, positive_semidefinite=True)
 
 
 class KFACLinearOperator(BlockLinearOperator):
@@ -177,6 +52,10 @@ class KFACLinearOperator(BlockLinearOperator):
     - `positions`: how type-2 treats outputs with several loss positions, such as tokens: `"signs"` back-propagates all
       of them together with independent random signs (unbiased; needs a key), `"exact"` one by one.
     - `mask`: `[N, *positions]`, true for real inputs: layers with these sharing positions leave the others out of `A`.
+      They have them where the lengths of their position axes are the mask's, in any order; axes of one length are in
+      the order in which the inputs have them, and refused where the trace does not tell it. Axes of length 1, and those
+      that weights made, such as heads, do not count. Position `i` of the mask is position `i` of the layer: a model
+      that flips or shuffles positions needs a mask that is flipped as well. All other layers take all inputs.
     - `on_uncovered`: `"error"`, or `"diagonal"` or `"full"` for the exact GGN diagonal or block of parameters that no
       layer covers.
     - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
@@ -197,6 +76,8 @@ class KFACLinearOperator(BlockLinearOperator):
     >>> kfac.block("w").shape  # (3 outputs) x (2 inputs and the bias)
     (9, 9)
     """
+
+    _method: ClassVar[Literal["kfac", "ekfac", "kfoc"]] = "kfac"
 
     def __init__(
         self,
@@ -236,9 +117,9 @@ class KFACLinearOperator(BlockLinearOperator):
         )
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
-        mask = check_mask(mask, problem)
         if mask is not None and self._method == "kfoc":
             raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+        mask = check_mask(mask, problem)
         check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
         self.blocks = _compute(problem, keys, mask, options, self._method)
         self.structure = structure(problem.params)
@@ -258,14 +139,15 @@ class KFACLinearOperator(BlockLinearOperator):
     ) -> Self:
         """The operator of all data of an iterable of batches, as if they were one batch.
 
-        `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and a mean is over
-        all their terms. What is drawn for a datum depends on its place in the whole, so that it does not matter how
-        data are cut into batches. EKFAC goes over them twice, and wants an iterable that can be: a list, or a loader,
-        but no generator. A function is compiled for each size of batch. `progress=True` shows a bar (needs tqdm);
-        `options` are those of the constructor. Must be called outside of `jit` if `batches` are not arrays there.
+        `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and in the lengths
+        of their sequences. A mean is over all their terms. What is drawn for a datum depends on its place in the whole,
+        so that it does not matter how data are cut into batches. EKFAC goes over them twice, and wants an iterable that
+        can be: a list, or a loader, but no generator. A function is compiled for each size of batch. `progress=True`
+        shows a bar (needs tqdm); `options` are those of the constructor. Must be called outside of `jit` if `batches`
+        are not arrays there.
 
-        **Raises:** as the constructor; ValueError, naming the batch, for one that does not fit the first; for an
-        iterable that is empty, or that differs between EKFAC's passes.
+        **Raises:** as the constructor, naming the batch; ValueError for a batch that does not fit the first, for a loss
+        with a weight for each datum, for an iterable that is empty, or that differs between EKFAC's passes.
 
         >>> import jax, jax.numpy as jnp, ggn_jax
         >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
@@ -278,82 +160,62 @@ class KFACLinearOperator(BlockLinearOperator):
         unknown = set(options) - {field.name for field in fields(Options)}
         if unknown:
             raise TypeError(f"from_batches got unknown options {sorted(unknown)}; masks are part of the batches.")
-        made = Options(**options)
-        operator = object.__new__(cls)
-        if operator._method == "kfoc":
+        made, twice = Options(**options), cls._method == "ekfac"
+        if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-        twice = operator._method == "ekfac"
         if twice and isinstance(batches, Iterator):
             raise TypeError(
                 f"EKFAC goes over the batches twice, but {type(batches).__name__} is an iterator that is empty after"
                 " one pass: pass a list, or a loader that starts anew."
             )
 
-        def add_up(bases: Any, description: str) -> tuple[Problem, Any, int]:
-            total, first, start = None, None, 0
-            for number, batch in enumerate(_with_progress(batches, progress, description)):
-                if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-                    raise TypeError(
-                        f"batch {number} must be (inputs, targets) or (inputs, targets, mask);"
-                        f" got {type(batch).__name__}."
-                    )
-                problem = pose(model_fn, loss, params, tuple(batch[:2]), chunk_size)
-                if first is None:
-                    first = problem
-                    operator._check(problem, made, chunk_size)
-                    check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
-                keys = check_draws(problem, made, key, start)
-                mask = check_mask(batch[2] if len(batch) == 3 else None, problem)
-                sums = _batch_sums(problem, keys, mask, made, bases)
-                if total is not None and structure_of(sums) != structure_of(total):
-                    raise ValueError(
-                        f"batch {number} has inputs {structure_of(problem.inputs)}, for which the model's layers are"
-                        f" others than for those of batch 0, {structure_of(first.inputs)}."
-                    )
-                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-                start += problem.targets.shape[0]
-            if first is None:
-                raise ValueError("batches must yield at least one batch; got none.")
-            return first, total, start
+        def sums(bases: Any, inputs: PyTree, targets: Array, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size)
+            if not start and bases is None:
+                cls._check(problem, made, chunk_size)
+                check_unbatched(problem)
+                check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+            keys = check_draws(problem, made, key, start)
+            return problem, _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
 
-        problem, total, seen = add_up(None, "factors")
+        problem, total, seen = add_up(with_progress(batches, progress, "factors"), partial(sums, None))
+        if problem is None:
+            raise ValueError(
+                f"batches must yield at least one batch; {type(batches).__name__} yielded none"
+                f"{', as an iterator does that was used before' if isinstance(batches, Iterator) else ''}."
+            )
         bases = corrections = None
         if twice:
             bases = _bases(problem, made, total)
-            _, corrections, again = add_up(bases, "corrections")
+            _, corrections, again = add_up(with_progress(batches, progress, "corrections"), partial(sums, bases))
             if again != seen:
                 raise ValueError(
                     f"batches held {seen} data in the first pass and {again} in the second: EKFAC needs the same."
                 )
-        operator.__dict__["blocks"] = _finish(problem, made, total, bases, corrections)
-        operator.__dict__["structure"] = structure(problem.params)
-        return operator
+        return cls._of(_finish(problem, made, total, bases, corrections), structure(problem.params))
 
-    def _check(self, problem: Problem, options: Options, chunk_size: int | None) -> None:
+    @classmethod
+    def _check(cls, problem: Problem, options: Options, chunk_size: int | None) -> None:
         """Refuse what this operator cannot be made of."""
-        if self._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
+        if cls._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
             raise NotImplementedError(
-                f"fisher_type 'forward-only' back-propagates nothing, but {self._method.upper()} is made of gradients:"
+                f"fisher_type 'forward-only' back-propagates nothing, but {cls._method.upper()} is made of gradients:"
                 " use KFACLinearOperator, or another fisher type."
             )
         for name in ("tied", "sharing"):
-            if self._method == "kfoc" and getattr(options, name) != getattr(Options, name):
+            if cls._method == "kfoc" and getattr(options, name) != getattr(Options, name):
                 raise NotImplementedError(
                     f"KFOC is nearest to the exact block, and has no use for {name}={getattr(options, name)!r}: leave"
                     " it out, or use KFAC."
                 )
-        if self._method == "kfoc" and chunk_size is not None:
+        if cls._method == "kfoc" and chunk_size is not None:
             raise NotImplementedError(
                 "KFOC's power iterations go over all data many times, and keep them: leave chunk_size out, or use KFAC."
             )
         if options.fisher_type is FisherType.TYPE2:
             check_exact(problem.loss)
-
-    @property
-    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
-        return "kfac"
 
 
 class EKFACLinearOperator(KFACLinearOperator):
@@ -362,6 +224,8 @@ class EKFACLinearOperator(KFACLinearOperator):
     `(Q_B (x) Q_A) diag(E) (Q_B (x) Q_A)^T` with `Q` the eigenvectors of KFAC's factors and
     `E = sum_{v,n} (Q_B^T (sum_s g a^T) Q_A)^2` from each datum's weight gradients: no other diagonal in this basis is
     nearer to the GGN's block in Frobenius norm, so it is never farther than KFAC's.
+
+    Two of them have different eigenbases and cannot be averaged with `jax.tree.map`; use `(a + b) / 2`.
 
     **Arguments:** as for `KFACLinearOperator`; `"forward-only"` has no gradients to correct with and is refused.
 
@@ -373,9 +237,7 @@ class EKFACLinearOperator(KFACLinearOperator):
     (2, 3)
     """
 
-    @property
-    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
-        return "ekfac"
+    _method = "ekfac"
 
 
 class KFOCLinearOperator(KFACLinearOperator):
@@ -396,9 +258,7 @@ class KFOCLinearOperator(KFACLinearOperator):
     (2, 3)
     """
 
-    @property
-    def _method(self) -> Literal["kfac", "ekfac", "kfoc"]:
-        return "kfoc"
+    _method = "kfoc"
 
 
 register(KFOCLinearOperator, positive_semidefinite=True)
@@ -426,68 +286,3 @@ def _finish(problem: Problem, options: Options, total: Any, bases: Any, correcti
     if corrections is not None:
         corrections = reduce_sums(problem, corrections)
     return assemble(problem, options, reduce_sums(problem, total), bases, corrections)
-
-
-def _with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError("progress=True shows its bar with tqdm: pip install tqdm, or leave it out.") from error
-    return tqdm(batches, desc=description, unit="batch")
-
-
-@jax.jit
-def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
-    return multiply(operator.blocks, operator.structure, vector)
-
-
-def _sum(parts: list[Array]) -> Array:
-    return jnp.sum(jnp.stack(parts))
-
-
-def _dtype(block: Block) -> Any:
-    return jax.tree.leaves(block)[0].dtype
-
-
-@partial(jax.jit, static_argnames="what")
-def _map_blocks(operator: BlockLinearOperator, damping: Array, what: str) -> BlockLinearOperator:
-    if what == "heuristic":
-        blocks: Any = invert_heuristically(operator.blocks.blocks, damping)
-    else:
-        fn = {"inverse": lambda x: 1 / x, "sqrt": jnp.sqrt, "inverse_sqrt": jax.lax.rsqrt}[what]
-        blocks = [b.map(lambda x: fn(x + damping.astype(x.dtype))) for b in decompose(operator.blocks.blocks)]
-    return _with_blocks(operator, blocks)
-
-
-def _with_blocks(operator: BlockLinearOperator, blocks: Any) -> BlockLinearOperator:
-    new = object.__new__(BlockLinearOperator)
-    object.__setattr__(new, "blocks", Blocks(tuple(blocks), operator.blocks.places))
-    object.__setattr__(new, "structure", operator.structure)
-    return new
-
-
-def _checked(operator: BlockLinearOperator, what: str) -> BlockLinearOperator:
-    """`operator`, unless a block is not finite where that can be looked at."""
-    leaves = jax.tree.leaves(operator.blocks.blocks)
-    if all(is_concrete(leaf) for leaf in leaves):
-        for block, place in zip(operator.blocks.blocks, operator.blocks.places, strict=True):
-            if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(block)):
-                raise FloatingPointError(
-                    f"the {what} of the block of {', '.join(place.names)} is not finite: it is singular, or holds NaN."
-                    " Use a larger damping, or look at the model's outputs."
-                )
-    return operator
-
-
-def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
-    size = math.prod(shape)
-    dtype = _dtype(block)
-    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), jnp.eye(size, dtype=dtype), batch_size=32)
-
-
-def _simple(name: str) -> str:
-    """`a/0/b` for `['a'][0].b`."""
-    parts = re.findall(r"\['(.*?)'\]|\[(.*?)\]|\.(\w+)", name)
-    return "/".join(next(filter(None, part), "") for part in parts)

@@ -7,11 +7,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._supported import check_loss
+from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
 from ggn_jax.terms import check_values, part_of, split_terms
 
@@ -59,6 +61,13 @@ class Problem(eqx.Module):
             total = jax.tree.map(jnp.add, total, fn(*jax.tree.map(lambda x: x[even:], data)))
         return total
 
+    def check_chunks(self) -> None:
+        """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
+        if self.chunk_size is not None and self.chunk_size < self.targets.shape[0]:
+            # What is ignored may be NaN; two examples tell enough, and take little memory.
+            args = self.model_fn, self.params, self.inputs, self.outputs.dtype
+            check_independent(*args, examples=2, allow_nan=True)
+
 
 class _ClosedOver(eqx.Module):
     """A model function with the traced values it closes over as leaves, for each batch size it is used with."""
@@ -66,7 +75,52 @@ class _ClosedOver(eqx.Module):
     by_size: dict[int, Frozen]
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Array:
-        return self.by_size[jax.tree.leaves(inputs)[0].shape[0]].thaw()(params, inputs)
+        leaves = jax.tree.leaves(inputs)
+        return self.by_size[leaves[0].shape[0] if leaves else max(self.by_size)].thaw()(params, inputs)
+
+
+def _check_params(params: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array; got an empty pytree.")
+    for path, leaf in leaves:
+        if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            convert = "Convert it with jnp.asarray, or close" if isinstance(leaf, np.ndarray) else "Close"
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. {convert} model_fn over"
+                " what is not a parameter."
+            )
+
+
+def as_batch(batch: Any) -> tuple[PyTree[Array], Array]:
+    """Inputs and targets as arrays with one common leading axis."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        given = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(f"batch must be a pair (inputs, targets); got {type(batch).__name__}{given}.")
+    inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
+    targets = as_array("targets", batch[1])
+    shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
+    shapes["targets"] = targets.shape
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or () in sizes:
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        keys = any(is_key(x) and not x.ndim for x in jax.tree.leaves(inputs))
+        way_out = " A key for each example is jax.random.split(key, N)." if keys else ""
+        raise ValueError(f"inputs and targets must have one common leading batch axis; got {given}.{way_out}")
+    if targets.shape[0] == 0:
+        raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
+    return inputs, targets
+
+
+def _as_input(path: Any, leaf: Any) -> Array:
+    """A leaf of the inputs: numbers, or keys, one for each example that a model draws for."""
+    return leaf if is_key(leaf) else as_array(f"inputs{jax.tree_util.keystr(path)}", leaf)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds typed PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def pose(
@@ -83,29 +137,9 @@ def pose(
         raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params must hold at least one array; got an empty pytree.")
-    for path, leaf in leaves:
-        if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. Close model_fn over"
-                " what is not a parameter."
-            )
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets); got {type(batch).__name__}.")
-    inputs = jax.tree.map(lambda x: as_array("inputs", x), batch[0])
-    targets = as_array("targets", batch[1])
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)} | {targets.shape[:1]}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            "inputs and targets must have one common leading batch axis; got shapes"
-            f" {[x.shape for x in jax.tree.leaves(inputs)]} and {targets.shape}."
-        )
-    (size,) = next(iter(sizes))
-    if size == 0:
-        raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
+    _check_params(params)
+    inputs, targets = as_batch(batch)
+    size = targets.shape[0]
 
     closed = jax.make_jaxpr(model_fn, return_shape=True)
     jaxpr, outputs = closed(params, inputs)

@@ -7,6 +7,7 @@ import jax
 
 from ggn_jax.kronecker.algebra import Diagonal, Kronecker
 from ggn_jax.kronecker.layout import Layout
+from ggn_jax.layers.table import dimensions, table
 from ggn_jax.optimizer.curvature import Curvature, describe
 
 
@@ -35,11 +36,7 @@ class CurvatureReport:
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")
-        table = [head]
-        table += [(r.parameter, " x ".join(map(str, r.shape)) or "()", r.kind, r.curvature) for r in self.rows]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = table(head, [(r.parameter, dimensions(r.shape), r.kind, r.curvature) for r in self.rows])
         lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
         lines.append(
             f"State: {self.state_size} entries, {self.state_size / max(self.params_size, 1):.1f} per parameter."

@@ -1,0 +1,41 @@
+"""The inverse of a positive definite matrix from its Cholesky factor.
+
+Triangular matrices are inverted and multiplied by halves: a third of the operations that a solve against the identity
+and a dense product take.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LEAST = 1024  # smaller matrices are not cut
+
+
+def inverse_by_cholesky(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`x^-1 = L^-T L^-1` with `x = L L^T`."""
+    return _gram(_inverse(jax.lax.linalg.cholesky(x)))
+
+
+def _inverse(root: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Of a lower triangular matrix: `[[a, 0], [b, c]]^-1 = [[a^-1, 0], [-c^-1 b a^-1, c^-1]]`."""
+    size, half = root.shape[0], root.shape[0] // 2
+    if size <= LEAST:
+        eye = jnp.eye(size, dtype=root.dtype)
+        return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+    a, c = _inverse(root[:half, :half]), _inverse(root[half:, half:])
+    b = -_product(c, _product(root[half:, :half], a))
+    return jnp.block([[a, jnp.zeros_like(b.T)], [b, c]])
+
+
+def _gram(root: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`L^T L` of a lower triangular `L = [[a, 0], [b, c]]`."""
+    size, half = root.shape[0], root.shape[0] // 2
+    if size <= LEAST:
+        return _product(root.T, root)
+    a, b, c = root[:half, :half], root[half:, :half], root[half:, half:]
+    corner = _product(c.T, b)
+    return jnp.block([[_gram(a) + _product(b.T, b), corner.T], [corner, _gram(c)]])
+
+
+def _product(x: Float[Array, "l m"], y: Float[Array, "m n"]) -> Float[Array, "l n"]:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)  # accelerators may take fewer bits by default

@@ -1,0 +1,75 @@
+"""A mask of the inputs' positions, as each layer has these positions."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from ggn_jax.layers import Trace
+from ggn_jax.layers.axes import Label, origins
+
+
+class _UntoldError(Exception):
+    """The trace does not tell which of the mask's axes a layer's are; says what would help."""
+
+
+def arrange_masks(trace: Trace, mask: Array | None) -> list[Bool[Array, "N S"] | None]:
+    """For each use, the mask in the order of its positions; None where it has other positions.
+
+    Axes are matched by size, in any order. Those of one size are in the order in which the inputs have them. Axes of
+    length 1 do not count (but where the mask has no others), and neither do those that weights made, such as heads.
+    """
+    if mask is None:
+        return [None] * len(trace.uses)
+    result = []
+    for use, axes in zip(trace.uses, origins(trace), strict=True):
+        try:
+            result.append(_arranged(mask, axes, _match(mask.shape, axes)))
+        except _UntoldError as error:
+            owners = use.weight.entries.owners([math.prod(shape) for shape in trace.shapes])
+            names = ", ".join(f"params{trace.names[leaf]}" for leaf in owners)
+            raise ValueError(
+                f"mask of shape {mask.shape}: its axes cannot be told apart in the layer of {names} ({use.source}), as"
+                f" {error}"
+            ) from None
+    return result
+
+
+Match = tuple[int | None, ...]  # for each of a layer's position axes, the mask's axis that it is
+
+
+def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, Label]]) -> Match | None:
+    """Which axes are the mask's; None for a layer with other positions."""
+    several = any(size > 1 for size in shape[1:])
+    wanted = [axis for axis in range(1, len(shape)) if shape[axis] > 1 or not several]
+    own = [i for i, (size, label) in enumerate(axes) if label != 0 and (size > 1 or not several)]
+    if not several and all(axes[i][0] == 1 for i in own) and any(axes[i][1] is None for i in own):
+        raise _UntoldError(
+            "one position for each datum may as well be none. Pad to two positions, or leave out the data that the"
+            " mask leaves out."
+        )
+    if sorted(axes[i][0] for i in own) != sorted(shape[axis] for axis in wanted):
+        return None
+    result: list[int | None] = [None] * len(axes)
+    for size in {shape[axis] for axis in wanted}:
+        mine, theirs = [i for i in own if axes[i][0] == size], [axis for axis in wanted if shape[axis] == size]
+        labels = [axes[i][1] for i in mine]
+        if len(mine) > 1 and (None in labels or len(set(labels)) < len(labels)):
+            raise _UntoldError(
+                f"several have length {size}. Pad one of them, in inputs and mask, by a position that the mask leaves"
+                " out, so that the lengths differ."
+            )
+        for i, axis in zip(sorted(mine, key=lambda i: axes[i][1] or 0), theirs, strict=True):
+            result[i] = axis
+    return tuple(result)
+
+
+def _arranged(mask: Array, axes: Sequence[tuple[int, Label]], match: Match | None) -> Bool[Array, "N S"] | None:
+    if match is None:
+        return None
+    size, kept = mask.shape[0], [axis for axis in match if axis is not None]
+    rest = [axis for axis in range(1, mask.ndim) if axis not in kept]  # of length 1
+    lengths = [1 if axis is None else mask.shape[axis] for axis in match]
+    moved = mask.transpose(0, *kept, *rest).reshape(size, *lengths)
+    return jnp.broadcast_to(moved, (size, *(length for length, _ in axes))).reshape(size, -1)

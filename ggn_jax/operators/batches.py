@@ -1,0 +1,84 @@
+"""Sums over an iterable of batches, each checked against the first."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax.operators.base import structure_of
+from ggn_jax.operators.problem import Problem, as_batch
+
+Sums = Callable[[PyTree[Array], Array, Any, int], tuple[Problem, PyTree[Array]]]
+"""Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
+
+
+def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:
+    """The first batch's problem, the sums of all, and the number of data.
+
+    Errors name the batch.
+    """
+    first: Problem | None = None
+    total, count = None, 0
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            given = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
+            raise TypeError(
+                f"batch {number} must be (inputs, targets) or (inputs, targets, mask); got {given}. One is [batch]."
+            )
+        inputs, mask = None, batch[2] if len(batch) == 3 else None
+        try:
+            inputs, targets = as_batch(tuple(batch[:2]))
+            if first is not None:
+                _check_like(inputs, first.inputs)
+            problem, more = sums(inputs, targets, mask, count)
+            if first is not None and structure_of(more) != structure_of(total):
+                raise ValueError("the model's layers are others than for batch 0.")
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if type(error) not in (TypeError, ValueError, NotImplementedError):
+                raise  # made of other things than a message
+            raise type(error)(f"batch {number}: {error}{_sizes(inputs, first)}") from error
+        first = first or problem
+        total = more if total is None else jax.tree.map(jnp.add, total, more)
+        count += targets.shape[0]
+    return first, total, count
+
+
+def _check_like(inputs: PyTree[Array], first: PyTree[Array]) -> None:
+    """Refuse inputs of another structure, rank or dtype than the first batch's; their sizes may differ."""
+    if jax.tree.structure(inputs) != jax.tree.structure(first):  # type: ignore[operator]  # untyped in jaxlib
+        raise ValueError(
+            f"inputs must be like batch 0's, {jax.tree.structure(first)}; got {jax.tree.structure(inputs)}."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(inputs), jax.tree.leaves(first), strict=True)
+    for (path, leaf), like in pairs:
+        if leaf.ndim != like.ndim or leaf.dtype != like.dtype:
+            raise ValueError(
+                f"inputs{jax.tree_util.keystr(path)} must be like batch 0's, {like.dtype} of shape"
+                f" [N{''.join(f', {size}' for size in like.shape[1:])}]; got {leaf.dtype} of shape {leaf.shape}."
+            )
+
+
+def _sizes(inputs: PyTree[Array] | None, first: Problem | None) -> str:
+    """What to look at, where sizes differ from the first batch's."""
+    if inputs is None or first is None:
+        return ""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(inputs), jax.tree.leaves(first.inputs), strict=False)
+    differ = [
+        f"inputs{jax.tree_util.keystr(path)} {leaf.shape}, for batch 0 {like.shape}"
+        for (path, leaf), like in pairs
+        if leaf.shape[1:] != like.shape[1:]
+    ]
+    return f" Its sizes are others: {'; '.join(differ)}." if differ else ""
+
+
+def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:
+    """`batches`, with a bar where one is wanted."""
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("progress=True shows its bar with tqdm: pip install tqdm, or leave it out.") from error
+    return tqdm(batches, desc=description, unit="batch")

@@ -1,0 +1,167 @@
+"""KFAC and EKFAC of an iterable of batches are those of all data as one batch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ggn_jax
+
+KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
+BOTH = pytest.mark.parametrize("cls", [KFAC, EKFAC])
+CE = ggn_jax.CrossEntropyLoss()
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+
+
+def tanh_net(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p["1"]["w"] + p["1"]["b"][None]) @ p["2"]["w"] + p["2"]["b"][None]
+
+
+PARAMS = {"1": {"w": normal(3, 4), "b": normal(4)}, "2": {"w": normal(4, 2), "b": normal(2)}}
+INPUTS, LABELS = normal(7, 3), jnp.arange(7) % 2
+
+
+def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
+    ends = np.cumsum(sizes)
+    return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CE,
+        ggn_jax.CrossEntropyLoss(reduction="sum"),
+        ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
+        ggn_jax.CrossEntropyLoss(ignore_index=1),
+    ],
+    ids=["mean", "sum", "weights", "ignored"],
+)
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+def test_batches_are_one_batch(cls: Any, loss: Any, fisher_type: str) -> None:
+    """Of any sizes, and one where all that it holds is ignored; with the same draws."""
+    options: dict[str, Any] = {"fisher_type": fisher_type, "bias": "separate"}
+    if fisher_type == "mc":
+        options |= {"key": jax.random.key(1), "mc_samples": 2}
+    whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
+    for batches in as_batches(1, 1, 3, 2), as_batches(7):
+        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
+        assert jax.tree.structure(operator) == jax.tree.structure(whole)
+        np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+@BOTH
+def test_batches_of_masked_sequences_with_leftovers(cls: Any) -> None:
+    """Scales have their own blocks; a chunk size does not matter, nor does a progress bar."""
+    params = {"s": normal(3), "w": normal(3, 2)}
+    inputs, mask = normal(6, 4, 3), jnp.arange(4)[None] < jnp.array([1, 4, 2, 3, 4, 1])[:, None]
+    targets = jnp.where(mask, jnp.arange(24).reshape(6, 4) % 2, -100)
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x * p["s"][None, None]) @ p["w"]
+
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
+    options = {"fisher_type": "type-2", "key": jax.random.key(0)}
+    whole = cls(model_fn, loss, params, (inputs, targets), mask=mask, **options)
+    batches = [(inputs[:4], targets[:4], mask[:4]), (inputs[4:], targets[4:], mask[4:])]
+    operator = cls.from_batches(model_fn, loss, params, batches, progress=True, chunk_size=3, **options)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+def test_nothing_counts_in_any_batch() -> None:
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=0, reduction="mean")
+    batches = [(INPUTS[:1], LABELS[:1]), (INPUTS[2:3], LABELS[2:3])]
+    assert float(KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="type-2").trace()) == 0
+
+
+def test_errors_of_batches() -> None:
+    def make(batches: Any, cls: Any = KFAC, **options: Any) -> Any:
+        return cls.from_batches(tanh_net, CE, PARAMS, batches, **{"fisher_type": "type-2", **options})
+
+    with pytest.raises(ValueError, match="at least one batch"):
+        make([])
+    with pytest.raises(TypeError, match="iterable"):
+        make(3)
+    with pytest.raises(TypeError, match="batch 1 must be"):
+        make([(INPUTS, LABELS), INPUTS])
+    with pytest.raises(TypeError, match="twice"):
+        make(iter(as_batches(3, 4)), EKFAC)
+    with pytest.raises(NotImplementedError, match="KFOC"):
+        make(as_batches(3, 4), KFOC)
+    with pytest.raises(TypeError, match=r"unknown options.*mask"):
+        make(as_batches(3, 4), mask=None)
+    with pytest.raises(ValueError, match="sharing must be"):
+        make(as_batches(3, 4), sharing="both")
+    with pytest.raises(NotImplementedError, match="forward-only"):
+        make(as_batches(3, 4), EKFAC, fisher_type="forward-only")
+
+    class Shrinking:
+        def __init__(self) -> None:
+            self.sizes = [(3, 4), (3,)]
+
+        def __iter__(self) -> Any:
+            return iter(as_batches(*self.sizes.pop(0)))
+
+    with pytest.raises(ValueError, match="7 data in the first pass and 3"):
+        make(Shrinking(), EKFAC)
+
+
+def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
+    def make(second: Any, model_fn: Any = tanh_net) -> Any:
+        batches = [(INPUTS[:3], LABELS[:3]), second]
+        return KFAC.from_batches(model_fn, CE, PARAMS, batches, fisher_type="forward-only")
+
+    x, y = INPUTS[3:], LABELS[3:]
+    with pytest.raises(ValueError, match="batch 1: targets must be class indices from 0 to 1"):
+        make((x, y + 5))
+    with pytest.raises(TypeError, match=r"batch 1: inputs\['a'\] must be a JAX or NumPy array; got str"):
+        make(({"a": "text"}, y))
+    with pytest.raises(ValueError, match=r"batch 1: inputs must be like batch 0's, PyTreeDef\(\*\)"):
+        make(({"a": x}, y))
+    with pytest.raises(ValueError, match=r"batch 1: inputs must be like .*float64 of shape \[N, 3\]; got float32 of"):
+        make((x.astype("float32"), y))
+    with pytest.raises(ValueError, match=r"batch 1: inputs must be like .*; got float64 of shape \(4, 1, 3\)"):
+        make((x[:, None], y))
+    with pytest.raises(TypeError, match=r"(?s)batch 1: .*sizes are others: inputs \(4, 2\), for batch 0 \(3, 3\)"):
+        make((x[:, :2], y))
+    with pytest.raises(ValueError, match=r"batch 1: mask of shape \(4, 5\) fits no layer"):
+        make((x, y, jnp.ones((4, 5), bool)))
+    with pytest.raises(TypeError, match=r"batch 1 must be .*; got tuple of length 4"):
+        make((x, y, y, y))
+    with pytest.raises(ValueError, match=r"batch 1: the model's layers are others than .*: inputs \(4, 2\), for"):
+        make((x[:, :2], y), lambda p, x: x @ p["1"]["w"][: x.shape[1], :2])
+
+    class OwnError(ValueError):
+        def __init__(self, number: int, text: str):
+            super().__init__(number, text)
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        if x.shape[0] == 4:
+            raise OwnError(1, "model")
+        return tanh_net(p, x)
+
+    with pytest.raises(OwnError):
+        make((x, y), model_fn)
+
+
+def test_an_iterator_that_was_used_is_empty() -> None:
+    used = iter(as_batches(3, 4))
+    list(used)
+    with pytest.raises(ValueError, match="yielded none, as an iterator does that was used before"):
+        KFAC.from_batches(tanh_net, CE, PARAMS, used, fisher_type="type-2")
+
+
+def test_a_weight_for_each_datum_is_refused() -> None:
+    """It would be used again for each batch; one for each output is not."""
+    batches = [(INPUTS[:3], jnp.ones((3, 2))), (INPUTS[3:6], jnp.ones((3, 2)))]
+    for weight in (jnp.ones((3, 2)), jnp.ones((3, 1))):
+        loss = ggn_jax.BCEWithLogitsLoss(weight)
+        with pytest.raises(ValueError, match=r"weight of shape .* chunk_size to bound the memory"):
+            KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="forward-only")
+    loss = ggn_jax.BCEWithLogitsLoss(pos_weight=jnp.ones((1, 2)))
+    KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="forward-only")

@@ -1,0 +1,434 @@
+"""Curvature operators in use: lineax's solvers and algebra, `jit` and `vmap`, matfree."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from matfree import decomp, eig, funm, stochtrace
+from problems import (
+    CE,
+    DAMPING,
+    FACTORIES,
+    MLP_PARAMS,
+    MSE_ARGS,
+    OPERATORS,
+    PROBLEMS,
+    N,
+    X,
+    assert_close,
+    dense_solve,
+    flat,
+    integers,
+    mlp,
+    normal,
+)
+
+import ggn_jax
+from ggn_jax import (
+    DampedLinearOperator,
+    EFLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+)
+
+# As lineax operators. ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        lx.CG(rtol=1e-10, atol=1e-10),
+        lx.GMRES(rtol=1e-10, atol=1e-10, restart=40),
+        lx.LSMR(rtol=1e-10, atol=1e-10),
+        lx.Cholesky(),
+        lx.LU(),
+        lx.AutoLinearSolver(well_posed=True),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
+def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
+    operator = cls(*CE.args).damped(DAMPING)
+    solution = lx.linear_solve(operator, CE.vector, solver).value
+    assert jax.tree.structure(solution) == jax.tree.structure(CE.params)
+    want = dense_solve(CE.ggn() if cls is GGNLinearOperator else CE.ef("term"), CE.vector)
+    assert_close(flat(solution), want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [lx.GMRES(rtol=1e-10, atol=1e-10, restart=40), lx.LSMR(rtol=1e-10, atol=1e-10), lx.LU()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_solve_with_hessian(solver: lx.AbstractLinearSolver) -> None:
+    solution = lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, solver).value
+    assert_close(flat(solution), dense_solve(CE.hessian(), CE.vector), 1e-6)
+
+
+def test_cg_refuses_the_hessian() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, lx.CG(rtol=1e-6, atol=1e-6))
+
+
+def test_preconditioned_cg() -> None:
+    """Badly scaled inputs: the diagonal saves steps, and both give the solution."""
+    x = normal("many", 60, 12) * jnp.logspace(-1.0, 1.0, 12)[None]
+    params, v = normal("linear", 12), normal("right-hand side", 12)
+    args = (lambda params, x: x @ params), ggn_jax.MSELoss(), params, (x, normal("y", 60))
+    ggn, damping = GGNLinearOperator(*args).damped(1e-3), 1e-3
+    want = dense_solve(2 / 60 * np.asarray(x).T @ np.asarray(x), v, damping)
+    solver = lx.CG(rtol=1e-9, atol=1e-9, max_steps=500)
+    plain = lx.linear_solve(ggn, v, solver)
+    options = {"preconditioner": GGNDiagonalLinearOperator(*args).damped(damping).inverse()}
+    preconditioned = lx.linear_solve(ggn, v, solver, options=options)
+    assert_close(plain.value, want, 1e-5)
+    assert_close(preconditioned.value, want, 1e-5)
+    assert preconditioned.stats["num_steps"] < plain.stats["num_steps"]
+
+
+def test_diagonal_operator() -> None:
+    diagonal = GGNDiagonalLinearOperator(*CE.args)
+    want = np.diagonal(CE.ggn())
+    assert_close(diagonal.as_matrix(), np.diag(want))
+    assert_close(flat(diagonal.mv(CE.vector)), want * flat(CE.vector))
+    assert_close(lx.diagonal(diagonal), want)
+    damped = diagonal.damped(DAMPING)
+    assert isinstance(damped, GGNDiagonalLinearOperator)
+    assert_close(lx.diagonal(damped), want + DAMPING)
+    with pytest.raises(ValueError, match="scale must not be negative"):
+        damped.inverse(-1.0)
+    inverse = damped.inverse()
+    assert lx.is_positive_semidefinite(inverse)
+    assert lx.is_diagonal(inverse)
+    assert_close(flat(inverse.mv(CE.vector)), flat(CE.vector) / (want + DAMPING))
+    solution = lx.linear_solve(damped, CE.vector, lx.AutoLinearSolver(well_posed=True)).value
+    assert_close(flat(solution), flat(CE.vector) / (want + DAMPING))
+
+
+def test_algebra() -> None:
+    ggn, ef, v = GGNLinearOperator(*CE.args), EFLinearOperator(*CE.args), CE.vector
+    a, b = CE.ggn(), CE.ef("term")
+    for operator, want in (
+        (ggn.T, a),
+        (ggn + ef, a + b),
+        (ggn - ef, a - b),
+        (2.0 * ggn, 2 * a),
+        (ggn / 2.0, a / 2),
+        (-ggn, -a),
+        (ggn @ ef, a @ b),
+        ((ggn @ ef).T, b @ a),
+        (ggn.damped(DAMPING), a + DAMPING * np.eye(len(a))),
+        (ggn.damped(DAMPING).T, a + DAMPING * np.eye(len(a))),
+        (ggn.damped(DAMPING) @ ggn, a @ a + DAMPING * a),
+    ):
+        assert_close(operator.as_matrix(), want)
+        assert_close(flat(operator.mv(v)), want @ flat(v))
+    assert ggn.T is ggn
+    assert ggn.in_size() == ggn.out_size() == len(a)
+    assert ggn.in_structure() == ggn.out_structure() == jax.eval_shape(lambda: CE.params)
+
+
+def test_tags() -> None:
+    ggn, ef, hessian = GGNLinearOperator(*CE.args), EFLinearOperator(*CE.args), HessianLinearOperator(*CE.args)
+    diagonal = GGNDiagonalLinearOperator(*CE.args)
+    for operator in (ggn, ef, diagonal):
+        assert lx.is_positive_semidefinite(operator)
+        assert lx.is_positive_semidefinite(operator.damped(DAMPING))
+        assert lx.is_positive_semidefinite(lx.linearise(operator.damped(DAMPING)))
+        assert lx.is_positive_semidefinite(lx.materialise(operator.damped(DAMPING)))
+    assert lx.is_positive_semidefinite(ggn + ef)
+    assert not lx.is_positive_semidefinite(hessian)
+    assert not lx.is_positive_semidefinite(hessian.damped(DAMPING))
+    assert not lx.is_positive_semidefinite(lx.materialise(hessian))
+    for operator in (ggn, ef, hessian, diagonal, hessian.damped(DAMPING)):
+        assert lx.is_symmetric(operator)
+        assert lx.is_symmetric(lx.materialise(operator))
+        assert not lx.is_negative_semidefinite(operator)
+        assert not lx.has_unit_diagonal(operator)
+        assert lx.is_diagonal(operator) == (operator is diagonal)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk_size"),
+    [("ggn", None), ("ef", 3), ("diagonal", None)],
+)
+def test_other_forms_of_the_same_operator(name: str, chunk_size: int | None) -> None:
+    """Linearised, materialised, through `jit`: the same matrix; also with damping."""
+    problem = PROBLEMS[2]
+    operator = FACTORIES[name](*problem.args, chunk_size=chunk_size)
+    matrix, v = np.asarray(operator.as_matrix()), flat(problem.vector)
+    assert_close(lx.linearise(operator).as_matrix(), matrix)
+    assert_close(flat(lx.conj(operator).mv(problem.vector)), matrix @ v)
+    damped, want = operator.damped(DAMPING), matrix + DAMPING * np.eye(len(matrix))
+    assert_close(lx.diagonal(damped), np.diagonal(want))
+    assert_close(flat(lx.linearise(damped).mv(problem.vector)), want @ v)
+    assert_close(lx.materialise(damped).as_matrix(), want)
+    assert_close(flat(jax.jit(lambda operator, v: lx.linearise(operator).mv(v))(damped, problem.vector)), want @ v)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_matrix_of_linearised_damped_operator(chunk_size: int | None) -> None:
+    linearised = lx.linearise(GGNLinearOperator(*CE.args, chunk_size=chunk_size).damped(DAMPING))
+    assert_close(linearised.as_matrix(), CE.ggn() + DAMPING * np.eye(len(CE.ggn())))
+
+
+def test_as_an_argument_of_jit() -> None:
+    @jax.jit
+    def product(operator: lx.AbstractLinearOperator, v: Any) -> Any:
+        return operator.mv(v)
+
+    for cls in (GGNLinearOperator, EFLinearOperator, GGNDiagonalLinearOperator):
+        operator = cls(*CE.args)
+        for form in (operator, operator.damped(DAMPING)):
+            assert_close(flat(product(form, CE.vector)), flat(form.mv(CE.vector)))
+
+
+def test_linearised_operator_solves() -> None:
+    operator = lx.linearise(GGNLinearOperator(*CE.args).damped(DAMPING))
+    solution = lx.linear_solve(operator, CE.vector, lx.CG(rtol=1e-10, atol=1e-10)).value
+    assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-6)
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), np.ones(1), jnp.zeros((2, 2))], ids=str)
+def test_damping_must_be_a_number(damping: Any) -> None:
+    for operator in (GGNLinearOperator(*CE.args), GGNDiagonalLinearOperator(*CE.args), HessianLinearOperator(*CE.args)):
+        with pytest.raises(ValueError, match="damping must"):
+            operator.damped(damping)
+
+
+@pytest.mark.parametrize("damping", [True, np.True_, "1", None], ids=repr)
+def test_damping_of_other_types(damping: Any) -> None:
+    with pytest.raises(TypeError, match="damping must be"):
+        GGNLinearOperator(*CE.args).damped(damping)
+
+
+@pytest.mark.parametrize("damping", [np.float64(0.5), np.array(0.5)], ids=repr)
+def test_numpys_numbers_are_narrowed_as_pythons_are(damping: Any) -> None:
+    with jax.enable_x64(False):
+        ones = lx.MatrixLinearOperator(jnp.ones((2, 2)), lx.positive_semidefinite_tag)
+        assert DampedLinearOperator(ones, damping).damping.dtype == "float32"
+
+
+@pytest.mark.parametrize("damping", [0, 1, 0.5, np.float32(0.5), np.array(0.5), jnp.asarray(2)], ids=repr)
+def test_numbers_for_damping(damping: Any) -> None:
+    matrix = CE.ggn() + float(damping) * np.eye(len(CE.ggn()))
+    damped = GGNLinearOperator(*CE.args).damped(damping)
+    assert isinstance(damped, DampedLinearOperator)
+    assert_close(flat(damped.mv(CE.vector)), matrix @ flat(CE.vector))
+    assert_close(flat(GGNDiagonalLinearOperator(*CE.args).damped(damping).entries), np.diagonal(matrix))
+
+
+def test_constructed_under_jit_with_traced_targets() -> None:
+    @jax.jit
+    def solve(params: Any, x: jax.Array, targets: jax.Array, damping: jax.Array, v: Any) -> Any:
+        ggn = GGNLinearOperator(CE.model_fn, CE.loss, params, (x, targets))
+        diagonal = GGNDiagonalLinearOperator(CE.model_fn, CE.loss, params, (x, targets))
+        options = {"preconditioner": diagonal.damped(damping).inverse()}
+        return lx.linear_solve(ggn.damped(damping), v, lx.CG(rtol=1e-10, atol=1e-10), options=options).value
+
+    solution = solve(CE.params, CE.inputs, CE.targets, DAMPING, CE.vector)
+    assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-6)
+
+
+def test_constructed_under_jit_with_constant_targets() -> None:
+    """Targets from outside of the `jit`, JAX's or NumPy's, are constants in it."""
+    want = CE.ggn() @ flat(CE.vector)
+    for targets in (np.asarray(CE.targets), jnp.asarray(CE.targets)):
+        batch = CE.inputs, targets
+        product = jax.jit(lambda params, batch=batch: GGNLinearOperator(mlp, CE.loss, params, batch).mv(CE.vector))
+        assert_close(flat(product(CE.params)), want)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(
+    "solver", [lx.CG(rtol=1e-10, atol=1e-10), lx.Cholesky()], ids=lambda solver: type(solver).__name__
+)
+@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
+def test_model_closes_over_traced_values(cls: Any, solver: Any, chunk_size: int | None) -> None:
+    """Parameters that are not differentiated, batch statistics and the like, made in the same `jit`."""
+
+    @jax.jit
+    def solve(scale: jax.Array, v: Any) -> Any:
+        scale = jnp.exp(scale)
+        model_fn = lambda params, x: mlp(params, x) * scale[None]  # noqa: E731
+        operator = cls(model_fn, CE.loss, CE.params, (CE.inputs, CE.targets), chunk_size=chunk_size)
+        return lx.linear_solve(operator.damped(DAMPING), v, solver).value
+
+    scale = jnp.array([0.1, -0.2, 0.3])
+    model_fn = lambda params, x: mlp(params, x) * jnp.exp(scale)[None]  # noqa: E731
+    matrix = cls(model_fn, CE.loss, CE.params, (CE.inputs, CE.targets)).as_matrix()
+    assert_close(flat(solve(scale, CE.vector)), dense_solve(np.asarray(matrix), CE.vector), 1e-6)
+
+
+def test_closed_over_values_may_differ_by_batch_element_of_a_vmap() -> None:
+    def product(scale: jax.Array) -> Any:
+        model_fn = lambda params, x: mlp(params, x) * scale  # noqa: E731
+        return GGNLinearOperator(model_fn, ggn_jax.MSELoss(), MLP_PARAMS, MSE_ARGS[3]).mv(CE.vector)["w2"]
+
+    scales = jnp.array([0.5, 1.0, 2.0])
+    got = jax.vmap(product)(scales)
+    for scale, value in zip(scales, got, strict=True):
+        assert_close(value, product(scale))
+
+
+def test_vmap_over_damping() -> None:
+    ggn = GGNLinearOperator(*CE.args)
+
+    def solve(damping: jax.Array) -> Any:
+        return lx.linear_solve(ggn.damped(damping), CE.vector, lx.CG(rtol=1e-10, atol=1e-10)).value
+
+    dampings = jnp.array([0.1, 1.0, 10.0])
+    solutions = jax.vmap(solve)(dampings)
+    for i, damping in enumerate(dampings):
+        got = jax.tree.map(lambda x, i=i: x[i], solutions)
+        assert_close(flat(got), dense_solve(CE.ggn(), CE.vector, float(damping)), 1e-6)
+
+
+def test_gradient_through_a_solve() -> None:
+    """In the damping: `d/dx (G + x)^-1 v = -(G + x)^-2 v`."""
+    ggn = GGNLinearOperator(*CE.args)
+
+    def value(damping: jax.Array) -> jax.Array:
+        step = lx.linear_solve(ggn.damped(damping), CE.vector, lx.CG(rtol=1e-12, atol=1e-12)).value
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, step, CE.vector)))
+
+    once = dense_solve(CE.ggn(), CE.vector)
+    assert_close(jax.grad(value)(DAMPING), -once @ once, 1e-6)
+
+
+def test_solve_with_mixed_dtypes() -> None:
+    params = {**MLP_PARAMS, "w2": MLP_PARAMS["w2"].astype("float32")}
+    vector = jax.tree.map(lambda v, p: v.astype(p.dtype), CE.vector, params)
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        return mlp({**params, "w2": params["w2"].astype("float64")}, x)
+
+    operator = GGNLinearOperator(model_fn, CE.loss, params, (X, CE.targets)).damped(DAMPING)
+    with jax.numpy_dtype_promotion("standard"):  # of lineax
+        solution = lx.linear_solve(operator, vector, lx.LU()).value
+    assert jax.tree.map(lambda x: x.dtype, solution) == jax.tree.map(lambda x: x.dtype, params)
+    assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-3)
+
+
+def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
+    """lineax takes curvature below 100 eps P for a breakdown; a scaled preconditioner avoids it, as documented."""
+    size = 20_000
+    args = (
+        lambda params, x: x * params["w"][None],
+        ggn_jax.MSELoss(reduction="sum"),
+        {"w": jnp.zeros(size, jnp.float32)},
+        (jnp.full((1, size), 0.1, jnp.float32), jnp.ones((1, size), jnp.float32)),
+    )
+    b = {"w": jnp.linspace(1, 2, size, dtype=jnp.float32)}
+    ggn = lx.linearise(GGNLinearOperator(*args)).damped(0.01)
+    diagonal = GGNDiagonalLinearOperator(*args).damped(0.01)
+    with jax.numpy_dtype_promotion("standard"):
+        solver = lx.CG(rtol=1e-5, atol=1e-5)
+        plain = lx.linear_solve(ggn, b, solver, throw=False).value["w"]
+        options = {"preconditioner": diagonal.inverse(scale=1e3)}
+        scaled = lx.linear_solve(ggn, b, solver, options=options).value["w"]
+    assert jnp.isnan(plain).any()
+    np.testing.assert_allclose(scaled, b["w"] / 0.03, rtol=1e-4)
+
+
+# Tracing. ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "chunk_size"), [*((name, 2) for name in FACTORIES), ("ggn", None), ("ef", None)])
+def test_nothing_is_traced_anew(name: str, chunk_size: int | None) -> None:
+    """A training loop makes a new operator each step, with values of the same shapes."""
+    traces = 0
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return mlp(params, x)
+
+    def step(i: int) -> Any:
+        params = jax.tree.map(lambda p: p * (1 + 0.1 * i), MLP_PARAMS)
+        loss = ggn_jax.CrossEntropyLoss(np.ones(3) + i, ignore_index=0)
+        operator = FACTORIES[name](model_fn, loss, params, (X + i, integers(str(i), 3, N)), chunk_size=chunk_size)
+        return operator.mv(params), operator.damped(0.1 * i).mv(params)
+
+    first = step(0)
+    before = traces
+    assert before > 0
+    second = step(1)
+    assert traces == before
+    assert not np.allclose(flat(first), flat(second))
+
+
+def test_operators_are_pytrees_of_arrays() -> None:
+    for cls in OPERATORS:
+        leaves = jax.tree.leaves(cls(*CE.args).damped(DAMPING))
+        assert leaves
+        assert all(eqx.is_array(leaf) for leaf in leaves)
+
+
+@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator], ids=lambda cls: cls.__name__)
+def test_bad_targets_that_nobody_saw_give_nan(cls: Any) -> None:
+    """Under `jit` values cannot be looked at: the result says so."""
+    args = CE.model_fn, CE.loss, CE.params
+    product = jax.jit(lambda targets: cls(*args, (CE.inputs, targets)).mv(CE.vector))
+    assert np.isfinite(flat(product(CE.targets))).all()
+    assert np.isnan(flat(product(CE.targets + 7))).all()
+
+
+# matfree. ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def usual_promotion() -> Any:
+    """matfree does not keep to the strict promotion of our tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_matfree_trace_and_diagonal() -> None:
+    ggn = GGNLinearOperator(*CE.args)
+
+    sampler = stochtrace.sampler_signs(CE.params, num=4000)
+    estimate = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace_and_diagonal(), sampler)
+    mean, sem = jax.jit(lambda key: estimate(ggn.mv, key))(jax.random.key(0))
+
+    assert abs(mean["trace"] - np.trace(CE.ggn())) < 6 * sem["trace"]
+    assert sem["trace"] < 0.02 * np.trace(CE.ggn())
+    assert jax.tree.structure(mean["diagonal"]) == jax.tree.structure(CE.params)
+    error = np.abs(flat(mean["diagonal"]) - np.diagonal(CE.ggn()))
+    np.testing.assert_array_less(error, 6 * flat(sem["diagonal"]) + 1e-12)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_matfree_lanczos_eigenvalues() -> None:
+    hessian = HessianLinearOperator(*CE.args)
+    theta, unravel = ravel_pytree(CE.params)
+
+    def mv(v: jax.Array) -> jax.Array:
+        return ravel_pytree(hessian.mv(unravel(v)))[0]
+
+    v0 = jax.random.normal(jax.random.key(0), theta.shape, theta.dtype)
+    values, _ = eig.eigh_partial(decomp.tridiag_sym(theta.size, reortho="full"))(mv, v0)
+    want = np.linalg.eigvalsh(CE.hessian())
+    assert_close(values[jnp.array([0, -1])], want[[0, -1]], 1e-8)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_matfree_log_determinant() -> None:
+    """Stochastic Lanczos quadrature of `log det (G + damping I)`, as in a Laplace approximation's evidence."""
+    ggn = GGNLinearOperator(*CE.args).damped(DAMPING)
+
+    integrand = funm.monte_carlo_funm_sym_logdet(decomp.tridiag_sym(15))
+    sampler = stochtrace.sampler_signs(CE.params, num=1000)
+    estimate = stochtrace.estimator_monte_carlo_mean_and_sem(integrand, sampler)
+    mean, sem = jax.jit(lambda key: estimate(ggn.mv, key))(jax.random.key(0))
+
+    want = np.linalg.slogdet(CE.ggn() + DAMPING * np.eye(len(CE.ggn())))[1]
+    assert abs(mean - want) < 6 * sem
+    assert sem < 0.03 * abs(want)
