@@ -1,77 +1,128 @@
 """One pass over a batch: the loss, its gradient, and the factors; and where a model's blocks are."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.checks import check_draws, check_independent, check_mask
+from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout, Place, structure
 from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers import capture, trace_model
+from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose
-from ggn_jax.optimizer.curvature import Curvature, Factors, Settings, bases_of, initial
+from ggn_jax.optimizer.checks import as_arrays, check_auto, check_static, fitted
+from ggn_jax.optimizer.curvature import (
+    Curvature,
+    Factors,
+    bases_of,
+    find_curvature,
+    initial,
+    zero_blocks,
+    zero_factors,
+)
+from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
+from ggn_jax.optimizer.settings import Settings
+
+
+class Known(NamedTuple):
+    """What follows from the shapes of parameters and of example inputs."""
+
+    places: tuple[Place, ...]
+    """Where the blocks' entries are among the parameters."""
+    curvature: Curvature
+    factors: Factors
+    """As `jax.ShapeDtypeStruct`s."""
 
 
 class Core:
-    """A model and its loss, as an optimizer needs them; holds no arrays but those it was given."""
+    """A model and its loss, as an optimizer needs them; holds no arrays but the example inputs."""
 
     def __init__(
-        self, model_fn: Callable[[PyTree, PyTree], Array], loss: Loss, example_inputs: PyTree, settings: Settings
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        example_inputs: PyTree,
+        settings: Settings,
+        full_params: PyTree | None,
     ):
+        check_static("model_fn", model_fn)
+        check_static("loss", loss)
         check_loss(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
         if not callable(model_fn):
             raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(example_inputs):
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-                raise TypeError(
-                    f"example_inputs{jax.tree_util.keystr(path)} must be an array or a jax.ShapeDtypeStruct;"
-                    f" got {type(leaf).__name__}."
-                )
         self.model_fn, self.loss, self.settings = model_fn, loss, settings
-        self.example_inputs = structure_of(example_inputs)
-        self._values = example_inputs
-        self._places: dict[Any, tuple[Place, ...]] = {}
+        self._inputs = as_arrays("example_inputs", example_inputs)
+        self.example_inputs = structure_of(self._inputs)
+        full_params = as_arrays("full_params", full_params)
+        self.full_params = structure_of(full_params)
+        self._known: dict[Any, Known] = {}
+        if full_params is not None:
+            # Later on, parameters have values for a part of the model only.
+            part = floating_part(full_params)
+            self._check_independent(model_of_part(model_fn, part, full_params), part, full_params)
 
-    def start(self, params: PyTree[Array], damping: Array, full_params: PyTree[Array] | None) -> Curvature:
-        """The state before the first step; refuses models whose examples depend on each other."""
-        model_fn = self.model_of(params, full_params)
-        check_model(model_fn, params, self.example_inputs)
-        layout = self._layout(model_fn, params)
-        leaves = jax.tree.leaves((self._values, params, full_params))
-        if all(isinstance(leaf, jax.Array) and is_concrete(leaf) for leaf in leaves):
-            check_independent(model_fn, params, self._values, layout.trace.outputs.dtype)
-        return initial(layout, self.settings, damping)
+    def start(self, params: PyTree[Array], damping: Array) -> Curvature:
+        """The state before the first step; refuses models whose examples depend on each other.
 
-    def model_of(self, params: PyTree[Array], full_params: PyTree[Array] | None) -> Callable[[PyTree, PyTree], Array]:
-        """`model_fn`, as a function of the parameters that are not masked."""
-        masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
-        if not masked:
-            return self.model_fn
-        if full_params is None:
+        Without values, as under `jit`, that cannot be seen.
+        """
+        if not jax.tree.leaves(params):
+            # `optax.tree.map_params` asks for the state of a stand-in to learn where parameters are: nowhere in here.
+            zero = jnp.zeros((), jnp.int32)
+            return Curvature(zero, zero, jnp.zeros((), jnp.float32), damping, zero, zero)
+        check_auto("params", params)
+        check_model(self.model_fn, params, self.example_inputs)
+        layout = self._layout(params)
+        if not is_masked(params):
+            self._check_independent(self.model_fn, params)
+        curvature = initial(layout, self.settings, damping)
+        self._know(params, layout, curvature)
+        return self.placed(curvature)
+
+    def placed(self, state: PyTree[Array]) -> PyTree[Array]:
+        """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
+        if self.settings.mesh is None or not all(map(_has_values, jax.tree.leaves(state))):
+            return state
+        return jax.device_put(state, NamedSharding(self.settings.mesh, PartitionSpec()))
+
+    def known(self, params: PyTree[Array]) -> Known:
+        check_model(self.model_fn, params, self.example_inputs)
+        shape = structure(params)
+        if shape not in self._known:
+            layout = self._layout(params)
+            self._know(params, layout, jax.eval_shape(lambda: initial(layout, self.settings, jnp.zeros(()))))
+        return self._known[shape]
+
+    def _know(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
+        factors = jax.eval_shape(lambda: zero_factors(curvature, self.settings))
+        self._known[structure(params)] = Known(layout.places(), structure_of(curvature), factors)
+
+    def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:
+        """The curvature in a state that may be wrapped, also array by array."""
+        try:
+            return fitted("the state's Curvature", find_curvature(state), self.known(params).curvature)
+        except ValueError as error:
+            if self.full_params is None or is_masked(params):
+                raise
             raise ValueError(
-                "params hold optax.MaskedNode, as under optax.masked and optax.multi_transform, but model_fn needs all"
-                " parameters: pass full_params=params to kfac (their values or shapes) and, as an extra argument, to"
-                " each update; or close model_fn over those that are not trained."
-            )
-
-        def model_fn(params: PyTree, inputs: PyTree) -> Array:
-            merged = jax.tree.map(lambda p, full: full if _is_masked(p) else p, params, full_params, is_leaf=_is_masked)
-            return self.model_fn(merged, inputs)
-
-        return model_fn
+                "params must be masked as the optimizer's are, whose state is that of fewer parameters: pass"
+                " jax.tree.map(lambda keep, p: p if keep else optax.MaskedNode(), mask, params), and all of them as"
+                " full_params=params."
+            ) from error
 
     def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
         """The checked batch, and its mask."""
@@ -80,22 +131,19 @@ class Core:
                 f"batch must be (inputs, targets) or (inputs, targets, mask); got {type(batch).__name__}"
                 f"{f' of length {len(batch)}' if isinstance(batch, tuple | list) else ''}."
             )
-        problem = pose(self.model_of(params, full_params), self.loss, params, tuple(batch[:2]))
+        check_auto("batch", batch)
+        check_auto("params", params)
+        if full_params is not None:
+            full_params = check_full(full_params, self.full_params)
+        problem = pose(model_of_part(self.model_fn, params, full_params), self.loss, params, tuple(batch[:2]))
         return problem, check_mask(batch[2] if len(batch) == 3 else None, problem)
 
-    def places(self, params: PyTree[Array], full_params: PyTree[Array] | None) -> tuple[Place, ...]:
-        """Where the blocks' entries are among the parameters."""
-        shape = structure(params)
-        if shape not in self._places:
-            self._places[shape] = self._layout(self.model_of(params, full_params), params).places()
-        return self._places[shape]
-
-    def blank(self, params: PyTree[Array], full_params: PyTree[Array] | None) -> tuple[Layout, Curvature]:
+    def blank(self, params: PyTree[Array]) -> tuple[Layout, Curvature]:
         """The layout and an empty state, for the report."""
-        layout = self._layout(self.model_of(params, full_params), params)
-        return layout, jax.eval_shape(lambda: initial(layout, self.settings, jnp.zeros(())))
+        return self._layout(params), self.known(params).curvature
 
-    def _layout(self, model_fn: Callable[[PyTree, PyTree], Array], params: PyTree) -> Layout:
+    def _layout(self, params: PyTree) -> Layout:
+        model_fn = model_of_part(self.model_fn, params, self.full_params)
         return Layout(self.loss, trace_model(model_fn, params, self.example_inputs), self.settings.options)
 
     def look(
@@ -105,9 +153,11 @@ class Core:
         settings = self.settings
         layout = Layout.of(problem, settings.options)
         check_mask_fits(layout.trace, mask)
+        _check_layers(layout, curvature, problem)
         keys = self._keys(problem, key)
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         counts = ~jnp.isinf(problem.reduction())
+        batches = counts.astype(jnp.float32)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any) -> Any:
             captured = None
@@ -116,12 +166,15 @@ class Core:
                 seen = captured or capture(layout.trace, problem.params, inputs, layout.leaves)
                 args = (layout, seen, terms_at, operand, keys, mask)
                 blocks = assemble_blocks(layout, captured_sums(*args)).blocks
-                blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be averaged with others'
+                blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be added to others'
                 corrections: tuple[Array, ...] = ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
                     corrections = tuple(value for values in corrected for value in values)
-                return Factors(counts.astype(jnp.float32), blocks, corrections)
+                return Factors(batches, batches, blocks, corrections)
+
+            def look_away() -> Factors:
+                return zero_factors(curvature, settings)._replace(batches=batches)
 
             value = grads = None
             if gradient:
@@ -130,13 +183,10 @@ class Core:
                     captured.outputs
                 )
                 grads = captured.gradient(vector)
-            wanted = see() if settings.factor_interval == 1 else jax.eval_shape(see)
-            _check_same(wanted, curvature, problem)
             if settings.factor_interval == 1:
-                return value, grads, wanted
+                return value, grads, see()
             due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted)
-            return value, grads, jax.lax.cond(due, see, lambda: nothing)
+            return value, grads, jax.lax.cond(due, see, look_away)
 
         result: tuple[Any, Any, Factors] = problem.sum_over_chunks(run)
         return result
@@ -149,14 +199,20 @@ class Core:
         needed = options.fisher_type is FisherType.MC or signs
         return check_draws(problem, options, key if needed else None, 0)
 
+    def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
+        if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
+            params = jax.tree.map(jnp.asarray, params)
+            outputs = jax.eval_shape(model_fn, params, self._inputs)
+            check_independent(model_fn, params, self._inputs, outputs.dtype)
 
-def _check_same(wanted: Factors, curvature: Curvature, problem: Problem) -> None:
-    if structure_of(wanted.blocks) != structure_of(curvature.blocks):
+
+def _has_values(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
+
+
+def _check_layers(layout: Layout, curvature: Curvature, problem: Problem) -> None:
+    if structure(jax.eval_shape(lambda: zero_blocks(layout))) != structure(curvature.blocks):
         raise ValueError(
-            f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers are others than for"
-            " example_inputs; or the state is not this optimizer's."
+            f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than for"
+            " example_inputs."
         )
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)

@@ -1,45 +1,30 @@
 """Running averages of Kronecker factors, and the inverses made of them now and then."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import check_count
-from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.algebra import (
-    Batch,
-    Block,
-    Dense,
-    Diagonal,
-    Kronecker,
-    Spectral,
-    batched,
-    decompose,
-    invert_heuristically,
-    is_diagonal,
-)
+from ggn_jax.kronecker.algebra import Block, Dense, DenseSpectral, Diagonal, Kronecker, Spectral, is_diagonal
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
-from ggn_jax.kronecker.layout import Blocks, Layout, Options, Place, multiply, structure
-from ggn_jax.optimizer.numbers import all_finite, check_number, choose
-from ggn_jax.optimizer.shares import shared_over
-
-DampingMethod = Literal["heuristic", "exact"]
+from ggn_jax.kronecker.layout import Blocks, Layout, Place, multiply, structure
+from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
+from ggn_jax.optimizer.settings import Settings
 
 
 class Factors(NamedTuple):
-    """What one batch says of the curvature: a pytree of arrays."""
+    """What batches say of the curvature: a pytree of arrays. Those of several batches may be added, or averaged."""
 
+    batches: Float[Array, ""]
+    """How many batches: 1, or 0 where every target is ignored."""
     weight: Float[Array, ""]
-    """1, or 0 where there is nothing to see: every target is ignored, or factors are not due at this step."""
+    """How many of them were looked at: none at a step where factors are not due."""
     blocks: tuple[Block, ...]
-    """The blocks of the GGN's approximation, as in `KFACLinearOperator`."""
+    """The sum of their blocks of the GGN's approximation, as in `KFACLinearOperator`."""
     corrections: tuple[Array, ...]
-    """EKFAC's eigenvalues in the bases of the state, one array per layer's block; else empty."""
+    """The sum of EKFAC's eigenvalues in the bases of the state, one array per layer's block; else empty."""
 
 
 class Curvature(NamedTuple):
@@ -56,58 +41,44 @@ class Curvature(NamedTuple):
     blocks: PyTree[Array]
     """The bias-corrected averages of the blocks."""
     inverses: PyTree[Array]
-    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC)."""
+    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before that."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the curvature is followed; see `scale_by_kfac`."""
+def find_curvature(state: Any) -> Curvature:
+    """The one `Curvature` in an optimizer's state, however it is wrapped."""
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_curvature) if _is_curvature(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "state must be that of an optimizer with one kfac or scale_by_kfac, as its init returns it; got"
+            f" {type(state).__name__} with {len(found)} of them."
+        )
+    return found[0]
 
-    options: Options
-    decay: Any = 0.95
-    factor_interval: int = 1
-    inverse_interval: int = 10
-    staggered: bool = False
-    damping_method: DampingMethod = "heuristic"
-    ekfac: bool = False
-    mesh: Mesh | None = None
 
-    def __post_init__(self) -> None:
-        check_number("decay", self.decay, 0, 1)
-        for name in ("factor_interval", "inverse_interval"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
-        if self.damping_method not in get_args(DampingMethod):
-            raise ValueError(f"damping_method must be 'heuristic' or 'exact'; got {self.damping_method!r}.")
-        if self.mesh is not None and not isinstance(self.mesh, Mesh):
-            raise TypeError(f"mesh must be a jax.sharding.Mesh, or None; got {type(self.mesh).__name__}.")
-        if self.ekfac and self.options.fisher_type is FisherType.FORWARD_ONLY:
-            raise NotImplementedError("ekfac corrects with gradients, of which fisher_type 'forward-only' has none.")
-
-    @property
-    def batch(self) -> Batch:
-        return batched if self.mesh is None else shared_over(self.mesh)
-
-    @property
-    def keeps_spectra(self) -> bool:
-        """Whether damping is applied to eigenvalues, at each step anew."""
-        return self.ekfac or self.damping_method == "exact"
-
-    def invert(self, blocks: Sequence[Block], damping: Array) -> list[Any]:
-        """What is kept of blocks to multiply by their inverses."""
-        if self.keeps_spectra:
-            return list(decompose(blocks, self.batch))
-        return invert_heuristically(blocks, damping, self.batch)
+def _is_curvature(node: Any) -> bool:
+    return isinstance(node, Curvature)
 
 
 def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     """Before the first batch."""
-    blocks = assemble_blocks(layout, zero_sums(layout)).blocks
-    blocks = jax.tree.map(jnp.zeros_like, blocks)
+    blocks = zero_blocks(layout)
     shapes = jax.eval_shape(settings.invert, blocks, damping)
     inverses = tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     # Each its own buffer: a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     return Curvature(count, skipped, weight, damping, blocks, inverses)
+
+
+def zero_blocks(layout: Layout) -> tuple[Block, ...]:
+    """Blocks of the right kinds and shapes."""
+    return zeros_like(assemble_blocks(layout, zero_sums(layout)).blocks)
+
+
+def zero_factors(curvature: Curvature, settings: Settings) -> Factors:
+    """What no batch says."""
+    corrections = [block.values for block in curvature.inverses if settings.ekfac and isinstance(block, Spectral)]
+    batches, weight = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    return Factors(batches, weight, zeros_like(curvature.blocks), tuple(map(jnp.zeros_like, corrections)))
 
 
 def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
@@ -127,7 +98,8 @@ def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settin
     weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # the first batch's, for ever
     gain = jnp.where(good, jnp.where(curvature.weight == 0, 1, (1 - decay) / jnp.where(good, weight, 1)), 0)
 
-    def average(old: Array, new: Array) -> Array:
+    def average(old: Array, total: Array) -> Array:
+        new = total / jnp.where(present, seen.weight, 1).astype(total.dtype)
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
     blocks = jax.tree.map(average, curvature.blocks, seen.blocks)
@@ -135,7 +107,8 @@ def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settin
     for i, value in enumerate(seen.corrections):
         inverses[i] = inverses[i].replace_values(average(inverses[i].values, value))
     first = good & (curvature.weight == 0)
-    inverses = _renew(blocks, tuple(inverses), curvature.count, first, weight > 0, damping, settings)
+    known = (weight > 0) & (seen.batches > 0)
+    inverses = _renew(blocks, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
 
@@ -167,15 +140,21 @@ def _renew(
 
     interval, everything = settings.inverse_interval, range(len(blocks))
     args = (blocks, inverses, damping)
-    if interval == 1:
-        return jax.lax.cond(known, some(everything), lambda _, old, __: old, *args)
-    if not settings.staggered:
-        due = first | (known & (count % interval == 0))
+    if interval == 1 or not settings.staggered:
+        due = first | (known & _are_due(count, interval))
         return jax.lax.cond(due, some(everything), lambda _, old, __: old, *args)
     turns = [some(turn) for turn in take_turns([_cost(block) for block in blocks], interval)]
     turns += [some(everything), lambda _, old, __: old]
     which = jnp.where(first, interval, jnp.where(known, count % interval, interval + 1))
     return jax.lax.switch(which, turns, *args)
+
+
+def _are_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
+    """Whether all inverses are renewed after so many steps: each `interval` of them, and before that after 1, 2, 4, 8
+    and so on, as the averages of few batches change fast.
+    """
+    power_of_two = count & (count - 1) == 0  # or 0
+    return (count % interval == 0) | ((count < interval) & power_of_two)
 
 
 def take_turns(costs: Sequence[int], turns: int) -> list[list[int]]:
@@ -216,7 +195,26 @@ def precondition(
 
         inverses = tuple(block.map(damped) for block in inverses)
     product = multiply(Blocks(tuple(inverses), places), structure(gradient), gradient)
-    return choose(curvature.weight > 0, product, jax.tree.map(jnp.zeros_like, product))
+    return choose(curvature.weight > 0, product, zeros_like(product))
+
+
+def are_made(curvature: Curvature, places: tuple[Place, ...], settings: Settings) -> Bool[Array, ""]:
+    """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
+
+    A damped inverse has no row of zeros, nor have its eigenvectors; eigenvalues before damping may be 0.
+    """
+
+    def kept(block: Any) -> PyTree[Array]:
+        if isinstance(block, Spectral):
+            return block.qa, block.qb
+        if isinstance(block, DenseSpectral):
+            return block.q
+        return () if settings.keeps_spectra else block
+
+    blocks = [kept(block) for block, place in zip(curvature.inverses, places, strict=True) if place.kind != "unused"]
+    rows = [leaf.reshape(-1, leaf.shape[-1])[0] for leaf in jax.tree.leaves(blocks)]
+    made = [jnp.any(row != 0) for row in rows]
+    return (curvature.weight == 0) | jnp.all(jnp.stack([jnp.asarray(True), *made]))
 
 
 def describe(block: Block) -> str:

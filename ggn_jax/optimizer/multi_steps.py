@@ -8,20 +8,26 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
-from ggn_jax.optimizer.curvature import Factors
-from ggn_jax.optimizer.numbers import all_finite, choose
-from ggn_jax.optimizer.transformation import KFACTransformation, find_curvature
+from ggn_jax.optimizer.checks import check_type, fitted
+from ggn_jax.optimizer.curvature import Factors, zero_factors
+from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
+from ggn_jax.optimizer.transformation import KFACTransformation
 
 
 class MultiStepsState(NamedTuple):
     """The state of `multi_steps`."""
 
     micro_step: Array
+    """How many micro-batches of this step there were so far."""
+    bad: Array
+    """How many of them were left out, because their gradient or their factors were NaN or infinite."""
+    skipped: Array
+    """How many micro-batches of all steps were left out."""
     inner: Any
     gradient: PyTree[Array]
     """The mean of the gradients of this step so far."""
-    factors: Any
-    """The sum of the factors of this step so far; their weight counts micro-batches."""
+    factors: Factors
+    """The sum of the factors of this step so far."""
 
 
 def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTransformationExtraArgs:
@@ -30,6 +36,10 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
     As `optax.MultiSteps`, which would see the factors of the last micro-batch only, and would invert for each of them:
     it keeps nothing of the others. Micro-batches count alike; with equal sizes and a mean over all data, a step is that
     of the whole batch. Updates are 0 in between.
+
+    A micro-batch whose gradient or factors are NaN or infinite is left out of both means, and `state.skipped` counts
+    it; a step that has no other is rejected, as `kfac` rejects a gradient that is not finite. One in which every target
+    is ignored is left out as well.
 
     **Arguments:** `optimizer`: made by `kfac` or `scale_by_kfac`; `every`: how many micro-batches make a step.
 
@@ -53,45 +63,53 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
     every = check_count("every", every)
 
     def init(params: PyTree[Array]) -> MultiStepsState:
-        inner = optimizer.init(params)
-        curvature = find_curvature(inner)
-        corrections: tuple[Array, ...] = ()
-        if jax.tree.leaves(params) and optimizer.core.settings.ekfac:
-            spectra = [block for block in curvature.inverses if hasattr(block, "qa")]
-            corrections = tuple(jnp.zeros_like(block.values) for block in spectra)
-        blocks = jax.tree.map(jnp.zeros_like, curvature.blocks)
-        factors: Any = Factors(jnp.zeros((), jnp.float32), blocks, corrections)
-        gradient = jax.tree.map(jnp.zeros_like, params)
-        return MultiStepsState(jnp.zeros((), jnp.int32), inner, gradient, factors)
+        inner: Any = optimizer.init(params)
+        settings = optimizer.core.settings
+        micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32)) for _ in range(3))
+        # Or a leaf for all of them, for the stand-in that `Core.start` knows.
+        factors: Any = zero_factors(inner.curvature, settings) if jax.tree.leaves(params) else jnp.zeros(())
+        factors = optimizer.core.placed(factors)
+        return MultiStepsState(micro_step, bad, skipped, inner, zeros_like(params), factors)
 
     def update(
         updates: PyTree[Array], state: MultiStepsState, params: PyTree[Array] | None = None, **extra_args: Any
     ) -> tuple[PyTree[Array], MultiStepsState]:
         if params is None:
             raise ValueError("update needs params: pass the parameters that the gradient was taken at.")
-        seen = extra_args.pop("factors", None)
+        check_type("state", state, MultiStepsState)
+        wanted = optimizer.core.known(params).factors
+        mean, total = fitted("state.gradient", state.gradient, params), fitted("state.factors", state.factors, wanted)
+        batch, seen, key = (extra_args.pop(name, None) for name in ("batch", "factors", "key"))
         if seen is None:
-            if extra_args.get("batch") is None:
+            if batch is None:
                 raise TypeError("update needs batch=(inputs, targets) or factors=..., as those of kfac do.")
-            known = {name: extra_args[name] for name in ("key", "full_params") if name in extra_args}
-            seen = optimizer.factors(params, extra_args["batch"], state.inner, **known)
-        good = (seen.weight > 0) & all_finite(seen)
-        total = jax.tree.map(lambda t, x: t + jnp.where(good, x, jnp.zeros_like(x)), state.factors, seen)
-        n = state.micro_step + 1
-        gradient = jax.tree.map(lambda m, g: m + (g.astype(m.dtype) - m) / n.astype(m.dtype), state.gradient, updates)
+            seen = optimizer.factors(params, batch, state.inner, key=key, full_params=extra_args.get("full_params"))
+        seen = fitted("factors", seen, wanted)
 
-        def act(gradient: PyTree[Array], total: Factors, inner: Any) -> Any:
-            some = jnp.maximum(total.weight, 1)
-            mean = jax.tree.map(lambda x: x / some.astype(x.dtype), total)
-            grads = jax.tree.map(lambda m, g: m.astype(g.dtype), gradient, updates)
-            return optimizer.update(grads, inner, params, factors=mean, **extra_args)
+        good = all_finite((updates, seen))
+        bad = (~good).astype(jnp.int32)
+        total = jax.tree.map(lambda t, x: t + jnp.where(good, x, 0), total, seen)
+        n, counts = jnp.maximum(total.batches, 1), good & (seen.batches > 0)
+        mean = jax.tree.map(
+            lambda m, g: jnp.where(counts, m + (g.astype(m.dtype) - m) / n.astype(m.dtype), m), mean, updates
+        )
+        # Without one finite micro-batch, there is no gradient to give to the optimizer, which counts that.
+        lost = (total.batches == 0) & (state.bad + bad > 0)
 
-        def wait(gradient: PyTree[Array], total: Factors, inner: Any) -> Any:
-            return jax.tree.map(jnp.zeros_like, updates), inner
+        def act(mean: PyTree[Array], total: Factors, inner: Any) -> Any:
+            grads = jax.tree.map(lambda m, g: jnp.where(lost, jnp.nan, m).astype(g.dtype), mean, updates)
+            return optimizer.update(grads, inner, params, factors=total, **extra_args)
 
-        emit = n == every
-        final, inner = jax.lax.cond(emit, act, wait, gradient, total, state.inner)
-        gradient, total = (choose(emit, jax.tree.map(jnp.zeros_like, x), x) for x in (gradient, total))
-        return final, MultiStepsState(n % every, inner, gradient, total)
+        def wait(mean: PyTree[Array], total: Factors, inner: Any) -> Any:
+            return zeros_like(updates), inner
+
+        done = state.micro_step + 1 >= every
+        final, inner = jax.lax.cond(done, act, wait, mean, total, state.inner)
+
+        def rest(x: PyTree[Array]) -> PyTree[Array]:
+            return choose(done, zeros_like(x), x)
+
+        step, left_out = rest(state.micro_step + 1), rest(state.bad + bad)
+        return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), rest(total))
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]  # takes extra arguments

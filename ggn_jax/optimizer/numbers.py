@@ -1,4 +1,4 @@
-"""Checks of the optimizer's settings, and arithmetic on pytrees."""
+"""Arithmetic on pytrees, in at least float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,32 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
+from ggn_jax._checks import check_real, compute_dtype
 
 Number = float | Array
 Schedule = Callable[[Any], Any]
 
 
-def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> Any:
-    """A real number in `[least, most]`, perhaps traced, as `optax.inject_hyperparams` makes them."""
-    array = as_array(name, value)
-    check_real(name, array)
-    if array.ndim:
-        raise ValueError(f"{name} must be a number; got an array of shape {array.shape}.")
-    if is_concrete(array) and not least <= np.asarray(array).astype(float) <= most:
-        limits = f"of at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-        raise ValueError(f"{name} must be a number {limits}; got {value}.")
-    return value
-
-
-def check_schedule(name: str, value: Any, least: float = 0.0) -> Any:
-    """A number of at least `least`, or a function of the number of steps."""
-    return value if callable(value) else check_number(name, value, least)
-
-
-def value_at(value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
+def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
     """A number or schedule after `count` steps, in at least float32."""
-    array = jnp.asarray(value(count) if callable(value) else value)
+    found = value(count) if callable(value) else value
+    if not isinstance(found, jax.Array | np.ndarray | np.generic | int | float) or np.ndim(found):
+        got = f"shape {np.shape(found)}" if hasattr(found, "shape") else repr(found)
+        raise ValueError(f"{name} must return one number for a number of steps; got {got}.")
+    array = jnp.asarray(found)
+    check_real(name, array)
     return array.astype(compute_dtype(array.dtype))
 
 
@@ -72,3 +60,7 @@ def combine(*terms: tuple[Array, PyTree[Array]], like: PyTree[Array]) -> PyTree[
 def choose(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyTree[Array]:
     """`yes` or `no`, for all leaves."""
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
+
+
+def zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(jnp.zeros_like, tree)

@@ -51,7 +51,10 @@ def quadratic_model(
 def reduction_ratio(
     problem: Problem, model: QuadraticModel, c: Float[Array, " k"], step: PyTree[Array]
 ) -> Float[Array, ""]:
-    """How much of the predicted decrease of the batch's loss the step achieves; minus infinity if none is predicted."""
+    """How much of the predicted decrease of the batch's loss the step achieves.
+
+    Minus infinity if an increase is predicted; 1/2, neither good nor bad, if nothing is, as for a step of no length.
+    """
 
     def value(params: PyTree[Array]) -> Array:
         return problem.loss(problem.model_fn(params, problem.inputs), problem.targets)
@@ -60,7 +63,7 @@ def reduction_ratio(
     predicted = model.change(c)
     achieved = (value(moved) - value(problem.params)).astype(predicted.dtype)
     ratio = achieved / jnp.where(predicted < 0, predicted, 1)
-    return jnp.where((predicted < 0) & jnp.isfinite(ratio), ratio, -jnp.inf)
+    return jnp.where(predicted == 0, 1 / 2, jnp.where((predicted < 0) & jnp.isfinite(ratio), ratio, -jnp.inf))
 
 
 def _like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:

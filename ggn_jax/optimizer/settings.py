@@ -1,0 +1,72 @@
+"""How the curvature is followed; which of a function's arguments belong where."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ggn_jax._checks import check_count
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.algebra import Batch, Block, batched, decompose, invert_heuristically
+from ggn_jax.kronecker.layout import Options
+from ggn_jax.optimizer.checks import FROM_0_TO_1, check_flag, check_mesh, check_number, check_static
+from ggn_jax.optimizer.shares import shared_over
+
+DampingMethod = Literal["heuristic", "exact"]
+T = TypeVar("T")
+
+
+def pick(cls: type[T], given: Mapping[str, Any]) -> T:
+    """A dataclass made of those arguments that are its fields."""
+    return cls(**{field.name: given[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the curvature is followed; see `kfac`."""
+
+    options: Options
+    decay: Any
+    factor_interval: int
+    inverse_interval: int
+    staggered: bool
+    damping_method: DampingMethod
+    ekfac: bool
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The settings among a function's arguments."""
+        for field in (*fields(Options), *fields(cls)):
+            if field.name not in ("options", "decay"):
+                check_static(field.name, given[field.name])
+        return pick(cls, {**given, "options": pick(Options, given)})
+
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, FROM_0_TO_1)
+        for name in ("factor_interval", "inverse_interval"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("staggered", "ekfac"):
+            check_flag(name, getattr(self, name))
+        if self.damping_method not in get_args(DampingMethod):
+            raise ValueError(f"damping_method must be 'heuristic' or 'exact'; got {self.damping_method!r}.")
+        check_mesh(self.mesh)
+        if self.ekfac and self.options.fisher_type is FisherType.FORWARD_ONLY:
+            raise NotImplementedError("ekfac corrects with gradients, of which fisher_type 'forward-only' has none.")
+
+    @property
+    def batch(self) -> Batch:
+        return batched if self.mesh is None else shared_over(self.mesh)
+
+    @property
+    def keeps_spectra(self) -> bool:
+        """Whether damping is applied to eigenvalues, at each step anew."""
+        return self.ekfac or self.damping_method == "exact"
+
+    def invert(self, blocks: Sequence[Block], damping: Array) -> list[Any]:
+        """What is kept of blocks to multiply by their inverses."""
+        if self.keeps_spectra:
+            return list(decompose(blocks, self.batch))
+        return invert_heuristically(blocks, damping, self.batch)

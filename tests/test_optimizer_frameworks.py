@@ -1,0 +1,265 @@
+"""The optimizer in optax's and Flax's hands: their wrappers, their training states, checkpoints."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from optimizer_cases import (
+    CE,
+    KEY,
+    assert_close,
+    batch_of,
+    gradient,
+    mlp,
+    mlp_params,
+    objective,
+)
+
+import ggn_jax
+
+
+def train(optimizer: Any, params: Any, steps: int, **extra: Any) -> tuple[Any, Any]:
+    @jax.jit
+    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+        batch = batch_of(dtype=params["u"].dtype)
+        grads = gradient(mlp, CE, params, batch)
+        updates, state = optimizer.update(grads, state, params, batch=batch, key=key, **extra)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for t in range(steps):
+        params, state = step(params, state, jax.random.key(t))
+    return params, state
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_dtypes_are_stable(dtype: Any) -> None:
+    params, batch = mlp_params(dtype), batch_of(dtype=dtype)
+    optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=0.1, weight_decay=1e-3, adapt_damping=1)
+    state = optimizer.init(params)
+    grads = gradient(mlp, CE, params, batch)
+    updates, new = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=KEY)
+    for a, b in ((updates, params), (new, state)):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(new.curvature.blocks)} == {jnp.dtype(wide)}
+    # The state stays the same under `lax.cond`.
+    choose = jax.jit(
+        lambda c: jax.lax.cond(
+            c,
+            lambda s: optimizer.update(grads, s, params, batch=batch, key=KEY)[1],
+            lambda s: s,
+            state,
+        )
+    )
+    assert int(choose(True).curvature.count) == 1
+    assert int(choose(False).curvature.count) == 0
+    before, after = (float(objective(mlp, CE, p, batch)) for p in (params, train(optimizer, params, 10)[0]))
+    assert after < before
+
+
+def test_chain_finds_the_state_and_scan_runs() -> None:
+    params, batch = mlp_params(), batch_of()
+    scale = ggn_jax.scale_by_kfac(mlp, CE, example_inputs=batch[0], damping=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale, optax.scale_by_learning_rate(0.3))
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        value, grads, factors = scale.value_and_grad_and_factors(params, batch, state, key=key)
+        updates, state = optimizer.update(grads, state, params, factors=factors)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(KEY, 20)), donate_argnums=0)
+    _, values = run((jax.tree.map(jnp.copy, params), optimizer.init(params)))
+    assert values[-1] < values[0]
+    assert values[0] == pytest.approx(float(objective(mlp, CE, params, batch)))
+
+
+@pytest.mark.parametrize("way", ["function", "static_args"])
+def test_inject_hyperparams(way: str) -> None:
+    x = batch_of()[0]
+    schedule = optax.linear_schedule(0.2, 0.1, 10)
+    if way == "function":
+        make: Any = optax.inject_hyperparams(
+            lambda learning_rate, damping: ggn_jax.kfac(mlp, CE, learning_rate, damping=damping, example_inputs=x)
+        )
+        optimizer = make(schedule, damping=0.1)
+    else:
+        names = (
+            "model_fn loss example_inputs adapt_damping factor_interval inverse_interval mc_samples max_dense_size"
+            " max_small_size vector_chunk_size"
+        )
+        make = optax.inject_hyperparams(ggn_jax.kfac, static_args=names.split())
+        optimizer = make(mlp, CE, schedule, damping=0.1, example_inputs=x)
+    plain = ggn_jax.kfac(mlp, CE, schedule, damping=0.1, example_inputs=x)
+    params, state = train(optimizer, mlp_params(), 4)
+    wanted, _ = train(plain, mlp_params(), 4)
+    assert_close(params, wanted, 1e-6)
+    assert {"learning_rate", "damping"} <= set(state.hyperparams)
+    if way == "static_args":
+        bare = optax.inject_hyperparams(ggn_jax.kfac, static_args=["model_fn", "loss", "example_inputs"])
+        with pytest.raises(TypeError, match="name 'mc_samples' in its static_args"):
+            bare(mlp, CE, schedule, example_inputs=x).init(params)
+
+
+def test_tree_map_params() -> None:
+    params, batch = mlp_params(), batch_of()
+    optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0])
+    state = optimizer.init(params)
+    mapped = optax.tree.map_params(optimizer, lambda p: p + 1, state, transform_non_params=lambda x: x)
+    assert_close(mapped.velocity, jax.tree.map(lambda p: p + 1, state.velocity))
+    assert_close(mapped.curvature, state.curvature)
+
+
+def test_optax_multi_steps() -> None:
+    """It works, with the factors of the last micro-batch: `ggn_jax.multi_steps` has those of all."""
+    x = batch_of(dtype=jnp.float32)[0]
+    optimizer = optax.MultiSteps(ggn_jax.kfac(mlp, CE, 0.1, damping=0.1, example_inputs=x), 2)
+    with jax.numpy_dtype_promotion("standard"):  # its own
+        _, state = train(optimizer, mlp_params(jnp.float32), 4)
+    assert int(state.gradient_step) == 2
+    plain = ggn_jax.kfac(mlp, CE, 0.1, damping=0.1, example_inputs=x)
+    assert int(state.inner_opt_state.curvature.count) == 2
+    assert jax.tree.structure(state.inner_opt_state) == jax.tree.structure(plain.init(mlp_params(jnp.float32)))
+
+
+def test_masked_parameters() -> None:
+    """A part is trained; values of the others come with each update, and are not those that `kfac` was given."""
+    old, batch = mlp_params(), batch_of()
+    params = jax.tree.map(lambda p: 1.5 * p, old)
+    options: dict[str, Any] = {"example_inputs": batch[0], "damping": 0.1, "fisher_type": "type-2"}
+    inner = ggn_jax.kfac(mlp, CE, 0.1, full_params=old, **options)
+    labels = {"u": "kfac", "c": "kfac", "v": "adam", "d": "adam"}
+    optimizer = optax.multi_transform({"kfac": inner, "adam": optax.adam(1e-2)}, labels)
+    state, grads = optimizer.init(params), gradient(mlp, CE, params, batch)
+    update = jax.jit(optimizer.update)
+    with jax.numpy_dtype_promotion("standard"):  # Adam's own
+        updates, after = update(grads, state, params, batch=batch, full_params=params)
+        some = {name: params[name] for name in ("u", "c")}
+        alone = ggn_jax.kfac(lambda p, x: mlp({**params, **p}, x), CE, 0.1, **options)
+        wanted, _ = jax.jit(alone.update)({n: grads[n] for n in some}, alone.init(some), some, batch=batch)
+        assert_close({n: updates[n] for n in some}, wanted)
+
+        part = {**some, "v": optax.MaskedNode(), "d": optax.MaskedNode()}
+        look = partial(inner.value_and_grad_and_factors, batch=batch, state=state)
+        _, part_grads, factors = jax.jit(look)(part, full_params=params)
+        assert_close(part_grads, {n: grads[n] for n in some})
+        assert_close(update(grads, state, params, factors=factors), (updates, after))
+
+        with pytest.raises(ValueError, match="params must be masked as the optimizer's are"):
+            look(params)
+        with pytest.raises(ValueError, match="as an extra argument with the present values"):
+            optimizer.update(grads, state, params, batch=batch)
+        shapes = jax.eval_shape(lambda: params)
+        with pytest.raises(TypeError, match=r"full_params\['c'\] must have its present values"):
+            optimizer.update(grads, state, params, batch=batch, full_params=shapes)
+        with pytest.raises(ValueError, match="full_params must be a pytree like"):
+            optimizer.update(grads, state, params, batch=batch, full_params={**params, "v": params["u"]})
+    shaped = ggn_jax.kfac(mlp, CE, 0.1, full_params=shapes, **options)
+    assert jax.tree.structure(shaped.init(part)) == jax.tree.structure(inner.init(part))
+    with pytest.raises(ValueError, match="pass full_params=params to kfac"):
+        ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0]).init(part)
+    with pytest.raises(ValueError, match="full_params must be a pytree like params"):
+        shaped.init({**part, "other": params["u"]})
+    with pytest.raises(ValueError, match="couples examples"):
+        ggn_jax.kfac(lambda p, x: mlp(p, x - x.mean(axis=0, keepdims=True)), CE, 0.1, full_params=old, **options)
+
+
+def test_nnx_optimizer() -> None:
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+    x, y = batch_of(dtype=jnp.float32)
+    model_fn, params = ggn_jax.from_nnx(model)
+    tx = ggn_jax.kfac(model_fn, CE, 0.3, example_inputs=x, damping=0.1)
+    grads = gradient(model_fn, CE, params, (x, y))
+    wanted = jax.jit(tx.update)(grads, tx.init(params), params, batch=(x, y), key=KEY)[0]
+    wanted = optax.apply_updates(params, wanted)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, key: jax.Array) -> jax.Array:
+        value, grads = nnx.value_and_grad(lambda model: CE(model(x), y))(model)
+        optimizer.update(model, grads, batch=(x, y), key=key)
+        return value
+
+    @nnx.jit
+    def shared(model: Any, optimizer: Any, key: jax.Array) -> jax.Array:
+        """As the documentation has it."""
+        params = nnx.state(model, nnx.Param)
+        value, grads, factors = tx.value_and_grad_and_factors(params, (x, y), optimizer.opt_state, key=key)
+        optimizer.update(model, grads, factors=factors)
+        return value
+
+    first = step(model, optimizer, KEY)
+    assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), wanted, 1e-5)
+    other_model, other_optimizer = nnx.clone(model), nnx.clone(optimizer)
+    for t in range(3):
+        step(model, optimizer, jax.random.key(t))
+        last = shared(other_model, other_optimizer, jax.random.key(t))
+    assert_close(nnx.state(other_model, nnx.Param), nnx.state(model, nnx.Param), 1e-5)
+    assert last < first
+
+
+class KFACTrainState(TrainState):
+    """`apply_gradients` that passes extra arguments on."""
+
+    def apply_gradients(self, *, grads: Any, **extra: Any) -> Any:
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
+
+
+def test_linen_train_state() -> None:
+    module = linen.Sequential([linen.Dense(4), jnp.tanh, linen.Dense(2)])
+    x, y = batch_of(dtype=jnp.float32)
+    model_fn, params = ggn_jax.from_linen(module, module.init(KEY, x))
+    state = KFACTrainState.create(
+        apply_fn=module.apply, params=params, tx=ggn_jax.kfac(model_fn, CE, 0.3, example_inputs=x, damping=0.1)
+    )
+
+    @jax.jit
+    def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        value, grads = jax.value_and_grad(partial(objective, model_fn, CE))(state.params, (x, y))
+        return state.apply_gradients(grads=grads, batch=(x, y), key=key), value
+
+    state, first = step(state, KEY)
+    for t in range(5):
+        state, last = step(state, jax.random.key(t))
+    assert last < first
+    assert int(state.step) == 6
+
+
+def test_orbax_checkpoint_continues_bit_identically(tmp_path: Any) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax comes with Flax")
+    x = batch_of()[0]
+    optimizer = optax.chain(
+        ggn_jax.kfac(mlp, CE, 0.1, example_inputs=x, damping=0.1, adapt_damping=2, ekfac=True), optax.zero_nans()
+    )
+
+    @jax.jit
+    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+        batch = batch_of()
+        updates, state = optimizer.update(gradient(mlp, CE, params, batch), state, params, batch=batch, key=key)
+        return optax.apply_updates(params, updates), state
+
+    params = mlp_params()
+    state = optimizer.init(params)
+    for t in range(3):
+        params, state = step(params, state, jax.random.key(t))
+    # Modules are pytrees that orbax does not know: it is given their leaves.
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", jax.tree.leaves((params, state)))
+        checkpointer.wait_until_finished()
+        leaves = checkpointer.restore(tmp_path / "state", jax.tree.leaves((params, state)))
+    restored = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
+    for t in range(3, 6):
+        params, state = step(params, state, jax.random.key(t))
+        restored = step(*restored, jax.random.key(t))
+    for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(restored), strict=True):
+        assert np.array_equal(a, b)
