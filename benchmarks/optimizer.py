@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ def flops(compiled: Any) -> float:
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """All figures of a model."""
     model_fn, loss, params, inputs, targets = MODELS[name]()[:5]
-    batch = inputs, targets
+    batch = inputs, targets  # always an argument: XLA would compute with constants beforehand
 
-    def objective(params: Any) -> jax.Array:
-        return loss(model_fn(params, inputs), targets)
+    def objective(params: Any, batch: Any) -> jax.Array:
+        return loss(model_fn(params, batch[0]), batch[1])
 
     def kfac(**options: Any) -> Any:
         return ggn_jax.kfac(model_fn, loss, 0.01, damping=0.1, example_inputs=inputs, **options)
@@ -51,68 +52,68 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     exact = kfac(inverse_interval=1, damping_method="exact")
 
     def first_order(optimizer: Any) -> tuple[Callable, tuple]:
-        def step(params: Any, state: Any) -> Any:
-            value, grads = jax.value_and_grad(objective)(params)
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            value, grads = jax.value_and_grad(objective)(params, batch)
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state, value
 
-        return step, (params, optimizer.init(params))
+        return step, (params, optimizer.init(params), batch)
 
-    def many(optimizer: Any) -> tuple[Callable, tuple]:
-        def steps(params: Any, state: Any) -> Any:
-            def step(carry: Any, key: jax.Array) -> Any:
-                params, state = carry
-                value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
-                updates, state = optimizer.update(grads, state, params, factors=factors)
-                return (optax.apply_updates(params, updates), state), value
+    def started(optimizer: Any) -> Any:
+        """Its state after the first steps, which renew inverses more often."""
+        step, now, state = jax.jit(partial(step_of, optimizer)), params, optimizer.init(params)
+        for _ in range(INTERVAL + 1):
+            now, state = step(now, state, batch)
+        return state
 
-            return jax.lax.scan(step, (params, state), jax.random.split(KEY, INTERVAL))
+    def whole(optimizer: Any) -> tuple[Callable, tuple]:
+        return partial(step_of, optimizer), (params, started(optimizer), batch)
 
-        return steps, (params, optimizer.init(params))
-
-    def one_pass(params: Any, state: Any) -> Any:
+    def one_pass(params: Any, state: Any, batch: Any) -> Any:
         return plain.value_and_grad_and_factors(params, batch, state, key=KEY)
 
-    def two_passes(params: Any, state: Any) -> Any:
-        return jax.value_and_grad(objective)(params), plain.factors(params, batch, state, key=KEY)
+    def two_passes(params: Any, state: Any, batch: Any) -> Any:
+        return jax.value_and_grad(objective)(params, batch), plain.factors(params, batch, state, key=KEY)
 
     def updated(optimizer: Any) -> tuple[Callable, tuple]:
-        _, grads, factors = jax.jit(one_pass)(params, plain.init(params))
-        _, state = optimizer.update(grads, optimizer.init(params), params, factors=factors)
+        _, grads, factors = jax.jit(one_pass)(params, plain.init(params), batch)
 
         def update(grads: Any, state: Any, params: Any, factors: Any) -> Any:
             return optimizer.update(grads, state, params, factors=factors)
 
-        return update, (grads, state, params, factors)
+        return update, (grads, started(optimizer), params, factors)
 
     state = plain.init(params)
     functions = {
         "gradient step": first_order(optax.sgd(0.01)),
         "AdamW step": first_order(optax.adamw(0.01)),
-        "gradient and factors, one pass": (one_pass, (params, state)),
-        "gradient and factors, two passes": (two_passes, (params, state)),
+        "gradient and factors, one pass": (one_pass, (params, state, batch)),
+        "gradient and factors, two passes": (two_passes, (params, state, batch)),
         "preconditioning": updated(rarely),
         "update with new inverses": updated(always),
         "update with new eigenbases": updated(exact),
-        f"{INTERVAL} KFAC steps": many(plain),
-        f"{INTERVAL} KFAC steps, factors every 5": many(seldom),
+        "KFAC step": whole(plain),
+        "KFAC step, factors every 5": whole(seldom),
     }
     compiled = {what: jax.jit(fn).lower(*args).compile() for what, (fn, args) in functions.items()}
+
+    def run(what: str, args: tuple) -> None:
+        """Once; of whole steps as many, one after the other, as there are between inverses."""
+        for _ in range(INTERVAL if what.startswith("KFAC") else 1):
+            results = compiled[what](*args)
+            if what.startswith("KFAC"):
+                args = *results, batch
+        jax.block_until_ready(results)
+
     times: dict[str, list[float]] = {what: [] for what in functions}
     for _ in range(rounds):
         for what, (_, args) in functions.items():
-            times[what].append(
-                timed(
-                    lambda what=what, args=args: jax.block_until_ready(compiled[what](*args)),
-                    1 if "steps" in what else 3,
-                )
-            )
+            times[what].append(timed(partial(run, what, args), 1 if what.startswith("KFAC") else 3))
     ms = {what: 1e3 * statistics.median(values) for what, values in times.items()}
-    for what in [what for what in ms if what.startswith(str(INTERVAL))]:
-        ms["KFAC step" + what.removeprefix(f"{INTERVAL} KFAC steps")] = ms.pop(what) / INTERVAL
+    ms |= {what: value / INTERVAL for what, value in ms.items() if what.startswith("KFAC")}
     builds = {
-        "gradient": build_seconds(jax.value_and_grad(objective), (params,), 3),
-        "KFAC step": build_seconds(lambda p, s: step_of(plain, p, s, batch), (params, state), 3),
+        "gradient": build_seconds(jax.value_and_grad(objective), (params, batch), 3),
+        "KFAC step": build_seconds(partial(step_of, plain), (params, state, batch), 3),
     }
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {

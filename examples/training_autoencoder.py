@@ -53,7 +53,7 @@ def tasks(seed: int) -> Sequence[Task]:
             LOSS,
             batch_of,
             jax.jit(lambda params: LOSS(model_fn(params, images), images) - least),
-            kfac={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "kl_clip": 1e-3, "factor_interval": 5},
+            kfac={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 20},
             quadratic={"grid": [0.1, 1.0], "adapt_damping": 5, "inverse_interval": 5},
         )
     ]

@@ -63,7 +63,7 @@ def tasks(seed: int) -> Sequence[Task]:
             LOSS,
             partial(batch_of, inputs),
             jax.jit(lambda params, model_fn=model_fn, inputs=inputs: LOSS(model_fn(params, inputs), classes)),
-            kfac={"grid": [0.03, 0.1, 0.3], "damping": 0.03, "kl_clip": 1e-3},
+            kfac={"grid": [0.1, 0.3, 1.0], "damping": 0.03, "factor_interval": 10, "inverse_interval": 50},
             quadratic={"grid": [0.1, 1.0], "adapt_damping": 5, "inverse_interval": 5},
         )
         for name, (model_fn, params, inputs) in made.items()

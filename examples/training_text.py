@@ -82,10 +82,11 @@ def tasks(seed: int) -> Sequence[Task]:
             jax.jit(lambda params: LOSS(model_fn(params, fixed[0]), fixed[1])),
             kfac={
                 "grid": [0.003, 0.01, 0.03],
-                "damping": 0.003,
+                "damping": 0.001,
                 "kl_clip": 0.01,
-                "factor_interval": 5,
-                "inverse_interval": 5,
+                "decay": 0.9,
+                "factor_interval": 2,
+                "inverse_interval": 2,
             },
             quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
             warmup=50,
@@ -94,4 +95,4 @@ def tasks(seed: int) -> Sequence[Task]:
 
 
 if __name__ == "__main__":
-    main(__doc__, "training_text", tasks, steps=400)
+    main(__doc__, "training_text", tasks, steps=600)
