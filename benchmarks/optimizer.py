@@ -5,7 +5,8 @@ The unit is a gradient step: `jax.value_and_grad` and an SGD update in one compi
 of the compiled programs; `trace + compile` is the time from nothing to a compiled program, beside that of
 `jax.value_and_grad`; the state's size is in entries, as a multiple of the parameters.
 
-kfac-jax is not measured: its releases are pinned to versions of JAX that this package does not run on.
+kfac-jax is not measured: the first step of its release 0.0.8 raises with JAX 0.10 ("too many values to unpack", where
+it rebinds primitives).
 
     python benchmarks/optimizer.py
 """
