@@ -52,7 +52,10 @@ def check_independent(
 @eqx.filter_jit
 def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
     """How far examples depend on each other, as far as it is told, and whether something is NaN."""
-    gaps = jnp.stack([coupling(model_fn, params, inputs), gradient_coupling(model_fn, params, inputs)])
+    gap = coupling(model_fn, params, inputs)
+    # As with batch statistics of one example: only the batch has values.
+    apart = jnp.isnan(gap) & jnp.all(jnp.isfinite(model_fn(params, inputs)))
+    gaps = jnp.stack([jnp.where(apart, jnp.inf, gap), gradient_coupling(model_fn, params, inputs)])
     return jnp.nanmax(gaps), jnp.any(jnp.isnan(gaps))
 
 
