@@ -137,6 +137,11 @@ class CrossEntropyLoss(Loss):
                 f" classes on axis {axis} (class_axis={self.class_axis} of one datum)."
             )
         if _holds_indices(targets):
+            if targets.shape == outputs.shape:
+                raise ValueError(
+                    f"targets are {targets.dtype}, thus class indices, and must have shape {indices_shape}; got the"
+                    f" outputs' shape {targets.shape}. One-hot targets and probabilities must be floating."
+                )
             if targets.shape != indices_shape:
                 raise ValueError(
                     f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class"

@@ -104,6 +104,8 @@ def test_cross_entropy_shapes() -> None:
         loss(jnp.zeros((2, 4, 5)), jnp.zeros((2, 4), int))
     with raises(ValueError, "floating", "probabilities", "(2, 4)", "indices must be integers"):
         loss(jnp.zeros((2, 4)), jnp.zeros(2))
+    with raises(ValueError, "targets", "int", "(2,)", "(2, 4)", "One-hot targets", "floating"):
+        loss(jnp.zeros((2, 4)), jnp.zeros((2, 4), int))
     with raises(TypeError, "targets", "bool"):
         loss(jnp.zeros((2, 4)), jnp.zeros(2, bool))
     with raises(ValueError, "class_axis=1", "(4,)"):
