@@ -71,10 +71,13 @@ def coupling_message(gap: float) -> str:
 def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
     """How far the outputs of a batch are from those of its examples one by one, relative to their size."""
 
-    together = model_fn(params, inputs)
-    apart = jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
+    together, apart = model_fn(params, inputs), _one_by_one(model_fn, params, inputs)
     same = together == apart  # also where both are infinite
     return _distance(jnp.where(same, 0, together), jnp.where(same, 0, apart), jnp.linalg.norm(_finite(together)))
+
+
+def _one_by_one(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
+    return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
 
 
 def _finite(x: Array) -> Array:
@@ -86,13 +89,10 @@ def gradient_coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTre
 
     It also tells what does not show in the outputs, such as batch statistics before a head that starts at 0.
     """
-
-    def apart(params: PyTree) -> Array:
-        return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
-
     outputs, pull_back = jax.vjp(lambda params: model_fn(params, inputs), params)
+    _, pull_back_apart = jax.vjp(lambda params: _one_by_one(model_fn, params, inputs), params)
     noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
-    pairs = [jax.tree.leaves(tree) for tree in (pull_back(noise)[0], jax.vjp(apart, params)[1](noise)[0])]
+    pairs = [jax.tree.leaves(tree) for tree in (pull_back(noise)[0], pull_back_apart(noise)[0])]
     dtype = compute_dtype(outputs.dtype)
     total = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in pairs[0]))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [outputs, *pairs[0]])

@@ -192,7 +192,7 @@ class _Analysis:
 
         def read(atom: Any) -> Value:
             if is_literal(atom):
-                return _known([atom.val])[0]
+                return Known(lambda: atom.val)
             label = env[atom]
             # What is read twice has two gradients: a bias added to one of the copies sees only its own.
             return Data() if isinstance(label, Data) and reads[atom] > 1 else label
@@ -256,7 +256,7 @@ class _Analysis:
             return self.derive(eqn, labels, loops)
         rows = label.rows
         try:
-            if LAYERS["gather"](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
+            if LAYERS[eqn.primitive.name](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
                 rows |= {path}
                 self.rows.add(path)
         except NotALayerError:
@@ -274,7 +274,7 @@ class _Analysis:
         name, lead = eqn.primitive.name, len(loops)
         # Multiplied with a weight, they are what meets it.
         params = [label for label in labels if isinstance(label, Entries | Derived)]
-        rows = frozenset().union(*(label.rows for label in params if name not in LAYERS))
+        rows = frozenset() if name in LAYERS else frozenset().union(*(label.rows for label in params))
         if name == "concatenate" and len(maps) == len(labels):
             return Entries(concatenate(maps, eqn.params["dimension"] + lead), rows)
         if name == "stack" and len(maps) == len(labels):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, as_batch
+from ggn_jax.operators.problem import Problem, as_batch, take_apart
 
 Sums = Callable[[PyTree[Array], Array, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
@@ -22,14 +22,10 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
     first: Problem | None = None
     total, count = None, 0
     for number, batch in enumerate(batches):
-        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-            given = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
-            raise TypeError(
-                f"batch {number} must be (inputs, targets) or (inputs, targets, mask); got {given}. One is [batch]."
-            )
-        inputs, mask = None, batch[2] if len(batch) == 3 else None
+        inputs = None
+        pair, mask = take_apart(f"batch {number}", batch, " One is [batch].")
         try:
-            inputs, targets = as_batch(tuple(batch[:2]))
+            inputs, targets = as_batch(pair)
             if first is not None:
                 _check_like(inputs, first.inputs)
             problem, more = sums(inputs, targets, mask, count)

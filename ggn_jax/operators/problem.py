@@ -96,8 +96,7 @@ def _check_params(params: Any) -> None:
 def as_batch(batch: Any) -> tuple[PyTree[Array], Array]:
     """Inputs and targets as arrays with one common leading axis."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        given = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise TypeError(f"batch must be a pair (inputs, targets); got {type(batch).__name__}{given}.")
+        raise TypeError(f"batch must be a pair (inputs, targets); got {_kind(batch)}.")
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
     targets = as_array("targets", batch[1])
     shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
@@ -111,6 +110,18 @@ def as_batch(batch: Any) -> tuple[PyTree[Array], Array]:
     if targets.shape[0] == 0:
         raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
     return inputs, targets
+
+
+def take_apart(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
+    """The pair of inputs and targets, and the mask or None."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        wanted = "(inputs, targets) or (inputs, targets, mask)"
+        raise TypeError(f"{name} must be {wanted}; got {_kind(batch)}.{way_out}")
+    return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
+
+
+def _kind(batch: Any) -> str:
+    return type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
 
 
 def _as_input(path: Any, leaf: Any) -> Array:

@@ -21,7 +21,7 @@ from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, pose, take_apart
 from ggn_jax.optimizer.checks import as_arrays, check_auto, check_static, fitted
 from ggn_jax.optimizer.curvature import (
     Curvature,
@@ -126,17 +126,13 @@ class Core:
 
     def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
         """The checked batch, and its mask."""
-        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-            raise TypeError(
-                f"batch must be (inputs, targets) or (inputs, targets, mask); got {type(batch).__name__}"
-                f"{f' of length {len(batch)}' if isinstance(batch, tuple | list) else ''}."
-            )
+        pair, mask = take_apart("batch", batch)
         check_auto("batch", batch)
         check_auto("params", params)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
-        problem = pose(model_of_part(self.model_fn, params, full_params), self.loss, params, tuple(batch[:2]))
-        return problem, check_mask(batch[2] if len(batch) == 3 else None, problem)
+        problem = pose(model_of_part(self.model_fn, params, full_params), self.loss, params, pair)
+        return problem, check_mask(mask, problem)
 
     def blank(self, params: PyTree[Array]) -> tuple[Layout, Curvature]:
         """The layout and an empty state, for the report."""
