@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 
@@ -143,31 +143,32 @@ class Spectral(eqx.Module):
 
 
 class Dense(eqx.Module):
-    """A symmetric matrix over the entries of one array."""
+    """For each group, a symmetric matrix over the entries."""
 
-    matrix: Float[Array, "d d"]
+    matrix: Float[Array, "G d d"]
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        return (self.matrix @ m.reshape(-1)).reshape(m.shape)
+        return jnp.einsum("gij,gj->gi", self.matrix, m.reshape(m.shape[0], -1)).reshape(m.shape)
 
     def trace(self) -> Float[Array, ""]:
-        return jnp.trace(self.matrix)
+        return jnp.sum(self.diagonal())
 
     def squared_norm(self) -> Float[Array, ""]:
         return jnp.sum(self.matrix**2)
 
-    def diagonal(self) -> Float[Array, " d"]:
-        return jnp.diagonal(self.matrix)
+    def diagonal(self) -> Float[Array, "G d"]:
+        return jnp.diagonal(self.matrix, axis1=1, axis2=2)
 
 
 class DenseSpectral(eqx.Module):
-    """A symmetric matrix over the entries of one array, by its eigendecomposition."""
+    """For each group, a symmetric matrix over the entries, by its eigendecomposition."""
 
-    q: Float[Array, "d d"]
-    values: Float[Array, " d"]
+    q: Float[Array, "G d d"]
+    values: Float[Array, "G d"]
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        return (self.q @ (self.values * (self.q.T @ m.reshape(-1)))).reshape(m.shape)
+        rotated = self.values * jnp.einsum("gij,gi->gj", self.q, m.reshape(m.shape[0], -1))
+        return jnp.einsum("gij,gj->gi", self.q, rotated).reshape(m.shape)
 
     def map(self, fn: Callable[[Array], Array]) -> "DenseSpectral":
         return DenseSpectral(self.q, fn(jnp.maximum(self.values, 0)))
@@ -178,17 +179,17 @@ class DenseSpectral(eqx.Module):
     def squared_norm(self) -> Float[Array, ""]:
         return jnp.sum(self.values**2)
 
-    def diagonal(self) -> Float[Array, " d"]:
-        return (self.q**2) @ self.values
+    def diagonal(self) -> Float[Array, "G d"]:
+        return jnp.einsum("gij,gj->gi", self.q**2, self.values)
 
 
 class Diagonal(eqx.Module):
-    """A diagonal matrix over the entries of one array."""
+    """For each group, a diagonal matrix over the entries."""
 
-    values: Float[Array, " d"]
+    values: Float[Array, "G d"]
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        return (self.values * m.reshape(-1)).reshape(m.shape)
+        return (self.values * m.reshape(m.shape[0], -1)).reshape(m.shape)
 
     def map(self, fn: Callable[[Array], Array]) -> "Diagonal":
         return Diagonal(fn(jnp.maximum(self.values, 0)))
@@ -199,11 +200,18 @@ class Diagonal(eqx.Module):
     def squared_norm(self) -> Float[Array, ""]:
         return jnp.sum(self.values**2)
 
-    def diagonal(self) -> Float[Array, " d"]:
+    def diagonal(self) -> Float[Array, "G d"]:
         return self.values
 
 
 Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
+
+
+def finite_groups(block: Block) -> Bool[Array, " G"]:
+    """For each group, whether there is no NaN and no infinity."""
+    leaves = jax.tree.leaves(block)
+    finite = [jnp.all(jnp.isfinite(leaf), axis=range(1, leaf.ndim)) for leaf in leaves]
+    return jnp.all(jnp.stack(finite), axis=0)
 
 
 def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
@@ -247,7 +255,7 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
         if isinstance(block, Kronecker):
             wanted += [factor for factor in (block.a[0], block.b[0]) if not is_diagonal(factor)]
         elif isinstance(block, Dense):
-            wanted.append(block.matrix[None])
+            wanted.append(block.matrix)
     found = iter(batch(lambda x: tuple(jnp.linalg.eigh(x)), wanted))
 
     def one(block: Block) -> Spectral | DenseSpectral | Diagonal:
@@ -257,7 +265,7 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
             return Spectral(qa, qb, jnp.maximum(lb, 0)[:, :, None] * jnp.maximum(la, 0)[:, None, :])
         if isinstance(block, Dense):
             values, q = next(found)
-            return DenseSpectral(q[0], values[0])
+            return DenseSpectral(q, values)
         return block
 
     return [one(block) for block in nearest]

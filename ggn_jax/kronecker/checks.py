@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from ggn_jax._checks import as_array, check_key, is_concrete
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.layout import Options
+from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.operators.problem import Problem
 

@@ -5,7 +5,9 @@ from jaxtyping import Array, PyTree
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Spectral
 from ggn_jax.kronecker.factors import factor_sums, in_places
-from ggn_jax.kronecker.layout import Layout, Options, structure, write
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.stacks import structure, write
 from ggn_jax.operators.problem import Problem
 
 
@@ -22,12 +24,13 @@ def compute_diagonal(problem: Problem, keys: Array | None, mc_samples: int, vect
         positions="exact",
         on_uncovered="diagonal",
         small="diagonal",
+        large="diagonal",
         vector_chunk_size=vector_chunk_size,
     )
     layout = Layout.of(problem, options)
     own = Spectral(None, None, None)  # type: ignore[arg-type]  # no rotation, and no eigenvalues needed
-    bases = [[own] * (1 + (layer.bias is not None)) for layer in layout.plan.layers]
+    bases = [[own] * len(members) for members in layout.by_layer(layout.members)]
     sums = factor_sums(problem, keys, None, options, bases)
     layers: list[Block] = [Spectral(None, None, value) for group in sums["corrected"] for value in group]
     made = in_places(layout, layers, sums)
-    return write(made.places, structure(problem.params), [block.diagonal() for block in made.blocks])
+    return write(made.stacks, structure(problem.params), [block.diagonal() for block in made.blocks])

@@ -1,20 +1,24 @@
 """Kronecker factors of a model's layers, summed over a batch."""
 
-import math
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Blocks, Layout, Options
+from ggn_jax.kronecker.layout import Cuts, Layout, cut
 from ggn_jax.kronecker.masks import arrange_masks
+from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
 from ggn_jax.layers import Captured, Layer, Trace, Use, capture
 from ggn_jax.operators.problem import Problem
@@ -90,20 +94,24 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
     trace, options = layout.trace, layout.options
     dtype = compute_dtype(trace.outputs.dtype)
 
-    def factor(groups: int, size: int, diagonal: bool) -> Array:
-        return jnp.zeros((groups, size) if diagonal or size > options.max_dense_size else (groups, size, size), dtype)
+    def factors(groups: int, cuts: Cuts, diagonal: bool) -> tuple[Array, ...]:
+        sizes = [stop - start for start, stop in cuts]
+        dense = [not diagonal and size <= options.max_dense_size for size in sizes]
+        return tuple(
+            jnp.zeros((groups, size, size) if d else (groups, size), dtype)
+            for size, d in zip(sizes, dense, strict=True)
+        )
 
     sums: dict[str, Any] = {"a": [], "count": [], "b": [], "own": []}
     for layer in layout.plan.layers:
-        members = [trace.uses[n] for n in layer.uses]
-        joint = layout.joint(layer)
-        shapes = [use.weight.shape for use in members]
-        embeddings = [use.kind == "embedding" for use in members]
-        sums["a"].append([factor(g, n + joint, e) for (g, _, n), e in zip(shapes, embeddings, strict=True)])
-        sums["count"].append([jnp.ones((), dtype)] * len(members))
-        sums["b"].append([factor(g, out, False) for g, out, _ in shapes])
+        groups = layer.weight.shape[0]
+        outs, ins = layout.cuts(layer)
+        pairs = [(trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True)]
+        sums["a"].append([factors(groups, outs if s else ins, counted) for counted, s in pairs])
+        sums["count"].append([jnp.ones((), dtype)] * len(pairs))
+        sums["b"].append([factors(groups, ins if s else outs, False) for _, s in pairs])
     for left in layout.plan.leftovers:
-        size = math.prod(trace.shapes[left.leaf])
+        size = layout.sizes[left.leaf]
         if left.kind != "unused":
             sums["own"].append(jnp.zeros((size, size) if layout.is_full(left) else size, dtype))
     if options.fisher_type is FisherType.FORWARD_ONLY:
@@ -113,9 +121,8 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
 
 def eigenbases(problem: Problem, options: Options, sums: dict[str, Any]) -> Bases:
     """EKFAC's: the eigenvectors of KFAC's factors."""
-    groups = _assemble_layers(Layout.of(problem, options), sums)
-    bases = iter(decompose([block for group in groups for block in group]))
-    return [[next(bases) for _ in group] for group in groups]  # type: ignore[misc]  # of Kronecker products
+    layout = Layout.of(problem, options)
+    return layout.by_layer(layout.each(decompose(assemble_blocks(layout, sums).blocks)))
 
 
 def assemble(
@@ -132,22 +139,22 @@ def assemble(
 def assemble_blocks(
     layout: Layout, sums: dict[str, Any], bases: Bases | None = None, corrections: dict[str, Any] | None = None
 ) -> Blocks:
-    groups: list[list[Block]] = _assemble_layers(layout, sums)  # type: ignore[assignment]  # Kronecker products
-    if bases is not None and corrections is not None:
-        corrected = corrections["corrected"]
-        groups = [
-            [Spectral(basis.qa, basis.qb, value) for basis, value in zip(*pair, strict=True)]
-            for pair in zip(bases, corrected, strict=True)
-        ]
-    return in_places(layout, [block for group in groups for block in group], sums)
+    """The blocks, equal layers' as one stack; the sums over inputs are divided by their counts."""
+    if bases is None or corrections is None:
+        return _normalised(layout, [member for i in range(len(layout.plan.layers)) for member in _totals(layout, sums, i)], sums)
+    pairs = [pair for group in zip(bases, corrections["corrected"], strict=True) for pair in zip(*group, strict=True)]
+    return in_places(layout, [Spectral(basis.qa, basis.qb, values) for basis, values in pairs], sums)
 
 
-def in_places(layout: Layout, layers: list[Block], sums: dict[str, Any]) -> Blocks:
-    """The layers' blocks, and those of all other entries."""
-    blocks, places = [*layers, *_leftover_blocks(layout, sums)], layout.places()
-    dtype = compute_dtype(layout.trace.outputs.dtype)
-    blocks += [Diagonal(jnp.zeros(place.views[0].shape[2], dtype)) for place in places[len(blocks) :]]
-    return Blocks(tuple(blocks), places)
+def in_places(layout: Layout, layers: Sequence[Block], sums: dict[str, Any]) -> Blocks:
+    """The layers' blocks, and those of all other entries, in stacks."""
+    return Blocks(tuple(layout.stacked([*layers, *_other_blocks(layout, sums)])), layout.stacks)
+
+
+def _normalised(layout: Layout, totals: list["_Totals"], sums: dict[str, Any]) -> Blocks:
+    """The blocks from the layers' sums: they are divided where equal layers are one array."""
+    stacked = layout.stacked([*totals, *_other_blocks(layout, sums)])
+    return Blocks(tuple(x.block() if isinstance(x, _Totals) else x for x in stacked), layout.stacks)
 
 
 def _factor_sums(
@@ -184,9 +191,15 @@ def captured_sums(
     result: dict[str, Any] = {}
     if bases is None:
         result["a"] = [
-            [x.factor(layout.joint(layer)) for x in members] for layer, members in zip(plan.layers, rows, strict=True)
+            [
+                x.factors(layout.joint(layer), layout.cuts(layer)[0 if swapped else 1])
+                for x, swapped in zip(members, layer.swapped, strict=True)
+            ]
+            for layer, members in zip(plan.layers, rows, strict=True)
         ]
         result["count"] = [[x.count for x in members] for members in rows]
+    else:
+        raw = [[x.raw_rows(layout.joint(layer)) for x in xs] for layer, xs in zip(plan.layers, rows, strict=True)]
     kind = options.fisher_type, options.mc_samples, options.positions
     num = count_vectors(layout.loss, trace.outputs, *kind)
     if options.fisher_type is FisherType.FORWARD_ONLY:
@@ -203,11 +216,17 @@ def captured_sums(
         sums: dict[str, Any] = {}
         gs = [[arranged(n, use) for n, use in members] for members in uses]
         if bases is None:
-            sums["b"] = [[_output_factor(g, options) for g in members] for members in gs]
+            sums["b"] = [
+                [
+                    tuple(_output_factor(part, options) for part in cut(g, layout.cuts(layer)[1 if swapped else 0]))
+                    for g, swapped in zip(members, layer.swapped, strict=True)
+                ]
+                for layer, members in zip(plan.layers, gs, strict=True)
+            ]
         else:
             sums["corrected"] = [
                 _corrected(layout, layer, xs, g, basis)
-                for layer, xs, g, basis in zip(plan.layers, rows, gs, bases, strict=True)
+                for layer, xs, g, basis in zip(plan.layers, raw, gs, bases, strict=True)
             ]
         if leftovers:
             flat = [g.reshape(g.shape[0] * g.shape[1], -1).astype(wide) for g in own]
@@ -228,79 +247,113 @@ def _output_factor(g: Array, options: Options) -> Factor:
     return jnp.einsum("gmo,gmp->gop", g, g)
 
 
-def _corrected(layout: Layout, layer: Layer, xs: list[Inputs], gs: list[Array], bases: list[Spectral]) -> list[Array]:
-    """`sum_{v, n} (Q_B^T (sum_s g a^T) Q_A)^2` for the weight (and joint bias), then for a separate bias."""
-    joint, result = layout.joint(layer), []
-    basis = bases[0]
+def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array], bases: list[Spectral]) -> list[Array]:
+    """`sum_{v, n} (Q_B^T (sum_s g a^T) Q_A)^2` for each part of the weight (and joint bias), then of a separate bias."""
+    outs, ins = layout.cuts(layer)
+    members = list(product(outs, ins))
+    result = [
+        _corrected_part(layer.swapped, rows, gs, basis, *ranges)
+        for ranges, basis in zip(members, bases[: len(members)], strict=True)
+    ]
+    if layout.separate(layer):
+        total = sum(jnp.sum(g, axis=3) for g in gs)  # [V, G, N, out]
+        for part, basis in zip(cut(total, outs), bases[len(members) :], strict=True):
+            rotated = part if basis.qb is None else jnp.einsum("vgno,gop->vgnp", part, basis.qb)
+            result.append(jnp.sum(rotated**2, axis=(0, 2))[..., None])
+    return result
+
+
+def _corrected_part(
+    swapped: Sequence[bool],
+    rows: list[Array],
+    gs: list[Array],
+    basis: Spectral,
+    out: tuple[int, int],
+    inputs: tuple[int, int],
+) -> Array:
     total: Any = 0.0
-    for x, g, swapped in zip(xs, gs, layer.swapped, strict=True):
-        q_in, q_out = (basis.qb, basis.qa) if swapped else (basis.qa, basis.qb)
+    for a, g, s in zip(rows, gs, swapped, strict=True):
+        q_in, q_out = (basis.qb, basis.qa) if s else (basis.qa, basis.qb)
+        a, g = a[..., slice(*(out if s else inputs))], g[..., slice(*(inputs if s else out))]
         g = g if q_out is None else jnp.einsum("vgnso,gop->vgnsp", g, q_out)
-        a = x.raw_rows(joint)
         a = a if q_in is None else jnp.einsum("gnsi,gij->gnsj", a, q_in)
-        if len(xs) == 1 and a.shape[2] == 1:
-            squares = jnp.einsum("vgno,gni->goi", g[:, :, :, 0] ** 2, a[:, :, 0] ** 2)
-            return [squares, *_bias_corrected(layout, layer, gs, bases)]
+        if len(rows) == 1 and a.shape[2] == 1:
+            return jnp.einsum("vgno,gni->goi", g[:, :, :, 0] ** 2, a[:, :, 0] ** 2)
         gradient = jnp.einsum("vgnso,gnsi->vgnoi", g, a)
-        total = total + (jnp.swapaxes(gradient, -1, -2) if swapped else gradient)
-    result.append(jnp.sum(total**2, axis=(0, 2)))
-    return [*result, *_bias_corrected(layout, layer, gs, bases)]
+        total = total + (jnp.swapaxes(gradient, -1, -2) if s else gradient)
+    return jnp.sum(total**2, axis=(0, 2))
 
 
-def _bias_corrected(layout: Layout, layer: Layer, gs: list[Array], bases: list[Spectral]) -> list[Array]:
-    if layer.bias is None or layout.joint(layer):
-        return []
-    total = sum(jnp.sum(g, axis=3) for g in gs)  # [V, G, N, out]
-    q = bases[1].qb
-    total = total if q is None else jnp.einsum("vgno,gop->vgnp", total, q)
-    return [jnp.sum(total**2, axis=(0, 2))[..., None]]
+class _Totals(eqx.Module):
+    """A block before the sums over inputs are divided by how many there were."""
+
+    a: tuple[Factor, ...]
+    b: tuple[Factor, ...]
+    count: tuple[Float[Array, " G"], ...]
+    swapped: tuple[bool, ...] = eqx.field(static=True)
+
+    def block(self) -> Kronecker:
+        a = [_divide(x, n) for x, n in zip(self.a, self.count, strict=True)]
+        terms = list(zip(a, self.b, self.swapped, strict=True))
+        return Kronecker(tuple(y if s else x for x, y, s in terms), tuple(x if s else y for x, y, s in terms))
 
 
-def _assemble_layers(layout: Layout, sums: dict[str, Any]) -> list[list[Kronecker]]:
-    """For each layer its block, and that of a separate bias."""
-    groups = []
-    for i, layer in enumerate(layout.plan.layers):
-        counts = sums["count"][i]
-        totals = sums["a"][i]
-        a = [_divide(x, n) for x, n in zip(totals, counts, strict=True)]
-        if "b" in sums:
-            b = sums["b"][i]
-        else:
-            outs = [layout.trace.uses[n].weight.shape for n in layer.uses]
-            b = [jnp.ones((g, out), x.dtype) for (g, out, _), x in zip(outs, a, strict=True)]
-        if layout.options.tied == "concatenate" and len(a) > 1:
-            if any(layer.swapped):
-                raise NotImplementedError(
-                    f"tied='concatenate' cannot put the uses of params{layout.trace.names[layer.leaves[0]]} together,"
-                    " as one has inputs where the other has outputs: pass tied='sum'."
-                )
-            ones = jnp.ones(len(a), a[0].dtype)
-            a, b = [_divide(combine(totals, ones), sum(counts))], [combine(b, ones)]
-        terms = list(zip(a, b, layer.swapped, strict=False))  # one term of several uses, if they are concatenated
-        block = Kronecker(tuple(y if s else x for x, y, s in terms), tuple(x if s else y for x, y, s in terms))
-        group = [block]
-        if layer.bias is not None and not layout.joint(layer):
-            constants = tuple(jnp.ones((x.shape[0], 1), x.dtype) for x in b)
-            group.append(Kronecker(constants, tuple(b)))
-        groups.append(group)
-    return groups
+def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
+    """Of a layer, for each of its blocks."""
+    layer = layout.plan.layers[number]
+    outs, ins = layout.cuts(layer)
+    groups, swapped = layer.weight.shape[0], layer.swapped
+    a, counts = sums["a"][number], sums["count"][number]
+    dtype = a[0][0].dtype
+    ones = [tuple(jnp.ones((groups, stop - start), dtype) for start, stop in (ins if s else outs)) for s in swapped]
+    b = sums["b"][number] if "b" in sums else ones
+    if layout.options.tied == "concatenate" and len(a) > 1:
+        if any(swapped):
+            raise NotImplementedError(
+                f"tied='concatenate' cannot put the uses of params{layout.trace.names[layer.leaves[0]]} together,"
+                " as one has inputs where the other has outputs: pass tied='sum'."
+            )
+        a, b = ([tuple(map(_sum, zip(*parts, strict=True)))] for parts in (a, b))
+        counts, swapped = [sum(counts)], (False,)
+    count = tuple(jnp.broadcast_to(n, groups) for n in counts)
+
+    def member(o: int, i: int) -> _Totals:
+        places = [(o, i) if s else (i, o) for s in swapped]  # of a term's input and output factor
+        first = tuple(x[place] for x, (place, _) in zip(a, places, strict=True))
+        second = tuple(x[place] for x, (_, place) in zip(b, places, strict=True))
+        return _Totals(first, second, count, swapped)
+
+    result = [member(o, i) for o, i in product(range(len(outs)), range(len(ins)))]
+    if layout.separate(layer):
+        constants = (jnp.ones((groups, 1), dtype),) * len(b)
+        for o in range(len(outs)):
+            terms = tuple(x[o] for x in b)
+            result.append(_Totals(constants, terms, (jnp.ones(groups, dtype),) * len(b), (False,) * len(b)))
+    return result
 
 
-def _leftover_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
-    """The blocks of parameters that have no layer."""
-    blocks: list[Block] = []
+def _sum(factors: Sequence[Factor]) -> Factor:
+    return combine(factors, jnp.ones(len(factors), factors[0].dtype))
+
+
+def _other_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
+    """The blocks of what no layer owns."""
+    dtype = compute_dtype(layout.trace.outputs.dtype)
     own = iter(sums.get("own", ()))
+    blocks: list[Block] = []
     for left in layout.plan.leftovers:
+        size = layout.sizes[left.leaf]
         if left.kind == "unused":
-            size, dtype = math.prod(layout.trace.shapes[left.leaf]), compute_dtype(layout.trace.outputs.dtype)
-            if size:
-                blocks.append(Diagonal(jnp.zeros(size, dtype)))
+            blocks += [Diagonal(jnp.zeros((1, size), dtype))] if size else []
         else:
-            block = next(own)
-            blocks.append(Dense(block) if block.ndim == 2 else Diagonal(block))
-    return blocks
+            total = next(own)[None]
+            blocks.append(Dense(total) if total.ndim == 3 else Diagonal(total))
+    layers = sum(map(len, layout.by_layer(layout.members)))
+    rest = layout.members[layers + len(blocks) :]
+    return [*blocks, *(Diagonal(jnp.zeros((1, member.spec.shape[2]), dtype)) for member in rest)]
 
 
 def _divide(total: Factor, count: Any) -> Factor:
-    """`total / count`; 0 where nothing was counted."""
+    """`total / count`, for each group if there is a count for each; 0 where nothing was counted."""
+    count = jnp.reshape(count, (*jnp.shape(count), *[1] * (total.ndim - 1))) if jnp.ndim(count) else count
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

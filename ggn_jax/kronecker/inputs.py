@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ggn_jax.kronecker.algebra import Factor
 from ggn_jax.kronecker.convolution import input_factor
-from ggn_jax.kronecker.layout import Options
+from ggn_jax.kronecker.layout import Cuts, cut
+from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import Use
 
 
@@ -16,19 +17,17 @@ class Inputs:
     """A use's inputs, as sharing, mask and dtype want them."""
 
     def __init__(self, use: Use, captured: Array, mask: Array | None, options: Options, wide: Any):
-        x = use.arrange_inputs(captured)  # [G, N, S, in], or row numbers [G, N, S]
-        self.use, self.captured, self.options = use, captured, options
-        size, positions = x.shape[1], x.shape[2]
+        self.use, self.captured, self.options, self.wide = use, captured, options, wide
+        size, positions = captured.shape[0], use.num_positions
         self.mask = None if mask is None else mask.astype(wide)  # [N, S]
         self.embedding = use.kind == "embedding"
         if self.embedding:
+            x = use.arrange_inputs(captured)  # row numbers [G, N, S]
             rows = use.weight.shape[2]
             index = jnp.clip(x, 0, rows - 1)
             weight = ((index == x) | (not use.fills)).astype(wide)
             self.index = index
             self.weight = weight if self.mask is None else weight * self.mask
-        else:
-            self.x = x.astype(wide)
         reduce = options.sharing == "reduce"
         if self.mask is None:
             self.count: Any = jnp.asarray(size * (1 if reduce else positions), wide)
@@ -36,6 +35,11 @@ class Inputs:
             self.count = jnp.sum(jnp.any(self.mask > 0, axis=1)).astype(wide)
         else:
             self.count = jnp.sum(self.mask)
+
+    @property
+    def x(self) -> Float[Array, "G N S in"]:
+        """The inputs in matrix form: for a convolution its patches, which are formed only where they are needed."""
+        return self.use.arrange_inputs(self.captured).astype(self.wide)
 
     def rows(self, joint: bool) -> Array:
         """`[G, N, S, in]`, with the bias's constant where it is joint; averaged over positions for `reduce`."""
@@ -62,8 +66,22 @@ class Inputs:
         """The length of these rows."""
         return self.use.weight.shape[2] + joint
 
-    def factor(self, joint: bool) -> Factor:
-        """The unnormalised `sum a a^T`."""
+    def factors(self, joint: bool, cuts: Cuts) -> tuple[Factor, ...]:
+        """The unnormalised `sum a a^T`, of the parts of the rows that are cut."""
+        if len(cuts) == 1:
+            return (self._factor(joint),)
+        if self.embedding:
+            return tuple(cut(self._factor(joint), cuts))
+        rows = self.rows(joint)
+        return tuple(self._gram(part) for part in cut(rows, cuts))
+
+    def _gram(self, x: Float[Array, "G N S in"]) -> Factor:
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if x.shape[-1] > self.options.max_dense_size:
+            return jnp.sum(x**2, axis=1)
+        return jnp.einsum("gmi,gmj->gij", x, x)
+
+    def _factor(self, joint: bool) -> Factor:
         if self.embedding:
             groups, rows = self.index.shape[0], self.use.weight.shape[2]
             weight = self.weight
@@ -76,9 +94,5 @@ class Inputs:
             return jax.vmap(lambda i, v: jnp.zeros(rows, v.dtype).at[i].add(v))(flat, values)
         diagonal = self.width(joint) > self.options.max_dense_size
         if self.use.patches is not None and self.mask is None and self.options.sharing == "expand" and not diagonal:
-            return input_factor(self.use, self.captured, joint, self.x.dtype)  # `x` is not computed then, under `jit`
-        x = self.rows(joint)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        if diagonal:
-            return jnp.sum(x**2, axis=1)
-        return jnp.einsum("gmi,gmj->gij", x, x)
+            return input_factor(self.use, self.captured, joint, self.wide)
+        return self._gram(self.rows(joint))

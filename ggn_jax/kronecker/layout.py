@@ -1,89 +1,37 @@
-"""Which blocks a traced model has, and where their entries are among the parameters."""
+"""Which blocks a traced model has, what they are made of, and how they are stacked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from functools import cached_property
+from itertools import product
+from typing import Any, Self
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from ggn_jax._checks import check_count
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
-from ggn_jax.kronecker.vectors import Positions
+from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
 from ggn_jax.layers import Layer, Leftover, Plan, Trace, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import View
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 
-Sharing = Literal["expand", "reduce"]
-Bias = Literal["joint", "separate"]
-Tied = Literal["sum", "concatenate"]
-OnUncovered = Literal["error", "diagonal", "full"]
-Small = Literal["full", "diagonal"]
-Structure = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...], Any]  # of parameters: shapes, dtypes, the pytree's
+Cuts = tuple[tuple[int, int], ...]
+"""Where an axis is cut: the start and stop of each part."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How the factors are made; see `KFACLinearOperator`."""
+class Member:
+    """One block: where it is, and a key that is equal for blocks that can be stacked."""
 
-    fisher_type: FisherType = FisherType.MC
-    mc_samples: int = 1
-    sharing: Sharing = "expand"
-    bias: Bias = "joint"
-    tied: Tied = "sum"
-    positions: Positions = "signs"
-    on_uncovered: OnUncovered = "error"
-    small: Small = "full"
-    max_dense_size: int = 8192
-    max_small_size: int = 1024
-    vector_chunk_size: int = 1
-
-    def __post_init__(self) -> None:
-        given = self.fisher_type
-        checked: dict[str, Any] = {
-            "fisher_type": FisherType(given) if isinstance(given, str) else FisherType._missing_(given)
-        }
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                wanted = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} must be one of {wanted}; got {getattr(self, name)!r}.")
-        for name in ("mc_samples", "max_dense_size", "max_small_size", "vector_chunk_size"):
-            checked[name] = check_count(name, getattr(self, name))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sharing": get_args(Sharing),
-    "bias": get_args(Bias),
-    "tied": get_args(Tied),
-    "positions": get_args(Positions),
-    "on_uncovered": get_args(OnUncovered),
-    "small": get_args(Small),
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which parameters a block acts on, and what it is."""
-
-    names: tuple[str, ...]
-    kind: str
-    views: tuple[View, ...]  # a weight, and a bias that is one more input; or one array
-
-
-class Blocks(eqx.Module):
-    """The blocks of a curvature matrix, and where they are."""
-
-    blocks: tuple[Block, ...]
-    places: tuple[Place, ...] = eqx.field(static=True)
+    spec: BlockSpec
+    key: Any
 
 
 class Layout:
@@ -92,6 +40,7 @@ class Layout:
     def __init__(self, loss: Loss, trace: Trace, options: Options):
         self.options, self.loss, self.trace = options, loss, trace
         self.plan: Plan = make_plan(trace)
+        self.sizes = [math.prod(shape) for shape in trace.shapes]
         self.leaves = tuple(left.leaf for left in self.plan.leftovers if left.kind != "unused")
         uncovered = [left for left in self.plan.leftovers if left.kind == "uncovered"]
         if uncovered and options.on_uncovered == "error":
@@ -113,51 +62,151 @@ class Layout:
         kinds = {self.trace.uses[n].kind for n in layer.uses}
         return layer.bias is not None and self.options.bias == "joint" and "embedding" not in kinds
 
+    def separate(self, layer: Layer) -> bool:
+        """Whether the bias has a block of its own."""
+        return layer.bias is not None and not self.joint(layer)
+
     def is_full(self, left: Leftover) -> bool:
         options = self.options
         uncovered = left.kind == "uncovered"
         wanted, most = (
             (options.on_uncovered, options.max_dense_size) if uncovered else (options.small, options.max_small_size)
         )
-        return wanted == "full" and math.prod(self.trace.shapes[left.leaf]) <= most
+        return wanted == "full" and self.sizes[left.leaf] <= most
 
-    def places(self) -> tuple[Place, ...]:
-        result: list[Place] = []
-        starts = [sum(math.prod(s) for s in self.trace.shapes[:i]) for i in range(len(self.trace.shapes))]
+    def cuts(self, layer: Layer) -> tuple[Cuts, Cuts]:
+        """Where the outputs and the inputs of a layer are cut into blocks: nowhere, unless a factor is too large.
+
+        A block-diagonal factor on one side makes the layer's block block-diagonal as well: each part of the weight has
+        a Kronecker product of its own.
+        """
+        _, out, inputs = layer.weight.shape
+        counts = [self.trace.uses[n].kind == "embedding" for n in layer.uses]
+        pairs = list(zip(layer.swapped, counts, strict=True))
+        # The rows of a table are counted: that factor is diagonal, and needs no cuts.
+        dense_out = any(not (swapped and counted) for swapped, counted in pairs)
+        dense_in = any(swapped or not counted for swapped, counted in pairs)
+        return self._cut(out, dense_out), self._cut(inputs + self.joint(layer), dense_in)
+
+    def _cut(self, size: int, dense: bool) -> Cuts:
+        most = self.options.max_dense_size
+        parts = -(-size // most) if dense and self.options.large == "block" else 1
+        ends = [size * i // parts for i in range(parts + 1)]
+        return tuple(zip(ends[:-1], ends[1:], strict=True))
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """All blocks: each layer's parts and separate bias, parameters without a layer, and what no layer reads."""
+        result: list[Member] = []
         for layer in self.plan.layers:
-            kind = "+".join(dict.fromkeys(self.trace.uses[n].kind for n in layer.uses))
-            if self.joint(layer):
-                assert layer.bias is not None
-                names = tuple(self.trace.names[leaf] for leaf in layer.leaves)
-                result.append(Place(names, kind, (layer.weight, layer.bias)))
-                continue
-            owners = {view: self._names(view) for view in (layer.weight, layer.bias) if view is not None}
-            result += [Place(owners[layer.weight], kind, (layer.weight,))]
-            if layer.bias is not None:
-                result.append(Place(owners[layer.bias], "bias", (layer.bias,)))
+            result += self._layer_members(layer)
+        starts = np.cumsum([0, *self.sizes]).tolist()
         for left in self.plan.leftovers:
-            size = math.prod(self.trace.shapes[left.leaf])
-            if not size:
-                continue
-            entries = IndexMap.contiguous((1, 1, size), starts[left.leaf])
-            result.append(Place((self.trace.names[left.leaf],), left.kind, (View(entries, (1, 1, size)),)))
-        return (*result, *self.rest(result))
+            size = self.sizes[left.leaf]
+            if size:
+                view = View(IndexMap.contiguous((1, 1, size), starts[left.leaf]), (1, 1, size))
+                made = "unused" if left.kind == "unused" else "full" if self.is_full(left) else "diagonal"
+                result.append(self._member((self.trace.names[left.leaf],), left.kind, (view,), made))
+        return (*result, *self._rest([member.spec for member in result]))
 
-    def rest(self, places: list[Place]) -> list[Place]:
+    def _layer_members(self, layer: Layer) -> list[Member]:
+        kind = "+".join(dict.fromkeys(self.trace.uses[n].kind for n in layer.uses))
+        made = tuple((self.trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True))
+        outs, ins = self.cuts(layer)
+        _, size_out, size_in = layer.weight.shape
+        result = []
+        for (o, o_end), (i, i_end) in product(outs, ins):
+            last = i_end > size_in  # the bias is the last input
+            views = [_part(layer.weight, (o, o_end), (i, min(i_end, size_in)))] if i < size_in else []
+            if last:
+                assert layer.bias is not None
+                views.append(_part(layer.bias, (o, o_end), (0, 1)))
+            names = tuple(dict.fromkeys(name for view in views for name in self._names(view)))
+            result.append(self._member(names, kind, tuple(views), made))
+        if self.separate(layer):
+            assert layer.bias is not None
+            for cut in outs:
+                view = _part(layer.bias, cut, (0, 1))
+                result.append(self._member(self._names(view), "bias", (view,), ("bias", made)))
+        return result
+
+    def _rest(self, specs: Sequence[BlockSpec]) -> list[Member]:
         """The entries that no output depends on, of parameters of which a layer uses a part."""
-        sizes = [math.prod(shape) for shape in self.trace.shapes]
-        views = [view for place in places for view in place.views]
-        if sum(view.entries.size for view in views) == sum(sizes):
+        views = [view for spec in specs for view in spec.views]
+        if sum(view.entries.size for view in views) == sum(self.sizes):
             return []
-        free = np.ones(sum(sizes), bool)  # a byte per parameter, and only here
+        free = np.ones(sum(self.sizes), bool)  # a byte per parameter, and only here
         for view in views:
             free[view.entries.numbers().reshape(-1)] = False
         (numbers,) = np.nonzero(free)
         view = View(IndexMap.explicit(numbers.reshape(1, 1, -1)), (1, 1, len(numbers)))
-        return [Place((f"unused entries of {', '.join(self._names(view))}",), "unused", (view,))]
+        names = (f"unused entries of {', '.join(self._names(view))}",)
+        return [self._member(names, "unused", (view,), "unused")]
+
+    def _member(self, names: tuple[str, ...], kind: str, views: tuple[View, ...], made: Any) -> Member:
+        spec = BlockSpec(names, kind, views)
+        large = tuple(size > self.options.max_dense_size for size in spec.shape[1:])
+        return Member(spec, (made, kind == "unused", large, layout_of(spec, self.sizes)))
 
     def _names(self, view: View) -> tuple[str, ...]:
-        return tuple(self.trace.names[i] for i in view.entries.owners([math.prod(s) for s in self.trace.shapes]))
+        return tuple(self.trace.names[i] for i in view.entries.owners(self.sizes))
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        """For each stack, the numbers of its members."""
+        groups: dict[Any, list[int]] = {}
+        for number, member in enumerate(self.members):
+            groups.setdefault(member.key, []).append(number)
+        return tuple(map(tuple, groups.values()))
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks that are laid out alike, together."""
+        return tuple(Stack(tuple(self.members[n].spec for n in group)) for group in self._groups)
+
+    def stacked(self, blocks: Sequence[Any]) -> list[Any]:
+        """Pytrees for each member, of arrays with groups as first axis, put together for each stack."""
+        return [
+            blocks[group[0]]
+            if len(group) == 1
+            else jax.tree.map(lambda *x: jnp.concatenate(x), *(blocks[n] for n in group))
+            for group in self._groups
+        ]
+
+    def each(self, blocks: Sequence[Block]) -> list[Block]:
+        """The members of stacks, in the order of `members`."""
+        result: list[Any] = [None] * len(self.members)
+        for group, pairs in zip(self._groups, (Blocks((b,), (s,)).each() for b, s in self._pairs(blocks)), strict=True):
+            for number, (_, block) in zip(group, pairs, strict=True):
+                result[number] = block
+        return result
+
+    def _pairs(self, blocks: Sequence[Block]) -> list[tuple[Block, Stack]]:
+        return list(zip(blocks, self.stacks, strict=True))
+
+    def by_layer(self, members: Sequence[Any]) -> list[list[Any]]:
+        """Something of each member, for each layer."""
+        found, result = iter(members), []
+        for layer in self.plan.layers:
+            outs, ins = self.cuts(layer)
+            count = len(outs) * (len(ins) + self.separate(layer))
+            result.append([next(found) for _ in range(count)])
+        return result
+
+
+def _part(view: View, out: tuple[int, int], inputs: tuple[int, int]) -> View:
+    """The view's rows and columns in these ranges."""
+    groups, size_out, size_in = view.shape
+    if out == (0, size_out) and inputs == (0, size_in):
+        return view
+    entries = view.entries.reshape(view.shape)
+    cut = entries.slice((0, out[0], inputs[0]), (groups, out[1], inputs[1]), (1, 1, 1))
+    return View(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
+
+
+def cut(x: Array, parts: Cuts) -> list[Array]:
+    """The parts of an array's last axis."""
+    return [x] if len(parts) == 1 else [x[..., start:stop] for start, stop in parts]
 
 
 def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
@@ -172,61 +221,3 @@ def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
         + "\nPass on_uncovered='diagonal' (the GGN's"
         " diagonal) or 'full' (its dense block) for curvature without one; ggn_jax.report shows all parameters."
     )
-
-
-def structure(params: PyTree[Array]) -> Structure:
-    """What is static of parameters."""
-    leaves, tree = jax.tree.flatten(params)
-    return tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
-
-
-def shape_of(place: Place) -> tuple[int, int, int]:
-    groups, out, inputs = place.views[0].shape
-    return groups, out, inputs + len(place.views) - 1
-
-
-def reader(place: Place, shapes: Sequence[tuple[int, ...]]) -> Callable[[list[Array]], Array]:
-    """A linear function of the flattened parameters that returns a block's entries, `[G, out, in]`."""
-    sizes = [math.prod(shape) for shape in shapes]
-
-    def read(leaves: list[Array]) -> Array:
-        parts = []
-        for view in place.views:
-            owners = view.entries.owners(sizes)
-            first, last = owners[0], owners[-1] + 1
-            some = leaves[first:last]
-            wide = _common(some)
-            flat = some[0] if len(some) == 1 else jnp.concatenate([leaf.astype(wide) for leaf in some])
-            start = sum(sizes[:first])
-            parts.append(view.entries.shifted(-start).reader(flat.size)(flat).reshape(view.shape))
-        wide = _common(parts)
-        return parts[0] if len(parts) == 1 else jnp.concatenate([part.astype(wide) for part in parts], axis=-1)
-
-    return read
-
-
-def _common(arrays: list[Array]) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-        return jnp.result_type(*(array.dtype for array in arrays))
-
-
-def write(places: Sequence[Place], structure: Structure, parts: Sequence[Array]) -> PyTree[Array]:
-    """The parameters with these entries at the blocks' places, and 0 elsewhere."""
-    shapes, dtypes, tree = structure
-    total = [jnp.zeros(math.prod(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    for part, place in zip(parts, places, strict=True):
-        read = reader(place, shapes)
-        dtype = jax.eval_shape(read, total).dtype
-        (written,) = jax.linear_transpose(read, total)(part.reshape(shape_of(place)).astype(dtype))
-        total = [a + b for a, b in zip(total, written, strict=True)]
-    return jax.tree.unflatten(tree, [x.reshape(shape) for x, shape in zip(total, shapes, strict=True)])
-
-
-def multiply(blocks: Blocks, structure: Structure, vector: PyTree[Array]) -> PyTree[Array]:
-    """The blocks' product with a pytree like the parameters; the result has `structure`."""
-    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
-    parts = []
-    for block, place in zip(blocks.blocks, blocks.places, strict=True):
-        m = reader(place, structure[0])(leaves)
-        parts.append(block.mv(m.astype(jax.tree.leaves(block)[0].dtype)))
-    return write(blocks.places, structure, parts)

@@ -1,6 +1,7 @@
 """Kronecker products that are nearest to the GGN's own blocks."""
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax.kronecker.algebra import Factor, Kronecker
 from ggn_jax.kronecker.factors import compute_blocks
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Blocks, Layout, Options
+from ggn_jax.kronecker.layout import Layout, cut
+from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
 from ggn_jax.layers import capture
 from ggn_jax.operators.problem import Problem
@@ -26,7 +29,8 @@ def compute_optimal_blocks(problem: Problem, keys: Array | None, mask: Array | N
     fn = partial(_optimal_factors, layout, problem.params)
     nearest = problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})  # one chunk: all data at once
     flat = [Kronecker((a,), (b,)) for group in nearest for a, b in group]
-    return Blocks((*flat, *blocks.blocks[len(flat) :]), blocks.places)
+    members = [*flat, *layout.each(blocks.blocks)[len(flat) :]]
+    return Blocks(tuple(layout.stacked(members)), layout.stacks)
 
 
 def _optimal_factors(
@@ -51,11 +55,13 @@ def _optimal_factors(
             right.append(g if swapped else a)
             bias.append(jnp.sum(g, axis=3))
         # A datum's weight gradient is a sum over positions, and over uses just as well.
-        group = [_nearest_to_outer_products(jnp.concatenate(left, 3), jnp.concatenate(right, 3))]
-        if layer.bias is not None and not layout.joint(layer):
-            total = sum(bias[1:], start=bias[0])
-            b = jnp.einsum("vgno,vgnp->gop", total, total)
-            group.append((jnp.ones((b.shape[0], 1), wide), b))
+        outs, ins = layout.cuts(layer)
+        lefts, rights = cut(jnp.concatenate(left, 3), outs), cut(jnp.concatenate(right, 3), ins)
+        group = [_nearest_to_outer_products(*pair) for pair in product(lefts, rights)]
+        if layout.separate(layer):
+            for part in cut(sum(bias[1:], start=bias[0]), outs):
+                b = jnp.einsum("vgno,vgnp->gop", part, part)
+                group.append((jnp.ones((b.shape[0], 1), wide), b))
         result.append(group)
     return result
 

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
-from ggn_jax.kronecker.layout import Blocks, Structure, multiply, shape_of, write
+from ggn_jax.kronecker.algebra import Block, decompose, finite_groups, invert_heuristically
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, SymmetricLinearOperator, check_number, check_vector, register
 
 HEURISTIC = "heuristic inverse"
@@ -54,7 +54,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def diagonal(self) -> PyTree[Array]:
         """The diagonal, as a pytree like the parameters."""
         parts = [block.diagonal() for block in self.blocks.blocks]
-        return write(self.blocks.places, self.structure, parts)
+        return write(self.blocks.stacks, self.structure, parts)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
@@ -110,28 +110,30 @@ class BlockLinearOperator(SymmetricLinearOperator):
         `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
         """
         found = {
-            name: (block, shape_of(place))
-            for name, block, place in zip(self._names(), self.blocks.blocks, self.blocks.places, strict=True)
-            if path in (name, *place.names, *map(_simple, place.names))
+            name: (block, spec.shape)
+            for name, (spec, block) in self._named()
+            if path in (name, *spec.names, *map(_simple, spec.names))
         }
         if len(found) == 1:
             return _dense(*next(iter(found.values())))
         if found:
             names = ", ".join(map(repr, found))
             raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
-        known = ", ".join(name for place in self.blocks.places for name in place.names) or "none with entries"
-        raise KeyError(f"no parameter {path!r}; there are {known}.")
+        known = ", ".join(dict.fromkeys(name for spec, _ in self.blocks.each() for name in spec.names))
+        raise KeyError(f"no parameter {path!r}; there are {known or 'none with entries'}.")
 
     def factors(self) -> dict[str, Block]:
         """The blocks by the path of their first parameter, numbered where it has several: a pytree of arrays."""
-        return dict(zip(self._names(), self.blocks.blocks, strict=True))
+        return {name: block for name, (_, block) in self._named()}
 
-    def _names(self) -> list[str]:
-        """A name for each block: the path of its first parameter, and `#1`, `#2`, ... where that has several."""
-        firsts = [place.names[0] for place in self.blocks.places]
-        return [
+    def _named(self) -> list[tuple[str, tuple[BlockSpec, Block]]]:
+        """The blocks with a name each: the path of their first parameter, and `#1`, `#2`, ... where that has several."""
+        pairs = self.blocks.each()
+        firsts = [spec.names[0] for spec, _ in pairs]
+        names = [
             f"{name}#{firsts[: i + 1].count(name)}" if firsts.count(name) > 1 else name for i, name in enumerate(firsts)
         ]
+        return list(zip(names, pairs, strict=True))
 
 
 register(BlockLinearOperator, positive_semidefinite=True)
@@ -159,11 +161,13 @@ def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLine
     result = _map_blocks(operator, damping, what)
     if not all(map(is_concrete, jax.tree.leaves(result.blocks))):
         return result
-    for block, place in zip(result.blocks.blocks, result.blocks.places, strict=True):
-        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(block)):
+    for stack, block in zip(result.blocks.stacks, result.blocks.blocks, strict=True):
+        finite = np.asarray(finite_groups(block))
+        if not finite.all():
+            bad = int(np.searchsorted(stack.starts, np.argmin(finite), side="right")) - 1
             raise FloatingPointError(
-                f"the {what} with damping {damping} of the block of {', '.join(place.names)} is not finite: it is"
-                " singular, or holds NaN. Use a larger damping, or look at the model's outputs."
+                f"the {what} with damping {damping} of the block of {', '.join(stack.specs[bad].names)} is not finite:"
+                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs."
             )
     return result
 
@@ -176,7 +180,7 @@ def _map_blocks(operator: BlockLinearOperator, damping: Array, what: str) -> Blo
     else:
         fn = FUNCTIONS[what]
         blocks = [b.map(lambda x: fn(x + damping.astype(x.dtype))) for b in decompose(operator.blocks.blocks)]
-    return BlockLinearOperator._of(Blocks(tuple(blocks), operator.blocks.places), operator.structure)
+    return BlockLinearOperator._of(Blocks(tuple(blocks), operator.blocks.stacks), operator.structure)
 
 
 def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:

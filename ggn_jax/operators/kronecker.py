@@ -12,8 +12,9 @@ from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask, check_unbatched
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
-from ggn_jax.kronecker.layout import Bias, Blocks, OnUncovered, Options, Sharing, Small, Tied, structure
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
+from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
+from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
@@ -59,7 +60,10 @@ class KFACLinearOperator(BlockLinearOperator):
     - `on_uncovered`: `"error"`, or `"diagonal"` or `"full"` for the exact GGN diagonal or block of parameters that no
       layer covers.
     - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
-    - `max_dense_size`: larger Kronecker factors, and larger blocks of uncovered parameters, are diagonal.
+    - `large`: what becomes of Kronecker factors larger than `max_dense_size`: `"block"` makes them block-diagonal, in
+      parts of at most that size and as even as possible, so that the layer's block is cut into Kronecker products of
+      its own for each part; `"diagonal"` keeps their diagonal.
+    - `max_dense_size`: the size of the largest dense factors; larger blocks of uncovered parameters are diagonal.
     - `max_small_size`: larger blocks of scales and shifts (a position embedding that is added, say) are diagonal.
     - `vector_chunk_size`: how many vectors are back-propagated at once. On a CPU, one by one is fastest but for tiny
       models, and takes the least memory.
@@ -96,6 +100,7 @@ class KFACLinearOperator(BlockLinearOperator):
         mask: Any = None,
         on_uncovered: OnUncovered = Options.on_uncovered,
         small: Small = Options.small,
+        large: Large = Options.large,
         max_dense_size: int = Options.max_dense_size,
         max_small_size: int = Options.max_small_size,
         chunk_size: int | None = None,
@@ -111,6 +116,7 @@ class KFACLinearOperator(BlockLinearOperator):
             positions,
             on_uncovered,
             small,
+            large,
             max_dense_size,
             max_small_size,
             vector_chunk_size,

@@ -1,12 +1,11 @@
 """One pass over a batch: the loss, its gradient, and the factors; and where a model's blocks are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
@@ -14,7 +13,8 @@ from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
-from ggn_jax.kronecker.layout import Layout, Place, structure
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.stacks import Stack, structure
 from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers import capture, trace_model
 from ggn_jax.layers.check import check_independent
@@ -34,12 +34,13 @@ from ggn_jax.optimizer.curvature import (
 )
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
 from ggn_jax.optimizer.settings import Settings
+from ggn_jax.optimizer.spread import Spread
 
 
 class Known(NamedTuple):
     """What follows from the shapes of parameters and of example inputs."""
 
-    places: tuple[Place, ...]
+    stacks: tuple[Stack, ...]
     """Where the blocks' entries are among the parameters."""
     curvature: Curvature
     factors: Factors
@@ -91,13 +92,21 @@ class Core:
             self._check_independent(self.model_fn, params)
         curvature = initial(layout, self.settings, damping)
         self._know(params, layout, curvature)
-        return self.placed(curvature)
+        return self._placed(curvature)
 
-    def placed(self, state: PyTree[Array]) -> PyTree[Array]:
+    def placed(self, state: PyTree[Array], sharding: Any = None) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
         if self.settings.mesh is None or not all(map(_has_values, jax.tree.leaves(state))):
             return state
-        return jax.device_put(state, NamedSharding(self.settings.mesh, PartitionSpec()))
+        return jax.device_put(state, sharding or self.settings.spread.replicated())
+
+    def _placed(self, curvature: Curvature) -> Curvature:
+        """The blocks and their inverses cut over the devices, all else on each of them."""
+        if self.settings.mesh is None:
+            return curvature
+        cut = self.settings.spread.sharding()
+        blocks, inverses = (self.placed(tree, cut) for tree in (curvature.blocks, curvature.inverses))
+        return self.placed(curvature._replace(blocks=(), inverses=()))._replace(blocks=blocks, inverses=inverses)
 
     def known(self, params: PyTree[Array]) -> Known:
         check_model(self.model_fn, params, self.example_inputs)
@@ -108,8 +117,8 @@ class Core:
         return self._known[shape]
 
     def _know(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
-        factors = jax.eval_shape(lambda: zero_factors(curvature, self.settings))
-        self._known[structure(params)] = Known(layout.places(), structure_of(curvature), factors)
+        factors = jax.eval_shape(lambda: zero_factors(zero_blocks(layout), self.settings))
+        self._known[structure(params)] = Known(layout.stacks, structure_of(curvature), factors)
 
     def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:
         """The curvature in a state that may be wrapped, also array by array."""
@@ -149,7 +158,7 @@ class Core:
         settings = self.settings
         layout = Layout.of(problem, settings.options)
         check_mask_fits(layout.trace, mask)
-        _check_layers(layout, curvature, problem)
+        _check_layers(layout, curvature, problem, settings.spread)
         keys = self._keys(problem, key)
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         counts = ~jnp.isinf(problem.reduction())
@@ -166,11 +175,11 @@ class Core:
                 corrections: tuple[Array, ...] = ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
-                    corrections = tuple(value for values in corrected for value in values)
+                    corrections = _stacked_corrections(layout, corrected)
                 return Factors(batches, batches, blocks, corrections)
 
             def look_away() -> Factors:
-                return zero_factors(curvature, settings)._replace(batches=batches)
+                return zero_factors(zero_blocks(layout), settings)._replace(batches=batches)
 
             value = grads = None
             if gradient:
@@ -202,12 +211,20 @@ class Core:
             check_independent(model_fn, params, self._inputs, outputs.dtype)
 
 
+def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
+    """The corrections of all layers' blocks, in the stacks of these."""
+    members: list[Any] = [value for values in corrected for value in values]
+    stacked = layout.stacked([*members, *[()] * (len(layout.members) - len(members))])
+    return tuple(value for value in stacked if isinstance(value, jax.Array))
+
+
 def _has_values(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
 
 
-def _check_layers(layout: Layout, curvature: Curvature, problem: Problem) -> None:
-    if structure(jax.eval_shape(lambda: zero_blocks(layout))) != structure(curvature.blocks):
+def _check_layers(layout: Layout, curvature: Curvature, problem: Problem, spread: Spread) -> None:
+    blocks = jax.eval_shape(lambda: tuple(map(spread.pad, zero_blocks(layout))))
+    if structure(blocks) != structure(curvature.blocks):
         raise ValueError(
             f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than for"
             " example_inputs."

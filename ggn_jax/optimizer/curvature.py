@@ -1,17 +1,28 @@
 """Running averages of Kronecker factors, and the inverses made of them now and then."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax.kronecker.algebra import Block, Dense, DenseSpectral, Diagonal, Kronecker, Spectral, is_diagonal
+from ggn_jax.kronecker.algebra import (
+    Block,
+    Dense,
+    DenseSpectral,
+    Diagonal,
+    Kronecker,
+    Spectral,
+    finite_groups,
+    is_diagonal,
+)
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
-from ggn_jax.kronecker.layout import Blocks, Layout, Place, multiply, structure
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
 from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
 from ggn_jax.optimizer.settings import Settings
+from ggn_jax.optimizer.spread import Groups, Spread
 
 
 class Factors(NamedTuple):
@@ -61,7 +72,7 @@ def _is_curvature(node: Any) -> bool:
 
 def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     """Before the first batch."""
-    blocks = zero_blocks(layout)
+    blocks = tuple(map(settings.spread.pad, zero_blocks(layout)))
     shapes = jax.eval_shape(settings.invert, blocks, damping)
     inverses = tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     # Each its own buffer: a state may be donated.
@@ -71,21 +82,27 @@ def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
 
 def zero_blocks(layout: Layout) -> tuple[Block, ...]:
     """Blocks of the right kinds and shapes."""
-    return zeros_like(assemble_blocks(layout, zero_sums(layout)).blocks)
+    shapes = jax.eval_shape(lambda: assemble_blocks(layout, zero_sums(layout)).blocks)
+    zeros: tuple[Block, ...] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return zeros
 
 
-def zero_factors(curvature: Curvature, settings: Settings) -> Factors:
-    """What no batch says."""
-    corrections = [block.values for block in curvature.inverses if settings.ekfac and isinstance(block, Spectral)]
+def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
+    """What no batch says, of blocks of these shapes."""
+    corrections = [
+        jnp.zeros(shape, block.a[0].dtype)
+        for block in blocks
+        if settings.ekfac and isinstance(block, Kronecker)
+        for shape in [(*block.b[0].shape[:2], block.a[0].shape[1])]
+    ]
     batches, weight = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-    return Factors(batches, weight, zeros_like(curvature.blocks), tuple(map(jnp.zeros_like, corrections)))
+    return Factors(batches, weight, zeros_like(tuple(blocks)), tuple(corrections))
 
 
 def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
-    """The eigenbases of each layer's weight and separate bias."""
-    spectra = iter(inverses)
-    sizes = [1 + (layer.bias is not None and not layout.joint(layer)) for layer in layout.plan.layers]
-    return [[next(spectra) for _ in range(size)] for size in sizes]  # type: ignore[misc]  # of Kronecker products
+    """The eigenbases of each layer's blocks."""
+    real = [jax.tree.map(lambda x: x[: s.shape[0]], i) for s, i in zip(layout.stacks, inverses, strict=True)]
+    return layout.by_layer(layout.each(real))
 
 
 def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settings) -> Curvature:
@@ -102,10 +119,12 @@ def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settin
         new = total / jnp.where(present, seen.weight, 1).astype(total.dtype)
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
-    blocks = jax.tree.map(average, curvature.blocks, seen.blocks)
+    spread = settings.spread
+    blocks = spread.place(jax.tree.map(average, curvature.blocks, spread.pad(seen.blocks)))
     inverses = list(curvature.inverses)
-    for i, value in enumerate(seen.corrections):
-        inverses[i] = inverses[i].replace_values(average(inverses[i].values, value))
+    spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
+    for i, value in zip(spectra, spread.pad(seen.corrections), strict=True):
+        inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)
     inverses = _renew(blocks, tuple(inverses), curvature.count, first, known, damping, settings)
@@ -124,29 +143,52 @@ def _renew(
 ) -> Any:
     """The inverses, those that are due made anew."""
 
-    def some(numbers: Sequence[int]) -> Callable[..., Any]:
+    spread = settings.spread
+
+    def some(turn: Mapping[int, Groups]) -> Callable[..., Any]:
         def run(blocks: Any, inverses: Any, damping: Array) -> Any:
             result = list(inverses)
-            made = settings.invert([blocks[i] for i in numbers], damping)
-            for i, new in zip(numbers, made, strict=True):
-                old = inverses[i]
+            made = settings.invert([spread.take(blocks[i], groups) for i, groups in turn.items()], damping)
+            for (i, groups), new in zip(turn.items(), made, strict=True):
+                old = spread.take(inverses[i], groups)
                 if settings.ekfac and isinstance(new, Spectral):
                     new = new.replace_values(jnp.where(first, new.values, _rotated(old, new)))
                 # A factorisation that failed leaves what was there.
-                result[i] = choose(all_finite(new), new, old)
+                kept = _choose_groups(finite_groups(new), new, old)
+                result[i] = spread.put(inverses[i], groups, kept)
             return tuple(result)
 
         return run
 
-    interval, everything = settings.inverse_interval, range(len(blocks))
+    interval, everything = settings.inverse_interval, dict.fromkeys(range(len(blocks)))
     args = (blocks, inverses, damping)
     if interval == 1 or not settings.staggered:
         due = first | (known & _are_due(count, interval))
         return jax.lax.cond(due, some(everything), lambda _, old, __: old, *args)
-    turns = [some(turn) for turn in take_turns([_cost(block) for block in blocks], interval)]
+    turns = [some(turn) for turn in _turns(blocks, interval, spread)]
     turns += [some(everything), lambda _, old, __: old]
     which = jnp.where(first, interval, jnp.where(known, count % interval, interval + 1))
     return jax.lax.switch(which, turns, *args)
+
+
+def _turns(blocks: Sequence[Block], turns: int, spread: Spread) -> list[dict[int, Groups]]:
+    """Which groups of which stacks are inverted at each of `turns` steps."""
+    groups = [(i, g) for i, block in enumerate(blocks) for g in range(spread.share(block))]
+    result: list[dict[int, Groups]] = []
+    for turn in take_turns([_cost(blocks[i]) for i, _ in groups], turns):
+        members: dict[int, tuple[int, ...]] = {}
+        for i, g in (groups[n] for n in turn):
+            members[i] = (*members.get(i, ()), g)
+        result.append(dict(members))
+    return result
+
+
+def _choose_groups(which: Bool[Array, " G"], yes: Block, no: Block) -> Block:
+    """For each group, one or the other."""
+    chosen: Block = jax.tree.map(
+        lambda a, b: jnp.where(which.reshape(which.shape + (1,) * (a.ndim - 1)), a, b), yes, no
+    )
+    return chosen
 
 
 def _are_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
@@ -168,9 +210,10 @@ def take_turns(costs: Sequence[int], turns: int) -> list[list[int]]:
 
 
 def _cost(block: Block) -> int:
+    """Of one group's factorisations."""
     if isinstance(block, Kronecker):
-        return sum(f.shape[0] * f.shape[1] ** 3 for f in (block.a[0], block.b[0]) if not is_diagonal(f))
-    return block.matrix.shape[0] ** 3 if isinstance(block, Dense) else 0
+        return sum(f.shape[1] ** 3 for f in (block.a[0], block.b[0]) if not is_diagonal(f))
+    return block.matrix.shape[1] ** 3 if isinstance(block, Dense) else 0
 
 
 def _rotated(old: Spectral, new: Spectral) -> Array:
@@ -184,7 +227,7 @@ def _rotated(old: Spectral, new: Spectral) -> Array:
 
 
 def precondition(
-    curvature: Curvature, places: tuple[Place, ...], settings: Settings, gradient: PyTree[Array]
+    curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> PyTree[Array]:
     """The damped inverse times a gradient; 0 as long as no batch was seen."""
     inverses = curvature.inverses
@@ -194,11 +237,14 @@ def precondition(
             return 1 / (x + curvature.damping.astype(x.dtype))
 
         inverses = tuple(block.map(damped) for block in inverses)
-    product = multiply(Blocks(tuple(inverses), places), structure(gradient), gradient)
-    return choose(curvature.weight > 0, product, zeros_like(product))
+    spread = settings.spread
+    # Each device multiplies with the inverses that it holds.
+    parts = spread.place(spread.pad(read(stacks, gradient)))
+    made = [jnp.where(curvature.weight > 0, part, 0) for part in products(inverses, parts)]
+    return write(stacks, structure(gradient), [x[: s.shape[0]] for s, x in zip(stacks, made, strict=True)])
 
 
-def are_made(curvature: Curvature, places: tuple[Place, ...], settings: Settings) -> Bool[Array, ""]:
+def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
     """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
 
     A damped inverse has no row of zeros, nor have its eigenvectors; eigenvalues before damping may be 0.
@@ -211,9 +257,9 @@ def are_made(curvature: Curvature, places: tuple[Place, ...], settings: Settings
             return block.q
         return () if settings.keeps_spectra else block
 
-    blocks = [kept(block) for block, place in zip(curvature.inverses, places, strict=True) if place.kind != "unused"]
-    rows = [leaf.reshape(-1, leaf.shape[-1])[0] for leaf in jax.tree.leaves(blocks)]
-    made = [jnp.any(row != 0) for row in rows]
+    pairs = [(kept(block), stack.shape[0]) for block, stack in zip(curvature.inverses, stacks, strict=True) if not stack.unused]
+    rows = [leaf[:groups].reshape(groups, -1, leaf.shape[-1])[:, 0] for tree, groups in pairs for leaf in jax.tree.leaves(tree)]
+    made = [jnp.all(jnp.any(row != 0, axis=1)) for row in rows]
     return (curvature.weight == 0) | jnp.all(jnp.stack([jnp.asarray(True), *made]))
 
 
@@ -228,6 +274,6 @@ def describe(block: Block) -> str:
         terms = f", {len(block.a)} terms" if len(block.a) > 1 else ""
         return f"Kronecker ({factor(block.b[0])}) (x) ({factor(block.a[0])}){terms}"
     if isinstance(block, Dense):
-        return f"exact {block.matrix.shape[0]} x {block.matrix.shape[0]}"
+        return f"exact {block.matrix.shape[1]} x {block.matrix.shape[1]}"
     assert isinstance(block, Diagonal)
-    return f"diagonal {block.values.shape[0]}"
+    return f"diagonal {block.values.shape[1]}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ggn_jax.kronecker.layout import structure
+from ggn_jax.kronecker.stacks import structure
 from ggn_jax.optimizer.checks import as_arrays
 
 

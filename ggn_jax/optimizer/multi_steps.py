@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
 from ggn_jax.optimizer.checks import check_type, fitted
-from ggn_jax.optimizer.curvature import Factors, zero_factors
+from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
 from ggn_jax.optimizer.transformation import KFACTransformation
 
@@ -64,10 +64,9 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
 
     def init(params: PyTree[Array]) -> MultiStepsState:
         inner: Any = optimizer.init(params)
-        settings = optimizer.core.settings
         micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32)) for _ in range(3))
         # Or a leaf for all of them, for the stand-in that `Core.start` knows.
-        factors: Any = zero_factors(inner.curvature, settings) if jax.tree.leaves(params) else jnp.zeros(())
+        factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
         factors = optimizer.core.placed(factors)
         return MultiStepsState(micro_step, bad, skipped, inner, zeros_like(params), factors)
 

@@ -63,4 +63,5 @@ def choose(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyT
 
 
 def zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
-    return jax.tree.map(jnp.zeros_like, tree)
+    """Zeros of these shapes and dtypes; arrays' shardings are kept."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.zeros_like(x), tree)

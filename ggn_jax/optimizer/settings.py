@@ -9,10 +9,10 @@ from jaxtyping import Array
 
 from ggn_jax._checks import check_count
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.algebra import Batch, Block, batched, decompose, invert_heuristically
-from ggn_jax.kronecker.layout import Options
+from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
+from ggn_jax.kronecker.options import Options
 from ggn_jax.optimizer.checks import FROM_0_TO_1, check_flag, check_mesh, check_number, check_static
-from ggn_jax.optimizer.shares import shared_over
+from ggn_jax.optimizer.spread import Spread
 
 DampingMethod = Literal["heuristic", "exact"]
 T = TypeVar("T")
@@ -57,8 +57,9 @@ class Settings:
             raise NotImplementedError("ekfac corrects with gradients, of which fisher_type 'forward-only' has none.")
 
     @property
-    def batch(self) -> Batch:
-        return batched if self.mesh is None else shared_over(self.mesh)
+    def spread(self) -> Spread:
+        """Which device has which blocks."""
+        return Spread(self.mesh)
 
     @property
     def keeps_spectra(self) -> bool:
@@ -68,5 +69,5 @@ class Settings:
     def invert(self, blocks: Sequence[Block], damping: Array) -> list[Any]:
         """What is kept of blocks to multiply by their inverses."""
         if self.keeps_spectra:
-            return list(decompose(blocks, self.batch))
-        return invert_heuristically(blocks, damping, self.batch)
+            return list(decompose(blocks, self.spread.batch))
+        return invert_heuristically(blocks, damping, self.spread.batch)

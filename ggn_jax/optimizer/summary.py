@@ -50,7 +50,7 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
     shapes = dict(zip(trace.names, trace.shapes, strict=True))
     reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
     rows = []
-    for place, block in zip(layout.places(), curvature.blocks, strict=True):
+    for place, block in zip((member.spec for member in layout.members), layout.each(curvature.blocks), strict=True):
         unused = place.kind == "unused"
         why = ""
         if isinstance(block, Kronecker):
@@ -61,7 +61,7 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
             isinstance(block, Diagonal) and not unused and place.kind != "uncovered" and layout.options.small == "full"
         ):
             why = (
-                f"size {block.values.shape[0]} is more than max_small_size = {layout.options.max_small_size}: diagonal"
+                f"size {block.values.shape[1]} is more than max_small_size = {layout.options.max_small_size}: diagonal"
             )
         for name in place.names:
             reason = reasons.get(name, "")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.layout import Bias, OnUncovered, Options, Sharing, Small, Tied
+from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
@@ -127,6 +127,7 @@ def scale_by_kfac(
     positions: Positions = Options.positions,
     on_uncovered: OnUncovered = Options.on_uncovered,
     small: Small = Options.small,
+    large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
     max_small_size: int = Options.max_small_size,
     vector_chunk_size: int = Options.vector_chunk_size,
@@ -205,6 +206,7 @@ def kfac(
     positions: Positions = Options.positions,
     on_uncovered: OnUncovered = Options.on_uncovered,
     small: Small = Options.small,
+    large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
     max_small_size: int = Options.max_small_size,
     vector_chunk_size: int = Options.vector_chunk_size,
@@ -261,8 +263,8 @@ def kfac(
       eigendecompositions, about ten times the time.
     - `ekfac`: follow the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's); damping is
       exact.
-    - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `max_dense_size`,
-      `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
+    - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
+      `max_dense_size`, `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
     - `mesh`: each of its devices factorises a share of the matrices, and all gather the results.
     - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
       kept); each update that has a batch needs their present values, `update(..., full_params=params)`.
@@ -393,6 +395,6 @@ def _see(
     factors = fitted("factors", factors, known.factors)
     current = value_at("damping", damping, curvature.count).astype(curvature.damping.dtype)
     curvature = follow(curvature, factors, current, core.settings)
-    direction = precondition(curvature, known.places, core.settings, grads)
-    usable = are_made(curvature, known.places, core.settings)
+    direction = precondition(curvature, known.stacks, core.settings, grads)
+    usable = are_made(curvature, known.stacks, core.settings)
     return _Seen(problem, curvature, direction, factors.batches > 0, usable)

@@ -1,0 +1,179 @@
+"""Blocks of one shape, stacked: where their entries are among the parameters, and products with all of them at once.
+
+A network has many layers and few shapes. What is done to blocks (averages, inverses, products) is done to stacks of
+them, `[G, out, in]` with `G` the sum of their groups, so that a program grows with the number of shapes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax.kronecker.algebra import Block
+from ggn_jax.layers.uses import View
+
+Structure = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...], Any]  # of parameters: shapes, dtypes, the pytree's
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Which parameter entries a block acts on, and what they are."""
+
+    names: tuple[str, ...]
+    kind: str
+    views: tuple[View, ...]  # a weight, and a bias that is one more input; or one array
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`[G, out, in]`."""
+        groups, out, inputs = self.views[0].shape
+        return groups, out, inputs + len(self.views) - 1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks whose entries are laid out alike, each in parameters of its own."""
+
+    specs: tuple[BlockSpec, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`[G, out, in]` of all of them."""
+        return sum(spec.shape[0] for spec in self.specs), *self.specs[0].shape[1:]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first group of each block."""
+        return tuple(accumulate((spec.shape[0] for spec in self.specs), initial=0))[:-1]
+
+    @property
+    def unused(self) -> bool:
+        """Whether no output depends on the entries."""
+        return self.specs[0].kind == "unused"
+
+
+class Blocks(eqx.Module):
+    """The blocks of a curvature matrix, and where they are."""
+
+    blocks: tuple[Block, ...]
+    """One for each stack."""
+    stacks: tuple[Stack, ...] = eqx.field(static=True)
+
+    def each(self) -> list[tuple[BlockSpec, Block]]:
+        """The blocks one by one."""
+        return [pair for stack, block in zip(self.stacks, self.blocks, strict=True) for pair in unstack(stack, block)]
+
+
+def unstack(stack: Stack, block: Block) -> list[tuple[BlockSpec, Block]]:
+    """The blocks of a stack, each with its spec."""
+    if len(stack.specs) == 1:
+        return [(stack.specs[0], block)]
+
+    def one(spec: BlockSpec, start: int) -> Block:
+        part: Block = jax.tree.map(lambda x: x[start : start + spec.shape[0]], block)
+        return part
+
+    return [(spec, one(spec, start)) for spec, start in zip(stack.specs, stack.starts, strict=True)]
+
+
+def structure(params: PyTree[Array]) -> Structure:
+    """What is static of parameters."""
+    leaves, tree = jax.tree.flatten(params)
+    return tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves), tree
+
+
+def layout_of(spec: BlockSpec, sizes: Sequence[int]) -> Any:
+    """How a block's entries lie in the parameters that it owns: equal for blocks that can be stacked."""
+    found = []
+    for view in spec.views:
+        first, last = owners(view, sizes)
+        found.append((view.shape, view.entries.shifted(-sum(sizes[:first])), tuple(sizes[first:last])))
+    return tuple(found)
+
+
+def owners(view: View, sizes: Sequence[int]) -> tuple[int, int]:
+    """The range of parameters that a view has entries of."""
+    numbers = view.entries.owners(sizes)
+    return numbers[0], numbers[-1] + 1
+
+
+def _reader(stack: Stack, sizes: Sequence[int]) -> tuple[list[int], Callable[[list[Array]], Float[Array, "G out in"]]]:
+    """The parameters that a stack has entries of, and a linear function of these, flattened, that returns them."""
+    columns = list(zip(*(spec.views for spec in stack.specs), strict=True))
+    ranges = [[owners(view, sizes) for view in column] for column in columns]
+    touched = sorted({leaf for column in ranges for first, last in column for leaf in range(first, last)})
+
+    def read(leaves: list[Array]) -> Array:
+        by_number = dict(zip(touched, leaves, strict=True))
+
+        def column(views: tuple[View, ...], ranges: list[tuple[int, int]]) -> Array:
+            flat = _stacked([_joined([by_number[leaf] for leaf in range(*owned)]) for owned in ranges])
+            entries = views[0].entries.shifted(-sum(sizes[: ranges[0][0]]))
+            return jax.vmap(entries.reader(flat.shape[1]))(flat).reshape(-1, *views[0].shape[1:])
+
+        return _joined([column(*pair) for pair in zip(columns, ranges, strict=True)])
+
+    return touched, read
+
+
+def _stacked(parts: list[Array]) -> Array:
+    return parts[0][None] if len(parts) == 1 else jnp.stack(_alike(parts))
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_alike(parts), axis=-1)
+
+
+def _alike(arrays: list[Array]) -> list[Array]:
+    """Parameters may have several dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.result_type(*(array.dtype for array in arrays))
+    return [array.astype(wide) for array in arrays]
+
+
+def read(stacks: Sequence[Stack], tree: PyTree[Array]) -> list[Float[Array, "G out in"]]:
+    """The entries of a pytree like the parameters, in stacks."""
+    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+    sizes = [leaf.size for leaf in leaves]
+    result = []
+    for stack in stacks:
+        touched, fn = _reader(stack, sizes)
+        result.append(fn([leaves[number] for number in touched]))
+    return result
+
+
+def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[Array, "G out in"]]) -> PyTree[Array]:
+    """The parameters with these entries in the stacks' places, and 0 elsewhere."""
+    shapes, dtypes, tree = structure
+    sizes = [math.prod(shape) for shape in shapes]
+    total: list[Array | None] = [None] * len(shapes)
+    for part, stack in zip(parts, stacks, strict=True):
+        touched, fn = _reader(stack, sizes)
+        like = [jax.ShapeDtypeStruct((sizes[leaf],), dtypes[leaf]) for leaf in touched]
+        dtype = jax.eval_shape(fn, like).dtype
+        (written,) = jax.linear_transpose(fn, like)(part.reshape(stack.shape).astype(dtype))
+        for leaf, new in zip(touched, written, strict=True):
+            old = total[leaf]
+            total[leaf] = new if old is None else old + new
+    leaves = [
+        jnp.zeros(shape, dtype) if flat is None else flat.reshape(shape)
+        for flat, shape, dtype in zip(total, shapes, dtypes, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def multiply(blocks: Blocks, structure: Structure, vector: PyTree[Array]) -> PyTree[Array]:
+    """The blocks' product with a pytree like the parameters; the result has `structure`."""
+    return write(blocks.stacks, structure, products(blocks.blocks, read(blocks.stacks, vector)))
+
+
+def products(blocks: Sequence[Block], parts: Sequence[Float[Array, "G out in"]]) -> list[Float[Array, "G out in"]]:
+    """The blocks' products with stacked entries, in the blocks' dtypes."""
+    return [block.mv(m.astype(jax.tree.leaves(block)[0].dtype)) for block, m in zip(blocks, parts, strict=True)]
+
