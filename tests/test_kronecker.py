@@ -434,7 +434,7 @@ def test_uncovered_parameters(cls: Any) -> None:
 
 
 def test_large_factors_are_diagonal() -> None:
-    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", max_dense_size=3)
+    operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", max_dense_size=3, large="diagonal")
     full = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")
     block, dense = operator.factors()["['1']['w']"], full.factors()["['1']['w']"]
     np.testing.assert_allclose(block.a[0][0], jnp.diag(dense.a[0][0]), atol=1e-15)
@@ -548,7 +548,7 @@ def test_kfoc_is_the_nearest_kronecker_product(bias: Any) -> None:
 def names(operator: Any, name: str) -> list[str]:
     """The key of the block that holds a parameter."""
     path = f"['{name[0]}']['{name[2]}']"
-    return [place.names[0] for place in operator.blocks.places if path in place.names]
+    return [spec.names[0] for spec, _ in operator.blocks.each() if path in spec.names]
 
 
 def test_kfoc_of_tied_and_shared_weights() -> None:

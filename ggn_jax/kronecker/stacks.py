@@ -5,7 +5,7 @@ them, `[G, out, in]` with `G` the sum of their groups, so that a program grows w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._fusion import split_rows
 from ggn_jax.kronecker.algebra import Block
+from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import View
 
 Structure = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...], Any]  # of parameters: shapes, dtypes, the pytree's
@@ -103,23 +105,33 @@ def owners(view: View, sizes: Sequence[int]) -> tuple[int, int]:
     return numbers[0], numbers[-1] + 1
 
 
-def _reader(stack: Stack, sizes: Sequence[int]) -> tuple[list[int], Callable[[list[Array]], Float[Array, "G out in"]]]:
-    """The parameters that a stack has entries of, and a linear function of these, flattened, that returns them."""
-    columns = list(zip(*(spec.views for spec in stack.specs), strict=True))
-    ranges = [[owners(view, sizes) for view in column] for column in columns]
-    touched = sorted({leaf for column in ranges for first, last in column for leaf in range(first, last)})
+@dataclass(frozen=True)
+class _Column:
+    """One view of each block of a stack: the weights, say, or the biases that are one more input."""
 
-    def read(leaves: list[Array]) -> Array:
-        by_number = dict(zip(touched, leaves, strict=True))
+    views: tuple[View, ...]
+    ranges: tuple[tuple[int, int], ...]  # of the parameters that each view has entries of
+    entries: IndexMap  # within these parameters: the same for all blocks
+    size: int  # of these parameters
 
-        def column(views: tuple[View, ...], ranges: list[tuple[int, int]]) -> Array:
-            flat = _stacked([_joined([by_number[leaf] for leaf in range(*owned)]) for owned in ranges])
-            entries = views[0].entries.shifted(-sum(sizes[: ranges[0][0]]))
-            return jax.vmap(entries.reader(flat.shape[1]))(flat).reshape(-1, *views[0].shape[1:])
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`[G, out, in]` of all blocks."""
+        return sum(view.shape[0] for view in self.views), *self.views[0].shape[1:]
 
-        return _joined([column(*pair) for pair in zip(columns, ranges, strict=True)])
+    def read(self, flat: Float[Array, "blocks size"]) -> Float[Array, "G out in"]:
+        """The entries, a linear function of the parameters, flattened and stacked."""
+        return jax.vmap(self.entries.reader(self.size))(flat).reshape(self.shape)
 
-    return touched, read
+
+def _columns(stack: Stack, sizes: Sequence[int]) -> list[_Column]:
+    columns = []
+    for views in zip(*(spec.views for spec in stack.specs), strict=True):
+        ranges = tuple(owners(view, sizes) for view in views)
+        first, last = ranges[0]
+        entries = views[0].entries.shifted(-sum(sizes[:first]))
+        columns.append(_Column(views, ranges, entries, sum(sizes[first:last])))
+    return columns
 
 
 def _stacked(parts: list[Array]) -> Array:
@@ -141,11 +153,11 @@ def read(stacks: Sequence[Stack], tree: PyTree[Array]) -> list[Float[Array, "G o
     """The entries of a pytree like the parameters, in stacks."""
     leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
     sizes = [leaf.size for leaf in leaves]
-    result = []
-    for stack in stacks:
-        touched, fn = _reader(stack, sizes)
-        result.append(fn([leaves[number] for number in touched]))
-    return result
+
+    def column(column: _Column) -> Array:
+        return column.read(_stacked([_joined(leaves[slice(*owned)]) for owned in column.ranges]))
+
+    return [_joined([column(c) for c in _columns(stack, sizes)]) for stack in stacks]
 
 
 def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[Array, "G out in"]]) -> PyTree[Array]:
@@ -154,18 +166,33 @@ def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[A
     sizes = [math.prod(shape) for shape in shapes]
     total: list[Array | None] = [None] * len(shapes)
     for part, stack in zip(parts, stacks, strict=True):
-        touched, fn = _reader(stack, sizes)
-        like = [jax.ShapeDtypeStruct((sizes[leaf],), dtypes[leaf]) for leaf in touched]
-        dtype = jax.eval_shape(fn, like).dtype
-        (written,) = jax.linear_transpose(fn, like)(part.reshape(stack.shape).astype(dtype))
-        for leaf, new in zip(touched, written, strict=True):
-            old = total[leaf]
-            total[leaf] = new if old is None else old + new
+        columns, start = _columns(stack, sizes), 0
+        for column in columns:
+            stop = start + column.shape[2]
+            for leaf, new in _rows(column, part.reshape(stack.shape)[..., start:stop], sizes):
+                old = total[leaf]
+                new = new.astype(dtypes[leaf])
+                total[leaf] = new if old is None else old + new
+            start = stop
     leaves = [
         jnp.zeros(shape, dtype) if flat is None else flat.reshape(shape)
         for flat, shape, dtype in zip(total, shapes, dtypes, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
+
+
+def _rows(column: _Column, part: Array, sizes: Sequence[int]) -> Iterator[tuple[int, Array]]:
+    """The parameters that a column's entries are of, flattened, with their numbers."""
+    blocks = len(column.ranges)
+    flat = jax.ShapeDtypeStruct((blocks, column.size), part.dtype)
+    (stacked,) = jax.linear_transpose(column.read, flat)(part)
+    rows = split_rows(stacked) if blocks >= FEW else list(stacked)
+    for row, owned in zip(rows, column.ranges, strict=True):
+        ends = list(accumulate(sizes[slice(*owned)]))
+        yield from zip(range(*owned), jnp.split(row, ends[:-1]) if len(ends) > 1 else [row], strict=True)
+
+
+FEW = 4  # rows that are not worth a counter
 
 
 def multiply(blocks: Blocks, structure: Structure, vector: PyTree[Array]) -> PyTree[Array]:

@@ -1,14 +1,15 @@
 """Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype, is_concrete
+from ggn_jax._fusion import stack_scalars
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
@@ -52,10 +53,11 @@ def check_independent(
 @eqx.filter_jit
 def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
     """How far examples depend on each other, as far as it is told, and whether something is NaN."""
-    gap = coupling(model_fn, params, inputs)
+    together, apart = _both_ways(model_fn, params, inputs)
+    gap = output_gap(together.outputs, apart.outputs)
     # As with batch statistics of one example: only the batch has values.
-    apart = jnp.isnan(gap) & jnp.all(jnp.isfinite(model_fn(params, inputs)))
-    gaps = jnp.stack([jnp.where(apart, jnp.inf, gap), gradient_coupling(model_fn, params, inputs)])
+    lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together.outputs))
+    gaps = jnp.stack([jnp.where(lost, jnp.inf, gap), gradient_gap(together, apart)])
     return jnp.nanmax(gaps), jnp.any(jnp.isnan(gaps))
 
 
@@ -69,41 +71,68 @@ def coupling_message(gap: float) -> str:
 
 
 def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
+    """How far the outputs of a batch are from those of its examples one by one."""
+    together, apart = _both_ways(model_fn, params, inputs)
+    return output_gap(together.outputs, apart.outputs)
+
+
+class _Pass(NamedTuple):
+    """The outputs of a batch, and the parameters' gradient for a random cotangent."""
+
+    outputs: Array
+    gradient: PyTree[Array]
+
+
+def _both_ways(
+    model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree
+) -> tuple[_Pass, _Pass]:
+    """A batch as it is, and its examples one by one."""
+
+    def one_by_one(params: PyTree, inputs: PyTree) -> Array:
+        return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
+
+    def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
+        outputs, vjp = jax.vjp(lambda params: fn(params, inputs), params)
+        noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype))
+        return _Pass(outputs, vjp(noise.astype(outputs.dtype))[0])
+
+    return run(model_fn), run(one_by_one)
+
+
+def output_gap(together: Array, apart: Array) -> Array:
     """How far the outputs of a batch are from those of its examples one by one, relative to their size."""
-
-    together, apart = model_fn(params, inputs), _one_by_one(model_fn, params, inputs)
     same = together == apart  # also where both are infinite
-    return _distance(jnp.where(same, 0, together), jnp.where(same, 0, apart), jnp.linalg.norm(_finite(together)))
+    size = jnp.linalg.norm(jnp.where(jnp.isfinite(together), together, 0).astype(compute_dtype(together.dtype)))
+    return _distances([jnp.where(same, 0, together)], [jnp.where(same, 0, apart)], size)[0]
 
 
-def _one_by_one(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
-    return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
-
-
-def _finite(x: Array) -> Array:
-    return jnp.where(jnp.isfinite(x), x, 0).astype(compute_dtype(x.dtype))
-
-
-def gradient_coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
-    """The same of the parameters' gradients for a random cotangent, the largest of all parameters.
+def gradient_gap(together: _Pass, apart: _Pass) -> Array:
+    """The same of the parameters' gradients, the largest of all parameters.
 
     It also tells what does not show in the outputs, such as batch statistics before a head that starts at 0.
     """
-    outputs, pull_back = jax.vjp(lambda params: model_fn(params, inputs), params)
-    _, pull_back_apart = jax.vjp(lambda params: _one_by_one(model_fn, params, inputs), params)
-    noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
-    pairs = [jax.tree.leaves(tree) for tree in (pull_back(noise)[0], pull_back_apart(noise)[0])]
-    dtype = compute_dtype(outputs.dtype)
-    total = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in pairs[0]))
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [outputs, *pairs[0]])
-    gaps = [_distance(a.astype(dtype), b.astype(dtype), eps**0.5 * total) for a, b in zip(*pairs, strict=True)]
-    return jnp.max(jnp.stack(gaps))
+    a, b = jax.tree.leaves(together.gradient), jax.tree.leaves(apart.gradient)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [together.outputs, *a])
+    total = jnp.sqrt(jnp.sum(_squares(a)))
+    return jnp.max(_distances(a, b, eps**0.5 * total))
 
 
-def _distance(a: Array, b: Array, least: Array | float = 0.0) -> Array:
-    a, b = (x.astype(compute_dtype(x.dtype)) for x in (a, b))
-    size = jnp.maximum(jnp.maximum(jnp.linalg.norm(a), jnp.linalg.norm(b)), jnp.asarray(least, a.dtype))
-    return jnp.where(size == 0, 0, jnp.linalg.norm(a - b) / jnp.where(size == 0, 1, size))
+def _squares(leaves: Sequence[Array]) -> Float[Array, " n"]:
+    """The squared norm of each array."""
+    return stack_scalars([jnp.sum(jnp.square(leaf.astype(_wide(leaves)))) for leaf in leaves])
+
+
+def _wide(leaves: Sequence[Array]) -> Any:
+    return max((compute_dtype(leaf.dtype) for leaf in leaves), key=lambda dtype: jnp.dtype(dtype).itemsize)
+
+
+def _distances(a: Sequence[Array], b: Sequence[Array], least: Array) -> Float[Array, " n"]:
+    """How far two lists of arrays are from each other, relative to the larger ones and to `least`."""
+    wide = _wide([*a, *b])
+    a, b = ([leaf.astype(wide) for leaf in leaves] for leaves in (a, b))
+    gaps = jnp.sqrt(_squares([x - y for x, y in zip(a, b, strict=True)]))
+    sizes = jnp.maximum(jnp.sqrt(jnp.maximum(_squares(a), _squares(b))), least.astype(wide))
+    return jnp.where(sizes == 0, 0, gaps / jnp.where(sizes == 0, 1, sizes))
 
 
 def tolerance(*dtypes: jnp.dtype) -> float:
@@ -154,8 +183,5 @@ def gradient_gaps(
     (wanted,) = jax.vjp(lambda params: model_fn(params, inputs), params)[1](vector)
     dtypes = {outputs.dtype, *(leaf.dtype for leaf in flat), *(use.output_dtype for use in trace.uses)}
     least = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5 * jnp.linalg.norm(total)
-    gaps = [
-        _distance(total[start : start + size], leaf.reshape(-1).astype(total.dtype), least)
-        for start, size, leaf in zip(starts, sizes, jax.tree.leaves(wanted), strict=True)
-    ]
-    return jnp.stack(gaps)
+    mine = [total[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    return _distances(mine, [leaf.reshape(-1) for leaf in jax.tree.leaves(wanted)], least)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -131,8 +130,13 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     arrays = jax.tree.leaves((params, inputs))
     if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
         few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
-        coupled = float(jax.jit(partial(coupling, model_fn))(params, few))
-        gaps = [float(gap) for gap in np.asarray(jax.jit(partial(gradient_gaps, trace, plan, model_fn))(params, few))]
+
+        @jax.jit
+        def measure(params: PyTree[Array], few: PyTree[Array]) -> tuple[Array, Array]:
+            return coupling(model_fn, params, few), gradient_gaps(trace, plan, model_fn, params, few)
+
+        gap, found = measure(params, few)
+        coupled, gaps = float(gap), [float(gap) for gap in np.asarray(found)]
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     dtypes = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
     return Report(rows, tolerance(*dtypes), coupled)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._fusion import stack_scalars
 from ggn_jax.kronecker.algebra import Block, decompose, finite_groups, invert_heuristically
 from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, SymmetricLinearOperator, check_number, check_vector, register
@@ -145,7 +146,7 @@ def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
 
 
 def _sum(parts: list[Array]) -> Array:
-    return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros(())
+    return jnp.sum(stack_scalars(parts)) if parts else jnp.zeros(())
 
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ggn_jax._fusion import stack_scalars
 from ggn_jax.kronecker.algebra import (
     Block,
     Dense,
@@ -20,7 +21,7 @@ from ggn_jax.kronecker.algebra import (
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
-from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
+from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
 from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.spread import Groups, Spread
 
@@ -226,9 +227,19 @@ def _rotated(old: Spectral, new: Spectral) -> Array:
     return values
 
 
+class Direction(NamedTuple):
+    """A preconditioned gradient."""
+
+    entries: PyTree[Array]
+    slope: Float[Array, ""]
+    """Its inner product with the gradient."""
+    finite: Bool[Array, ""]
+    """Whether it is, and the gradient too, which no product makes finite again."""
+
+
 def precondition(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
-) -> PyTree[Array]:
+) -> Direction:
     """The damped inverse times a gradient; 0 as long as no batch was seen."""
     inverses = curvature.inverses
     if settings.keeps_spectra:
@@ -240,8 +251,12 @@ def precondition(
     spread = settings.spread
     # Each device multiplies with the inverses that it holds.
     parts = spread.place(spread.pad(read(stacks, gradient)))
-    made = [jnp.where(curvature.weight > 0, part, 0) for part in products(inverses, parts)]
-    return write(stacks, structure(gradient), [x[: s.shape[0]] for s, x in zip(stacks, made, strict=True)])
+    made = products(inverses, parts)
+    finite = all_finite(made)
+    made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
+    slope = inner(made, [part.astype(x.dtype) for part, x in zip(parts, made, strict=True)])
+    made = [x[: stack.shape[0]] for stack, x in zip(stacks, made, strict=True)]
+    return Direction(write(stacks, structure(gradient), made), slope, finite)
 
 
 def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
@@ -260,7 +275,7 @@ def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings
     pairs = [(kept(block), stack.shape[0]) for block, stack in zip(curvature.inverses, stacks, strict=True) if not stack.unused]
     rows = [leaf[:groups].reshape(groups, -1, leaf.shape[-1])[:, 0] for tree, groups in pairs for leaf in jax.tree.leaves(tree)]
     made = [jnp.all(jnp.any(row != 0, axis=1)) for row in rows]
-    return (curvature.weight == 0) | jnp.all(jnp.stack([jnp.asarray(True), *made]))
+    return (curvature.weight == 0) | jnp.all(stack_scalars([jnp.asarray(True), *made]))
 
 
 def describe(block: Block) -> str:

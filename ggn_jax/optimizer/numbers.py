@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import check_real, compute_dtype
+from ggn_jax._fusion import stack_scalars
 
 Number = float | Array
 Schedule = Callable[[Any], Any]
@@ -28,7 +29,7 @@ def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether there is no NaN and no infinity."""
     parts = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(parts)) if parts else jnp.asarray(True)
+    return jnp.all(stack_scalars(parts)) if parts else jnp.asarray(True)
 
 
 def inner(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, ""]:
@@ -37,7 +38,7 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, ""]:
     products = [
         jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
-    return jnp.sum(jnp.stack(products))
+    return jnp.sum(stack_scalars(products))
 
 
 def wide_dtype(tree: PyTree[Array]) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ggn_jax._checks import check_count
+from ggn_jax._fusion import seal
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import (
     ABOVE_0,
@@ -18,7 +19,8 @@ from ggn_jax.optimizer.checks import (
     check_static,
     spread_mask,
 )
-from ggn_jax.optimizer.numbers import combine, inner, value_at, wide_dtype
+from ggn_jax.optimizer.curvature import Direction
+from ggn_jax.optimizer.numbers import combine, value_at, wide_dtype
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
 
 QUADRATIC = "quadratic"
@@ -81,7 +83,7 @@ class StepRule:
         self,
         problem: Problem | None,
         grads: PyTree[Array],
-        direction: PyTree[Array],
+        direction: Direction,
         velocity: PyTree[Array] | None,
         params: PyTree[Array],
         count: Int[Array, ""],
@@ -92,24 +94,24 @@ class StepRule:
         # The step is -a direction + m velocity.
         if self.quadratic:
             assert problem is not None
-            free = [direction, velocity] if _is(self.momentum, QUADRATIC) else [direction]
+            free = [direction.entries, velocity] if _is(self.momentum, QUADRATIC) else [direction.entries]
             found = quadratic_model(problem, grads, free, damping).minimum()
             a, m = -found[0], found[1] if len(free) > 1 else self.momentum
         else:
             a, m = value_at("learning_rate", self.learning_rate, count), self.momentum
         rate = jnp.asarray(a).astype(wide)
         if self.kl_clip is not None:
-            size = rate**2 * inner(direction, grads).astype(wide)
+            size = rate**2 * direction.slope.astype(wide)
             bound = jnp.asarray(self.kl_clip).astype(wide)
             rate = rate * jnp.where(size > bound, jnp.sqrt(bound / jnp.where(size > bound, size, 1)), 1)
-        terms = [(-rate, direction)]
+        terms = [(seal(-rate), direction.entries)]
         if velocity is not None:
-            terms.append((jnp.asarray(m).astype(wide), velocity))
+            terms.append((seal(jnp.asarray(m).astype(wide)), velocity))
         step = combine(*terms, like=grads)
         if isinstance(self.weight_decay, float | int) and self.weight_decay == 0:
             return step, step
         shrink = jnp.asarray(a).astype(wide) * value_at("weight_decay", self.weight_decay, count).astype(wide)
-        return step, combine((jnp.ones((), wide), step), (-shrink, self._decaying(params)), like=grads)
+        return step, combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)), like=grads)
 
     def _decaying(self, params: PyTree[Array]) -> PyTree[Array]:
         """The parameters that decay, and 0 for the others."""

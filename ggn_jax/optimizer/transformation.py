@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ggn_jax._fusion import seal
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.vectors import Positions
@@ -16,7 +17,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, fitted
 from ggn_jax.optimizer.core import Core
-from ggn_jax.optimizer.curvature import Curvature, Factors, are_made, follow, precondition
+from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made, follow, precondition
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, zeros_like
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
@@ -172,8 +173,8 @@ def scale_by_kfac(
         wanted: Any = ScaleByKFACState(_wanted(core, params), _COUNTER)
         state = fitted("state", state, wanted)
         seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params)
-        fine = seen.usable & all_finite((updates, seen.direction))
-        scaled = choose(fine, seen.direction, zeros_like(seen.direction))
+        fine = seen.usable & all_finite(seen.direction.entries)
+        scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
 
     return KFACTransformation.make(core, init, update, needs_batch=False)
@@ -325,8 +326,8 @@ def kfac(
         step, final = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
-        fine = seen.usable & all_finite((grads, final))
-        moves = fine & seen.counts
+        fine = seen.usable & all_finite(final)
+        moves = seal(fine & seen.counts)
         final = choose(moves, final, zeros_like(final))
         velocity = state.velocity
         if velocity is not None:
@@ -360,12 +361,12 @@ class _Seen(NamedTuple):
 
     problem: Problem | None
     curvature: Curvature
-    direction: PyTree[Array]
+    direction: Direction
     """The preconditioned gradient."""
     counts: Bool[Array, ""]
     """Whether some target is not ignored."""
     usable: Bool[Array, ""]
-    """Whether all blocks have an inverse."""
+    """Whether all blocks have an inverse, and the direction is finite."""
 
 
 def _see(
@@ -396,5 +397,5 @@ def _see(
     current = value_at("damping", damping, curvature.count).astype(curvature.damping.dtype)
     curvature = follow(curvature, factors, current, core.settings)
     direction = precondition(curvature, known.stacks, core.settings, grads)
-    usable = are_made(curvature, known.stacks, core.settings)
+    usable = are_made(curvature, known.stacks, core.settings) & direction.finite
     return _Seen(problem, curvature, direction, factors.batches > 0, usable)
