@@ -33,7 +33,7 @@ from optimizer_cases import (
 import ggn_jax
 from ggn_jax.kronecker.algebra import batched
 from ggn_jax.optimizer.curvature import take_turns
-from ggn_jax.optimizer.shares import share_out, shared_over
+from ggn_jax.optimizer.spread import Spread
 
 PLAIN: dict[str, Any] = {
     "momentum": None,
@@ -368,25 +368,40 @@ def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> 
 
 
 def test_each_device_factorises_its_share() -> None:
-    mesh = mesh_of(2)
+    spread = Spread(mesh_of(2))
     matrices = [normal(i, 1 + i % 2, n, n) for i, n in enumerate((5, 3, 5, 8))]
     matrices = [m @ jnp.swapaxes(m, 1, 2) for m in matrices]
+    padded = spread.pad(matrices)
+    assert [m.shape[0] for m in padded] == [2, 2, 2, 2]
     calls: list[int] = []
 
     def fn(x: jax.Array) -> tuple[jax.Array, ...]:
         jax.debug.callback(lambda _: calls.append(x.shape[-1]), x[0, 0])
         return tuple(jnp.linalg.eigh(x))
 
-    shared = jax.jit(partial(shared_over(mesh), fn))(matrices)
+    shared = jax.jit(partial(spread.batch, fn))(padded)
     jax.effects_barrier()
-    assert sorted(calls) == sorted(m.shape[1] for m in matrices for _ in range(m.shape[0]))  # each once
+    assert sorted(calls) == [3, 3, 5, 5, 5, 5, 8, 8]  # one of each stack on each device
     for pair, wanted in zip(shared, batched(lambda x: tuple(jnp.linalg.eigh(x)), matrices), strict=True):
-        assert_close(pair, wanted, 1e-10)
+        assert_close([part[: len(whole)] for part, whole in zip(pair, wanted, strict=True)], list(wanted), 1e-10)
+        assert all(len(part.sharding.device_set) == 2 for part in pair)
 
 
-@hypothesis.given(st.lists(st.integers(1, 512), min_size=1, max_size=20), st.sampled_from([1, 2, 4, 8]))
-def test_shares_are_about_even(sizes: list[int], devices: int) -> None:
-    shares = share_out(sizes, devices)
-    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
-    loads = [sum(sizes[i] ** 3 for i in share) for share in shares]
-    assert max(loads) <= sum(loads) / devices + max(sizes) ** 3
+def test_each_device_holds_its_share_of_the_state() -> None:
+    """Eight layers of one shape on two devices: four factors of each kind on each."""
+    mesh = mesh_of(2)
+    params = jax.device_put({"layers": [{"w": normal(i, 4, 4)} for i in range(8)]}, NamedSharding(mesh, P()))
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        for layer in params["layers"]:
+            x = jnp.tanh(x @ layer["w"])
+        return x
+
+    batch = jax.device_put((normal(9, 6, 4), jnp.arange(6) % 4), NamedSharding(mesh, P("data")))
+    optimizer = ggn_jax.kfac(model_fn, CE, 0.1, example_inputs=batch[0], mesh=mesh, damping=0.1)
+    state = optimizer.init(params)
+    grads = gradient(model_fn, CE, params, batch)
+    _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=KEY)
+    for leaf in jax.tree.leaves((state.curvature.blocks, state.curvature.inverses)):
+        assert leaf.shape == (8, 4, 4)
+        assert [shard.data.shape for shard in leaf.addressable_shards] == [(4, 4, 4)] * 2

@@ -141,7 +141,9 @@ def assemble_blocks(
 ) -> Blocks:
     """The blocks, equal layers' as one stack; the sums over inputs are divided by their counts."""
     if bases is None or corrections is None:
-        return _normalised(layout, [member for i in range(len(layout.plan.layers)) for member in _totals(layout, sums, i)], sums)
+        return _normalised(
+            layout, [member for i in range(len(layout.plan.layers)) for member in _totals(layout, sums, i)], sums
+        )
     pairs = [pair for group in zip(bases, corrections["corrected"], strict=True) for pair in zip(*group, strict=True)]
     return in_places(layout, [Spectral(basis.qa, basis.qb, values) for basis, values in pairs], sums)
 
@@ -248,7 +250,7 @@ def _output_factor(g: Array, options: Options) -> Factor:
 
 
 def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array], bases: list[Spectral]) -> list[Array]:
-    """`sum_{v, n} (Q_B^T (sum_s g a^T) Q_A)^2` for each part of the weight (and joint bias), then of a separate bias."""
+    """`sum_{v, n} (Q_B^T (sum_s g a^T) Q_A)^2` for each block of the weight, then of a separate bias."""
     outs, ins = layout.cuts(layer)
     members = list(product(outs, ins))
     result = [
@@ -256,7 +258,8 @@ def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array],
         for ranges, basis in zip(members, bases[: len(members)], strict=True)
     ]
     if layout.separate(layer):
-        total = sum(jnp.sum(g, axis=3) for g in gs)  # [V, G, N, out]
+        sums = [jnp.sum(g, axis=3) for g in gs]
+        total = sum(sums[1:], start=sums[0])  # [V, G, N, out]
         for part, basis in zip(cut(total, outs), bases[len(members) :], strict=True):
             rotated = part if basis.qb is None else jnp.einsum("vgno,gop->vgnp", part, basis.qb)
             result.append(jnp.sum(rotated**2, axis=(0, 2))[..., None])

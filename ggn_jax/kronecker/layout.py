@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, Self
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.kronecker.options import Options
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
+from ggn_jax.kronecker.stacks import BlockSpec, Stack, layout_of, unstack
 from ggn_jax.layers import Layer, Leftover, Plan, Trace, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import View
@@ -92,7 +92,7 @@ class Layout:
         most = self.options.max_dense_size
         parts = -(-size // most) if dense and self.options.large == "block" else 1
         ends = [size * i // parts for i in range(parts + 1)]
-        return tuple(zip(ends[:-1], ends[1:], strict=True))
+        return tuple(pairwise(ends))
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -111,9 +111,11 @@ class Layout:
 
     def _layer_members(self, layer: Layer) -> list[Member]:
         kind = "+".join(dict.fromkeys(self.trace.uses[n].kind for n in layer.uses))
-        made = tuple((self.trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True))
+        made = tuple(
+            (self.trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True)
+        )
         outs, ins = self.cuts(layer)
-        _, size_out, size_in = layer.weight.shape
+        size_in = layer.weight.shape[2]
         result = []
         for (o, o_end), (i, i_end) in product(outs, ins):
             last = i_end > size_in  # the bias is the last input
@@ -175,14 +177,10 @@ class Layout:
 
     def each(self, blocks: Sequence[Block]) -> list[Block]:
         """The members of stacks, in the order of `members`."""
-        result: list[Any] = [None] * len(self.members)
-        for group, pairs in zip(self._groups, (Blocks((b,), (s,)).each() for b, s in self._pairs(blocks)), strict=True):
-            for number, (_, block) in zip(group, pairs, strict=True):
-                result[number] = block
-        return result
-
-    def _pairs(self, blocks: Sequence[Block]) -> list[tuple[Block, Stack]]:
-        return list(zip(blocks, self.stacks, strict=True))
+        found: dict[int, Block] = {}
+        for group, stack, block in zip(self._groups, self.stacks, blocks, strict=True):
+            found.update(zip(group, (member for _, member in unstack(stack, block)), strict=True))
+        return [found[number] for number in range(len(found))]
 
     def by_layer(self, members: Sequence[Any]) -> list[list[Any]]:
         """Something of each member, for each layer."""

@@ -203,4 +203,3 @@ def multiply(blocks: Blocks, structure: Structure, vector: PyTree[Array]) -> PyT
 def products(blocks: Sequence[Block], parts: Sequence[Float[Array, "G out in"]]) -> list[Float[Array, "G out in"]]:
     """The blocks' products with stacked entries, in the blocks' dtypes."""
     return [block.mv(m.astype(jax.tree.leaves(block)[0].dtype)) for block, m in zip(blocks, parts, strict=True)]
-

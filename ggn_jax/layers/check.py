@@ -83,9 +83,7 @@ class _Pass(NamedTuple):
     gradient: PyTree[Array]
 
 
-def _both_ways(
-    model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree
-) -> tuple[_Pass, _Pass]:
+def _both_ways(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> tuple[_Pass, _Pass]:
     """A batch as it is, and its examples one by one."""
 
     def one_by_one(params: PyTree, inputs: PyTree) -> Array:

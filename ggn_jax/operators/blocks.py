@@ -128,7 +128,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return {name: block for name, (_, block) in self._named()}
 
     def _named(self) -> list[tuple[str, tuple[BlockSpec, Block]]]:
-        """The blocks with a name each: the path of their first parameter, and `#1`, `#2`, ... where that has several."""
+        """The blocks, each with the path of its first parameter, and `#1`, `#2`, ... where that has several."""
         pairs = self.blocks.each()
         firsts = [spec.names[0] for spec, _ in pairs]
         names = [

@@ -102,8 +102,13 @@ def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
 
 def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
     """The eigenbases of each layer's blocks."""
-    real = [jax.tree.map(lambda x: x[: s.shape[0]], i) for s, i in zip(layout.stacks, inverses, strict=True)]
-    return layout.by_layer(layout.each(real))
+
+    def real(stack: Stack, inverse: Block) -> Block:
+        cut: Block = jax.tree.map(lambda x: x[: stack.shape[0]], inverse)
+        return cut
+
+    real_ones = [real(*pair) for pair in zip(layout.stacks, inverses, strict=True)]
+    return layout.by_layer(layout.each(real_ones))
 
 
 def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settings) -> Curvature:
@@ -272,8 +277,16 @@ def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings
             return block.q
         return () if settings.keeps_spectra else block
 
-    pairs = [(kept(block), stack.shape[0]) for block, stack in zip(curvature.inverses, stacks, strict=True) if not stack.unused]
-    rows = [leaf[:groups].reshape(groups, -1, leaf.shape[-1])[:, 0] for tree, groups in pairs for leaf in jax.tree.leaves(tree)]
+    pairs = [
+        (kept(block), stack.shape[0])
+        for block, stack in zip(curvature.inverses, stacks, strict=True)
+        if not stack.unused
+    ]
+    rows = [
+        leaf[:groups].reshape(groups, -1, leaf.shape[-1])[:, 0]
+        for tree, groups in pairs
+        for leaf in jax.tree.leaves(tree)
+    ]
     made = [jnp.all(jnp.any(row != 0, axis=1)) for row in rows]
     return (curvature.weight == 0) | jnp.all(stack_scalars([jnp.asarray(True), *made]))
 

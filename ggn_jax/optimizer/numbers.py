@@ -65,4 +65,6 @@ def choose(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyT
 
 def zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
     """Zeros of these shapes and dtypes; arrays' shardings are kept."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.zeros_like(x), tree)
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.zeros_like(x), tree
+    )
