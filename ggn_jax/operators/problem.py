@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
@@ -33,6 +33,11 @@ class Problem(eqx.Module):
         """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
         return split_terms(self.loss, zeros, self.targets, batch=True).r
+
+    def counts(self) -> Bool[Array, ""]:
+        """Whether some term counts: not where every target is ignored."""
+        zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
+        return jnp.any(split_terms(self.loss, zeros, self.targets, batch=True).scale != 0)
 
     def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Any) -> PyTree[Array]:
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.

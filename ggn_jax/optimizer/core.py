@@ -33,8 +33,11 @@ from ggn_jax.optimizer.curvature import (
     zero_factors,
 )
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
+from ggn_jax.optimizer.numbers import zeros_like
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.spread import Spread
+
+Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
+"""What a chunk adds to the factors, and to EKFAC's eigenvalues."""
 
 
 class Known(NamedTuple):
@@ -140,7 +143,9 @@ class Core:
         check_auto("params", params)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
-        problem = pose(model_of_part(self.model_fn, params, full_params), self.loss, params, pair)
+        model_fn = model_of_part(self.model_fn, params, full_params)
+        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size)
+        problem.check_chunks()
         return problem, check_mask(mask, problem)
 
     def blank(self, params: PyTree[Array]) -> tuple[Layout, Curvature]:
@@ -158,43 +163,49 @@ class Core:
         settings = self.settings
         layout = Layout.of(problem, settings.options)
         check_mask_fits(layout.trace, mask)
-        _check_layers(layout, curvature, problem, settings.spread)
-        keys = self._keys(problem, key)
+        self._check_layers(layout, problem)
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
-        counts = ~jnp.isinf(problem.reduction())
-        batches = counts.astype(jnp.float32)
+        due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
 
-        def run(terms_at: Any, inputs: PyTree, operand: Any) -> Any:
-            captured = None
+        def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
+            captured = value = grads = None
 
-            def see() -> Factors:
+            def factors() -> Sums:
                 seen = captured or capture(layout.trace, problem.params, inputs, layout.leaves)
-                args = (layout, seen, terms_at, operand, keys, mask)
-                blocks = assemble_blocks(layout, captured_sums(*args)).blocks
-                blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be added to others'
-                corrections: tuple[Array, ...] = ()
+                args = (layout, seen, terms_at, operand, extra["keys"], extra["mask"])
+                sums, corrected = captured_sums(*args), ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
-                    corrections = _stacked_corrections(layout, corrected)
-                return Factors(batches, batches, blocks, corrections)
+                return sums, corrected
 
-            def look_away() -> Factors:
-                return zero_factors(zero_blocks(layout), settings)._replace(batches=batches)
-
-            value = grads = None
             if gradient:
                 captured = capture(layout.trace, problem.params, inputs, layout.leaves, gradient=True)
-                value, vector = jax.value_and_grad(lambda outputs: problem.loss(outputs, problem.targets))(
+                value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(
                     captured.outputs
                 )
                 grads = captured.gradient(vector)
             if settings.factor_interval == 1:
-                return value, grads, see()
-            due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
-            return value, grads, jax.lax.cond(due, see, look_away)
+                return value, grads, factors()
+            return value, grads, jax.lax.cond(due, factors, lambda: zeros_like(jax.eval_shape(factors)))
 
-        result: tuple[Any, Any, Factors] = problem.sum_over_chunks(run)
-        return result
+        extra = {"keys": self._keys(problem, key), "mask": mask}
+        value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
+        if grads is not None:
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
+        counts = problem.counts()
+        blocks = assemble_blocks(layout, sums).blocks
+        blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be added to others'
+        batches = counts.astype(jnp.float32)
+        weight = batches if settings.factor_interval == 1 else jnp.where(due, batches, 0)
+        return value, grads, Factors(batches, weight, blocks, _stacked_corrections(layout, corrected))
+
+    def _check_layers(self, layout: Layout, problem: Problem) -> None:
+        """Refuse a batch for which the layers are not those that the state belongs to, block by block."""
+        if layout.stacks != self.known(problem.params).stacks:
+            raise ValueError(
+                f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than"
+                " for example_inputs."
+            )
 
     def _keys(self, problem: Problem, key: Any) -> Array | None:
         options = self.settings.options
@@ -220,12 +231,3 @@ def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -
 
 def _has_values(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
-
-
-def _check_layers(layout: Layout, curvature: Curvature, problem: Problem, spread: Spread) -> None:
-    blocks = jax.eval_shape(lambda: tuple(map(spread.pad, zero_blocks(layout))))
-    if structure(blocks) != structure(curvature.blocks):
-        raise ValueError(
-            f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than for"
-            " example_inputs."
-        )

@@ -1,7 +1,7 @@
 """The quadratic model of a batch's loss along a few directions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.numbers import inner
-from ggn_jax.terms import split_terms
 
 
 class QuadraticModel(NamedTuple):
@@ -35,16 +34,17 @@ def quadratic_model(
     problem: Problem, gradient: PyTree[Array], directions: Sequence[PyTree[Array]], damping: Array
 ) -> QuadraticModel:
     """`b_i = g^T d_i`, `K_ij = d_i^T (GGN + damping I) d_j`: the exact GGN of the batch, by one tangent a direction."""
-    outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, problem.inputs), problem.params)
-    terms = split_terms(problem.loss, outputs, problem.targets, batch=True)
-    tangents = [jvp(_like(direction, problem.params)) for direction in directions]
-    curved = [terms.product("mv", tangent) for tangent in tangents]
-    rows = []
-    for tangent, direction in zip(tangents, directions, strict=True):
-        curvatures = jnp.stack([inner(tangent, c) for c in curved])
-        lengths = jnp.stack([inner(direction, d) for d in directions]).astype(curvatures.dtype)
-        rows.append(curvatures + damping.astype(curvatures.dtype) * lengths)
-    k = jnp.stack(rows)
+
+    def part(terms_at: Any, inputs: PyTree, operand: Any) -> Float[Array, "k k"]:
+        outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
+        terms = terms_at(outputs, operand)
+        tangents = [jvp(_like(direction, problem.params)) for direction in directions]
+        curved = [terms.product("mv", tangent) for tangent in tangents]
+        return jnp.stack([jnp.stack([inner(tangent, c) for c in curved]) for tangent in tangents])
+
+    k = problem.sum_over_chunks(part)
+    lengths = jnp.stack([jnp.stack([inner(c, d) for d in directions]) for c in directions]).astype(k.dtype)
+    k = k + damping.astype(k.dtype) * lengths
     return QuadraticModel(jnp.stack([inner(gradient, d) for d in directions]).astype(k.dtype), (k + k.T) / 2)
 
 
@@ -57,7 +57,9 @@ def reduction_ratio(
     """
 
     def value(params: PyTree[Array]) -> Array:
-        return problem.loss(problem.model_fn(params, problem.inputs), problem.targets)
+        return problem.sum_over_chunks(
+            lambda terms_at, inputs, operand: terms_at(problem.model_fn(params, inputs), operand).loss_value()
+        )
 
     moved = jax.tree.map(lambda p, s: p + s.astype(p.dtype), problem.params, step)
     predicted = model.change(c)

@@ -34,6 +34,7 @@ class Settings:
     staggered: bool
     damping_method: DampingMethod
     ekfac: bool
+    chunk_size: int | None
     mesh: Mesh | None
 
     @classmethod
@@ -48,6 +49,8 @@ class Settings:
         check_number("decay", self.decay, FROM_0_TO_1)
         for name in ("factor_interval", "inverse_interval"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        if self.chunk_size is not None:
+            object.__setattr__(self, "chunk_size", check_count("chunk_size", self.chunk_size))
         for name in ("staggered", "ekfac"):
             check_flag(name, getattr(self, name))
         if self.damping_method not in get_args(DampingMethod):

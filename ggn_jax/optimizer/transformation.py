@@ -131,6 +131,7 @@ def scale_by_kfac(
     large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
     max_small_size: int = Options.max_small_size,
+    chunk_size: int | None = None,
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
@@ -210,6 +211,7 @@ def kfac(
     large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
     max_small_size: int = Options.max_small_size,
+    chunk_size: int | None = None,
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
@@ -266,6 +268,8 @@ def kfac(
       exact.
     - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
       `max_dense_size`, `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
+    - `chunk_size`: how many examples are worked on at once: the batch's loss, gradient and factors are added up over
+      parts of it, so that the activations of one part are held. None for all of them.
     - `mesh`: each of its devices factorises a share of the matrices, and all gather the results.
     - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
       kept); each update that has a batch needs their present values, `update(..., full_params=params)`.
