@@ -11,10 +11,11 @@ also as multiples of the first, are the figures of
     kfac step   that, and an update, which renews inverses where it is their turn
 
 The seconds are those to trace a function, to lower it to StableHLO, and to compile that, without JAX's persistent
-cache; equations are those of the jaxpr and all inside of it, instructions those of XLA's optimised module. FLOPs are
-XLA's count, in which loops count once, and temporaries what it plans beside arguments and results. State is that of
-`optimizer.init`, as a multiple of the parameters; with values for these, where the model is small, `init` also checks
-that examples are independent, and its seconds are given.
+cache; CPU seconds are those of all threads, for all three together, and vary less on a busy machine. Equations are
+those of the jaxpr and of all jaxprs inside of it, instructions those of XLA's optimised module. FLOPs are XLA's count,
+in which the body of a loop counts once, and temporaries what XLA plans beside arguments and results. State is that of
+`optimizer.init`, as a multiple of the parameters; given values, `init` also checks that examples are independent, and
+takes the seconds in brackets, measured for small models only.
 
 Each model is built in a process of its own, so that one that fails leaves the others. `--run` takes a real step of
 ResNet-50 and of GPT-2 (or of other models), with random values and a batch of `--batch`.
@@ -52,6 +53,7 @@ HEADS = {
     "trace_s": "trace s",
     "lower_s": "lower s",
     "compile_s": "compile s",
+    "cpu_s": "CPU s",
     "equations": "equations",
     "instructions": "instructions",
     "gflop": "GFLOP",
@@ -88,7 +90,7 @@ def differences(times: list[float]) -> list[float]:
 def build(fn: Callable[..., Any], *args: Any) -> Row:
     """All figures of a function of shapes."""
     jax.clear_caches()
-    times = [time.perf_counter()]
+    times, cpu = [time.perf_counter()], time.process_time()
 
     def timed(value: Any) -> Any:
         times.append(time.perf_counter())
@@ -97,8 +99,10 @@ def build(fn: Callable[..., Any], *args: Any) -> Row:
     traced = timed(jax.jit(fn).trace(*args))
     lowered = timed(traced.lower())
     compiled = timed(lowered.compile())
+    cpu = time.process_time() - cpu
     return {
         **dict(zip(("trace_s", "lower_s", "compile_s"), differences(times), strict=True)),
+        "cpu_s": cpu,
         "equations": count_equations(traced.jaxpr),
         "instructions": count_instructions(compiled),
         "gflop": compiled.cost_analysis().get("flops", 0.0) / 1e9,
@@ -272,7 +276,7 @@ def show(name: str, rows: list[Row]) -> None:
         for why, names in model.get(key, {}).items():
             print(f"  {key}: {why}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
     if any(program in found for program in PROGRAMS):
-        print("  " + " " * 10 + "".join(f"{head:>20}" for head in HEADS.values()))
+        print("  " + " " * 10 + "".join(f"{head:>19}" for head in HEADS.values()))
     for row in rows:
         if "error" in row:
             print(f"  {row['row']:<10}  {row['error']}")
@@ -289,7 +293,7 @@ def show(name: str, rows: list[Row]) -> None:
 def cell(row: Row, unit: Row, key: str) -> str:
     value = f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key])
     ratio = f"{row[key] / unit[key]:.1f}x" if unit.get(key) else ""
-    return f"{value:>12}{ratio:>8}"
+    return f"{value:>12}{ratio:>7}"
 
 
 def parse_option(text: str) -> tuple[str, Any]:
