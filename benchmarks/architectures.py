@@ -25,6 +25,8 @@ class Problem(NamedTuple):
     loss: ggn_jax.Loss
     inputs: Any
     targets: jax.ShapeDtypeStruct
+    classes: int = 2
+    """Integers in inputs and targets are below it."""
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -120,7 +122,7 @@ def mlp(depth: int, width: int = 32, classes: int = 10, batch: int = 32) -> Prob
             x = (jax.nn.relu if i % 2 else jnp.tanh)(dense(params[f"layer{i}"], x))
         return dense(params["head"], x)
 
-    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, width), integers(batch))
+    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, width), integers(batch), classes)
 
 
 # Residual networks (He et al. 2016), with fixed statistics in place of batch normalisation.
@@ -183,7 +185,7 @@ def resnet(
             x = block(params[f"block{i}"], x, stride)
         return dense(params["head"], jnp.mean(x, (1, 2)))
 
-    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, size, size, 3), integers(batch))
+    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, size, size, 3), integers(batch), classes)
 
 
 # Transformers.
@@ -246,7 +248,7 @@ def vit(
         x = layer_norm(params["norm"], x)
         return dense(params["head"], x[:, 0] if token else jnp.mean(x, 1))
 
-    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, size, size, 3), integers(batch))
+    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(), floats(batch, size, size, 3), integers(batch), classes)
 
 
 def gpt2(
@@ -283,7 +285,7 @@ def gpt2(
         return layer_norm(params["norm"], x) @ params["tokens"].T
 
     tokens = integers(batch, length)
-    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), tokens, tokens)
+    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), tokens, tokens, vocabulary)
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -345,7 +347,7 @@ def llama(
         return dense(params["head"], rms_norm(params["norm"], x))
 
     tokens = integers(batch, length)
-    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), tokens, tokens)
+    return Problem(init, model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), tokens, tokens, vocabulary)
 
 
 # The denoising network of diffusion models (Ho et al. 2020).

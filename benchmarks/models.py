@@ -118,15 +118,17 @@ def mebibytes(tree: Any) -> float:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**20
 
 
-def random_values(shapes: Any, key: jax.Array) -> Any:
-    """Inputs or targets: white noise, or 0 and 1."""
+def random_batch(problem: Problem) -> Any:
+    """Inputs and targets: white noise, and integers."""
+    leaves, structure = jax.tree.flatten((problem.inputs, problem.targets))
 
-    def one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def values(shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if jnp.issubdtype(shape.dtype, jnp.integer):
-            return jax.random.randint(key, shape.shape, 0, 2, shape.dtype)
+            return jax.random.randint(key, shape.shape, 0, problem.classes, shape.dtype)
         return jax.random.normal(key, shape.shape, shape.dtype)
 
-    return jax.tree.map(one, shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(structure, map(values, leaves, keys))
 
 
 def make_optimizer(problem: Problem, options: dict[str, Any], inputs: Any) -> Any:
@@ -168,7 +170,7 @@ def second_order(optimizer: Any) -> dict[str, Callable[..., Any]]:
 def init_seconds(problem: Problem, options: dict[str, Any]) -> float:
     """Of a new optimizer's `init`, with values."""
     params = jax.jit(problem.init)(jax.random.key(0))
-    inputs = jax.block_until_ready(random_values(problem.inputs, jax.random.key(1)))
+    inputs = jax.block_until_ready(random_batch(problem))[0]
     jax.clear_caches()
     start = time.perf_counter()
     jax.block_until_ready(make_optimizer(problem, options, inputs).init(params))
@@ -235,12 +237,12 @@ def peak_mebibytes() -> float:
 def run(problem: Problem, options: dict[str, Any]) -> Iterator[Row]:
     """A step with values, and the loss before and after."""
     params = jax.jit(problem.init)(jax.random.key(0))
-    batch = random_values(problem.inputs, jax.random.key(1)), random_values(problem.targets, jax.random.key(2))
+    batch = random_batch(problem)
     optimizer = make_optimizer(problem, options, problem.inputs)
     times = [time.perf_counter()]
     state = jax.block_until_ready(jax.jit(optimizer.init)(params))
     times.append(time.perf_counter())
-    args = params, batch, state, jax.random.key(3)
+    args = params, batch, state, jax.random.key(2)
     step = jax.jit(second_order(optimizer)["kfac step"], donate_argnums=(0, 2)).lower(*args).compile()
     times.append(time.perf_counter())
     params, state, before = jax.block_until_ready(step(*args))

@@ -93,14 +93,9 @@ def test_all_models_have_a_tiny_one(architectures: ModuleType) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.sweep] if name in SLOW else []) for name in NAMES.split()]
 )
-def test_layers_explain_the_gradient(architectures: ModuleType, name: str) -> None:
+def test_layers_explain_the_gradient(program: ModuleType, architectures: ModuleType, name: str) -> None:
     problem = architectures.TINY[name](batch=3)
-
-    def values(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        noise = jax.random.normal(jax.random.key(1), shape.shape)
-        return jnp.abs(noise).astype(shape.dtype) if shape.dtype == jnp.int32 else noise.astype(shape.dtype)
-
-    inputs = jax.tree.map(values, problem.inputs)
+    inputs, _ = program.random_batch(problem)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         params = problem.init(jax.random.key(0))
         outputs = jax.jit(problem.model_fn)(params, inputs)
