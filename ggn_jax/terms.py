@@ -56,13 +56,15 @@ def map_positions(
     are mapped over: `fn` takes the others as trailing axes.
     """
 
-    def position_axes(axes: tuple[int, ...] | None) -> list[int | None]:
-        if axes is None:
-            return [None] * positions
-        return [axis for axis in range(positions + len(axes)) if axis not in axes]
+    def position_axes(axes: tuple[int, ...]) -> list[int]:
+        """Each position's axis, once the positions before it are gone."""
+        rest = [axis for axis in range(positions + len(axes)) if axis not in axes]
+        return [axis - before for before, axis in enumerate(rest)]
 
-    ins, outs = [position_axes(axes) for axes in in_axes], position_axes(out_axes)
-    for i in range(positions if leading is None else leading):
+    ins = [[None] * positions if axes is None else position_axes(axes) for axes in in_axes]
+    outs = position_axes(out_axes)
+    # The first position is mapped over last, so that positions keep their order: nothing is transposed.
+    for i in reversed(range(positions if leading is None else leading)):
         fn = jax.vmap(fn, in_axes=tuple(axes[i] for axes in ins), out_axes=outs[i])
     return fn
 
@@ -263,9 +265,25 @@ def _with_scale(terms: Terms, r: Array | None) -> Terms:
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
             r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
     scale = jnp.where(weight == 0, 0, r * weight)
-    # The outputs of an ignored term may be anything; NaN must not come back through derivatives either.
-    ignored = jnp.expand_dims(weight == 0, terms.axes)
-    return replace(terms, outputs=jnp.where(ignored, 0, terms.outputs), scale=scale, r=r)
+    outputs = _keep_derivatives_clean(terms.outputs, jnp.expand_dims(weight == 0, terms.axes))
+    return replace(terms, outputs=outputs, scale=scale, r=r)
+
+
+@jax.custom_jvp
+def _keep_derivatives_clean(outputs: Array, ignored: Array) -> Array:
+    """The outputs, which may be anything where they are ignored, NaN too.
+
+    What is computed from them is replaced by 0 there. That does not stop NaN times 0 in derivatives, where they are
+    replaced as well; elsewhere this would cost a copy of the outputs, since compilers for CPUs do not fuse the
+    replacement with the sums over classes that follow.
+    """
+    return outputs
+
+
+@_keep_derivatives_clean.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    (outputs, ignored), (tangent, _) = primals, tangents
+    return jnp.where(ignored, 0, outputs), jnp.where(ignored, 0, tangent)
 
 
 def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
