@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ggn_jax._checks import Shaped, as_array, check_real, is_concrete
 from ggn_jax._draws import draw_bit, draw_class
@@ -223,10 +223,12 @@ class CrossEntropyLoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Float[Array, "C *at"]:
+    def settle(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Int[Array, "*at"]:
         softmax = Softmax(f)
-        own = onehot(draw_class(drawn, softmax.p), f.shape[0])
-        return jnp.where(own, -softmax.one_minus_p, softmax.p)
+        return draw_class(drawn, softmax.exp, softmax.scale)
+
+    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Int[Array, "*at"]) -> Float[Array, "C *at"]:
+        return Softmax(f).less_onehot(drawn)
 
     def _weight(self, f: Array) -> Array | None:
         return None if self.weight is None else self.weight.astype(f.dtype)
@@ -324,9 +326,11 @@ class BCEWithLogitsLoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Float[Array, "*at"]:
-        p, q = jax.nn.sigmoid(f), jax.nn.sigmoid(-f)
-        return jnp.where(draw_bit(drawn, q, p), -q, p)
+    def settle(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Bool[Array, "*at"]:
+        return draw_bit(drawn, jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
+
+    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Bool[Array, "*at"]) -> Float[Array, "*at"]:
+        return jnp.where(drawn, -jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
 
     def _mass(self, y: Any) -> tuple[Array, Array]:
         """What multiplies `-log p` and `-log(1 - p)`."""

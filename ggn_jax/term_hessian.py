@@ -92,6 +92,11 @@ class Softmax(TermHessian):
         return _sum_but_one(self.f, self.top)
 
     @property
+    def scale(self) -> Float[Array, "1 *at"]:
+        """What makes probabilities of the exponentials: a factor, since quotients are not fused with what follows."""
+        return 1 / (1 + self._rest)
+
+    @property
     def neg_log_p(self) -> Float[Array, "C *at"]:
         return jnp.log1p(self._rest) - self.shifted
 
@@ -100,17 +105,27 @@ class Softmax(TermHessian):
 
     @property
     def p(self) -> Float[Array, "C *at"]:
-        return self.exp / (1 + self._rest)
+        return self.exp * self.scale
 
     @property
     def sqrt_p(self) -> Float[Array, "C *at"]:
         # Not the square root of p, which underflows far earlier.
-        return jnp.exp(0.5 * self.shifted) / jnp.sqrt(1 + self._rest)
+        return jnp.exp(0.5 * self.shifted) * jax.lax.rsqrt(1 + self._rest)
 
     @property
     def one_minus_p(self) -> Float[Array, "C *at"]:
-        rest = self._rest
-        return jnp.where(self.shifted == 0, (rest - (self.exp - 1)) / (1 + rest), 1 - self.p)
+        return self._one_minus(self.p)
+
+    def _one_minus(self, p: Float[Array, "some *at"]) -> Float[Array, "some *at"]:
+        """`1 - p` for some of the probabilities."""
+        rest, difference = self._rest, 1 - p
+        return _with_derivatives_of(difference, jnp.where(p == self.scale, rest / (1 + rest), difference))
+
+    def less_onehot(self, index: Int[Array, "*at"]) -> Float[Array, "C *at"]:
+        """`p - onehot`."""
+        p = self.p
+        own = self._one_minus(_look_up(p, index[None]))
+        return jnp.where(onehot(index, p.shape[0]), -own, p)
 
     def _centred(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         v = v - _sum(self.p * v)
@@ -142,6 +157,17 @@ def onehot(index: Int[Array, "*at"], classes: int) -> Bool[Array, "C *at"]:
 
 def _sum(x: Array) -> Array:
     return jnp.sum(x, axis=0, keepdims=True)
+
+
+@jax.custom_jvp
+def _with_derivatives_of(formula: Array, value: Array) -> Array:
+    """`value`, which is what `formula` is without its rounding."""
+    return value
+
+
+@_with_derivatives_of.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
 
 
 @jax.custom_jvp

@@ -124,8 +124,8 @@ class Terms(eqx.Module):
 
         return weighted
 
-    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
-        """Would-be gradients with `E[g g^T]` the Hessian of the reduced loss, in the compute dtype.
+    def draw(self, keys: Array, num: int) -> Array:
+        """What would-be gradients are made of (a label per term, say), for `num` samples: `[num, *positions, ...]`.
 
         One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on
         nothing else.
@@ -136,14 +136,26 @@ class Terms(eqx.Module):
         def draw(key: Array) -> Array:
             return self.loss.draw(key, (num, *positions), term)
 
-        drawn = jax.vmap(draw, out_axes=1)(keys) if self.batch else draw(keys)
-        trailing = tuple(range(self.num_positions, drawn.ndim - 1))
+        words = jax.vmap(draw, out_axes=1)(keys) if self.batch else draw(keys)
+        trailing = self._trailing_axes(words[0])
+        return jax.vmap(lambda word: self.map(self.loss.settle, word, in_axes=(trailing,), out_axes=trailing))(words)
 
-        def gradients(drawn: Array) -> Array:
-            args = (drawn, jnp.sqrt(self.scale))
-            return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=(trailing, ()), out_axes=self.axes)
+    def drawn_gradient(self, drawn: Array) -> Float[Array, "*shape"]:
+        """A would-be gradient from one sample of `draw`, in the compute dtype.
 
-        return jax.vmap(gradients)(drawn)
+        `E[g g^T]` is the Hessian of the reduced loss.
+        """
+        args = (drawn, jnp.sqrt(self.scale))
+        in_axes = (self._trailing_axes(drawn), ())
+        return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=in_axes, out_axes=self.axes)
+
+    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
+        """The would-be gradients of `num` samples, all at once."""
+        return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
+
+    def _trailing_axes(self, drawn: Array) -> tuple[int, ...]:
+        """The axes of a sample that belong to one term: random numbers follow the positions."""
+        return tuple(range(self.num_positions, drawn.ndim))
 
     def product(self, name: str, v: Array) -> Float[Array, "*shape"]:
         """The product `name` of `TermHessian` (`mv`, `sqrt_mv`, `sqrt_rmv`) with `v`, in the outputs' dtype."""
