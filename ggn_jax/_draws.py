@@ -6,10 +6,13 @@ are exact, so that every class is drawn with its probability to within 2^-32, an
 search descends a binary tree of partial sums: O(C) to build (cheaper than a cumulative sum) and O(log C) per label.
 """
 
+from itertools import pairwise
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 UNIT = 2.0**31  # a sum of probabilities stays below 2^32 even if they add up to a little over 1
+LARGE, FOLDS = 256, 4  # with more classes than LARGE, FOLDS levels are skipped
 
 
 def masses(p: Float[Array, "..."]) -> UInt32[Array, "..."]:
@@ -30,20 +33,67 @@ def draw_bit(word: UInt32[Array, "..."], no: Float[Array, "..."], yes: Float[Arr
     return uniform_below(word, masses(no) + masses(yes)) >= masses(no)
 
 
-def draw_class(word: UInt32[Array, "*at"], p: Float[Array, "C *at"]) -> Int[Array, "*at"]:
-    """A class drawn with probabilities `p`, at each position."""
-    # Level k + 1 holds the sums of entries i and i + half of level k: contiguous halves, which vectorise.
-    levels = [masses(p)]
+def draw_class(
+    word: UInt32[Array, "*at"], p: Float[Array, "C *at"], scale: Float[Array, "1 *at"] | float = 1.0
+) -> Int[Array, "*at"]:
+    """A class drawn with probabilities `p scale`, at each position."""
+    pieces = _fold(p.shape[0], FOLDS if p.shape[0] > LARGE else 0)
+    # Level k + 1 holds the sums of entries i and i + half of level k: contiguous halves, which vectorise. The largest
+    # levels are skipped, since each would take memory like `p`: the first is the sum of several pieces of `p` at once.
+    levels = [_sum_pieces(p, scale, pieces)]
     while (size := levels[-1].shape[0]) > 1:
         half = (size + 1) // 2
-        pad = [(0, 2 * half - size)] + [(0, 0)] * (p.ndim - 1)
-        levels.append(levels[-1][:half] + jnp.pad(levels[-1][half:], pad))
+        levels.append(levels[-1][:half] + _extend(levels[-1][half:], half))
     rest = uniform_below(word, levels[-1][0])
     index = jnp.zeros(word.shape, jnp.int32)
     for level in reversed(levels[:-1]):
-        left = jnp.take_along_axis(level, index[None], axis=0, mode="promise_in_bounds")[0]
+        left = _look_up(level, index[None])[0]
         go_right = rest >= left
         rest = jnp.where(go_right, rest - left, rest)
         index = jnp.where(go_right, index + (level.shape[0] + 1) // 2, index)
+    # What remains are the classes of one entry of the first level: one of each piece.
+    offsets, counts = (jnp.asarray(x, jnp.int32).reshape(-1, *(1,) * word.ndim) for x in zip(*pieces, strict=True))
+    inside = index[None] < counts
+    classes = jnp.where(inside, offsets + index[None], 0)
+    ends = jnp.cumsum(jnp.where(inside, masses(_look_up(p, classes) * scale), 0), axis=0, dtype=jnp.uint32)
+    drawn = jnp.sum(rest[None] >= ends, axis=0, keepdims=True, dtype=jnp.int32)
     # XLA would fuse the whole descent into each entry of what is computed from the label; it never fuses a look-up so.
-    return jnp.arange(p.shape[0], dtype=jnp.int32).at[index].get(mode="promise_in_bounds")
+    return _look_up(classes, drawn)[0]
+
+
+def _fold(size: int, times: int) -> list[tuple[int, int]]:
+    """The pieces `[offset, offset + count)` of a level that the level `times` above is the sum of.
+
+    They are in the order in which a descent from there meets their entries.
+    """
+    sizes = [size]
+    for _ in range(times):
+        sizes.append((sizes[-1] + 1) // 2)
+    pieces = [(0, sizes[-1])]
+    for larger, smaller in reversed(list(pairwise(sizes))):
+        # An entry's right child is `smaller` further on, where the larger level has one.
+        children = [
+            ((offset, count), (offset + smaller, min(count, larger - smaller - offset))) for offset, count in pieces
+        ]
+        pieces = [child for pair in children for child in pair if child[1] > 0]
+    return pieces
+
+
+def _sum_pieces(
+    p: Float[Array, "C *at"], scale: Float[Array, "1 *at"] | float, pieces: list[tuple[int, int]]
+) -> UInt32[Array, "width *at"]:
+    """The sum of the masses in all pieces; those of one length are added first, which is one loop."""
+    width, total = pieces[0][1], jnp.zeros((), jnp.uint32)
+    for length in sorted({count for _, count in pieces}):
+        part = sum(masses(p[offset : offset + count] * scale) for offset, count in pieces if count == length)
+        total = total + _extend(part, width)
+    return total
+
+
+def _extend(x: Shaped[Array, "size *at"], size: int) -> Shaped[Array, "longer *at"]:
+    """`x` with zeros at the end."""
+    return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _look_up(level: Shaped[Array, "size *at"], index: Int[Array, "some *at"]) -> Shaped[Array, "some *at"]:
+    return jnp.take_along_axis(level, index, axis=0, mode="promise_in_bounds")

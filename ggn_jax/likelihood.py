@@ -93,6 +93,8 @@ class LikelihoodLoss(Loss):
         return jax.random.split(key, shape)
 
     def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
+        # A sampler's loop need not end where the output is NaN, as it may be where the term is ignored.
+        f = jnp.where(self.term_weight(f, y) == 0, 0, f)
         if self.curvature == "hessian" and depends_on(lambda f, y: jax.hessian(self.nll)(f, y), 1, f, y):
             return self.term_hessian(f, y).sqrt_mv(jax.random.rademacher(drawn, f.shape, f.dtype))
         return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))

@@ -96,9 +96,13 @@ class Loss(eqx.Module):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         """Random numbers for `shape` terms like `f`, with leading axes `shape`."""
 
+    def settle(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Array:
+        """What `drawn_gradient` needs of the term's share of `draw`: a label, say, where that is smaller."""
+        return drawn
+
     @abc.abstractmethod
     def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
-        """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from its share of `draw`."""
+        """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from what `settle` returns."""
 
     # Layout.
 

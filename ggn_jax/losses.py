@@ -6,12 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ggn_jax._checks import Shaped, as_array, check_real, is_concrete
 from ggn_jax._draws import draw_bit, draw_class
 from ggn_jax.loss import Loss
-from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian
+from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian, onehot
 from ggn_jax.terms import term_axes
 
 
@@ -179,7 +179,7 @@ class CrossEntropyLoss(Loss):
     def term_valid(self, f: Float[Array, "C *at"], y: Array) -> Bool[Array, "*at"]:
         if _holds_indices(y):
             return self._is_ignored(y) | ((y >= 0) & (y < f.shape[0]))
-        return jnp.all(y >= 0, axis=0)
+        return jnp.min(y, axis=0) >= 0  # as all(y >= 0), NaN included
 
     def term_weight(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "*at"]:
         e = self.label_smoothing
@@ -200,14 +200,22 @@ class CrossEntropyLoss(Loss):
         return jnp.where(self._is_ignored(y), 0, count)
 
     def term_value(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "*at"]:
-        u = self._target(f, y)
-        # A class without mass costs nothing, however small its probability.
-        return -jnp.sum(jnp.where(u == 0, 0, u * Softmax(f).log_p), axis=0)
+        softmax, e = Softmax(f), self.label_smoothing
+        if not _holds_indices(y):
+            return jnp.sum(_cost(self._target(f, y), softmax.neg_log_p), axis=0)
+        # The classes that only smoothing gives mass to are left out where there is none.
+        weight, index = self._weight(f), self._safe_index(f, y)
+        own = 1.0 if weight is None else weight[index]
+        value = _cost((1 - e) * own, softmax.neg_log_p_at(index))
+        if not e:
+            return value
+        costs = softmax.neg_log_p if weight is None else _cost(_along_classes(weight, f), softmax.neg_log_p)
+        return value + e * jnp.mean(costs, axis=0)
 
     def term_gradient(self, f: Float[Array, "C *at"], y: Array) -> Float[Array, "C *at"]:
         # (sum_c u_c) p - u, without the difference of nearly equal numbers at a confident, correct class.
         u, softmax = self._target(f, y), Softmax(f)
-        return (jnp.sum(u, axis=0, keepdims=True) - u) * softmax.p - u * softmax.one_minus_p
+        return (self.term_weight(f, y)[None] - u) * softmax.p - u * softmax.one_minus_p
 
     def term_hessian(self, f: Float[Array, "C *at"], y: Array) -> TermHessian:
         return Softmax(f)
@@ -215,10 +223,12 @@ class CrossEntropyLoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Float[Array, "C *at"]:
+    def settle(self, f: Float[Array, "C *at"], y: Array, drawn: Array) -> Int[Array, "*at"]:
         softmax = Softmax(f)
-        own = _onehot(draw_class(drawn, softmax.p), f.shape[0])
-        return jnp.where(own, -softmax.one_minus_p, softmax.p)
+        return draw_class(drawn, softmax.exp, softmax.scale)
+
+    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Int[Array, "*at"]) -> Float[Array, "C *at"]:
+        return Softmax(f).less_onehot(drawn)
 
     def _weight(self, f: Array) -> Array | None:
         return None if self.weight is None else self.weight.astype(f.dtype)
@@ -237,11 +247,11 @@ class CrossEntropyLoss(Loss):
         e, classes = self.label_smoothing, f.shape[0]
         weight = self._weight(f)
         if _holds_indices(y):
-            t = jnp.where(_onehot(self._safe_index(f, y), classes), 1 - e, 0.0) + e / classes
+            t = jnp.where(onehot(self._safe_index(f, y), classes), 1 - e, 0.0) + e / classes
             t = jnp.where(self._is_ignored(y)[None], 0, t).astype(f.dtype)
         else:
             t = (1 - e) * y + e / classes
-        return t if weight is None else weight.reshape(-1, *(1,) * (t.ndim - 1)) * t
+        return t if weight is None else _along_classes(weight, t) * t
 
 
 class BCEWithLogitsLoss(Loss):
@@ -316,9 +326,11 @@ class BCEWithLogitsLoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
-    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Float[Array, "*at"]:
-        p, q = jax.nn.sigmoid(f), jax.nn.sigmoid(-f)
-        return jnp.where(draw_bit(drawn, q, p), -q, p)
+    def settle(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Bool[Array, "*at"]:
+        return draw_bit(drawn, jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
+
+    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Bool[Array, "*at"]) -> Float[Array, "*at"]:
+        return jnp.where(drawn, -jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
 
     def _mass(self, y: Any) -> tuple[Array, Array]:
         """What multiplies `-log p` and `-log(1 - p)`."""
@@ -347,9 +359,13 @@ def _holds_indices(targets: Array) -> bool:
     return jnp.issubdtype(targets.dtype, jnp.integer)
 
 
-def _onehot(index: Array, classes: int) -> Array:
-    """`[C, *at]` from `[*at]`."""
-    return jnp.arange(classes, dtype=jnp.int32).reshape(-1, *(1,) * index.ndim) == index[None]
+def _along_classes(weight: Float[Array, " C"], like: Float[Array, "C *at"]) -> Float[Array, "C ..."]:
+    return weight.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _cost(mass: Any, neg_log_p: Array) -> Array:
+    """A class without mass costs nothing, however small its probability."""
+    return jnp.where(mass == 0, 0, mass * neg_log_p)
 
 
 def _integer(name: str, value: Any) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from ggn_jax._fusion import fusion_boundary
 
 
 class TermHessian(eqx.Module):
@@ -69,42 +71,61 @@ class Softmax(TermHessian):
     (`v - (p^T v) 1`, `z - p (1^T z)`), done twice: the second time removes the rounding error of the first.
     """
 
-    shifted: Float[Array, "C *at"]  # f - max f
-    exp: Float[Array, "C *at"]
+    f: Float[Array, "C *at"]
+    top: Float[Array, "1 *at"]  # max f
 
     def __init__(self, f: Float[Array, "C *at"]):
         # The shift is a constant to differentiation: p does not depend on it.
-        self.shifted = f - jax.lax.stop_gradient(jnp.max(f, axis=0, keepdims=True))
-        self.exp = jnp.exp(self.shifted)
+        self.f, self.top = f, fusion_boundary(jax.lax.stop_gradient(jnp.max(f, axis=0, keepdims=True)))
 
     @property
-    def _is_top(self) -> Bool[Array, "C *at"]:
-        return self.shifted == 0
+    def shifted(self) -> Float[Array, "C *at"]:
+        return self.f - self.top
+
+    @property
+    def exp(self) -> Float[Array, "C *at"]:
+        return jnp.exp(self.shifted)
 
     @property
     def _rest(self) -> Float[Array, "1 *at"]:
         """The sum of the exponentials less one largest logit's 1."""
-        count = _sum(self._is_top.astype(self.exp.dtype))
-        # exp - 1 is exactly 0 at the top, but keeps its derivatives.
-        return (count - 1) + _sum(self.exp - self._is_top.astype(self.exp.dtype))
+        return _sum_but_one(self.f, self.top)
 
     @property
-    def log_p(self) -> Float[Array, "C *at"]:
-        return self.shifted - jnp.log1p(self._rest)
+    def scale(self) -> Float[Array, "1 *at"]:
+        """What makes probabilities of the exponentials: a factor, since quotients are not fused with what follows."""
+        return 1 / (1 + self._rest)
+
+    @property
+    def neg_log_p(self) -> Float[Array, "C *at"]:
+        return jnp.log1p(self._rest) - self.shifted
+
+    def neg_log_p_at(self, index: Int[Array, "*at"]) -> Float[Array, "*at"]:
+        return (jnp.log1p(self._rest) + (self.top - _look_up(self.f, index[None])))[0]
 
     @property
     def p(self) -> Float[Array, "C *at"]:
-        return self.exp / _sum(self.exp)
+        return self.exp * self.scale
 
     @property
     def sqrt_p(self) -> Float[Array, "C *at"]:
         # Not the square root of p, which underflows far earlier.
-        return jnp.exp(0.5 * self.shifted) / jnp.sqrt(_sum(self.exp))
+        return jnp.exp(0.5 * self.shifted) * jax.lax.rsqrt(1 + self._rest)
 
     @property
     def one_minus_p(self) -> Float[Array, "C *at"]:
-        rest = self._rest
-        return jnp.where(self._is_top, (rest - (self.exp - 1)) / (1 + rest), 1 - self.p)
+        return self._one_minus(self.p)
+
+    def _one_minus(self, p: Float[Array, "some *at"]) -> Float[Array, "some *at"]:
+        """`1 - p` for some of the probabilities."""
+        rest, difference = self._rest, 1 - p
+        return _with_derivatives_of(difference, jnp.where(p == self.scale, rest / (1 + rest), difference))
+
+    def less_onehot(self, index: Int[Array, "*at"]) -> Float[Array, "C *at"]:
+        """`p - onehot`."""
+        p = self.p
+        own = self._one_minus(_look_up(p, index[None]))
+        return jnp.where(onehot(index, p.shape[0]), -own, p)
 
     def _centred(self, v: Float[Array, "C *at"]) -> Float[Array, "C *at"]:
         v = v - _sum(self.p * v)
@@ -130,8 +151,55 @@ class Softmax(TermHessian):
         return sqrt_p[:, None] * jnp.where(own, one_minus_p[None], -p[None])
 
 
+def onehot(index: Int[Array, "*at"], classes: int) -> Bool[Array, "C *at"]:
+    return jnp.arange(classes, dtype=jnp.int32).reshape(-1, *(1,) * index.ndim) == index[None]
+
+
 def _sum(x: Array) -> Array:
     return jnp.sum(x, axis=0, keepdims=True)
+
+
+@jax.custom_jvp
+def _with_derivatives_of(formula: Array, value: Array) -> Array:
+    """`value`, which is what `formula` is without its rounding."""
+    return value
+
+
+@_with_derivatives_of.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
+
+
+@jax.custom_jvp
+def _sum_but_one(f: Float[Array, "C *at"], top: Float[Array, "1 *at"]) -> Float[Array, "1 *at"]:
+    """The sum of `exp(f - top)` less one of the entries that are 1, with all digits of the others.
+
+    Compilers for CPUs keep nothing of the size of `f` for sums of arithmetic (comparisons are not fused) that share no
+    array with each other or with anything else: hence signs, which are 0 at the top and -1 elsewhere, and copies.
+    """
+    minus_top = fusion_boundary(-top)
+    below = f - fusion_boundary(-minus_top)
+    others = -_sum(jnp.exp(below) * jnp.sign(below))
+    return others + (f.shape[0] - 1 + _sum(jnp.sign(f + minus_top)))
+
+
+@_sum_but_one.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (f, top), (tangent, _) = primals, tangents  # the top is a constant
+    return _sum_but_one(f, top), _sum(jnp.exp(f - top) * tangent)
+
+
+@jax.custom_jvp
+def _look_up(x: Float[Array, "C *at"], index: Int[Array, "1 *at"]) -> Float[Array, "1 *at"]:
+    return jnp.take_along_axis(x, index, axis=0, mode="promise_in_bounds")
+
+
+@_look_up.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    # A sum, whose transpose is fused with the other terms of a gradient; that of a look-up is a scatter.
+    (x, index), (tangent, _) = primals, tangents
+    own = onehot(index[0], x.shape[0])
+    return _look_up(x, index), _sum(jnp.where(own, tangent, 0))
 
 
 class AutodiffHessian(TermHessian):

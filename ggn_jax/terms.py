@@ -56,13 +56,15 @@ def map_positions(
     are mapped over: `fn` takes the others as trailing axes.
     """
 
-    def position_axes(axes: tuple[int, ...] | None) -> list[int | None]:
-        if axes is None:
-            return [None] * positions
-        return [axis for axis in range(positions + len(axes)) if axis not in axes]
+    def position_axes(axes: tuple[int, ...]) -> list[int]:
+        """Each position's axis, once the positions before it are gone."""
+        rest = [axis for axis in range(positions + len(axes)) if axis not in axes]
+        return [axis - before for before, axis in enumerate(rest)]
 
-    ins, outs = [position_axes(axes) for axes in in_axes], position_axes(out_axes)
-    for i in range(positions if leading is None else leading):
+    ins = [[None] * positions if axes is None else position_axes(axes) for axes in in_axes]
+    outs = position_axes(out_axes)
+    # The first position is mapped over last, so that positions keep their order: nothing is transposed.
+    for i in reversed(range(positions if leading is None else leading)):
         fn = jax.vmap(fn, in_axes=tuple(axes[i] for axes in ins), out_axes=outs[i])
     return fn
 
@@ -122,8 +124,8 @@ class Terms(eqx.Module):
 
         return weighted
 
-    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
-        """Would-be gradients with `E[g g^T]` the Hessian of the reduced loss, in the compute dtype.
+    def draw(self, keys: Array, num: int) -> Array:
+        """What would-be gradients are made of (a label per term, say), for `num` samples: `[num, *positions, ...]`.
 
         One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on
         nothing else.
@@ -134,14 +136,26 @@ class Terms(eqx.Module):
         def draw(key: Array) -> Array:
             return self.loss.draw(key, (num, *positions), term)
 
-        drawn = jax.vmap(draw, out_axes=1)(keys) if self.batch else draw(keys)
-        trailing = tuple(range(self.num_positions, drawn.ndim - 1))
+        words = jax.vmap(draw, out_axes=1)(keys) if self.batch else draw(keys)
+        trailing = self._trailing_axes(words[0])
+        return jax.vmap(lambda word: self.map(self.loss.settle, word, in_axes=(trailing,), out_axes=trailing))(words)
 
-        def gradients(drawn: Array) -> Array:
-            args = (drawn, jnp.sqrt(self.scale))
-            return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=(trailing, ()), out_axes=self.axes)
+    def drawn_gradient(self, drawn: Array) -> Float[Array, "*shape"]:
+        """A would-be gradient from one sample of `draw`, in the compute dtype.
 
-        return jax.vmap(gradients)(drawn)
+        `E[g g^T]` is the Hessian of the reduced loss.
+        """
+        args = (drawn, jnp.sqrt(self.scale))
+        in_axes = (self._trailing_axes(drawn), ())
+        return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=in_axes, out_axes=self.axes)
+
+    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
+        """The would-be gradients of `num` samples, all at once."""
+        return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
+
+    def _trailing_axes(self, drawn: Array) -> tuple[int, ...]:
+        """The axes of a sample that belong to one term: random numbers follow the positions."""
+        return tuple(range(self.num_positions, drawn.ndim))
 
     def product(self, name: str, v: Array) -> Float[Array, "*shape"]:
         """The product `name` of `TermHessian` (`mv`, `sqrt_mv`, `sqrt_rmv`) with `v`, in the outputs' dtype."""
@@ -263,9 +277,25 @@ def _with_scale(terms: Terms, r: Array | None) -> Terms:
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
             r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
     scale = jnp.where(weight == 0, 0, r * weight)
-    # The outputs of an ignored term may be anything; NaN must not come back through derivatives either.
-    ignored = jnp.expand_dims(weight == 0, terms.axes)
-    return replace(terms, outputs=jnp.where(ignored, 0, terms.outputs), scale=scale, r=r)
+    outputs = _keep_derivatives_clean(terms.outputs, jnp.expand_dims(weight == 0, terms.axes))
+    return replace(terms, outputs=outputs, scale=scale, r=r)
+
+
+@jax.custom_jvp
+def _keep_derivatives_clean(outputs: Array, ignored: Array) -> Array:
+    """The outputs, which may be anything where they are ignored, NaN too.
+
+    What is computed from them is replaced by 0 there. That does not stop NaN times 0 in derivatives, where they are
+    replaced as well; elsewhere this would cost a copy of the outputs, since compilers for CPUs do not fuse the
+    replacement with the sums over classes that follow.
+    """
+    return outputs
+
+
+@_keep_derivatives_clean.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    (outputs, ignored), (tangent, _) = primals, tangents
+    return jnp.where(ignored, 0, outputs), jnp.where(ignored, 0, tangent)
 
 
 def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import ggn_jax
 from ggn_jax import BCEWithLogitsLoss, CrossEntropyLoss, make_batch_grad_output_fn, make_grad_output_fn
-from ggn_jax._draws import draw_class, uniform_below
+from ggn_jax._draws import LARGE, draw_class, masses, uniform_below
+from ggn_jax.kronecker.vectors import vector_maker
+from ggn_jax.terms import split_terms
 
 
 def drawn_classes(logits: np.ndarray, num: int, dtype: str = "float32") -> np.ndarray:
@@ -112,3 +114,54 @@ def test_keys(loss: ggn_jax.Loss) -> None:
     fn = make_grad_output_fn(loss, "mc", 40)
     shared = jax.vmap(fn, in_axes=(0, 0, None))(outputs, targets, jax.random.key(5))
     np.testing.assert_array_equal(shared[0], shared[1])
+
+
+def descend(masses: list[int], rest: int) -> int:
+    """The class that a plain descent finds: an entry of a level is the sum of two, half a level apart, of the last."""
+    levels = [masses]
+    while len(levels[-1]) > 1:
+        half = (len(levels[-1]) + 1) // 2
+        right = [*levels[-1][half:], 0][:half]
+        levels.append([a + b for a, b in zip(levels[-1][:half], right, strict=True)])
+    index = 0
+    for level in reversed(levels[:-1]):
+        if rest >= level[index]:
+            rest, index = rest - level[index], index + (len(level) + 1) // 2
+    return index
+
+
+@pytest.mark.parametrize("classes", [1, 5, LARGE, LARGE + 1, 300, 511, 513, 4099])
+def test_levels_that_are_skipped_change_no_label(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    p = np.where(rng.uniform(size=classes) < 0.7, rng.exponential(size=classes), 0) + 1e-9
+    p = jnp.asarray(p / p.sum(), jnp.float32)
+    units = np.asarray(masses(p)).tolist()
+    words = np.asarray([0, 1, 2**32 - 1, *rng.integers(2**32, size=200)], np.uint32)
+    rests = np.asarray(uniform_below(jnp.asarray(words), jnp.asarray(sum(units), jnp.uint32))).tolist()
+    labels = jax.jit(jax.vmap(draw_class, in_axes=(0, None)))(jnp.asarray(words), p)
+    assert labels.tolist() == [descend(units, rest) for rest in rests]
+
+
+@pytest.mark.parametrize("classes", [7, 1000])
+def test_labels_of_several_positions(classes: int) -> None:
+    """Positions that follow the classes, probabilities that are a factor away: as each by itself."""
+    p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (classes, 3, 2), "float32"), axis=0)
+    words = jax.random.bits(jax.random.key(1), (3, 2), jnp.uint32)
+    labels = draw_class(words, 4 * p, jnp.full((1, 3, 2), 0.25, "float32"))
+    for i in range(3):
+        for j in range(2):
+            assert labels[i, j] == draw_class(words[i, j], p[:, i, j])
+
+
+@pytest.mark.parametrize(
+    "loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__
+)
+def test_one_sample_at_a_time(loss: ggn_jax.Loss) -> None:
+    """What is back-propagated for some of the samples are these of all vectors."""
+    outputs = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    targets = jnp.zeros((4, 2), int) if isinstance(loss, CrossEntropyLoss) else jnp.zeros((4, 3, 2))
+    terms = split_terms(loss, outputs, targets, batch=True)
+    keys = jax.random.split(jax.random.key(5), 4)
+    make = vector_maker(terms, ggn_jax.FisherType.MC, 5, "exact", keys)
+    vectors = make_batch_grad_output_fn(loss, "mc", 5)(outputs, targets, jax.random.key(5))
+    np.testing.assert_allclose(make(jnp.asarray([3, 0])), vectors[jnp.asarray([3, 0])], rtol=1e-14)

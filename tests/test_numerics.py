@@ -195,3 +195,45 @@ def test_derivatives_of_all_orders(loss: ggn_jax.Loss, logits: list[float]) -> N
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+def exact_cross_entropy(f: np.ndarray, u: np.ndarray) -> mpmath.mpf:
+    """`-sum u log softmax(f)`."""
+    total = sum(mpmath.exp(mpmath.mpf(float(x)) - mpmath.mpf(float(f.max()))) for x in f)
+    top = mpmath.mpf(float(f.max()))
+    return sum(
+        mpmath.mpf(float(m)) * (mpmath.log(total) + top - mpmath.mpf(float(x))) for x, m in zip(f, u, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOGITS)
+def test_value_keeps_relative_accuracy(name: str, dtype: str) -> None:
+    """The loss of a confident, correct prediction is e^-40, say: not the logarithm of 1."""
+    f = jnp.asarray(LOGITS[name], dtype)
+    exact, eps = np.asarray(f, np.float64), float(jnp.finfo(dtype).eps)
+    for y in range(4):
+        for e in (0.0, 0.25):
+            u = (1 - e) * np.eye(4)[y] + e / 4
+            want = exact_cross_entropy(exact, u)
+            loss = CrossEntropyLoss(reduction="sum", label_smoothing=e)
+            for targets in (jnp.asarray([y]), jnp.asarray(np.eye(4)[y][None], dtype)):
+                got = loss(f[None], targets)
+                assert got.dtype == dtype
+                if want < float(jnp.finfo(dtype).max):
+                    slack = 20 * eps * abs(want) + 16 * float(jnp.finfo(dtype).tiny)
+                    assert abs(float(got) - want) <= slack, (y, e, got, mpmath.nstr(want))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_classes_without_mass_cost_nothing(smoothing: float) -> None:
+    """A class that is masked out by -inf, with weight 0, and smoothing that gives it 0 times that."""
+    f, y = jnp.asarray([[1.0, -jnp.inf, 2.0], [0.5, -jnp.inf, -1.0]]), jnp.asarray([0, 2])
+    weight = np.asarray([2.0, 0.0, 0.5])
+    loss = CrossEntropyLoss(weight, label_smoothing=smoothing, reduction="sum")
+    log_p = np.asarray(jax.nn.log_softmax(f[:, ::2]))
+    u = weight * ((1 - smoothing) * np.eye(3)[np.asarray(y)] + smoothing / 3)
+    want = -np.sum(u[:, ::2] * log_p)
+    np.testing.assert_allclose(loss(f, y), want, rtol=1e-14)
+    np.testing.assert_allclose(loss(f, jnp.asarray(np.eye(3)[np.asarray(y)])), want, rtol=1e-14)
+    assert CrossEntropyLoss(reduction="sum")(f, jnp.asarray([1, 0])) == jnp.inf

@@ -19,7 +19,8 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
-    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding", "term_hessian"},
+    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding"},
+    {"_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "terms"},
     {"layers.convolution", "layers.uses", "loss"},
     {"layers.run", "layers.trace", "losses", "likelihood"},

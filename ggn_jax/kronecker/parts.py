@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sums import sum_one_by_one
+
 
 def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
     """The sum of `fn(indices)` over `num` indices, in parts of about equal size."""
@@ -13,13 +15,8 @@ def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTre
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jnp.arange(1)))
     parts = -(-num // at_once)
     size = -(-num // parts)
-    even = num // size
-    if even <= 1:
-        total = fn(jnp.arange(min(size, num)))
-    else:
-        shapes = jax.eval_shape(fn, jnp.arange(size))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        indices = jnp.arange(even * size).reshape(even, size)
-        total, _ = jax.lax.scan(lambda t, i: (jax.tree.map(jnp.add, t, fn(i)), None), start, indices)
-    rest = num - max(even, 1) * size
-    return jax.tree.map(jnp.add, total, fn(jnp.arange(num - rest, num))) if rest > 0 else total
+    if parts == 1:
+        return fn(jnp.arange(num))
+    even = num // size * size
+    rest = jnp.arange(even, num) if even < num else None
+    return sum_one_by_one(fn, jnp.arange(even).reshape(-1, size), rest)

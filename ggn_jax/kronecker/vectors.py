@@ -50,8 +50,12 @@ def vector_maker(terms: Terms, fisher_type: FisherType, mc_samples: int, positio
     shape, dtype = terms.outputs.shape, terms.outputs.dtype
     one = jax.ShapeDtypeStruct(shape[1:], dtype)
     if fisher_type is FisherType.MC:
-        drawn = terms.drawn_gradients(keys, mc_samples) / math.sqrt(mc_samples)
-        return lambda indices: drawn[indices].astype(terms.dtype)
+        drawn = terms.draw(keys, mc_samples)
+
+        def sample(index: Array) -> Float[Array, "N *out"]:
+            return (terms.drawn_gradient(drawn[index]) / math.sqrt(mc_samples)).astype(terms.dtype)
+
+        return jax.vmap(sample)
     if fisher_type is FisherType.EMPIRICAL:
         gradients = terms.gradients()
         # Where everything is ignored, r is infinite and the gradient 0.

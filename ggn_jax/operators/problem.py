@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
+from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
@@ -55,16 +56,8 @@ class Problem(eqx.Module):
             return fn(*data)
         even = size - size % self.chunk_size
         chunks = jax.tree.map(lambda x: x[:even].reshape(-1, self.chunk_size, *x.shape[1:]), data)
-
-        def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, fn(*chunk)), None
-
-        structure = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], chunks))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure)
-        total, _ = jax.lax.scan(add, start, chunks)
-        if even < size:
-            total = jax.tree.map(jnp.add, total, fn(*jax.tree.map(lambda x: x[even:], data)))
-        return total
+        rest = jax.tree.map(lambda x: x[even:], data) if even < size else None
+        return sum_one_by_one(lambda chunk: fn(*chunk), chunks, rest)
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
