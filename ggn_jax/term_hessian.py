@@ -150,6 +150,17 @@ class Softmax(TermHessian):
         own = jnp.eye(p.shape[0], dtype=bool).reshape(2 * p.shape[:1] + (1,) * (p.ndim - 1))
         return sqrt_p[:, None] * jnp.where(own, one_minus_p[None], -p[None])
 
+    def summed(self, scale: Float[Array, "*at"], start: int, stop: int) -> Float[Array, "K K"]:
+        """`sum_at scale H` for the classes from `start` to `stop`, as one product of matrices.
+
+        The diagonal comes from `p (1 - p)`, as `sum scale p - sum scale p^2` cancels where one class dominates.
+        """
+        counts, weights = (scale != 0)[None], scale[None]
+        p = jnp.where(counts, self.p[start:stop], 0).reshape(stop - start, -1)
+        own = jnp.sum(jnp.where(counts, weights * self.diagonal()[start:stop], 0).reshape(stop - start, -1), axis=1)
+        product = jnp.einsum("ct,dt->cd", p * scale.reshape(1, -1), p)
+        return jnp.where(jnp.eye(stop - start, dtype=bool), own[None], -product)
+
 
 def onehot(index: Int[Array, "*at"], classes: int) -> Bool[Array, "C *at"]:
     return jnp.arange(classes, dtype=jnp.int32).reshape(-1, *(1,) * index.ndim) == index[None]

@@ -185,6 +185,21 @@ class Terms(eqx.Module):
             columns = jnp.where(own, columns, 0)
         return columns.reshape(math.prod(out), *self.outputs.shape)
 
+    def hessian_sum(self, start: int, stop: int) -> Float[Array, "K K"]:
+        """The sum over positions of the terms' Hessians, for the entries of a term from `start` to `stop`.
+
+        Where each entry is a term, for those of the last axis. Only of losses that take many terms at once.
+        """
+        count = len(self.axes)
+        f = jnp.moveaxis(self.outputs, self.axes, range(count))
+        y = jax.tree.map(lambda x: jnp.moveaxis(x, self.operand_axes, range(len(self.operand_axes))), self.operand)
+        hessian = self.loss.term_hessian(f, y)
+        if count:
+            found: Array = hessian.summed(self.scale, start, stop)
+            return found
+        values = jnp.where(self.scale == 0, 0, self.scale * hessian.diagonal())[..., start:stop]
+        return jnp.diag(jnp.sum(values.reshape(-1, stop - start), axis=0))
+
     @staticmethod
     def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
         """`fn` with a last argument that multiplies its result; zero wins over NaN, so what is ignored stays 0."""

@@ -36,7 +36,7 @@ GGN_JAX = [
     {"kronecker.convolution", "kronecker.options", "kronecker.stacks"},
     {"kronecker.layout"},
     {"kronecker.checks"},
-    {"kronecker.inputs", "kronecker.masks"},
+    {"kronecker.head", "kronecker.inputs", "kronecker.masks"},
     {"kronecker.factors"},
     {"kronecker.optimal", "kronecker.diagonal"},
     {"operators.blocks"},

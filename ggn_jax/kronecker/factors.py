@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
+from ggn_jax.kronecker.head import find_head, head_factor
 from ggn_jax.kronecker.inputs import Inputs
 from ggn_jax.kronecker.layout import Cuts, Layout, cut
 from ggn_jax.kronecker.masks import arrange_masks
@@ -22,6 +23,7 @@ from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
 from ggn_jax.layers import Captured, Layer, Trace, Use, capture
 from ggn_jax.operators.problem import Problem
+from ggn_jax.terms import Terms
 
 Bases = list[list[Spectral]]  # of each layer's weight, and of its bias where that is separate
 
@@ -208,6 +210,12 @@ def captured_sums(
         return result
     terms = terms_at(captured.outputs, operand)
     make = vector_maker(terms, *kind, keys)
+    head = None if bases is not None else find_head(layout)
+
+    def output_factors(n: int, swapped: bool, g: Array, cuts: tuple[Cuts, Cuts]) -> tuple[Factor, ...] | None:
+        if n == head:
+            return None
+        return tuple(_output_factor(part, options) for part in cut(g, cuts[1 if swapped else 0]))
 
     def part(indices: Array) -> dict[str, Any]:
         grads, own = jax.vmap(captured.pull_back)(make(indices).astype(captured.outputs.dtype))
@@ -220,8 +228,8 @@ def captured_sums(
         if bases is None:
             sums["b"] = [
                 [
-                    tuple(_output_factor(part, options) for part in cut(g, layout.cuts(layer)[1 if swapped else 0]))
-                    for g, swapped in zip(members, layer.swapped, strict=True)
+                    output_factors(n, swapped, g, layout.cuts(layer))
+                    for n, swapped, g in zip(layer.uses, layer.swapped, members, strict=True)
                 ]
                 for layer, members in zip(plan.layers, gs, strict=True)
             ]
@@ -236,7 +244,25 @@ def captured_sums(
             sums["own"] = [g.T @ g if f else jnp.sum(g**2, axis=0) for g, f in zip(flat, full, strict=True)]
         return sums
 
-    return {**result, **sum_in_parts(part, num, options.vector_chunk_size)}
+    # Where all is known of the head, no vector is back-propagated.
+    needed = head is None or len(trace.uses) > 1 or (leftovers and bool(layout.leaves))
+    sums = sum_in_parts(part, num if needed else 0, options.vector_chunk_size)
+    if head is not None:
+        sums["b"] = _with_head(layout, sums["b"], head, terms)
+    return {**result, **sums}
+
+
+def _with_head(layout: Layout, b: list[list[Any]], head: int, terms: Terms) -> list[list[tuple[Factor, ...]]]:
+    """The output factors, with that of the head filled in."""
+
+    def one(layer: Layer, n: int, swapped: bool, found: Any) -> tuple[Factor, ...]:
+        cuts = layout.cuts(layer)[1 if swapped else 0]
+        return head_factor(terms, cuts, layout.options.max_dense_size) if n == head else found
+
+    return [
+        [one(layer, *term) for term in zip(layer.uses, layer.swapped, members, strict=True)]
+        for layer, members in zip(layout.plan.layers, b, strict=True)
+    ]
 
 
 def _output_factor(g: Array, options: Options) -> Factor:

@@ -106,6 +106,7 @@ class Trace:
     small: tuple[SmallUse, ...]
     blocked: tuple[Blocked, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
+    head: Data  # the model's output: of a layer, and which of its entries, if it is that layer's output moved about
 
 
 def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Trace:
@@ -149,6 +150,7 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
         tuple(analysis.small),
         tuple(analysis.blocked),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
+        results[0] if isinstance(results[0], Data) else Data(),
     )
 
 
@@ -305,7 +307,8 @@ class _Analysis:
         if len(params) == 1 and name in ELEMENTWISE:
             owner = self.attach(label, labels[1 - params[0]]) if name in ADDITIONS else None
             self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
-            return [Data()]
+            # With its bias, it is the layer's output still: the gradient is that of the sum.
+            return [Data() if owner is None else labels[1 - params[0]]]
         why = f"it meets data in {name}"
         if len(params) > 1 and name in LAYERS | ELEMENTWISE:
             why += " together with another parameter"

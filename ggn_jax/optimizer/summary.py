@@ -7,6 +7,7 @@ import jax
 
 from ggn_jax.kronecker.algebra import Diagonal, Kronecker
 from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.stacks import BlockSpec
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.optimizer.curvature import Curvature, describe
 
@@ -37,11 +38,25 @@ class CurvatureReport:
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")
         lines = table(head, [(r.parameter, dimensions(r.shape), r.kind, r.curvature) for r in self.rows])
-        lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
+        lines += list(dict.fromkeys(f"{row.parameter}: {row.why}" for row in self.rows if row.why))
         lines.append(
             f"State: {self.state_size} entries, {self.state_size / max(self.params_size, 1):.1f} per parameter."
         )
         return "\n".join(lines)
+
+
+def _cut_blocks(layout: Layout) -> dict[BlockSpec, str]:
+    """The blocks that are part of a layer whose factors are too large, and why."""
+    reasons: dict[BlockSpec, str] = {}
+    for layer, members in zip(layout.plan.layers, layout.by_layer(layout.members), strict=True):
+        for parts in layout.cuts(layer):
+            if len(parts) > 1:
+                size, most = parts[-1][1], layout.options.max_dense_size
+                why = (
+                    f"a factor of size {size} is more than max_dense_size = {most}: {len(parts)} blocks on its diagonal"
+                )
+                reasons.update(dict.fromkeys((member.spec for member in members), why))
+    return reasons
 
 
 def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
@@ -49,31 +64,29 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
     trace = layout.trace
     shapes = dict(zip(trace.names, trace.shapes, strict=True))
     reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
+    options, cut = layout.options, _cut_blocks(layout)
     rows = []
-    for place, block in zip((member.spec for member in layout.members), layout.each(curvature.blocks), strict=True):
-        unused = place.kind == "unused"
-        why = ""
+    blocks = jax.eval_shape(layout.each, curvature.blocks)
+    for spec, block in zip((member.spec for member in layout.members), blocks, strict=True):
+        unused = spec.kind == "unused"
+        why = cut.get(spec, "")
         if isinstance(block, Kronecker):
             wide = max(f.shape[1] for f in (*block.a, *block.b))
-            if wide > layout.options.max_dense_size:
-                why = f"a factor of size {wide} is more than max_dense_size = {layout.options.max_dense_size}: diagonal"
-        elif (
-            isinstance(block, Diagonal) and not unused and place.kind != "uncovered" and layout.options.small == "full"
-        ):
-            why = (
-                f"size {block.values.shape[1]} is more than max_small_size = {layout.options.max_small_size}: diagonal"
-            )
-        for name in place.names:
+            if not why and wide > options.max_dense_size:
+                why = f"a factor of size {wide} is more than max_dense_size = {options.max_dense_size}: diagonal"
+        elif isinstance(block, Diagonal) and not unused and spec.kind != "uncovered" and options.small == "full":
+            why = f"size {block.values.shape[1]} is more than max_small_size = {options.max_small_size}: diagonal"
+        for name in spec.names:
             reason = reasons.get(name, "")
             rows.append(
                 CurvatureRow(
                     name,
                     shapes.get(name, ()),
-                    place.kind,
+                    spec.kind,
                     "none" if unused else describe(block),
                     f"uncovered, {reason}" if reason else why,
                 )
             )
     kept = jax.tree.leaves((curvature.blocks, curvature.inverses))
     params_size = sum(map(math.prod, trace.shapes))
-    return CurvatureReport(tuple(rows), sum(int(x.size) for x in kept), params_size)
+    return CurvatureReport(tuple(dict.fromkeys(rows)), sum(int(x.size) for x in kept), params_size)
