@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
+from ggn_jax._sharding import vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.kronecker.vectors import Positions
@@ -214,10 +215,11 @@ def write(places: Sequence[Place], structure: Structure, parts: Sequence[Array])
     """The parameters with these entries at the blocks' places, and 0 elsewhere."""
     shapes, dtypes, tree = structure
     total = [jnp.zeros(math.prod(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    total = vary_like(total, parts)
     for part, place in zip(parts, places, strict=True):
         read = reader(place, shapes)
         dtype = jax.eval_shape(read, total).dtype
-        (written,) = jax.linear_transpose(read, total)(part.reshape(shape_of(place)).astype(dtype))
+        (written,) = jax.linear_transpose(read, total)(vary_like(part.reshape(shape_of(place)).astype(dtype), parts))
         total = [a + b for a, b in zip(total, written, strict=True)]
     return jax.tree.unflatten(tree, [x.reshape(shape) for x, shape in zip(total, shapes, strict=True)])
 

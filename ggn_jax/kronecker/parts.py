@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sharding import vary_like
+
 
 def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
     """The sum of `fn(indices)` over `num` indices, in parts of about equal size."""
@@ -18,7 +20,7 @@ def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTre
         total = fn(jnp.arange(min(size, num)))
     else:
         shapes = jax.eval_shape(fn, jnp.arange(size))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = jax.tree.map(lambda s: vary_like(jnp.zeros(s.shape, s.dtype), s), shapes)
         indices = jnp.arange(even * size).reshape(even, size)
         total, _ = jax.lax.scan(lambda t, i: (jax.tree.map(jnp.add, t, fn(i)), None), start, indices)
     rest = num - max(even, 1) * size

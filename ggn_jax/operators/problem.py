@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
+from ggn_jax._sharding import vary_alike, vary_like
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
@@ -55,7 +56,7 @@ class Problem(eqx.Module):
             return jax.tree.map(jnp.add, total, fn(*chunk)), None
 
         structure = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], chunks))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure)
+        start = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), structure)
         total, _ = jax.lax.scan(add, start, chunks)
         if even < size:
             total = jax.tree.map(jnp.add, total, fn(*jax.tree.map(lambda x: x[even:], data)))
@@ -151,6 +152,7 @@ def pose(
     _check_params(params)
     inputs, targets = as_batch(batch)
     size = targets.shape[0]
+    params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
     closed = jax.make_jaxpr(model_fn, return_shape=True)
     jaxpr, outputs = closed(params, inputs)

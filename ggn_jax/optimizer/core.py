@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._sharding import vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -167,10 +168,10 @@ class Core:
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
                     corrections = tuple(value for values in corrected for value in values)
-                return Factors(batches, batches, blocks, corrections)
+                return vary_like(Factors(batches, batches, blocks, corrections), problem)
 
             def look_away() -> Factors:
-                return zero_factors(curvature, settings)._replace(batches=batches)
+                return vary_like(zero_factors(curvature, settings)._replace(batches=batches), problem)
 
             value = grads = None
             if gradient:

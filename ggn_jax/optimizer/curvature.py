@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import Block, Dense, DenseSpectral, Diagonal, Kronecker, Spectral, is_diagonal
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Blocks, Layout, Place, multiply, structure
@@ -139,7 +140,7 @@ def _renew(
         return run
 
     interval, everything = settings.inverse_interval, range(len(blocks))
-    args = (blocks, inverses, damping)
+    args = vary_alike(blocks, inverses, damping)
     if interval == 1 or not settings.staggered:
         due = first | (known & _are_due(count, interval))
         return jax.lax.cond(due, some(everything), lambda _, old, __: old, *args)
