@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax._sharding import vary_like
 
 
 def sum_one_by_one(fn: Callable[[Any], PyTree[Array]], parts: PyTree[Array], rest: Any = None) -> PyTree[Array]:
@@ -20,7 +21,7 @@ def sum_one_by_one(fn: Callable[[Any], PyTree[Array]], parts: PyTree[Array], res
     def add(total: PyTree[Array], part: Any) -> tuple[PyTree[Array], None]:
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, fn(part)), None
 
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype)), structure)
+    start = jax.tree.map(lambda s: vary_like(jnp.zeros(s.shape, _wide(s.dtype)), s), structure)
     total, _ = jax.lax.scan(add, start, parts)
     if rest is not None:
         total, _ = add(total, rest)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
-from ggn_jax._sharding import run_auto
+from ggn_jax._sharding import run_auto, vary_alike
 
 
 def term_axes(loss: Any, outputs: Shaped, batch: bool) -> tuple[int, ...]:
@@ -272,6 +272,7 @@ def find_valid(loss: Any, outputs: Array, targets: Array, batch: bool) -> Bool[A
 
 def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     dtype = outputs.dtype
+    loss, outputs, targets = vary_alike(loss, outputs, targets)
     outputs = outputs.astype(compute_dtype(dtype))
     operand, operand_axes = loss.operand(outputs, targets, batch)
     zero = jnp.zeros((), outputs.dtype)

@@ -1,5 +1,6 @@
 """A layer's inputs, as sharing, mask and dtype want them."""
 
+import math
 from typing import Any
 
 import jax
@@ -93,6 +94,8 @@ class Inputs:
             flat, values = self.index.reshape(groups, -1), weight.reshape(groups, -1)
             return jax.vmap(lambda i, v: jnp.zeros(rows, v.dtype).at[i].add(v))(flat, values)
         diagonal = self.width(joint) > self.options.max_dense_size
-        if self.use.patches is not None and self.mask is None and self.options.sharing == "expand" and not diagonal:
+        patches = self.use.patches
+        several = patches is not None and math.prod(patches.kernel) > 1
+        if several and self.mask is None and self.options.sharing == "expand" and not diagonal:
             return input_factor(self.use, self.captured, joint, self.wide)
         return self._gram(self.rows(joint))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax._sharding import vary_like
 from ggn_jax.kronecker.algebra import Factor, Kronecker
 from ggn_jax.kronecker.factors import compute_blocks
 from ggn_jax.kronecker.inputs import Inputs
@@ -99,6 +100,7 @@ def _nearest_to_outer_products(left: Array, right: Array) -> tuple[Factor, Facto
         return (count < POWER_ITERATIONS) & jnp.any(jnp.sqrt(squares(a - before)) > tolerance)
 
     start = unit(jnp.broadcast_to(jnp.eye(inputs, dtype=left.dtype), (groups, inputs, inputs)))
+    start = vary_like(start, (left, right))
     a, _, _ = jax.lax.while_loop(moves, step, (start, jnp.zeros_like(start), jnp.zeros((), jnp.int32)))
     b = to_b(a)
     return a, b.reshape(groups, out, out)

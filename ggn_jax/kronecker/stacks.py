@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._fusion import split_rows
+from ggn_jax._sharding import vary_like
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import View
@@ -175,7 +176,7 @@ def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[A
                 total[leaf] = new if old is None else old + new
             start = stop
     leaves = [
-        jnp.zeros(shape, dtype) if flat is None else flat.reshape(shape)
+        vary_like(jnp.zeros(shape, dtype), list(parts)) if flat is None else flat.reshape(shape)
         for flat, shape, dtype in zip(total, shapes, dtypes, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
@@ -184,7 +185,7 @@ def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[A
 def _rows(column: _Column, part: Array, sizes: Sequence[int]) -> Iterator[tuple[int, Array]]:
     """The parameters that a column's entries are of, flattened, with their numbers."""
     blocks = len(column.ranges)
-    flat = jax.ShapeDtypeStruct((blocks, column.size), part.dtype)
+    flat = vary_like(jnp.zeros((blocks, column.size), part.dtype), part)  # nothing of it but its type is used
     (stacked,) = jax.linear_transpose(column.read, flat)(part)
     rows = split_rows(stacked) if blocks >= FEW else list(stacked)
     for row, owned in zip(rows, column.ranges, strict=True):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sharding import vary_like
 from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
 from ggn_jax.layers.run import run_equation
 from ggn_jax.layers.trace import Trace
@@ -83,6 +84,7 @@ def capture(
         return run_jaxpr(jaxpr, consts, values, path, step), captured
 
     zeros = {n: jnp.zeros((size, *use.output_shape), use.output_dtype) for n, use in enumerate(trace.uses)}
+    zeros = vary_like(zeros, (params, inputs))
     copies = [jnp.broadcast_to(given[leaf], (size, *given[leaf].shape)) for leaf in leaves]
     if gradient:
         outputs, vjp, captured = jax.vjp(batch, given, zeros, copies, has_aux=True)

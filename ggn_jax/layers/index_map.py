@@ -265,6 +265,7 @@ MOVES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[Index
     "device_put": _identity,
     "sharding_constraint": _identity,
     "optimization_barrier": _identity,
+    "pvary": _identity,
 }
 """What primitives of one array do to an `IndexMap` with `lead` loop axes in front."""
 

@@ -30,6 +30,7 @@ from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
 ADDITIONS = frozenset({"add", "add_any"})
 GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
+CASTS = frozenset({"pvary"})  # of types, inside `jax.shard_map`
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 
 
@@ -114,8 +115,8 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
 
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    # Not of shapes and dtypes alone: inside `jax.shard_map`, types say over which axes values vary.
+    like, one = jax.eval_shape(lambda params, inputs: (params, jax.tree.map(lambda x: x[:1], inputs)), params, inputs)
     closed, outputs = jax.make_jaxpr(model_fn, return_shape=True)(like, one)
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
@@ -382,6 +383,8 @@ def _known(values: Sequence[Any]) -> list[Value]:
 
 def _constants(eqn: Any, labels: list[Value]) -> list[Value]:
     """The labels of an equation of constants."""
+    if eqn.primitive.name in CASTS:
+        return labels
     known = [label for label in labels if isinstance(label, Known)]
     if len(known) < len(labels):
         return [None] * len(eqn.outvars)

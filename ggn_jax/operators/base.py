@@ -79,6 +79,11 @@ def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+def vectors_like(params: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+    """The structure of vectors like the parameters, as lineax has it: on meshes, with shardings."""
+    return jax.eval_shape(lambda params: params, params)
+
+
 def check_number(name: str, value: Any) -> Array:
     """`value` as a floating array: one number of at least 0."""
     if isinstance(value, np.generic | np.ndarray) and not np.ndim(value):

@@ -24,7 +24,7 @@ from ggn_jax.operators.base import (
     check_number,
     check_vector,
     register,
-    structure_of,
+    vectors_like,
 )
 from ggn_jax.operators.problem import Problem, pose
 
@@ -94,7 +94,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return jax.tree.map(jnp.multiply, self.entries, vector)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return structure_of(self.entries)
+        return vectors_like(self.entries)
 
     def damped(self, damping: Any) -> "GGNDiagonalLinearOperator":
         """`self + damping * I`, a diagonal operator again."""

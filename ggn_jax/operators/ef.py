@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._fusion import fusion_boundary
+from ggn_jax._sharding import vary_like
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
+from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -52,10 +53,11 @@ class EFLinearOperator(CurvatureLinearOperator):
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return structure_of(self.problem.params)
+        return vectors_like(self.problem.params)
 
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
+        v = vary_like(v, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
             outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_sampling
 from ggn_jax._fusion import fusion_boundary
+from ggn_jax._sharding import vary_like
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
@@ -18,7 +19,7 @@ from ggn_jax.operators.base import (
     SymmetricLinearOperator,
     check_vector,
     register,
-    structure_of,
+    vectors_like,
 )
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms
@@ -92,10 +93,11 @@ class GGNLinearOperator(CurvatureLinearOperator):
         self.key, self.mc_samples = key, mc_samples
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return structure_of(self.problem.params)
+        return vectors_like(self.problem.params)
 
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
+        v = vary_like(v, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
             outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
@@ -141,6 +143,7 @@ class LinearisedGGNLinearOperator(SymmetricLinearOperator):
         """The product with `vector`, a pytree like the parameters."""
         check_vector(self, vector)
         problem = self.operator.problem
+        vector = vary_like(vector, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
             curved = self.operator._curve(terms_at(self.outputs, operand), keys, self.jvp(vector))

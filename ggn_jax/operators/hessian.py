@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sharding import vary_like
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import CurvatureLinearOperator, register, structure_of
+from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -42,10 +43,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return structure_of(self.problem.params)
+        return vectors_like(self.problem.params)
 
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
+        v = vary_like(v, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
             def value(params: PyTree[Array]) -> Array:

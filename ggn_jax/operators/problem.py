@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
+from ggn_jax._sharding import vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
@@ -149,6 +150,7 @@ def pose(
     _check_params(params)
     inputs, targets = as_batch(batch)
     size = targets.shape[0]
+    params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
     closed = jax.make_jaxpr(model_fn, return_shape=True)
     jaxpr, outputs = closed(params, inputs)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._sharding import vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -176,7 +177,7 @@ class Core:
                 sums, corrected = captured_sums(*args), ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
-                return sums, corrected
+                return vary_like((sums, corrected), problem)
 
             if gradient:
                 captured = capture(layout.trace, problem.params, inputs, layout.leaves, gradient=True)
@@ -186,7 +187,11 @@ class Core:
                 grads = captured.gradient(vector)
             if settings.factor_interval == 1:
                 return value, grads, factors()
-            return value, grads, jax.lax.cond(due, factors, lambda: zeros_like(jax.eval_shape(factors)))
+            return (
+                value,
+                grads,
+                jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
+            )
 
         extra = {"keys": self._keys(problem, key), "mask": mask}
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)

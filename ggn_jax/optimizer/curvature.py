@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._fusion import stack_scalars
+from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (
     Block,
     Dense,
@@ -167,7 +168,7 @@ def _renew(
         return run
 
     interval, everything = settings.inverse_interval, dict.fromkeys(range(len(blocks)))
-    args = (blocks, inverses, damping)
+    args = vary_alike(blocks, inverses, damping)
     if interval == 1 or not settings.staggered:
         due = first | (known & _are_due(count, interval))
         return jax.lax.cond(due, some(everything), lambda _, old, __: old, *args)

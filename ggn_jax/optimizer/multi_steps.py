@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
+from ggn_jax._sharding import vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
@@ -95,15 +96,17 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
         # Without one finite micro-batch, there is no gradient to give to the optimizer, which counts that.
         lost = (total.batches == 0) & (state.bad + bad > 0)
 
+        mean, total, previous, updates, params = vary_alike(mean, total, state.inner, updates, params)
+
         def act(mean: PyTree[Array], total: Factors, inner: Any) -> Any:
             grads = jax.tree.map(lambda m, g: jnp.where(lost, jnp.nan, m).astype(g.dtype), mean, updates)
-            return optimizer.update(grads, inner, params, factors=total, **extra_args)
+            return vary_like(optimizer.update(grads, inner, params, factors=total, **extra_args), updates)
 
         def wait(mean: PyTree[Array], total: Factors, inner: Any) -> Any:
-            return zeros_like(updates), inner
+            return vary_like(zeros_like(updates), updates), inner
 
         done = state.micro_step + 1 >= every
-        final, inner = jax.lax.cond(done, act, wait, mean, total, state.inner)
+        final, inner = jax.lax.cond(done, act, wait, mean, total, previous)
 
         def rest(x: PyTree[Array]) -> PyTree[Array]:
             return choose(done, zeros_like(x), x)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._sharding import vary_like
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.numbers import inner
 
@@ -69,4 +70,4 @@ def reduction_ratio(
 
 
 def _like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+    return vary_like(jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like), like)

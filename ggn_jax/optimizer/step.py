@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from ggn_jax._checks import check_count
 from ggn_jax._fusion import seal
+from ggn_jax._sharding import vary_alike
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import (
     ABOVE_0,
@@ -140,7 +141,7 @@ class StepRule:
             return jnp.clip(changed, jnp.asarray(self.min_damping).astype(damping.dtype), MOST_DAMPING)
 
         due = moves & ((count + 1) % self.adapt_damping == 0)
-        return jax.lax.cond(due, adapted, lambda *args: args[-1], problem, grads, step, damping)
+        return jax.lax.cond(due, adapted, lambda *args: args[-1], *vary_alike(problem, grads, step, damping))
 
 
 def _is(value: Any, word: str) -> bool:
