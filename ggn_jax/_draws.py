@@ -85,8 +85,8 @@ def _sum_pieces(
     """The sum of the masses in all pieces; those of one length are added first, which is one loop."""
     width, total = pieces[0][1], jnp.zeros((), jnp.uint32)
     for length in sorted({count for _, count in pieces}):
-        part = sum(masses(p[offset : offset + count] * scale) for offset, count in pieces if count == length)
-        total = total + _extend(part, width)
+        parts = [masses(p[offset : offset + count] * scale) for offset, count in pieces if count == length]
+        total = total + _extend(sum(parts[1:], start=parts[0]), width)
     return total
 
 

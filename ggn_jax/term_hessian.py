@@ -185,13 +185,18 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 def _sum_but_one(f: Float[Array, "C *at"], top: Float[Array, "1 *at"]) -> Float[Array, "1 *at"]:
     """The sum of `exp(f - top)` less one of the entries that are 1, with all digits of the others.
 
-    Compilers for CPUs keep nothing of the size of `f` for sums of arithmetic (comparisons are not fused) that share no
-    array with each other or with anything else: hence signs, which are 0 at the top and -1 elsewhere, and copies.
+    XLA's CPU compiler keeps nothing of the size of `f` for sums of arithmetic that share no array of that size, nor a
+    broadcast number, with each other or with anything else; comparisons are kept. Hence copies of the top, and `_step`.
     """
     minus_top = fusion_boundary(-top)
     below = f - fusion_boundary(-minus_top)
-    others = -_sum(jnp.exp(below) * jnp.sign(below))
-    return others + (f.shape[0] - 1 + _sum(jnp.sign(f + minus_top)))
+    others = -_sum(jnp.exp(below) * _step(below, top))
+    return others + (f.shape[0] - 1 + _sum(_step(f + minus_top, minus_top)))
+
+
+def _step(below: Float[Array, "C *at"], any_number: Float[Array, "1 *at"]) -> Float[Array, "C *at"]:
+    """0 at 0 and -1 below: what is rounded down is limited by some number from -1 up to 0, which is no constant."""
+    return jnp.floor(jnp.maximum(below, -jax.lax.rsqrt(1 + jnp.abs(any_number))))
 
 
 @_sum_but_one.defjvp

@@ -293,25 +293,31 @@ def _with_scale(terms: Terms, r: Array | None) -> Terms:
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
             r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
     scale = jnp.where(weight == 0, 0, r * weight)
-    outputs = _keep_derivatives_clean(terms.outputs, jnp.expand_dims(weight == 0, terms.axes))
+    outputs = _shield(terms.outputs, jnp.expand_dims(weight == 0, terms.axes), (loss, terms.operand))
     return replace(terms, outputs=outputs, scale=scale, r=r)
 
 
 @jax.custom_jvp
-def _keep_derivatives_clean(outputs: Array, ignored: Array) -> Array:
-    """The outputs, which may be anything where they are ignored, NaN too.
+def _shield(outputs: Array, ignored: Array, others: Any) -> Array:
+    """The outputs, which may be anything where they are ignored, NaN too; `others` is what else terms depend on.
 
-    What is computed from them is replaced by 0 there. That does not stop NaN times 0 in derivatives, where they are
-    replaced as well; elsewhere this would cost a copy of the outputs, since compilers for CPUs do not fuse the
-    replacement with the sums over classes that follow.
+    Whatever is computed of an ignored term is replaced by 0, and here so are the outputs' tangents: derivatives in the
+    outputs stay clean. Those in anything that terms share, to which NaN times 0 would be added, need the outputs
+    themselves replaced. Otherwise that would cost a copy of them, since compilers for CPUs do not fuse it with the sums
+    over classes that follow.
     """
     return outputs
 
 
-@_keep_derivatives_clean.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    (outputs, ignored), (tangent, _) = primals, tangents
-    return jnp.where(ignored, 0, outputs), jnp.where(ignored, 0, tangent)
+@partial(_shield.defjvp, symbolic_zeros=True)
+def _(primals: tuple[Array, Array, Any], tangents: tuple[Any, Any, Any]) -> tuple[Array, Array]:
+    outputs, ignored, _ = primals
+    zero = jax.custom_derivatives.SymbolicZero
+    shared = any(not isinstance(leaf, zero) for leaf in jax.tree.leaves(tangents[2]))
+    result = jnp.where(ignored, 0, outputs) if shared else _shield(*primals)
+    if isinstance(tangents[0], zero):
+        return result, jnp.zeros_like(outputs)
+    return result, jnp.where(ignored, 0, tangents[0])
 
 
 def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:

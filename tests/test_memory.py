@@ -96,3 +96,16 @@ def test_factors_of_one_sample() -> None:
 
 def test_factors_hold_one_sample_at_a_time() -> None:
     assert factors(8) < factors(1) + 0.5
+
+
+def test_value_gradient_and_factors() -> None:
+    """A training step's look at a batch keeps no more: the loss and the draws share their sums over classes."""
+    inputs = jnp.zeros(INPUTS.shape, INPUTS.dtype)
+    loss = CrossEntropyLoss(class_axis=-1)
+    optimizer = ggn_jax.kfac(head, loss, 0.1, example_inputs=inputs, fisher_type="mc", max_dense_size=64)
+    state = jax.eval_shape(optimizer.init, HEAD)
+
+    def look(w: jax.Array, x: jax.Array, y: jax.Array, key: jax.Array, state: Any) -> Any:
+        return optimizer.value_and_grad_and_factors(w, (x, y), state, key=key)
+
+    assert kept(look, HEAD, INPUTS, INDICES, KEY, state) < 2.3 + SMALL

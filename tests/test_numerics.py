@@ -237,3 +237,31 @@ def test_classes_without_mass_cost_nothing(smoothing: float) -> None:
     np.testing.assert_allclose(loss(f, y), want, rtol=1e-14)
     np.testing.assert_allclose(loss(f, jnp.asarray(np.eye(3)[np.asarray(y)])), want, rtol=1e-14)
     assert CrossEntropyLoss(reduction="sum")(f, jnp.asarray([1, 0])) == jnp.inf
+
+
+MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
+
+
+@pytest.mark.parametrize("second", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
+    """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
+    rng = np.random.default_rng(0)
+    clean, weight = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([1.0, 2.0, 0.5, 3.0])
+    v, y = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([2, -100, 0])
+    dirty = clean.at[1].set(jnp.asarray([jnp.nan, jnp.inf, 0.0, -jnp.inf]))
+    loss = lambda w: CrossEntropyLoss(w, label_smoothing=0.2)  # noqa: E731
+    functions = {
+        "value": lambda f, w: loss(w)(f, y),
+        "product": lambda f, w: LossHessian(loss(w), f, y).mv(v),
+        "gradient": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "empirical")(f, y),
+        "drawn": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "mc")(f, y, jax.random.key(0)),
+    }
+    for name, fn in functions.items():
+        for inner in (0, 1):
+            derivative = MODES[first](fn, inner)
+            np.testing.assert_array_equal(derivative(dirty, weight), derivative(clean, weight), name)
+            assert jnp.isfinite(derivative(dirty, weight)).all()
+            for outer in (0, 1):
+                twice = jax.jit(MODES[second](derivative, outer))
+                np.testing.assert_allclose(twice(dirty, weight), twice(clean, weight), 1e-13, 1e-13, err_msg=name)

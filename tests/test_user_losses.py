@@ -241,3 +241,33 @@ def test_hessian_that_is_not_positive_gives_nan() -> None:
 
     vectors = make_grad_output_fn(Wrong(), "type-2")(jnp.zeros(2), jnp.asarray([0.1, 9.0]))
     assert jnp.isnan(vectors).tolist() == [[False, False], [False, True]]
+
+
+def test_a_sampler_never_sees_what_is_ignored() -> None:
+    """Its loops might not end where the output is NaN; nor do derivatives in the loss's fields see it."""
+    seen: list[float] = []
+
+    class Loss(LikelihoodLoss):
+        curvature = "hessian"
+        rate: jax.Array
+
+        def nll(self, f, y):
+            return 0.5 * self.rate * (f - y) ** 2
+
+        def sample(self, key, f):
+            jax.debug.callback(lambda f: seen.append(float(f)), f)
+            return f + jax.random.normal(key, f.shape, f.dtype) / jnp.sqrt(self.rate)
+
+        def term_weight(self, f, y):
+            return jnp.where(y < 0, 0.0, 1.0)
+
+        def term_value(self, f, y):
+            return self.term_weight(f, y) * self.nll(f, y)
+
+    outputs, targets = jnp.asarray([[0.5], [jnp.nan], [2.0]]), jnp.asarray([[1.0], [-1.0], [0.0]])
+    vectors = ggn_jax.make_batch_grad_output_fn(Loss(jnp.asarray(2.0)), "mc", 4)(outputs, targets, jax.random.key(0))
+    jax.effects_barrier()
+    assert set(seen) == {0.0, 0.5, 2.0}
+    np.testing.assert_array_equal(vectors[:, 1], 0)
+    derivative = jax.grad(lambda rate: Loss(rate)(outputs, targets))(jnp.asarray(2.0))
+    np.testing.assert_allclose(derivative, 0.5 * (0.5**2 + 2.0**2) / 3, rtol=1e-12)
