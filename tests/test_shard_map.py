@@ -84,14 +84,15 @@ def vectors(fisher_type: str) -> Fn:
         batched = ggn_jax.make_batch_grad_output_fn(loss, fisher_type)
         single = ggn_jax.make_grad_output_fn(loss, fisher_type)
         # Outputs that are the same on all devices, while targets are not.
-        return batched(outputs, targets, key), single(jnp.ones(outputs.shape[1:]), targets[0], key)
+        found = batched(outputs, targets, key), single(jnp.ones(outputs.shape[1:]), targets[0], key)
+        return (*found, ggn_jax.make_grad_output_sampler(loss)(outputs[0], 2, targets[0], KEY))
 
     return run
 
 
 def losses(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     outputs, targets = model_fn(params, batch[0]), batch[1]
-    found = [loss(outputs, targets), ggn_jax.make_grad_output_sampler(loss)(outputs[0], 2, targets[0], KEY)]
+    found = [loss(outputs, targets)]
     for at in (outputs, jnp.ones(outputs.shape)):
         hessian = ggn_jax.LossHessian(loss, at, targets)
         found += [hessian.mv(at), hessian.sqrt_mv(at), hessian.sqrt_rmv(at), hessian.diagonal(), hessian.trace()]

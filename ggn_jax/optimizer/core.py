@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax._sharding import vary_like
+from ggn_jax._sharding import explicit_mesh, vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -23,7 +23,7 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose, take_apart
-from ggn_jax.optimizer.checks import as_arrays, check_auto, check_static, fitted
+from ggn_jax.optimizer.checks import as_arrays, check_static, fitted
 from ggn_jax.optimizer.curvature import (
     Curvature,
     Factors,
@@ -85,20 +85,22 @@ class Core:
             # `optax.tree.map_params` asks for the state of a stand-in to learn where parameters are: nowhere in here.
             zero = jnp.zeros((), jnp.int32)
             return Curvature(zero, zero, jnp.zeros((), jnp.float32), damping, zero, zero)
-        check_auto("params", params)
         check_model(self.model_fn, params, self.example_inputs)
         layout = self._layout(params)
         if not is_masked(params):
             self._check_independent(self.model_fn, params)
         curvature = initial(layout, self.settings, damping)
         self._know(params, layout, curvature)
-        return self.placed(curvature)
+        return self.placed(curvature, params)
 
-    def placed(self, state: PyTree[Array]) -> PyTree[Array]:
+    def placed(self, state: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
-        if self.settings.mesh is None or not all(map(_has_values, jax.tree.leaves(state))):
-            return state
-        return jax.device_put(state, NamedSharding(self.settings.mesh, PartitionSpec()))
+        explicit, mesh = explicit_mesh(params), self.settings.mesh
+        if not all(map(_has_values, jax.tree.leaves((state, params)))):
+            return state if explicit is None else reshard(state, NamedSharding(explicit, PartitionSpec()))
+        if mesh is None and explicit is not None:
+            mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params) if explicit_mesh(leaf) is not None)
+        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
     def known(self, params: PyTree[Array]) -> Known:
         check_model(self.model_fn, params, self.example_inputs)
@@ -128,8 +130,6 @@ class Core:
     def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
         """The checked batch, and its mask."""
         pair, mask = take_apart("batch", batch)
-        check_auto("batch", batch)
-        check_auto("params", params)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
         problem = pose(model_of_part(self.model_fn, params, full_params), self.loss, params, pair)
@@ -141,7 +141,9 @@ class Core:
 
     def _layout(self, params: PyTree) -> Layout:
         model_fn = model_of_part(self.model_fn, params, self.full_params)
-        return Layout(self.loss, trace_model(model_fn, params, self.example_inputs), self.settings.options)
+        return Layout(
+            self.loss, trace_model(model_fn, structure_of(params), self.example_inputs), self.settings.options
+        )
 
     def look(
         self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -29,7 +29,8 @@ def share_out(sizes: Sequence[int], devices: int) -> list[list[int]]:
 
 def shared_over(mesh: Mesh) -> Batch:
     """`kronecker.algebra.batched` in which each device of the mesh factorises its share, and all gather the results."""
-    return partial(_shared, mesh)
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return partial(_shared, Mesh(mesh.devices, mesh.axis_names, axis_types=types))
 
 
 def _shared(mesh: Mesh, fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Array]) -> list[Any]:

@@ -1,6 +1,7 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.layout import Bias, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.vectors import Positions
@@ -102,6 +104,11 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         return self._look(params, batch, state, key, full_params, gradient=True)
 
     def _look(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
+        look = partial(self._look_inside, gradient=gradient)
+        like = NOT_SHARDED, params if gradient else NOT_SHARDED, NOT_SHARDED
+        return on_mesh(look, lambda *_: like)(params, batch, state, key, full_params)
+
+    def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
         curvature = self.core.curvature_in(state, params)
         problem, mask = self.core.problem(params, batch, full_params)
         return self.core.look(problem, mask, key, curvature, gradient=gradient)
@@ -153,7 +160,7 @@ def scale_by_kfac(
     core = Core(model_fn, loss, example_inputs, settings, full_params)
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
-        rejected = core.placed(jnp.zeros((), jnp.int32))
+        rejected = core.placed(jnp.zeros((), jnp.int32), params)
         return ScaleByKFACState(core.start(params, _first(damping)), rejected)
 
     def update(
@@ -175,6 +182,7 @@ def scale_by_kfac(
         scaled = choose(fine, seen.direction, zeros_like(seen.direction))
         return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
 
+    update = on_mesh(update, lambda updates, *_, **__: (updates, ScaleByKFACState(NOT_SHARDED, NOT_SHARDED)))
     return KFACTransformation.make(core, init, update, needs_batch=False)
 
 
@@ -296,7 +304,7 @@ def kfac(
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = None if momentum is None else zeros_like(params)
-        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32)))
+        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32), params))
 
     def update(
         updates: PyTree[Array],
@@ -336,7 +344,10 @@ def kfac(
             curvature = curvature._replace(damping=adapted)
         return final, KFACState(curvature, velocity, state.rejected + (~fine).astype(jnp.int32))
 
-    return KFACTransformation.make(core, init, update, rule.needs_batch)
+    def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        return updates, KFACState(NOT_SHARDED, None if momentum is None else params, NOT_SHARDED)
+
+    return KFACTransformation.make(core, init, on_mesh(update, like), rule.needs_batch)
 
 
 _COUNTER: Any = jax.ShapeDtypeStruct((), jnp.int32)
