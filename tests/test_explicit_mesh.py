@@ -110,10 +110,12 @@ def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
     assert_close((found, values), train(params, batch)[0], 1e-9)
 
 
+@pytest.mark.parametrize("is_set", [False, True])
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], ids=str)
-def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any) -> None:
+def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: bool) -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
-    found, _ = train(place(params), place(batch, "data"), mesh=mesh(), **options)
+    with jax.set_mesh(mesh()) if is_set else nullcontext():
+        found, _ = train(place(params), place(batch, "data"), mesh=mesh(), **options)
     assert_close(found, train(params, batch, **options)[0], 1e-9)
 
 

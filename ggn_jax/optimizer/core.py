@@ -96,7 +96,7 @@ class Core:
     def placed(self, state: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
         explicit, mesh = explicit_mesh(params), self.settings.mesh
-        if not all(map(_has_values, jax.tree.leaves((state, params)))):
+        if any(map(_is_traced, jax.tree.leaves((state, params)))):
             return state if explicit is None else reshard(state, NamedSharding(explicit, PartitionSpec()))
         if mesh is None and explicit is not None:
             mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params) if explicit_mesh(leaf) is not None)
@@ -203,6 +203,13 @@ class Core:
             params = jax.tree.map(jnp.asarray, params)
             outputs = jax.eval_shape(model_fn, params, self._inputs)
             check_independent(model_fn, params, self._inputs, outputs.dtype)
+
+
+def _is_traced(leaf: Any) -> bool:
+    try:
+        return isinstance(leaf, jax.Array) and leaf.is_fully_addressable is None
+    except jax.errors.ConcretizationTypeError:
+        return True
 
 
 def _has_values(leaf: Any) -> bool:
