@@ -213,6 +213,20 @@ def test_the_mean_over_devices_is_the_whole_batch(check_vma: bool) -> None:
     assert_close(jax.jit(sharded)(params, state, batch), whole(params, state, batch), 1e-9)
 
 
+def test_a_key_for_each_device() -> None:
+    model_fn, loss, params, batch = MODELS["images"]
+
+    def run(number: Any, params: Any, batch: Any) -> Any:
+        return KFAC(model_fn, loss, params, batch, key=jax.random.fold_in(KEY, number)).mv(params)
+
+    def inside(params: Any, batch: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], run(jax.lax.axis_index("data"), params, batch))
+
+    sharded = jax.shard_map(inside, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data"))
+    each = [run(number, params, shard(batch, number)) for number in range(DEVICES)]
+    assert_close(jax.jit(sharded)(params, batch), jax.tree.map(lambda *x: jnp.stack(x), *each), 1e-9)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_parameters_of_each_device(check_vma: bool) -> None:
     """An ensemble: a model for each device, and one batch for all."""
