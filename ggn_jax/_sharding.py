@@ -1,23 +1,77 @@
 """Meshes: explicit axes, where each result's sharding must be derivable, and axes that `jax.shard_map` maps over."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+import equinox as eqx
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array, PyTree
 
 
 def run_auto(fn: Callable[..., Array], outputs: Array, *args: Any, keep: bool) -> Array:
-    """`fn(outputs, *args)`, inside of which the compiler shards, also where the mesh of `outputs` is explicit.
+    """`fn(outputs, *args)`, inside of which the compiler shards, also on a mesh with explicit axes.
 
     The result is sharded like `outputs`, after one leading axis, or with `keep=False` not at all.
     """
-    sharding = jax.typeof(outputs).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    mesh, sharding = explicit_mesh((outputs, args)), _explicit(outputs)
+    if mesh is None:
         return fn(outputs, *args)
-    spec = PartitionSpec(None, *sharding.spec) if keep else PartitionSpec()
-    return auto_axes(fn, out_sharding=NamedSharding(sharding.mesh, spec))(outputs, *args)
+    spec = PartitionSpec(None, *sharding.spec) if keep and sharding is not None else PartitionSpec()
+    return auto_axes(fn, out_sharding=NamedSharding(mesh, spec))(outputs, *args)
+
+
+NOT_SHARDED: Any = 0
+
+
+def compiler_sharded(fn: Callable[..., Any], like: Callable[..., PyTree] | None = None) -> Callable[..., Any]:
+    """`fn`, inside of which the compiler shards, also where arguments are on a mesh with explicit axes.
+
+    `like` returns, for the arguments, a pytree with the results' structure: they are sharded as its arrays are, or in
+    none of their axes where that holds `NOT_SHARDED`. Without it, no result is sharded.
+    """
+
+    @wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mesh = explicit_mesh((args, kwargs))
+        if mesh is None:
+            return fn(*args, **kwargs)
+        whole = NamedSharding(mesh, PartitionSpec())
+        wanted = whole if like is None else jax.tree.map(lambda x: _explicit(x) or whole, like(*args, **kwargs))
+        arrays, static = eqx.partition((args, kwargs), eqx.is_array)
+
+        def inside(arrays: Any) -> Any:
+            args, kwargs = eqx.combine(arrays, static)
+            return fn(*args, **kwargs)
+
+        return auto_axes(inside, out_sharding=wanted)(arrays)
+
+    return run
+
+
+def on_mesh(fn: Callable[..., Any], like: Callable[..., PyTree]) -> Callable[..., Any]:
+    """`compiler_sharded` for functions that are called outside of `jit` too, where what they do is compiled then."""
+    jitted = eqx.filter_jit(compiler_sharded(fn, like))
+
+    @wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (fn if explicit_mesh((args, kwargs)) is None else jitted)(*args, **kwargs)
+
+    return run
+
+
+def explicit_mesh(tree: PyTree) -> AbstractMesh | None:
+    """The mesh with explicit axes that arrays are on; None if there is none."""
+    found = [_explicit(leaf) for leaf in jax.tree.leaves(tree)]
+    return next((sharding.mesh.abstract_mesh for sharding in found if sharding is not None), None)
+
+
+def _explicit(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array, or of its `jax.ShapeDtypeStruct`, if it is a part of its type."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None)
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if explicit else None
 
 
 def vary_alike(*trees: PyTree) -> tuple[PyTree, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, check_real
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, split_terms
@@ -70,15 +71,18 @@ class LossHessian(eqx.Module):
 
 
 @partial(jax.jit, static_argnames="batch")
+@compiler_sharded
 def _split(loss: Loss, outputs: Array, targets: Array, batch: bool) -> Terms:
     return split_terms(loss, outputs, targets, batch=batch)
 
 
 @partial(jax.jit, static_argnames="name")
+@partial(compiler_sharded, like=lambda terms, v, name: v)
 def _product(terms: Terms, v: Array, name: str) -> Array:
     return terms.product(name, v)
 
 
 @jax.jit
+@compiler_sharded
 def _diagonal(terms: Terms) -> Array:
     return terms.diagonal()

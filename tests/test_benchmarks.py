@@ -124,7 +124,7 @@ def test_figures(tmp_path: Path) -> None:
     assert model["state_bytes"] == model["state_entries"] > 2  # averages and inverses, and momentum
     assert model["init_s"] > 0
     assert model["init_shapes_s"] > 0
-    assert list(model["reduced"]) == ["a factor of size 5 is more than max_dense_size = 4: diagonal"]
+    assert list(model["reduced"]) == ["a factor of size 5 is more than max_dense_size = 4: 2 blocks on its diagonal"]
     assert model["uncovered"] == {}
 
 

@@ -52,7 +52,7 @@ def train(mesh, params, batch, compiled=True, **options):
 """
 
 DEVICES = """
-from ggn_jax.optimizer.shares import shared_over
+from ggn_jax.optimizer.spread import Spread
 
 result = {"params": {}, "counts": {}}
 for n in (1, 2, 4, 8):
@@ -72,13 +72,65 @@ for n in (1, 2, 4, 8):
             pass  # outside of the mesh, only the shapes of the results are asked for
         return (jnp.linalg.inv(matrix),)
 
-    matrices = [jnp.eye(6)[None] * (i + 1) for i in range(16)]
-    found = jax.jit(partial(shared_over(mesh), fn))(matrices)
+    spread = Spread(mesh)
+    matrices = spread.pad(jnp.eye(6) * jnp.arange(1, 13)[:, None, None])
+    (found,) = jax.jit(partial(spread.batch, fn))([matrices])
     jax.block_until_ready(found)
     jax.effects_barrier()
-    assert all(np.allclose(f[0] * (i + 1), np.eye(6)) for i, f in enumerate(found))
+    assert np.allclose(found[0][:12] * jnp.arange(1, 13)[:, None, None], np.eye(6))
     result["counts"][n] = counts
 result["alone"] = train(None, params, (x, y))
+print(json.dumps(result))
+"""
+
+WORK = """
+import re
+from jax.sharding import AxisType
+
+def images(params, x):
+    for name in ("k1", "k2"):
+        x = jax.lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.reduce_window(jax.nn.relu(x), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return x.reshape(x.shape[0], -1) @ params["w"]
+
+def tokens(params, x):
+    return jnp.tanh(params["e"][x] @ params["u"]) @ params["w"]
+
+def normal(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
+N = 40  # not a power of two: chunks of images do not fill devices evenly
+models = {
+    "images": (images, {"k1": normal(3, 3, 1, 16), "k2": normal(3, 3, 16, 32), "w": normal(1568, 3)}),
+    "tokens": (tokens, {"e": normal(50, 32), "u": normal(32, 32), "w": normal(32, 3)}),
+}
+inputs = {"images": normal(N, 28, 28, 1), "tokens": jnp.arange(N * 64).reshape(N, 64) % 50}
+key = jax.random.key(1)
+collectives = "all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast|all-reduce"
+result = {}
+for name, (model, params) in models.items():
+    x = inputs[name]
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
+    y = jnp.arange(N) % 3 if name == "images" else x % 3
+    optimizer = ggn_jax.kfac(model, loss, 0.1, damping=0.1, example_inputs=x)
+    state = optimizer.init(params)
+    args = model, loss
+    mask = {"mask": x % 7 > 0} if name == "tokens" else {}
+    functions = {
+        "mc": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, key=key, mc_samples=3, **m).blocks,
+        "empirical": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, fisher_type="empirical", **m).blocks,
+        "ggn": lambda p, b, m: ggn_jax.GGNLinearOperator(*args, p, b).mv(p),
+        "diagonal": lambda p, b, m: ggn_jax.GGNDiagonalLinearOperator(*args, p, b, mc_samples=1, key=key).entries,
+        "pass": lambda p, b, m: optimizer.value_and_grad_and_factors(p, (*b, *m.values()), state, key=key),
+    }
+    for what, fn in functions.items():
+        for n in (1, 8):
+            mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
+            batch, m = jax.device_put(((x, y), mask), NamedSharding(mesh, P("data")))
+            compiled = jax.jit(fn).lower(jax.device_put(params, NamedSharding(mesh, P())), batch, m).compile()
+            cost = compiled.cost_analysis()
+            found = re.findall(rf" ({collectives})(?:-start)?\\(", compiled.as_text())
+            result[f"{name}-{what}-{n}"] = [cost["flops"], sorted(set(found))]
 print(json.dumps(result))
 """
 
@@ -96,7 +148,15 @@ batch = tuple(jax.make_array_from_process_local_data(NamedSharding(mesh, P("data
 everywhere = NamedSharding(mesh, P())
 placed = {name: jax.make_array_from_process_local_data(everywhere, leaf) for name, leaf in params.items()}
 # A state that is made outside of `jit` is put on all devices of the mesh.
-print(json.dumps([train(mesh, placed, batch), train(mesh, placed, batch, compiled=False)]))
+result = [train(mesh, placed, batch), train(mesh, placed, batch, compiled=False)]
+explicit = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+batch = tuple(jax.make_array_from_process_local_data(NamedSharding(explicit, P("data")), part[half]) for part in (x, y))
+everywhere = NamedSharding(explicit, P())
+placed = {name: jax.make_array_from_process_local_data(everywhere, leaf) for name, leaf in params.items()}
+result += [train(explicit, placed, batch, compiled=False), train(None, placed, batch, compiled=False)]
+with jax.set_mesh(explicit):  # a compiled `init` uses no value of the parameters, which would name the mesh
+    result.append(train(explicit, placed, batch))
+print(json.dumps(result))
 """
 
 
@@ -143,7 +203,23 @@ def test_steps_are_the_same_on_1_2_4_8_devices(on_devices: Any) -> None:
 
 
 def test_each_device_inverts_its_share(on_devices: Any) -> None:
-    assert on_devices["counts"] == {str(n): [16 // n] * n for n in (1, 2, 4, 8)}
+    """Of 12 matrices; what fills up the devices is inverted too."""
+    assert on_devices["counts"] == {str(n): [-(-12 // n)] * n for n in (1, 2, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return finish(start(COMMON + WORK, 8, tmp_path_factory.mktemp("work")))
+
+
+@pytest.mark.parametrize("what", ["mc", "empirical", "ggn", "diagonal", "pass"])
+@pytest.mark.parametrize("model", ["images", "tokens"])
+def test_devices_share_the_work_and_exchange_sums_only(work: Any, model: str, what: str) -> None:
+    """Of a batch that is sharded: no activation leaves its device."""
+    (alone, none), (shared, collectives) = (work[f"{model}-{what}-{n}"] for n in (1, 8))
+    assert none == []
+    assert collectives == ["all-reduce"]
+    assert shared < 1.1 * alone / 8
 
 
 def test_two_processes(on_devices: Any, tmp_path: Path) -> None:

@@ -368,21 +368,6 @@ def test_coupled_examples_are_refused(kind: Any) -> None:
         optimizer.init(jax.tree.map(kind, mlp_params()))
 
 
-def test_explicit_meshes_are_refused() -> None:
-    explicit = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    params, batch = mlp_params(), batch_of()
-    make = partial(ggn_jax.kfac, mlp, CE, 0.1, example_inputs=batch[0])
-    with pytest.raises(ValueError, match=r"mesh must have axes of type Auto; got .*axis_types=.*AxisType.Auto"):
-        make(mesh=explicit)
-    optimizer = make()
-    state = optimizer.init(params)
-    sharded = jax.device_put(batch, jax.sharding.NamedSharding(explicit, jax.sharding.PartitionSpec("data")))
-    with pytest.raises(ValueError, match=r"batch\[0\] must be on a mesh with axes of type Auto; got .*AxisType.Auto"):
-        optimizer.update(params, state, params, batch=sharded, key=KEY)
-    with pytest.raises(ValueError, match=r"params\['c'\] must be on a mesh"):
-        optimizer.init(jax.device_put(params, jax.sharding.NamedSharding(explicit, jax.sharding.PartitionSpec())))
-
-
 def test_uncovered_parameters_are_refused_or_named() -> None:
     def model(params: Any, x: jax.Array) -> jax.Array:
         return jax.lax.cond(True, lambda w: x @ w, lambda w: x @ w, params["w"]) @ params["v"]

@@ -84,14 +84,15 @@ def vectors(fisher_type: str) -> Fn:
         batched = ggn_jax.make_batch_grad_output_fn(loss, fisher_type)
         single = ggn_jax.make_grad_output_fn(loss, fisher_type)
         # Outputs that are the same on all devices, while targets are not.
-        return batched(outputs, targets, key), single(jnp.ones(outputs.shape[1:]), targets[0], key)
+        found = batched(outputs, targets, key), single(jnp.ones(outputs.shape[1:]), targets[0], key)
+        return (*found, ggn_jax.make_grad_output_sampler(loss)(outputs[0], 2, targets[0], KEY))
 
     return run
 
 
 def losses(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     outputs, targets = model_fn(params, batch[0]), batch[1]
-    found = [loss(outputs, targets), ggn_jax.make_grad_output_sampler(loss)(outputs[0], 2, targets[0], KEY)]
+    found = [loss(outputs, targets)]
     for at in (outputs, jnp.ones(outputs.shape)):
         hessian = ggn_jax.LossHessian(loss, at, targets)
         found += [hessian.mv(at), hessian.sqrt_mv(at), hessian.sqrt_rmv(at), hessian.diagonal(), hessian.trace()]
@@ -210,6 +211,20 @@ def test_the_mean_over_devices_is_the_whole_batch(check_vma: bool) -> None:
     sharded = jax.shard_map(inside, mesh=mesh(), in_specs=specs, out_specs=P(), check_vma=check_vma)
     whole = jax.jit(partial(step, lambda tree: tree))
     assert_close(jax.jit(sharded)(params, state, batch), whole(params, state, batch), 1e-9)
+
+
+def test_a_key_for_each_device() -> None:
+    model_fn, loss, params, batch = MODELS["images"]
+
+    def run(number: Any, params: Any, batch: Any) -> Any:
+        return KFAC(model_fn, loss, params, batch, key=jax.random.fold_in(KEY, number)).mv(params)
+
+    def inside(params: Any, batch: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], run(jax.lax.axis_index("data"), params, batch))
+
+    sharded = jax.shard_map(inside, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data"))
+    each = [run(number, params, shard(batch, number)) for number in range(DEVICES)]
+    assert_close(jax.jit(sharded)(params, batch), jax.tree.map(lambda *x: jnp.stack(x), *each), 1e-9)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

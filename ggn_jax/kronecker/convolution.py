@@ -46,20 +46,19 @@ def _platform_factor(patches: Patches, x: Array, joint: bool) -> Float[Array, "G
 def _factor_in_chunks(patches: Patches, x: Array, joint: bool, entries: int) -> Float[Array, "G in in"]:
     size = x.shape[0]
     one = jax.eval_shape(lambda x: _rows(patches, x, _main_axis(patches)), x[:1])
-    chunks = min(size, -(-size * one.size // entries))
-    each = -(-size // chunks)
-    # The chunks' axis is the minor one: a batch that is sharded over devices stays where it is. Images that fill the
-    # last chunk are 0, and add nothing.
-    x = jnp.pad(x, [(0, each * chunks - size), *[(0, 0)] * (x.ndim - 1)])
-    x = x.reshape(each, chunks, *x.shape[1:])
+    # A batch that is sharded stays where it is: the first axis is that of devices (as many as may share the batch out),
+    # and each works on some of its own images at a time.
+    devices = math.gcd(size, jax.device_count())
+    images = x.reshape(devices, size // devices, *x.shape[1:])
 
     def part(indices: Array) -> tuple[Array, Array]:
-        return _sums(patches, jax.lax.dynamic_index_in_dim(x, indices[0], axis=1, keepdims=False), joint)
+        some = jax.lax.dynamic_slice_in_dim(images, indices[0], len(indices), axis=1)
+        return _sums(patches, some.reshape(-1, *x.shape[1:]), joint)
 
-    total, first = sum_in_parts(part, chunks, 1)
+    total, first = sum_in_parts(part, size // devices, max(1, entries // (one.size * devices)))
     if not joint:
         return total
-    count = size * math.prod(patches.count(x[:, 0], axis) for axis in range(len(patches.kernel)))
+    count = size * math.prod(patches.count(x, axis) for axis in range(len(patches.kernel)))
     corner = jnp.full((*first.shape[:1], 1, 1), count, total.dtype)
     return jnp.block([[total, first[:, :, None]], [first[:, None, :], corner]])
 

@@ -28,7 +28,7 @@ class Inputs:
             index = jnp.clip(x, 0, rows - 1)
             weight = ((index == x) | (not use.fills)).astype(wide)
             self.index = index
-            self.weight = weight if self.mask is None else weight * self.mask
+            self.weight = weight if self.mask is None else weight * self.mask[None]
         reduce = options.sharing == "reduce"
         if self.mask is None:
             self.count: Any = jnp.asarray(size * (1 if reduce else positions), wide)
@@ -88,7 +88,7 @@ class Inputs:
             weight = self.weight
             if self.options.sharing == "reduce":
                 # The mean of one-hot rows: its square at a row is (count / S)^2; sum_s (count of s's row) / S^2.
-                same = (self.index[..., :, None] == self.index[..., None, :]) * weight[..., None, :]
+                same = jnp.where(self.index[..., :, None] == self.index[..., None, :], weight[..., None, :], 0)
                 total = jnp.maximum(jnp.sum(weight, -1), 1) if self.mask is not None else weight.shape[-1]
                 weight = weight * jnp.sum(same, axis=-1) / jnp.square(jnp.asarray(total, weight.dtype))[..., None]
             flat, values = self.index.reshape(groups, -1), weight.reshape(groups, -1)

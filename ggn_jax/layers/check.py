@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype, is_concrete
 from ggn_jax._fusion import stack_scalars
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
@@ -34,7 +35,7 @@ def check_independent(
         return
 
     def measure() -> tuple[Array, Array]:
-        return _coupling(model_fn, params, jax.tree.map(lambda x: x[:examples], inputs))
+        return _coupling(model_fn, params, inputs, examples)
 
     result = measure()
     if not is_concrete(result[0]):
@@ -51,8 +52,10 @@ def check_independent(
 
 
 @eqx.filter_jit
-def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+@compiler_sharded
+def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int) -> tuple[Array, Array]:
     """How far examples depend on each other, as far as it is told, and whether something is NaN."""
+    inputs = jax.tree.map(lambda x: x[:examples], inputs)
     together, apart = _both_ways(model_fn, params, inputs)
     gap = output_gap(together.outputs, apart.outputs)
     # As with batch statistics of one example: only the batch has values.

@@ -1,6 +1,7 @@
 """What all curvature operators share: they are symmetric, and act on pytrees like the parameters."""
 
 import abc
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, check_real, is_concrete
+from ggn_jax._sharding import compiler_sharded
 
 COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
@@ -58,11 +60,13 @@ class CurvatureLinearOperator(SymmetricLinearOperator):
 
 
 @jax.jit
+@partial(compiler_sharded, like=lambda operator, v: operator.in_structure())
 def _jitted_mv(operator: CurvatureLinearOperator, v: PyTree[Array]) -> PyTree[Array]:
     return operator._mv(v)
 
 
 @eqx.filter_jit  # a damped operator may hold one of lineax's, with leaves that are not arrays
+@compiler_sharded
 def _as_matrix(operator: SymmetricLinearOperator) -> Float[Array, "P P"]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.algebra import Block, decompose, finite_groups, invert_heuristically
 from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, SymmetricLinearOperator, check_number, check_vector, register
@@ -54,8 +55,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def diagonal(self) -> PyTree[Array]:
         """The diagonal, as a pytree like the parameters."""
-        parts = [block.diagonal() for block in self.blocks.blocks]
-        return write(self.blocks.stacks, self.structure, parts)
+        return _diagonal(self)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
@@ -141,8 +141,16 @@ register(BlockLinearOperator, positive_semidefinite=True)
 
 
 @jax.jit
+@partial(compiler_sharded, like=lambda operator, vector: vector)
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
     return multiply(operator.blocks, operator.structure, vector)
+
+
+@jax.jit
+@compiler_sharded
+def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
+    parts = [block.diagonal() for block in operator.blocks.blocks]
+    return write(operator.blocks.stacks, operator.structure, parts)
 
 
 def _sum(parts: list[Array]) -> Array:

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_count, check_sampling
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.parts import sum_in_parts
@@ -124,10 +125,12 @@ def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
         return ravel_pytree(operator.entries)[0]
 
 
-_by_layers = jax.jit(compute_diagonal, static_argnames=("mc_samples", "vector_chunk_size"))
+_like_parameters = partial(compiler_sharded, like=lambda problem, *_: problem.params)
+_by_layers = jax.jit(_like_parameters(compute_diagonal), static_argnames=("mc_samples", "vector_chunk_size"))
 
 
 @partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
+@_like_parameters
 def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
     num = mc_samples or math.prod(problem.outputs.shape[1:])
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_sampling
 from ggn_jax._fusion import fusion_boundary
-from ggn_jax._sharding import vary_like
+from ggn_jax._sharding import explicit_mesh, vary_like
 from ggn_jax._supported import check_exact
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
@@ -157,5 +157,10 @@ register(LinearisedGGNLinearOperator, positive_semidefinite=True)
 
 @lx.linearise.register(GGNLinearOperator)
 def _linearise(operator: GGNLinearOperator) -> lx.AbstractLinearOperator:
-    """The same products from one linearisation; with chunks, which are there to save memory, the operator itself."""
-    return operator if operator.problem.chunk_size is not None else LinearisedGGNLinearOperator(operator)
+    """The same products from one linearisation.
+
+    With chunks, which are there to save memory, the operator itself; so on a mesh with explicit axes, where the model
+    runs in `mv` only.
+    """
+    as_it_is = operator.problem.chunk_size is not None or explicit_mesh(operator.problem) is not None
+    return operator if as_it_is else LinearisedGGNLinearOperator(operator)

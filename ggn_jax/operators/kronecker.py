@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask, check_unbatched
@@ -273,21 +274,24 @@ register(EKFACLinearOperator, positive_semidefinite=True)
 
 
 @eqx.filter_jit
+@compiler_sharded
 def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
     if method == "kfoc":
         return compute_optimal_blocks(problem, keys, mask, options)
     return compute_blocks(problem, keys, mask, options, method == "ekfac")
 
 
-_batch_sums = eqx.filter_jit(batch_sums)
+_batch_sums = eqx.filter_jit(compiler_sharded(batch_sums))
 
 
 @eqx.filter_jit
+@compiler_sharded
 def _bases(problem: Problem, options: Options, total: dict[str, Any]) -> Any:
     return eigenbases(problem, options, reduce_sums(problem, total))
 
 
 @eqx.filter_jit
+@compiler_sharded
 def _finish(problem: Problem, options: Options, total: Any, bases: Any, corrections: Any) -> Blocks:
     if corrections is not None:
         corrections = reduce_sums(problem, corrections)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
-from ggn_jax._sharding import vary_alike
+from ggn_jax._sharding import compiler_sharded, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
@@ -76,6 +76,15 @@ class _ClosedOver(eqx.Module):
     def __call__(self, params: PyTree, inputs: PyTree) -> Array:
         leaves = jax.tree.leaves(inputs)
         return self.by_size[leaves[0].shape[0] if leaves else max(self.by_size)].thaw()(params, inputs)
+
+
+class _Traced(eqx.Module):
+    value: Any = eqx.field(static=True)  # no array, and nothing to be sharded
+
+
+def _trace(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> _Traced:
+    """The model's jaxpr, and the shapes of its outputs."""
+    return _Traced(jax.make_jaxpr(model_fn, return_shape=True)(params, inputs))
 
 
 def _check_params(params: Any) -> None:
@@ -152,8 +161,7 @@ def pose(
     size = targets.shape[0]
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    closed = jax.make_jaxpr(model_fn, return_shape=True)
-    jaxpr, outputs = closed(params, inputs)
+    jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)

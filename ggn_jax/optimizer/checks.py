@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_real, is_concrete
@@ -72,31 +72,8 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
 
 
 def check_mesh(mesh: Any) -> None:
-    if mesh is None:
-        return
-    if not isinstance(mesh, Mesh):
+    if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, or None; got {type(mesh).__name__}.")
-    if AxisType.Explicit in mesh.axis_types:
-        raise ValueError(f"mesh must have axes of type Auto; got {mesh.axis_types}. {_AUTO}")
-
-
-def check_auto(name: str, tree: PyTree[Any]) -> None:
-    """Refuse arrays that are sharded over explicit axes, where JAX asks for the sharding of each result.
-
-    In a mesh that was set, what is not sharded works.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array):
-            sharding = jax.typeof(leaf).sharding
-            explicit = AxisType.Explicit in sharding.mesh.axis_types
-            if explicit and (any(sharding.spec) or jax.sharding.get_abstract_mesh().empty):
-                raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} must be on a mesh with axes of type Auto; got"
-                    f" {sharding.mesh.axis_types} and {sharding.spec}. {_AUTO}"
-                )
-
-
-_AUTO = "Make the mesh with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes)."
 
 
 def check_grads(grads: PyTree[Array], params: PyTree[Array]) -> None:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax._sharding import vary_like
+from ggn_jax._sharding import explicit_mesh, vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -23,7 +24,7 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose, take_apart
-from ggn_jax.optimizer.checks import as_arrays, check_auto, check_static, fitted
+from ggn_jax.optimizer.checks import as_arrays, check_static, fitted
 from ggn_jax.optimizer.curvature import (
     Curvature,
     Factors,
@@ -89,28 +90,29 @@ class Core:
             # `optax.tree.map_params` asks for the state of a stand-in to learn where parameters are: nowhere in here.
             zero = jnp.zeros((), jnp.int32)
             return Curvature(zero, zero, jnp.zeros((), jnp.float32), damping, zero, zero)
-        check_auto("params", params)
         check_model(self.model_fn, params, self.example_inputs)
         layout = self._layout(params)
         if not is_masked(params):
             self._check_independent(self.model_fn, params)
         curvature = initial(layout, self.settings, damping)
         self._know(params, layout, curvature)
-        return self._placed(curvature)
+        return self._placed(curvature, params)
 
-    def placed(self, state: PyTree[Array], sharding: Any = None) -> PyTree[Array]:
+    def placed(self, state: PyTree[Array], params: PyTree[Array], spec: PartitionSpec | None = None) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
-        if self.settings.mesh is None or not all(map(_has_values, jax.tree.leaves(state))):
-            return state
-        return jax.device_put(state, sharding or self.settings.spread.replicated())
+        explicit, mesh, spec = explicit_mesh(params), self.settings.mesh, spec or PartitionSpec()
+        if any(map(_is_traced, jax.tree.leaves((state, params)))):
+            return state if explicit is None else reshard(state, NamedSharding(explicit, spec))
+        if mesh is None and explicit is not None:
+            mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params) if explicit_mesh(leaf) is not None)
+        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, spec))
 
-    def _placed(self, curvature: Curvature) -> Curvature:
-        """The blocks and their inverses cut over the devices, all else on each of them."""
-        if self.settings.mesh is None:
-            return curvature
-        cut = self.settings.spread.sharding()
-        blocks, inverses = (self.placed(tree, cut) for tree in (curvature.blocks, curvature.inverses))
-        return self.placed(curvature._replace(blocks=(), inverses=()))._replace(blocks=blocks, inverses=inverses)
+    def _placed(self, curvature: Curvature, params: PyTree[Array]) -> Curvature:
+        """The blocks and their inverses cut over the devices of `mesh`, all else on each of them."""
+        cut = self.settings.spread.spec
+        blocks, inverses = (self.placed(tree, params, cut) for tree in (curvature.blocks, curvature.inverses))
+        rest = self.placed(curvature._replace(blocks=(), inverses=()), params)
+        return rest._replace(blocks=blocks, inverses=inverses)
 
     def known(self, params: PyTree[Array]) -> Known:
         check_model(self.model_fn, params, self.example_inputs)
@@ -140,8 +142,6 @@ class Core:
     def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
         """The checked batch, and its mask."""
         pair, mask = take_apart("batch", batch)
-        check_auto("batch", batch)
-        check_auto("params", params)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
         model_fn = model_of_part(self.model_fn, params, full_params)
@@ -155,7 +155,9 @@ class Core:
 
     def _layout(self, params: PyTree) -> Layout:
         model_fn = model_of_part(self.model_fn, params, self.full_params)
-        return Layout(self.loss, trace_model(model_fn, params, self.example_inputs), self.settings.options)
+        return Layout(
+            self.loss, trace_model(model_fn, structure_of(params), self.example_inputs), self.settings.options
+        )
 
     def look(
         self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool
@@ -232,6 +234,11 @@ def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -
     members: list[Any] = [value for values in corrected for value in values]
     stacked = layout.stacked([*members, *[()] * (len(layout.members) - len(members))])
     return tuple(value for value in stacked if isinstance(value, jax.Array))
+def _is_traced(leaf: Any) -> bool:
+    try:
+        return isinstance(leaf, jax.Array) and leaf.is_fully_addressable is None
+    except jax.errors.ConcretizationTypeError:
+        return True
 
 
 def _has_values(leaf: Any) -> bool:

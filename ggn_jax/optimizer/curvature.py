@@ -1,6 +1,7 @@
 """Running averages of Kronecker factors, and the inverses made of them now and then."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ def _is_curvature(node: Any) -> bool:
 def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     """Before the first batch."""
     blocks = tuple(map(settings.spread.pad, zero_blocks(layout)))
-    shapes = jax.eval_shape(settings.invert, blocks, damping)
+    # Shapes are the same on any mesh, also on one that is not that of the context.
+    shapes = jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping)
     inverses = tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     # Each its own buffer: a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)

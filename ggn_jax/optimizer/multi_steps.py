@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
-from ggn_jax._sharding import vary_alike, vary_like
+from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
@@ -65,10 +65,10 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
 
     def init(params: PyTree[Array]) -> MultiStepsState:
         inner: Any = optimizer.init(params)
-        micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32)) for _ in range(3))
+        micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
         # Or a leaf for all of them, for the stand-in that `Core.start` knows.
         factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
-        factors = optimizer.core.placed(factors)
+        factors = optimizer.core.placed(factors, params)
         return MultiStepsState(micro_step, bad, skipped, inner, zeros_like(params), factors)
 
     def update(
@@ -114,4 +114,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
         step, left_out = rest(state.micro_step + 1), rest(state.bad + bad)
         return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), rest(total))
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]  # takes extra arguments
+    def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
+
+    return optax.GradientTransformationExtraArgs(init, on_mesh(update, like))  # type: ignore[arg-type]  # takes extra arguments

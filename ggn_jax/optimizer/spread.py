@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
@@ -25,6 +25,18 @@ class Spread:
     """How stacks are shared out over a mesh; without one, all is on one device."""
 
     mesh: Mesh | None
+
+    @property
+    def spec(self) -> P:
+        """How stacks are cut: along their groups, over all axes."""
+        return P() if self.mesh is None else P(self.mesh.axis_names)
+
+    @property
+    def _auto(self) -> Mesh:
+        """The mesh as it is inside of `compiler_sharded`."""
+        assert self.mesh is not None
+        names = self.mesh.axis_names
+        return Mesh(self.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
 
     @property
     def devices(self) -> int:
@@ -48,17 +60,7 @@ class Spread:
         """The arrays cut over the devices along their groups."""
         if self.mesh is None:
             return tree
-        return jax.lax.with_sharding_constraint(tree, self.sharding())
-
-    def sharding(self) -> NamedSharding:
-        """Of stacks."""
-        assert self.mesh is not None
-        return NamedSharding(self.mesh, P(self.mesh.axis_names))
-
-    def replicated(self) -> NamedSharding:
-        """Of all else in the state."""
-        assert self.mesh is not None
-        return NamedSharding(self.mesh, P())
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self._auto, self.spec))
 
     def take(self, tree: PyTree[Array], groups: Groups) -> PyTree[Array]:
         """These of each device's groups."""
@@ -86,10 +88,9 @@ class Spread:
         """`fn` of each matrix `[d, d]`; on a mesh, each device works on those that it has."""
         if self.mesh is None:
             return batched(fn, matrices)
-        axes = P(self.mesh.axis_names)
 
         def mine(*matrices: Array) -> list[Any]:
             return [one_by_one(fn, x) for x in matrices]
 
-        shared = jax.shard_map(mine, mesh=self.mesh, in_specs=axes, out_specs=axes, check_vma=False)
+        shared = jax.shard_map(mine, mesh=self._auto, in_specs=self.spec, out_specs=self.spec, check_vma=False)
         return list(shared(*matrices)) if matrices else []

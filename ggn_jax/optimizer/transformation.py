@@ -1,6 +1,7 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import seal
+from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.vectors import Positions
@@ -103,6 +105,11 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         return self._look(params, batch, state, key, full_params, gradient=True)
 
     def _look(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
+        look = partial(self._look_inside, gradient=gradient)
+        like = NOT_SHARDED, params if gradient else NOT_SHARDED, NOT_SHARDED
+        return on_mesh(look, lambda *_: like)(params, batch, state, key, full_params)
+
+    def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
         curvature = self.core.curvature_in(state, params)
         problem, mask = self.core.problem(params, batch, full_params)
         return self.core.look(problem, mask, key, curvature, gradient=gradient)
@@ -156,7 +163,7 @@ def scale_by_kfac(
     core = Core(model_fn, loss, example_inputs, settings, full_params)
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
-        rejected = core.placed(jnp.zeros((), jnp.int32))
+        rejected = core.placed(jnp.zeros((), jnp.int32), params)
         return ScaleByKFACState(core.start(params, _first(damping)), rejected)
 
     def update(
@@ -178,6 +185,10 @@ def scale_by_kfac(
         scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
 
+    def like(updates: Any, state: Any, *_: Any, **__: Any) -> Any:
+        return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
+
+    update = on_mesh(update, like)
     return KFACTransformation.make(core, init, update, needs_batch=False)
 
 
@@ -303,7 +314,7 @@ def kfac(
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = None if momentum is None else zeros_like(params)
-        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32)))
+        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32), params))
 
     def update(
         updates: PyTree[Array],
@@ -343,7 +354,15 @@ def kfac(
             curvature = curvature._replace(damping=adapted)
         return final, KFACState(curvature, velocity, state.rejected + (~fine).astype(jnp.int32))
 
-    return KFACTransformation.make(core, init, update, rule.needs_batch)
+    def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        return updates, KFACState(_sharding_of(state), None if momentum is None else params, NOT_SHARDED)
+
+    return KFACTransformation.make(core, init, on_mesh(update, like), rule.needs_batch)
+
+
+def _sharding_of(state: Any) -> Any:
+    """A state's curvature stays as it is sharded, if it is a state at all."""
+    return getattr(state, "curvature", NOT_SHARDED)
 
 
 _COUNTER: Any = jax.ShapeDtypeStruct((), jnp.int32)

@@ -1,0 +1,154 @@
+"""On meshes with explicit axes, the default of `jax.make_mesh`, results are those of one device."""
+
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optimizer_cases import assert_close, mlp, mlp_params, normal
+from test_shard_map import DIAGONAL, EKFAC, FUNCTIONS, GGN, KEY, KFAC, MODELS, Fn
+
+import ggn_jax
+
+# Vectors have other tests. XLA takes gradients of each example in a convolution's kernel wrongly where the batch is
+# sharded, of `jax.vmap(jax.grad(...))` as well; only `method="data"` needs them, which is tested with matrices.
+NAMES = [name for name in FUNCTIONS if not name.startswith("vectors") and name != "diagonal-by-data"]
+CASES = [("images", name) for name in NAMES]
+CASES += [("tokens", "kfac-mc-chunked"), ("likelihood", "diagonal-by-data")]
+
+
+@cache
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+
+
+def place(tree: Any, *axes: str | None) -> Any:
+    return jax.device_put(tree, NamedSharding(mesh(), P(*axes)))
+
+
+@cache
+def alone(model: str, name: str) -> Any:
+    model_fn, loss, params, batch = MODELS[model]
+    return jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) -> None:
+    model_fn, loss, params, batch = MODELS[model]
+    params, batch = place(params), place(batch, "data")
+    with jax.set_mesh(mesh()) if is_set else nullcontext():
+        got = jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
+    assert_close(got, alone(model, name), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["ggn-chunked", "diagonal", "ekfac", "losses", "kfac", "multi-steps"])
+def test_outside_of_jit_too(name: str) -> None:
+    """With parameters that are on no mesh, as they come."""
+    model_fn, loss, params, batch = MODELS["images"]
+    assert_close(FUNCTIONS[name](model_fn, loss, params, place(batch, "data")), alone("images", name), 1e-7)
+
+
+def over_features(params: Any) -> Any:
+    """Matrices sharded over their outputs."""
+    return jax.tree.map(lambda x: place(x, *[None] * (x.ndim - 1), "data"), params)
+
+
+def same_sharding(a: Any, b: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: jax.typeof(x).sharding == jax.typeof(y).sharding, a, b)))
+
+
+@pytest.mark.parametrize("cls", [GGN, ggn_jax.EFLinearOperator, ggn_jax.HessianLinearOperator, DIAGONAL, KFAC, EKFAC])
+def test_products_are_sharded_as_the_parameters_are(cls: Any) -> None:
+    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    options = {"key": KEY} if cls in (KFAC, EKFAC) else {}
+
+    def run(params: Any, batch: Any) -> Any:
+        return cls(mlp, loss, params, batch, **options).mv(params)
+
+    sharded = over_features(mlp_params())
+    got = jax.jit(run)(sharded, place(batch, "data"))
+    assert same_sharding(got, sharded)
+    assert_close(got, run(mlp_params(), batch), 1e-9)
+
+
+def train(params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+    shapes = jax.ShapeDtypeStruct(batch[0].shape, batch[0].dtype)
+    optimizer = ggn_jax.kfac(mlp, ggn_jax.CrossEntropyLoss(), 0.1, damping=0.1, example_inputs=shapes, **options)
+
+    def step(carry: Any, key: Any) -> Any:
+        params, state = carry
+        value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
+        updates, state = optimizer.update(grads, state, params, factors=factors)
+        return (optax.apply_updates(params, updates), state), value
+
+    # A loop's carry keeps its type, sharding included.
+    (params, state), values = jax.jit(partial(jax.lax.scan, step))((params, optimizer.init(params)), keys())
+    return (params, values), state
+
+
+def keys() -> jax.Array:
+    return jax.random.split(KEY, 4)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
+    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    start = over_features(params) if sharded else place(params)
+    with jax.set_mesh(mesh()) if is_set else nullcontext():
+        (found, values), state = train(start, place(batch, "data"))
+        assert same_sharding(found, start)
+        assert same_sharding(state.velocity, start)
+    assert_close((found, values), train(params, batch)[0], 1e-9)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], ids=str)
+def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: bool) -> None:
+    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    with jax.set_mesh(mesh()) if is_set else nullcontext():
+        found, _ = train(place(params), place(batch, "data"), mesh=mesh(), **options)
+    assert_close(found, train(params, batch, **options)[0], 1e-9)
+
+
+def test_lineax_solves() -> None:
+    model_fn, loss, params, batch = MODELS["images"]
+
+    def solve(params: Any, batch: Any) -> Any:
+        ggn = GGN(model_fn, loss, params, batch)
+        options = {"preconditioner": DIAGONAL(model_fn, loss, params, batch).damped(0.1).inverse()}
+        return lx.linear_solve(ggn.damped(0.1), params, lx.CG(1e-10, 1e-10), options=options).value
+
+    assert_close(solve(place(params), place(batch, "data")), solve(params, batch), 1e-7)
+
+
+def test_models_that_couple_examples_are_refused() -> None:
+    def normalised(params: Any, x: jax.Array) -> jax.Array:
+        return mlp(params, x - jnp.mean(x, axis=0, keepdims=True))
+
+    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    with pytest.raises(ValueError, match="couples examples"):
+        KFAC(normalised, ggn_jax.CrossEntropyLoss(), place(params), place(batch, "data"), key=KEY)
+
+
+def test_several_batches() -> None:
+    model_fn, loss, params, batch = MODELS["images"]
+    batches = [batch, jax.tree.map(lambda x: x[::-1], batch)]
+    make: Fn = partial(EKFAC.from_batches, model_fn, loss)
+    found = make(place(params), [place(batch, "data") for batch in batches], key=KEY)
+    assert_close(found.as_matrix(), make(params, batches, key=KEY).as_matrix(), 1e-9)
+
+
+def test_a_mask_is_sharded_as_the_batch_is() -> None:
+    model_fn, loss, params, batch = MODELS["tokens"]
+    mask = jnp.asarray(np.arange(24).reshape(8, 3) % 5 > 0)
+    found = KFAC(model_fn, loss, place(params), place(batch, "data"), key=KEY, mask=place(mask, "data"))
+    assert_close(found.as_matrix(), KFAC(model_fn, loss, params, batch, key=KEY, mask=mask).as_matrix(), 1e-9)
