@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
-from ggn_jax._sharding import compiler_sharded, vary_alike, vary_like
+from ggn_jax._sharding import compiler_sharded, vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent

@@ -234,6 +234,8 @@ def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -
     members: list[Any] = [value for values in corrected for value in values]
     stacked = layout.stacked([*members, *[()] * (len(layout.members) - len(members))])
     return tuple(value for value in stacked if isinstance(value, jax.Array))
+
+
 def _is_traced(leaf: Any) -> bool:
     try:
         return isinstance(leaf, jax.Array) and leaf.is_fully_addressable is None
