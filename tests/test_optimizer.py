@@ -403,5 +403,5 @@ def test_each_device_holds_its_share_of_the_state() -> None:
     grads = gradient(model_fn, CE, params, batch)
     _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=KEY)
     for leaf in jax.tree.leaves((state.curvature.blocks, state.curvature.inverses)):
-        assert leaf.shape == (8, 4, 4)
-        assert [shard.data.shape for shard in leaf.addressable_shards] == [(4, 4, 4)] * 2
+        assert leaf.shape in [(8, 4, 4), (8, 5, 2)]  # averages are packed
+        assert [shard.data.shape for shard in leaf.addressable_shards] == [(4, *leaf.shape[1:])] * 2

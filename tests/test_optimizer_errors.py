@@ -344,7 +344,7 @@ def test_factors_and_states_of_other_optimizers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the state's Curvature.inverses must hold 6 arrays; got 4"):
         jax.eval_shape(partial(ekfac.value_and_grad_and_factors, batch=batch, key=KEY), params, state=states[0])
     wide = {**params, "u": normal(1, 3, 5), "c": normal(2, 5), "v": normal(3, 5, 2)}
-    with pytest.raises(ValueError, match=r"state.curvature.blocks must hold an array of shape \(1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"state.curvature.blocks must hold an array of shape \(1, 5, 2\)"):
         jax.eval_shape(partial(kfac.update, batch=batch, key=KEY), params, jax.eval_shape(kfac.init, wide), params)
 
 

@@ -94,7 +94,7 @@ def test_inject_hyperparams(way: str) -> None:
     else:
         names = (
             "model_fn loss example_inputs adapt_damping factor_interval inverse_interval mc_samples max_dense_size"
-            " max_small_size vector_chunk_size"
+            " block_size max_small_size vector_chunk_size"
         )
         make = optax.inject_hyperparams(ggn_jax.kfac, static_args=names.split())
         optimizer = make(mlp, CE, schedule, damping=0.1, example_inputs=x)

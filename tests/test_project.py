@@ -42,7 +42,7 @@ GGN_JAX = [
     {"operators.blocks"},
     {"operators.kronecker", "operators.diagonal"},
     {"operators"},
-    {"optimizer.checks", "optimizer.numbers", "optimizer.spread"},
+    {"optimizer.checks", "optimizer.numbers", "optimizer.spread", "optimizer.storage"},
     {"optimizer.masked", "optimizer.settings"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.core", "optimizer.step", "optimizer.summary"},

@@ -89,8 +89,9 @@ class Layout:
         return self._cut(out, dense_out), self._cut(inputs + self.joint(layer), dense_in)
 
     def _cut(self, size: int, dense: bool) -> Cuts:
-        most = self.options.max_dense_size
-        parts = -(-size // most) if dense and self.options.large == "block" else 1
+        options = self.options
+        cut_up = dense and options.large == "block" and size > options.max_dense_size
+        parts = -(-size // min(options.block_size, options.max_dense_size)) if cut_up else 1
         ends = [size * i // parts for i in range(parts + 1)]
         return tuple(pairwise(ends))
 

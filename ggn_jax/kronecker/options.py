@@ -29,6 +29,7 @@ class Options:
     small: Small = "full"
     large: Large = "block"
     max_dense_size: int = 8192
+    block_size: int = 1024
     max_small_size: int = 1024
     vector_chunk_size: int = 1
 
@@ -41,7 +42,7 @@ class Options:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} must be one of {wanted}; got {getattr(self, name)!r}.")
-        for name in ("mc_samples", "max_dense_size", "max_small_size", "vector_chunk_size"):
+        for name in ("mc_samples", "max_dense_size", "block_size", "max_small_size", "vector_chunk_size"):
             checked[name] = check_count(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)

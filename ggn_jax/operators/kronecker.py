@@ -62,7 +62,7 @@ class KFACLinearOperator(BlockLinearOperator):
       layer covers.
     - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
     - `large`: what becomes of Kronecker factors larger than `max_dense_size`: `"block"` makes them block-diagonal, in
-      parts of at most that size and as even as possible, so that the layer's block is cut into Kronecker products of
+      parts of at most `block_size` and as even as possible, so that the layer's block is cut into Kronecker products of
       its own for each part; `"diagonal"` keeps their diagonal.
     - `max_dense_size`: the size of the largest dense factors; larger blocks of uncovered parameters are diagonal.
     - `max_small_size`: larger blocks of scales and shifts (a position embedding that is added, say) are diagonal.
@@ -103,6 +103,7 @@ class KFACLinearOperator(BlockLinearOperator):
         small: Small = Options.small,
         large: Large = Options.large,
         max_dense_size: int = Options.max_dense_size,
+        block_size: int = Options.block_size,
         max_small_size: int = Options.max_small_size,
         chunk_size: int | None = None,
         vector_chunk_size: int = Options.vector_chunk_size,
@@ -119,6 +120,7 @@ class KFACLinearOperator(BlockLinearOperator):
             small,
             large,
             max_dense_size,
+            block_size,
             max_small_size,
             vector_chunk_size,
         )

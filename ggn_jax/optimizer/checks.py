@@ -57,6 +57,22 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}.")
 
 
+def check_dtype(name: str, value: Any) -> Any:
+    """A dtype with the range of float32 at least, or None."""
+    if value is None:
+        return None
+    allowed = [jnp.dtype(kind) for kind in (jnp.bfloat16, jnp.float32, jnp.float64)]
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        found = None
+    if found is None or found not in allowed:
+        raise ValueError(f"{name} must be 'bfloat16', 'float32', 'float64' or None; got {value!r}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(f"{name} is {found}, which JAX has not without jax.config.update('jax_enable_x64', True).")
+    return found
+
+
 def as_arrays(name: str, tree: PyTree) -> PyTree:
     """JAX's arrays, made of NumPy's as `jit` does, and `jax.ShapeDtypeStruct`s as they are."""
 

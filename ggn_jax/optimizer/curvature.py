@@ -26,6 +26,7 @@ from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
 from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.spread import Groups, Spread
+from ggn_jax.optimizer.storage import keep, pack, unpack
 
 
 class Factors(NamedTuple):
@@ -53,7 +54,7 @@ class Curvature(NamedTuple):
     damping: Float[Array, ""]
     """The damping in use."""
     blocks: PyTree[Array]
-    """The bias-corrected averages of the blocks."""
+    """The bias-corrected averages of the blocks, of symmetric matrices one triangle."""
     inverses: PyTree[Array]
     """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before that."""
 
@@ -81,7 +82,7 @@ def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     inverses = tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     # Each its own buffer: a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    return Curvature(count, skipped, weight, damping, blocks, inverses)
+    return Curvature(count, skipped, weight, damping, keep(pack(blocks), settings.factor_dtype, count), inverses)
 
 
 def zero_blocks(layout: Layout) -> tuple[Block, ...]:
@@ -126,23 +127,27 @@ def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settin
 
     def average(old: Array, total: Array) -> Array:
         new = total / jnp.where(present, seen.weight, 1).astype(total.dtype)
+        old = old.astype(new.dtype)
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
     spread = settings.spread
-    blocks = spread.place(jax.tree.map(average, curvature.blocks, spread.pad(seen.blocks)))
+    averages = jax.tree.map(average, curvature.blocks, spread.pad(pack(seen.blocks)))
+    blocks = spread.place(keep(averages, settings.factor_dtype, curvature.count))
+    dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
     inverses = list(curvature.inverses)
     spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
     for i, value in zip(spectra, spread.pad(seen.corrections), strict=True):
         inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)
-    inverses = _renew(blocks, tuple(inverses), curvature.count, first, known, damping, settings)
+    inverses = _renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
 
 
 def _renew(
-    blocks: tuple[Block, ...],
+    blocks: PyTree[Array],
+    dtypes: Sequence[Any],
     inverses: Any,
     count: Array,
     first: Bool[Array, ""],
@@ -157,7 +162,8 @@ def _renew(
     def some(turn: Mapping[int, Groups]) -> Callable[..., Any]:
         def run(blocks: Any, inverses: Any, damping: Array) -> Any:
             result = list(inverses)
-            made = settings.invert([spread.take(blocks[i], groups) for i, groups in turn.items()], damping)
+            due = [unpack(spread.take(blocks[i], groups), dtypes[i]) for i, groups in turn.items()]
+            made = settings.invert(due, damping)
             for (i, groups), new in zip(turn.items(), made, strict=True):
                 old = spread.take(inverses[i], groups)
                 if settings.ekfac and isinstance(new, Spectral):

@@ -11,7 +11,7 @@ from ggn_jax._checks import check_count
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
 from ggn_jax.kronecker.options import Options
-from ggn_jax.optimizer.checks import FROM_0_TO_1, check_flag, check_mesh, check_number, check_static
+from ggn_jax.optimizer.checks import FROM_0_TO_1, check_dtype, check_flag, check_mesh, check_number, check_static
 from ggn_jax.optimizer.spread import Spread
 
 DampingMethod = Literal["heuristic", "exact"]
@@ -34,6 +34,7 @@ class Settings:
     staggered: bool
     damping_method: DampingMethod
     ekfac: bool
+    factor_dtype: Any
     chunk_size: int | None
     mesh: Mesh | None
 
@@ -55,6 +56,7 @@ class Settings:
             check_flag(name, getattr(self, name))
         if self.damping_method not in get_args(DampingMethod):
             raise ValueError(f"damping_method must be 'heuristic' or 'exact'; got {self.damping_method!r}.")
+        object.__setattr__(self, "factor_dtype", check_dtype("factor_dtype", self.factor_dtype))
         check_mesh(self.mesh)
         if self.ekfac and self.options.fisher_type is FisherType.FORWARD_ONLY:
             raise NotImplementedError("ekfac corrects with gradients, of which fisher_type 'forward-only' has none.")

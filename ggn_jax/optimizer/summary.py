@@ -9,7 +9,7 @@ from ggn_jax.kronecker.algebra import Diagonal, Kronecker
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import BlockSpec
 from ggn_jax.layers.table import dimensions, table
-from ggn_jax.optimizer.curvature import Curvature, describe
+from ggn_jax.optimizer.curvature import Curvature, describe, zero_blocks
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class CurvatureReport:
     state_size: int
     """The entries of the averages and inverses in the state."""
     params_size: int
+    state_bytes: int
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")
         lines = table(head, [(r.parameter, dimensions(r.shape), r.kind, r.curvature) for r in self.rows])
         lines += list(dict.fromkeys(f"{row.parameter}: {row.why}" for row in self.rows if row.why))
         lines.append(
-            f"State: {self.state_size} entries, {self.state_size / max(self.params_size, 1):.1f} per parameter."
+            f"State: {self.state_size} entries, {self.state_size / max(self.params_size, 1):.1f} per parameter;"
+            f" {self.state_bytes} bytes."
         )
         return "\n".join(lines)
 
@@ -66,7 +68,7 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
     reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
     options, cut = layout.options, _cut_blocks(layout)
     rows = []
-    blocks = jax.eval_shape(layout.each, curvature.blocks)
+    blocks = jax.eval_shape(lambda: layout.each(zero_blocks(layout)))
     for spec, block in zip((member.spec for member in layout.members), blocks, strict=True):
         unused = spec.kind == "unused"
         why = cut.get(spec, "")
@@ -89,4 +91,9 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
             )
     kept = jax.tree.leaves((curvature.blocks, curvature.inverses))
     params_size = sum(map(math.prod, trace.shapes))
-    return CurvatureReport(tuple(dict.fromkeys(rows)), sum(int(x.size) for x in kept), params_size)
+    return CurvatureReport(
+        tuple(dict.fromkeys(rows)),
+        sum(int(x.size) for x in kept),
+        params_size,
+        sum(int(x.size) * x.dtype.itemsize for x in kept),
+    )

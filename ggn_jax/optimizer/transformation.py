@@ -137,8 +137,10 @@ def scale_by_kfac(
     small: Small = Options.small,
     large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
+    block_size: int = Options.block_size,
     max_small_size: int = Options.max_small_size,
     chunk_size: int | None = None,
+    factor_dtype: Any = None,
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
@@ -221,8 +223,10 @@ def kfac(
     small: Small = Options.small,
     large: Large = Options.large,
     max_dense_size: int = Options.max_dense_size,
+    block_size: int = Options.block_size,
     max_small_size: int = Options.max_small_size,
     chunk_size: int | None = None,
+    factor_dtype: Any = None,
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
@@ -278,9 +282,13 @@ def kfac(
     - `ekfac`: follow the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's); damping is
       exact.
     - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
-      `max_dense_size`, `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
+      `max_dense_size`, `block_size`, `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
     - `chunk_size`: how many examples are worked on at once: the batch's loss, gradient and factors are added up over
       parts of it, so that the activations of one part are held. None for all of them.
+    - `factor_dtype`: in which averages are kept, None for that in which they are computed; inverses are computed and
+      kept in the latter always. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to
+      2^-7 of each entry, rounded so that means over steps are right: choose a damping well above that part of the
+      factors.
     - `mesh`: each of its devices factorises a share of the matrices, and all gather the results.
     - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
       kept); each update that has a batch needs their present values, `update(..., full_params=params)`.

@@ -1,0 +1,69 @@
+"""How averages of blocks are kept between steps: of a symmetric matrix one triangle, and perhaps in fewer bits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Bool, Float, Int, PyTree
+
+GOLDEN = 40503  # the golden ratio in units of 2^-16: the remainders of its multiples fill an interval evenly
+
+
+def keep(tree: PyTree[Array], dtype: Any, count: Int[Array, ""]) -> PyTree[Array]:
+    """Packed averages in the dtype in which they are kept (None for their own), rounded for step number `count`."""
+
+    def one(x: Array) -> Array:
+        return dithered(x, count) if dtype == jnp.bfloat16 else x.astype(dtype or x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def dithered(x: Float[Array, "*shape"], count: Int[Array, ""]) -> BFloat16[Array, "*shape"]:
+    """Rounded down or up, over the steps so often up that the mean is right.
+
+    Rounded to the nearest, an average would not move any more where a step changes it by less than 1/256.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    added = (2**15 + count.astype(jnp.uint32) * GOLDEN) & jnp.uint32(2**16 - 1)  # to the bits that are cut off
+    cut = (bits + added) & jnp.uint32(2**32 - 2**16)
+    return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
+
+
+def pack(tree: PyTree[Array]) -> PyTree[Array]:
+    """Blocks with one triangle of each matrix: all their arrays `[G, d, d]` are symmetric, `[G, d]` are diagonals."""
+    return jax.tree.map(lambda x: pack_triangle(x) if x.ndim == 3 else x, tree)
+
+
+def unpack(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    """The blocks again, in the dtype to compute with."""
+    return jax.tree.map(lambda x: unpack_triangle(x.astype(dtype)) if x.ndim == 3 else x.astype(dtype), tree)
+
+
+def pack_triangle(x: Float[Array, "G d d"]) -> Float[Array, "G rows half"]:
+    """The lower triangles, in rectangular full packed format: `d (d + 1) / 2` entries (Gustavson et al. 2010).
+
+    The first `ceil(d / 2)` columns of a triangle leave a triangle free, in which the transpose of the others fits.
+    """
+    size = x.shape[1]
+    half, even = -(-size // 2), 1 - size % 2
+    left, right = x[:, :, :half], jnp.swapaxes(x[:, half:, half:], 1, 2)
+    rows = size + even
+    left = jnp.pad(left, ((0, 0), (even, 0), (0, 0)))
+    right = jnp.pad(right, ((0, 0), (0, rows - right.shape[1]), (1 - even, 0)))
+    return jnp.where(_is_left(rows, half, even), left, right)
+
+
+def unpack_triangle(x: Float[Array, "G rows half"]) -> Float[Array, "G d d"]:
+    """The symmetric matrices of `pack_triangle`."""
+    rows, half = x.shape[1:]
+    even = int(rows > 2 * half)
+    rest = rows - even - half
+    kept = jnp.where(_is_left(rows, half, even), x, 0)[:, even:]
+    right = jnp.where(_is_left(rows, half, even), 0, x)[:, :rest, 1 - even :]
+    lower = jnp.pad(kept, ((0, 0), (0, 0), (0, rest)))
+    lower += jnp.pad(jnp.swapaxes(right, 1, 2), ((0, 0), (half, 0), (half, 0)))
+    return lower + jnp.swapaxes(jnp.tril(lower, -1), 1, 2)
+
+
+def _is_left(rows: int, half: int, even: int) -> Bool[Array, "1 rows half"]:
+    return jnp.tri(rows, half, -even, dtype=bool)[None]
