@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ggn_jax
 from ggn_jax.kronecker import convolution as factors
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Options
+from ggn_jax.kronecker.layout import Run
+from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import capture, trace_model
 from ggn_jax.layers.run import run_equation
 
@@ -92,7 +93,7 @@ def test_input_factors_are_those_of_patches(name: str, entries: int | None, monk
     trace = trace_model(model_fn, params, x)
     (use,) = trace.uses
     inputs = Inputs(use, capture(trace, params, x).inputs[0], None, Options(), jnp.float64)
-    factor = jax.jit(lambda joint: inputs.factors(joint, ((0, inputs.width(joint)),))[0], static_argnums=0)
+    factor = jax.jit(lambda joint: inputs.factors(joint, (Run(0, inputs.width(joint), 1),))[0], static_argnums=0)
     patches = inputs.raw_rows(True)
     patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
     got = factor(True)

@@ -100,11 +100,12 @@ def test_large_factors_are_cut_in_blocks_of_a_size() -> None:
     def model_fn(params: Any, x: jax.Array) -> jax.Array:
         return x @ params["w"]
 
-    def sizes(**options: Any) -> list[int]:
+    def sizes(**options: Any) -> list[tuple[int, int]]:
         blocks = ggn_jax.KFACLinearOperator(model_fn, CE, params, batch, key=KEY, **options).blocks.blocks
-        return [block.a[0].shape[1] for block in blocks]
+        return [block.a[0].shape[:2] for block in blocks]
 
-    assert sizes() == [30]
-    assert sizes(max_dense_size=29) == [15, 15]  # the size of blocks is at most that of dense factors
-    assert sizes(max_dense_size=29, block_size=10) == [10, 10, 10]
-    assert sizes(block_size=10) == [30]
+    assert sizes() == [(1, 30)]
+    assert sizes(max_dense_size=29) == [(2, 15)]  # the size of blocks is at most that of dense factors
+    assert sizes(max_dense_size=29, block_size=7) == [(5, 6)]
+    assert sizes(max_dense_size=29, block_size=9) == [(2, 8), (2, 7)]
+    assert sizes(block_size=10) == [(1, 30)]

@@ -15,7 +15,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.head import find_head, head_factor
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Cuts, Layout, cut
+from ggn_jax.kronecker.layout import Cuts, Layout, Run, cut, join
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.parts import sum_in_parts
@@ -97,11 +97,9 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
     dtype = compute_dtype(trace.outputs.dtype)
 
     def factors(groups: int, cuts: Cuts, diagonal: bool) -> tuple[Array, ...]:
-        sizes = [stop - start for start, stop in cuts]
-        dense = [not diagonal and size <= options.max_dense_size for size in sizes]
+        dense = [not diagonal and run.size <= options.max_dense_size for run in cuts]
         return tuple(
-            jnp.zeros((groups, size, size) if d else (groups, size), dtype)
-            for size, d in zip(sizes, dense, strict=True)
+            jnp.zeros((groups * run.count, *(run.size,) * (1 + d)), dtype) for run, d in zip(cuts, dense, strict=True)
         )
 
     sums: dict[str, Any] = {"a": [], "count": [], "b": [], "own": []}
@@ -215,7 +213,7 @@ def captured_sums(
     def output_factors(n: int, swapped: bool, g: Array, cuts: tuple[Cuts, Cuts]) -> tuple[Factor, ...] | None:
         if n == head:
             return None
-        return tuple(_output_factor(part, options) for part in cut(g, cuts[1 if swapped else 0]))
+        return tuple(_output_factor(part, options) for part in cut(g, cuts[1 if swapped else 0], 1))
 
     def part(indices: Array) -> dict[str, Any]:
         grads, own = jax.vmap(captured.pull_back)(make(indices).astype(captured.outputs.dtype))
@@ -280,30 +278,38 @@ def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array],
     outs, ins = layout.cuts(layer)
     members = list(product(outs, ins))
     result = [
-        _corrected_part(layer.swapped, rows, gs, basis, *ranges)
-        for ranges, basis in zip(members, bases[: len(members)], strict=True)
+        _corrected_block(layer.swapped, rows, gs, basis, *runs)
+        for runs, basis in zip(members, bases[: len(members)], strict=True)
     ]
     if layout.separate(layer):
         sums = [jnp.sum(g, axis=3) for g in gs]
         total = sum(sums[1:], start=sums[0])  # [V, G, N, out]
-        for part, basis in zip(cut(total, outs), bases[len(members) :], strict=True):
+        for part, basis in zip(cut(total, outs, 1), bases[len(members) :], strict=True):
             rotated = part if basis.qb is None else jnp.einsum("vgno,gop->vgnp", part, basis.qb)
             result.append(jnp.sum(rotated**2, axis=(0, 2))[..., None])
     return result
 
 
+def _corrected_block(
+    swapped: Sequence[bool], rows: list[Array], gs: list[Array], basis: Spectral, outs: Run, ins: Run
+) -> Array:
+    """Part by part: together, they would take the rows as often as there are parts."""
+    split = outs.count, ins.count
+
+    def part(o: int, i: int) -> Array:
+        which: Spectral = jax.tree.map(lambda x: x.reshape(-1, *split, *x.shape[1:])[:, o, i], basis)
+        return _corrected_part(swapped, rows, gs, which, outs.parts[o], ins.parts[i])
+
+    return join([part(o, i) for o, i in product(range(split[0]), range(split[1]))])
+
+
 def _corrected_part(
-    swapped: Sequence[bool],
-    rows: list[Array],
-    gs: list[Array],
-    basis: Spectral,
-    out: tuple[int, int],
-    inputs: tuple[int, int],
+    swapped: Sequence[bool], rows: list[Array], gs: list[Array], basis: Spectral, out: slice, inputs: slice
 ) -> Array:
     total: Any = 0.0
     for a, g, s in zip(rows, gs, swapped, strict=True):
         q_in, q_out = (basis.qb, basis.qa) if s else (basis.qa, basis.qb)
-        a, g = a[..., slice(*(out if s else inputs))], g[..., slice(*(inputs if s else out))]
+        a, g = a[..., out if s else inputs], g[..., inputs if s else out]
         g = g if q_out is None else jnp.einsum("vgnso,gop->vgnsp", g, q_out)
         a = a if q_in is None else jnp.einsum("gnsi,gij->gnsj", a, q_in)
         if len(rows) == 1 and a.shape[2] == 1:
@@ -334,7 +340,7 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
     groups, swapped = layer.weight.shape[0], layer.swapped
     a, counts = sums["a"][number], sums["count"][number]
     dtype = a[0][0].dtype
-    ones = [tuple(jnp.ones((groups, stop - start), dtype) for start, stop in (ins if s else outs)) for s in swapped]
+    ones = [tuple(jnp.ones((groups * run.count, run.size), dtype) for run in (ins if s else outs)) for s in swapped]
     b = sums["b"][number] if "b" in sums else ones
     if layout.options.tied == "concatenate" and len(a) > 1:
         if any(swapped):
@@ -344,21 +350,29 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
             )
         a, b = ([tuple(map(_sum, zip(*parts, strict=True)))] for parts in (a, b))
         counts, swapped = [sum(counts)], (False,)
-    count = tuple(jnp.broadcast_to(n, groups) for n in counts)
 
     def member(o: int, i: int) -> _Totals:
-        places = [(o, i) if s else (i, o) for s in swapped]  # of a term's input and output factor
-        first = tuple(x[place] for x, (place, _) in zip(a, places, strict=True))
-        second = tuple(x[place] for x, (_, place) in zip(b, places, strict=True))
+        split = outs[o].count, ins[i].count
+        places = [((0, o), (1, i)) if s else ((1, i), (0, o)) for s in swapped]  # of a term's input and output factor
+        first = tuple(_repeated(x[n], side, groups, split) for x, ((side, n), _) in zip(a, places, strict=True))
+        second = tuple(_repeated(x[n], side, groups, split) for x, (_, (side, n)) in zip(b, places, strict=True))
+        count = tuple(jnp.repeat(jnp.broadcast_to(n, groups), split[0] * split[1]) for n in counts)
         return _Totals(first, second, count, swapped)
 
     result = [member(o, i) for o, i in product(range(len(outs)), range(len(ins)))]
     if layout.separate(layer):
-        constants = (jnp.ones((groups, 1), dtype),) * len(b)
-        for o in range(len(outs)):
-            terms = tuple(x[o] for x in b)
-            result.append(_Totals(constants, terms, (jnp.ones(groups, dtype),) * len(b), (False,) * len(b)))
+        for o, run in enumerate(outs):
+            terms, each = tuple(x[o] for x in b), jnp.ones(groups * run.count, dtype)
+            result.append(_Totals((each[:, None],) * len(b), terms, (each,) * len(b), (False,) * len(b)))
     return result
+
+
+def _repeated(x: Float[Array, "parts ..."], side: int, groups: int, split: tuple[int, int]) -> Float[Array, "G ..."]:
+    """What belongs to parts of the outputs (side 0) or of the inputs (side 1), for each pair of them."""
+    if split[1 - side] == 1:
+        return x
+    parts = jnp.expand_dims(x.reshape(groups, split[side], *x.shape[1:]), 2 - side)
+    return jnp.broadcast_to(parts, (groups, *split, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 def _sum(factors: Sequence[Factor]) -> Factor:

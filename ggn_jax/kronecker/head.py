@@ -4,6 +4,7 @@ There the type-2 vectors are the columns of the loss Hessian's square root thems
 which for many classes is one product of matrices in place of a backward pass for each class.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax.fisher_type import FisherType
@@ -46,8 +47,8 @@ def _same_rows(a: IndexMap, b: IndexMap) -> bool:
 
 def head_factor(terms: Terms, cuts: Cuts, max_dense_size: int) -> tuple[Float[Array, "G out *out"], ...]:
     """The parts of its output factor."""
-    if all(stop - start <= max_dense_size for start, stop in cuts):
-        return tuple(terms.hessian_sum(*cut)[None] for cut in cuts)
+    if all(run.size <= max_dense_size for run in cuts):
+        return tuple(jnp.stack([terms.hessian_sum(part.start, part.stop) for part in run.parts]) for run in cuts)
     diagonal = terms.diagonal()
     axes = terms.axes or (diagonal.ndim - 1,)
     rest = tuple(axis for axis in range(diagonal.ndim) if axis not in axes)

@@ -69,12 +69,11 @@ class Inputs:
 
     def factors(self, joint: bool, cuts: Cuts) -> tuple[Factor, ...]:
         """The unnormalised `sum a a^T`, of the parts of the rows that are cut."""
-        if len(cuts) == 1:
+        if len(cuts) == 1 and cuts[0].count == 1:
             return (self._factor(joint),)
         if self.embedding:
-            return tuple(cut(self._factor(joint), cuts))
-        rows = self.rows(joint)
-        return tuple(self._gram(part) for part in cut(rows, cuts))
+            return tuple(cut(self._factor(joint), cuts, 0))
+        return tuple(map(self._gram, cut(self.rows(joint), cuts, 0)))
 
     def _gram(self, x: Float[Array, "G N S in"]) -> Factor:
         x = x.reshape(x.shape[0], -1, x.shape[-1])

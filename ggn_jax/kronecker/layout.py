@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import accumulate, product
 from typing import Any, Self
 
 import jax
@@ -22,8 +22,27 @@ from ggn_jax.layers.uses import View
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 
-Cuts = tuple[tuple[int, int], ...]
-"""Where an axis is cut: the start and stop of each part."""
+
+@dataclass(frozen=True)
+class Run:
+    """Parts of one size, one after the other."""
+
+    start: int
+    size: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size * self.count
+
+    @property
+    def parts(self) -> list[slice]:
+        """Where each part is."""
+        return [slice(self.start + n * self.size, self.start + (n + 1) * self.size) for n in range(self.count)]
+
+
+Cuts = tuple[Run, ...]
+"""How an axis is cut."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +105,17 @@ class Layout:
         # The rows of a table are counted: that factor is diagonal, and needs no cuts.
         dense_out = any(not (swapped and counted) for swapped, counted in pairs)
         dense_in = any(swapped or not counted for swapped, counted in pairs)
-        return self._cut(out, dense_out), self._cut(inputs + self.joint(layer), dense_in)
+        return self._cut(out, dense_out, False), self._cut(inputs + self.joint(layer), dense_in, self.joint(layer))
 
-    def _cut(self, size: int, dense: bool) -> Cuts:
+    def _cut(self, size: int, dense: bool, joint: bool) -> Cuts:
         options = self.options
-        cut_up = dense and options.large == "block" and size > options.max_dense_size
-        parts = -(-size // min(options.block_size, options.max_dense_size)) if cut_up else 1
-        ends = [size * i // parts for i in range(parts + 1)]
-        return tuple(pairwise(ends))
+        if not (dense and options.large == "block" and size > options.max_dense_size):
+            return (Run(0, size, 1),)
+        parts = -(-size // min(options.block_size, options.max_dense_size))
+        small, more = divmod(size, parts)
+        runs = [(small + 1, more), (small, parts - more - joint), (small, int(joint))]  # the bias is in the last part
+        starts = accumulate((part * count for part, count in runs), initial=0)
+        return tuple(Run(start, *run) for start, run in zip(starts, runs, strict=False) if run[1])
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -118,19 +140,19 @@ class Layout:
         outs, ins = self.cuts(layer)
         size_in = layer.weight.shape[2]
         result = []
-        for (o, o_end), (i, i_end) in product(outs, ins):
-            last = i_end > size_in  # the bias is the last input
-            views = [_part(layer.weight, (o, o_end), (i, min(i_end, size_in)))] if i < size_in else []
+        for o, i in product(outs, ins):
+            rows, last = (o.start, o.stop), i.stop > size_in  # the bias is the last input
+            views = [_part(layer.weight, rows, (i.start, min(i.stop, size_in)))] if i.start < size_in else []
             if last:
                 assert layer.bias is not None
-                views.append(_part(layer.bias, (o, o_end), (0, 1)))
+                views.append(_part(layer.bias, rows, (0, 1)))
             names = tuple(dict.fromkeys(name for view in views for name in self._names(view)))
-            result.append(self._member(names, kind, tuple(views), made))
+            result.append(self._member(names, kind, tuple(views), made, (o.count, i.count)))
         if self.separate(layer):
             assert layer.bias is not None
-            for cut in outs:
-                view = _part(layer.bias, cut, (0, 1))
-                result.append(self._member(self._names(view), "bias", (view,), ("bias", made)))
+            for o in outs:
+                view = _part(layer.bias, (o.start, o.stop), (0, 1))
+                result.append(self._member(self._names(view), "bias", (view,), ("bias", made), (o.count, 1)))
         return result
 
     def _rest(self, specs: Sequence[BlockSpec]) -> list[Member]:
@@ -146,8 +168,15 @@ class Layout:
         names = (f"unused entries of {', '.join(self._names(view))}",)
         return [self._member(names, "unused", (view,), "unused")]
 
-    def _member(self, names: tuple[str, ...], kind: str, views: tuple[View, ...], made: Any) -> Member:
-        spec = BlockSpec(names, kind, views)
+    def _member(
+        self,
+        names: tuple[str, ...],
+        kind: str,
+        views: tuple[View, ...],
+        made: Any,
+        split: tuple[int, int] = (1, 1),
+    ) -> Member:
+        spec = BlockSpec(names, kind, views, split)
         large = tuple(size > self.options.max_dense_size for size in spec.shape[1:])
         return Member(spec, (made, kind == "unused", large, layout_of(spec, self.sizes)))
 
@@ -203,9 +232,23 @@ def _part(view: View, out: tuple[int, int], inputs: tuple[int, int]) -> View:
     return View(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
 
 
-def cut(x: Array, parts: Cuts) -> list[Array]:
-    """The parts of an array's last axis."""
-    return [x] if len(parts) == 1 else [x[..., start:stop] for start, stop in parts]
+def cut(x: Array, runs: Cuts, groups: int) -> list[Array]:
+    """The parts of an array's last axis, those of a run as more groups, along axis `groups`."""
+    if len(runs) == 1 and runs[0].count == 1:
+        return [x]
+
+    def parts(run: Run) -> Array:
+        some = x[..., run.start : run.stop].reshape(*x.shape[:-1], run.count, run.size)
+        some = jnp.moveaxis(some, -2, groups + 1)
+        return some.reshape(*some.shape[:groups], -1, *some.shape[groups + 2 :])
+
+    return [parts(run) for run in runs]
+
+
+def join(parts: Sequence[Array]) -> Array:
+    """What is known of each pair of parts, `[G, ...]`, as groups of their block."""
+    joined = jnp.stack(parts, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
 
 
 def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:

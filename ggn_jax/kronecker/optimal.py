@@ -13,7 +13,7 @@ from ggn_jax._sharding import vary_like
 from ggn_jax.kronecker.algebra import Factor, Kronecker
 from ggn_jax.kronecker.factors import compute_blocks
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Layout, cut
+from ggn_jax.kronecker.layout import Layout, Run, cut, join
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
@@ -57,14 +57,20 @@ def _optimal_factors(
             bias.append(jnp.sum(g, axis=3))
         # A datum's weight gradient is a sum over positions, and over uses just as well.
         outs, ins = layout.cuts(layer)
-        lefts, rights = cut(jnp.concatenate(left, 3), outs), cut(jnp.concatenate(right, 3), ins)
-        group = [_nearest_to_outer_products(*pair) for pair in product(lefts, rights)]
+        group = [_nearest(jnp.concatenate(left, 3), jnp.concatenate(right, 3), *runs) for runs in product(outs, ins)]
         if layout.separate(layer):
-            for part in cut(sum(bias[1:], start=bias[0]), outs):
+            for part in cut(sum(bias[1:], start=bias[0]), outs, 1):
                 b = jnp.einsum("vgno,vgnp->gop", part, part)
                 group.append((jnp.ones((b.shape[0], 1), wide), b))
         result.append(group)
     return result
+
+
+def _nearest(left: Array, right: Array, outs: Run, ins: Run) -> tuple[Factor, Factor]:
+    """Of each pair of parts."""
+    pairs = product(outs.parts, ins.parts)
+    a, b = zip(*(_nearest_to_outer_products(left[..., o], right[..., i]) for o, i in pairs), strict=True)
+    return join(a), join(b)
 
 
 def _nearest_to_outer_products(left: Array, right: Array) -> tuple[Factor, Factor]:

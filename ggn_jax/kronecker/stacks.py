@@ -31,12 +31,15 @@ class BlockSpec:
     names: tuple[str, ...]
     kind: str
     views: tuple[View, ...]  # a weight, and a bias that is one more input; or one array
+    split: tuple[int, int] = (1, 1)
+    """In how many equal parts outputs and inputs are cut: each pair of parts is a group of its own."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """`[G, out, in]`."""
         groups, out, inputs = self.views[0].shape
-        return groups, out, inputs + len(self.views) - 1
+        outs, ins = self.split
+        return groups * outs * ins, out // outs, (inputs + len(self.views) - 1) // ins
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def layout_of(spec: BlockSpec, sizes: Sequence[int]) -> Any:
     for view in spec.views:
         first, last = owners(view, sizes)
         found.append((view.shape, view.entries.shifted(-sum(sizes[:first])), tuple(sizes[first:last])))
-    return tuple(found)
+    return spec.split, *found
 
 
 def owners(view: View, sizes: Sequence[int]) -> tuple[int, int]:
@@ -114,15 +117,20 @@ class _Column:
     ranges: tuple[tuple[int, int], ...]  # of the parameters that each view has entries of
     entries: IndexMap  # within these parameters: the same for all blocks
     size: int  # of these parameters
+    split: tuple[int, int]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """`[G, out, in]` of all blocks."""
-        return sum(view.shape[0] for view in self.views), *self.views[0].shape[1:]
+    def width(self) -> int:
+        """How many inputs a group has."""
+        return self.views[0].shape[2] // self.split[1]
 
     def read(self, flat: Float[Array, "blocks size"]) -> Float[Array, "G out in"]:
         """The entries, a linear function of the parameters, flattened and stacked."""
-        return jax.vmap(self.entries.reader(self.size))(flat).reshape(self.shape)
+        _, out, inputs = self.views[0].shape
+        outs, ins = self.split
+        whole = jax.vmap(self.entries.reader(self.size))(flat)
+        parts = whole.reshape(-1, outs, out // outs, ins, inputs // ins)
+        return jnp.swapaxes(parts, 2, 3).reshape(-1, out // outs, inputs // ins)
 
 
 def _columns(stack: Stack, sizes: Sequence[int]) -> list[_Column]:
@@ -131,7 +139,7 @@ def _columns(stack: Stack, sizes: Sequence[int]) -> list[_Column]:
         ranges = tuple(owners(view, sizes) for view in views)
         first, last = ranges[0]
         entries = views[0].entries.shifted(-sum(sizes[:first]))
-        columns.append(_Column(views, ranges, entries, sum(sizes[first:last])))
+        columns.append(_Column(views, ranges, entries, sum(sizes[first:last]), stack.specs[0].split))
     return columns
 
 
@@ -169,7 +177,7 @@ def write(stacks: Sequence[Stack], structure: Structure, parts: Sequence[Float[A
     for part, stack in zip(parts, stacks, strict=True):
         columns, start = _columns(stack, sizes), 0
         for column in columns:
-            stop = start + column.shape[2]
+            stop = start + column.width
             for leaf, new in _rows(column, part.reshape(stack.shape)[..., start:stop], sizes):
                 old = total[leaf]
                 new = new.astype(dtypes[leaf])

@@ -52,11 +52,10 @@ def _cut_blocks(layout: Layout) -> dict[BlockSpec, str]:
     reasons: dict[BlockSpec, str] = {}
     for layer, members in zip(layout.plan.layers, layout.by_layer(layout.members), strict=True):
         for parts in layout.cuts(layer):
-            if len(parts) > 1:
-                size, most = parts[-1][1], layout.options.max_dense_size
-                why = (
-                    f"a factor of size {size} is more than max_dense_size = {most}: {len(parts)} blocks on its diagonal"
-                )
+            count = sum(run.count for run in parts)
+            if count > 1:
+                size, most = parts[-1].stop, layout.options.max_dense_size
+                why = f"a factor of size {size} is more than max_dense_size = {most}: {count} blocks on its diagonal"
                 reasons.update(dict.fromkeys((member.spec for member in members), why))
     return reasons
 
