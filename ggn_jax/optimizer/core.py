@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax._sharding import explicit_mesh, vary_like
+from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -225,7 +225,7 @@ class Core:
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
             params = jax.tree.map(jnp.asarray, params)
-            outputs = jax.eval_shape(model_fn, params, self._inputs)
+            outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             check_independent(model_fn, params, self._inputs, outputs.dtype)
 
 
