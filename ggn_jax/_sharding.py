@@ -6,7 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array, PyTree
 
 
@@ -65,6 +65,12 @@ def explicit_mesh(tree: PyTree) -> AbstractMesh | None:
     """The mesh with explicit axes that arrays are on; None if there is none."""
     found = [_explicit(leaf) for leaf in jax.tree.leaves(tree)]
     return next((sharding.mesh.abstract_mesh for sharding in found if sharding is not None), None)
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that arrays with values are on; None if there is none."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((x.mesh for x in found if isinstance(x, NamedSharding) and isinstance(x.mesh, Mesh)), None)
 
 
 def _explicit(leaf: Any) -> NamedSharding | None:

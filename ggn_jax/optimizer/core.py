@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
-from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
+from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_loss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -100,11 +100,10 @@ class Core:
 
     def placed(self, state: PyTree[Array], params: PyTree[Array], spec: PartitionSpec | None = None) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
-        explicit, mesh, spec = explicit_mesh(params), self.settings.mesh, spec or PartitionSpec()
+        explicit, spec = explicit_mesh(params), spec or PartitionSpec()
         if any(map(_is_traced, jax.tree.leaves((state, params)))):
             return state if explicit is None else reshard(state, NamedSharding(explicit, spec))
-        if mesh is None and explicit is not None:
-            mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(params) if explicit_mesh(leaf) is not None)
+        mesh = self.settings.mesh or mesh_of(params)
         return state if mesh is None else jax.device_put(state, NamedSharding(mesh, spec))
 
     def _placed(self, curvature: Curvature, params: PyTree[Array]) -> Curvature:
