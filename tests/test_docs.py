@@ -73,10 +73,21 @@ def test_docstrings(tmp_path: Path) -> None:
     run(DOCTESTS, tmp_path)
 
 
+def blocks_of(text: str) -> list[tuple[int, str]]:
+    """The examples of a page, with their lines."""
+    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, fence.start()) + 2, fence[1]) for fence in fences]
+
+
+def test_figures_of_large_models(tmp_path: Path) -> None:
+    """The blocks of the page go on from each other."""
+    blocks = blocks_of((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"))
+    run(BLOCKS, tmp_path, json.dumps([(blocks[0][0], "".join(block for _, block in blocks))]))
+
+
 def test_readme(tmp_path: Path) -> None:
     text = readme()
-    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    blocks = [(text.count("\n", 0, fence.start()) + 2, fence[1]) for fence in fences]
+    blocks = blocks_of(text)
     assert blocks, "README.md has no ```python block"
     assert len(blocks) == text.count("```python"), "a block is indented or not closed"
     run(BLOCKS, tmp_path, json.dumps(blocks))
