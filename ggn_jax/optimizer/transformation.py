@@ -289,7 +289,8 @@ def kfac(
       kept in the latter always. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to
       2^-7 of each entry, rounded so that means over steps are right: choose a damping well above that part of the
       factors.
-    - `mesh`: each of its devices factorises a share of the matrices, and all gather the results.
+    - `mesh`: each of its devices holds, inverts and multiplies with a share of the blocks, and all gather the
+      preconditioned gradient.
     - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
       kept); each update that has a batch needs their present values, `update(..., full_params=params)`.
 
