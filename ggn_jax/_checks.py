@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -61,6 +61,12 @@ def check_real(name: str, array: Array) -> None:
 def compute_dtype(dtype: Any) -> Any:
     """The dtype of all internal computations: at least float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def wide_dtype(tree: PyTree[Array]) -> Any:
+    """The widest compute dtype of the leaves."""
+    dtypes = [compute_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.dtype(jnp.float64) if jnp.dtype(jnp.float64) in dtypes else jnp.dtype(jnp.float32)
 
 
 def check_count(name: str, value: Any) -> int:

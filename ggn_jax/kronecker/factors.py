@@ -106,10 +106,10 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
     for layer in layout.plan.layers:
         groups = layer.weight.shape[0]
         outs, ins = layout.cuts(layer)
-        pairs = [(trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True)]
-        sums["a"].append([factors(groups, outs if s else ins, counted) for counted, s in pairs])
-        sums["count"].append([jnp.ones((), dtype)] * len(pairs))
-        sums["b"].append([factors(groups, ins if s else outs, False) for _, s in pairs])
+        roles = layout.roles(layer)
+        sums["a"].append([factors(groups, outs if s else ins, counted) for counted, s in roles])
+        sums["count"].append([jnp.ones((), dtype)] * len(roles))
+        sums["b"].append([factors(groups, ins if s else outs, False) for _, s in roles])
     for left in layout.plan.leftovers:
         size = layout.sizes[left.leaf]
         if left.kind != "unused":
@@ -295,6 +295,8 @@ def _corrected_block(
 ) -> Array:
     """Part by part: together, they would take the rows as often as there are parts."""
     split = outs.count, ins.count
+    if split == (1, 1):
+        return _corrected_part(swapped, rows, gs, basis, *outs.parts, *ins.parts)
 
     def part(o: int, i: int) -> Array:
         which: Spectral = jax.tree.map(lambda x: x.reshape(-1, *split, *x.shape[1:])[:, o, i], basis)
@@ -356,7 +358,7 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
         places = [((0, o), (1, i)) if s else ((1, i), (0, o)) for s in swapped]  # of a term's input and output factor
         first = tuple(_repeated(x[n], side, groups, split) for x, ((side, n), _) in zip(a, places, strict=True))
         second = tuple(_repeated(x[n], side, groups, split) for x, (_, (side, n)) in zip(b, places, strict=True))
-        count = tuple(jnp.repeat(jnp.broadcast_to(n, groups), split[0] * split[1]) for n in counts)
+        count = tuple(jnp.broadcast_to(n, groups * split[0] * split[1]) for n in counts)
         return _Totals(first, second, count, swapped)
 
     result = [member(o, i) for o, i in product(range(len(outs)), range(len(ins)))]

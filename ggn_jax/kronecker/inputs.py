@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ggn_jax.kronecker.algebra import Factor
 from ggn_jax.kronecker.convolution import input_factor
-from ggn_jax.kronecker.layout import Cuts, cut
+from ggn_jax.kronecker.layout import Cuts, cut, is_whole
 from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import Use
 
@@ -69,7 +69,7 @@ class Inputs:
 
     def factors(self, joint: bool, cuts: Cuts) -> tuple[Factor, ...]:
         """The unnormalised `sum a a^T`, of the parts of the rows that are cut."""
-        if len(cuts) == 1 and cuts[0].count == 1:
+        if is_whole(cuts):
             return (self._factor(joint),)
         if self.embedding:
             return tuple(cut(self._factor(joint), cuts, 0))

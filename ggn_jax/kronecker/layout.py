@@ -93,6 +93,11 @@ class Layout:
         )
         return wanted == "full" and self.sizes[left.leaf] <= most
 
+    def roles(self, layer: Layer) -> tuple[tuple[bool, bool], ...]:
+        """For each use, whether its input factor counts rows of a table, and whether it has inputs for outputs."""
+        kinds = [self.trace.uses[n].kind for n in layer.uses]
+        return tuple((kind == "embedding", swapped) for kind, swapped in zip(kinds, layer.swapped, strict=True))
+
     def cuts(self, layer: Layer) -> tuple[Cuts, Cuts]:
         """Where the outputs and the inputs of a layer are cut into blocks: nowhere, unless a factor is too large.
 
@@ -100,11 +105,10 @@ class Layout:
         a Kronecker product of its own.
         """
         _, out, inputs = layer.weight.shape
-        counts = [self.trace.uses[n].kind == "embedding" for n in layer.uses]
-        pairs = list(zip(layer.swapped, counts, strict=True))
+        roles = self.roles(layer)
         # The rows of a table are counted: that factor is diagonal, and needs no cuts.
-        dense_out = any(not (swapped and counted) for swapped, counted in pairs)
-        dense_in = any(swapped or not counted for swapped, counted in pairs)
+        dense_out = any(not (swapped and counted) for counted, swapped in roles)
+        dense_in = any(swapped or not counted for counted, swapped in roles)
         return self._cut(out, dense_out, False), self._cut(inputs + self.joint(layer), dense_in, self.joint(layer))
 
     def _cut(self, size: int, dense: bool, joint: bool) -> Cuts:
@@ -134,9 +138,7 @@ class Layout:
 
     def _layer_members(self, layer: Layer) -> list[Member]:
         kind = "+".join(dict.fromkeys(self.trace.uses[n].kind for n in layer.uses))
-        made = tuple(
-            (self.trace.uses[n].kind == "embedding", s) for n, s in zip(layer.uses, layer.swapped, strict=True)
-        )
+        made = self.roles(layer)
         outs, ins = self.cuts(layer)
         size_in = layer.weight.shape[2]
         result = []
@@ -177,8 +179,7 @@ class Layout:
         split: tuple[int, int] = (1, 1),
     ) -> Member:
         spec = BlockSpec(names, kind, views, split)
-        large = tuple(size > self.options.max_dense_size for size in spec.shape[1:])
-        return Member(spec, (made, kind == "unused", large, layout_of(spec, self.sizes)))
+        return Member(spec, (made, layout_of(spec, self.sizes)))
 
     def _names(self, view: View) -> tuple[str, ...]:
         return tuple(self.trace.names[i] for i in view.entries.owners(self.sizes))
@@ -232,9 +233,14 @@ def _part(view: View, out: tuple[int, int], inputs: tuple[int, int]) -> View:
     return View(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
 
 
+def is_whole(runs: Cuts) -> bool:
+    """Whether nothing is cut."""
+    return sum(run.count for run in runs) == 1
+
+
 def cut(x: Array, runs: Cuts, groups: int) -> list[Array]:
     """The parts of an array's last axis, those of a run as more groups, along axis `groups`."""
-    if len(runs) == 1 and runs[0].count == 1:
+    if is_whole(runs):
         return [x]
 
     def parts(run: Run) -> Array:
@@ -247,6 +253,8 @@ def cut(x: Array, runs: Cuts, groups: int) -> list[Array]:
 
 def join(parts: Sequence[Array]) -> Array:
     """What is known of each pair of parts, `[G, ...]`, as groups of their block."""
+    if len(parts) == 1:
+        return parts[0]
     joined = jnp.stack(parts, axis=1)
     return joined.reshape(-1, *joined.shape[2:])
 

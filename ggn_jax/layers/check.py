@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype, is_concrete
+from ggn_jax._checks import compute_dtype, is_concrete, wide_dtype
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.layers.capture import capture
@@ -120,16 +120,13 @@ def gradient_gap(together: _Pass, apart: _Pass) -> Array:
 
 def _squares(leaves: Sequence[Array]) -> Float[Array, " n"]:
     """The squared norm of each array."""
-    return stack_scalars([jnp.sum(jnp.square(leaf.astype(_wide(leaves)))) for leaf in leaves])
-
-
-def _wide(leaves: Sequence[Array]) -> Any:
-    return max((compute_dtype(leaf.dtype) for leaf in leaves), key=lambda dtype: jnp.dtype(dtype).itemsize)
+    wide = wide_dtype(leaves)
+    return stack_scalars([jnp.sum(jnp.square(leaf.astype(wide))) for leaf in leaves])
 
 
 def _distances(a: Sequence[Array], b: Sequence[Array], least: Array) -> Float[Array, " n"]:
     """How far two lists of arrays are from each other, relative to the larger ones and to `least`."""
-    wide = _wide([*a, *b])
+    wide = wide_dtype([*a, *b])
     a, b = ([leaf.astype(wide) for leaf in leaves] for leaves in (a, b))
     gaps = jnp.sqrt(_squares([x - y for x, y in zip(a, b, strict=True)]))
     sizes = jnp.maximum(jnp.sqrt(jnp.maximum(_squares(a), _squares(b))), least.astype(wide))

@@ -17,7 +17,7 @@ from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
-from ggn_jax.terms import check_values, part_of, split_terms
+from ggn_jax.terms import Terms, check_values, part_of, split_terms
 
 
 class Problem(eqx.Module):
@@ -33,13 +33,16 @@ class Problem(eqx.Module):
 
     def reduction(self) -> Float[Array, ""]:
         """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
-        zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
-        return split_terms(self.loss, zeros, self.targets, batch=True).r
+        return self._terms_at_zeros().r
 
     def counts(self) -> Bool[Array, ""]:
         """Whether some term counts: not where every target is ignored."""
+        return jnp.any(self._terms_at_zeros().scale != 0)
+
+    def _terms_at_zeros(self) -> Terms:
+        """For what no output changes."""
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
-        return jnp.any(split_terms(self.loss, zeros, self.targets, batch=True).scale != 0)
+        return split_terms(self.loss, zeros, self.targets, batch=True)
 
     def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Any) -> PyTree[Array]:
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.

@@ -29,9 +29,9 @@ from ggn_jax.optimizer.curvature import (
     Curvature,
     Factors,
     bases_of,
+    block_shapes,
     find_curvature,
     initial,
-    zero_blocks,
     zero_factors,
 )
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
@@ -122,7 +122,7 @@ class Core:
         return self._known[shape]
 
     def _know(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
-        factors = jax.eval_shape(lambda: zero_factors(zero_blocks(layout), self.settings))
+        factors = jax.eval_shape(lambda: zero_factors(block_shapes(layout), self.settings))
         self._known[structure(params)] = Known(layout.stacks, structure_of(curvature), factors)
 
     def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:

@@ -76,20 +76,19 @@ def _is_curvature(node: Any) -> bool:
 
 def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     """Before the first batch."""
-    blocks = tuple(map(settings.spread.pad, zero_blocks(layout)))
-    # Shapes are the same on any mesh, also on one that is not that of the context.
-    shapes = jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping)
-    inverses = tuple(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     # Each its own buffer: a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    return Curvature(count, skipped, weight, damping, keep(pack(blocks), settings.factor_dtype, count), inverses)
+    blocks = jax.eval_shape(lambda blocks: tuple(map(settings.spread.pad, blocks)), block_shapes(layout))
+    averages = jax.eval_shape(lambda blocks: keep(pack(blocks), settings.factor_dtype, count), blocks)
+    # Shapes are the same on any mesh, also on one that is not that of the context.
+    inverses = tuple(jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping))
+    return Curvature(count, skipped, weight, damping, zeros_like(averages), zeros_like(inverses))
 
 
-def zero_blocks(layout: Layout) -> tuple[Block, ...]:
-    """Blocks of the right kinds and shapes."""
-    shapes = jax.eval_shape(lambda: assemble_blocks(layout, zero_sums(layout)).blocks)
-    zeros: tuple[Block, ...] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return zeros
+def block_shapes(layout: Layout) -> tuple[Block, ...]:
+    """Blocks of `jax.ShapeDtypeStruct`s: of the right kinds and shapes."""
+    shapes: tuple[Block, ...] = jax.eval_shape(lambda: assemble_blocks(layout, zero_sums(layout)).blocks)
+    return shapes
 
 
 def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
@@ -225,7 +224,7 @@ def take_turns(costs: Sequence[int], turns: int) -> list[list[int]]:
 
 
 def _cost(block: Block) -> int:
-    """Of one group's factorisations."""
+    """Of one group's factorisations; a packed matrix has about as many rows as the matrix."""
     if isinstance(block, Kronecker):
         return sum(f.shape[1] ** 3 for f in (block.a[0], block.b[0]) if not is_diagonal(f))
     return block.matrix.shape[1] ** 3 if isinstance(block, Dense) else 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import check_real, compute_dtype
+from ggn_jax._checks import check_real, compute_dtype, wide_dtype
 from ggn_jax._fusion import stack_scalars
 
 Number = float | Array
@@ -39,12 +39,6 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, ""]:
         jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
     return jnp.sum(stack_scalars(products))
-
-
-def wide_dtype(tree: PyTree[Array]) -> Any:
-    """The widest compute dtype of the leaves."""
-    dtypes = [compute_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
-    return jnp.dtype(jnp.float64) if jnp.dtype(jnp.float64) in dtypes else jnp.dtype(jnp.float32)
 
 
 def combine(*terms: tuple[Array, PyTree[Array]], like: PyTree[Array]) -> PyTree[Array]:

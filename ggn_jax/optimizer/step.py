@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ggn_jax._checks import check_count
+from ggn_jax._checks import check_count, wide_dtype
 from ggn_jax._fusion import seal
 from ggn_jax._sharding import vary_alike
 from ggn_jax.operators.problem import Problem
@@ -21,7 +21,7 @@ from ggn_jax.optimizer.checks import (
     spread_mask,
 )
 from ggn_jax.optimizer.curvature import Direction
-from ggn_jax.optimizer.numbers import combine, value_at, wide_dtype
+from ggn_jax.optimizer.numbers import combine, value_at
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
 
 QUADRATIC = "quadratic"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import jax
 
 from ggn_jax.kronecker.algebra import Diagonal, Kronecker
-from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.layout import Layout, is_whole
 from ggn_jax.kronecker.stacks import BlockSpec
 from ggn_jax.layers.table import dimensions, table
-from ggn_jax.optimizer.curvature import Curvature, describe, zero_blocks
+from ggn_jax.optimizer.curvature import Curvature, block_shapes, describe
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class CurvatureReport:
     """The entries of the averages and inverses in the state."""
     params_size: int
     state_bytes: int
+    """Of the state's entries, in the dtypes in which they are kept."""
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")
@@ -52,8 +53,8 @@ def _cut_blocks(layout: Layout) -> dict[BlockSpec, str]:
     reasons: dict[BlockSpec, str] = {}
     for layer, members in zip(layout.plan.layers, layout.by_layer(layout.members), strict=True):
         for parts in layout.cuts(layer):
-            count = sum(run.count for run in parts)
-            if count > 1:
+            if not is_whole(parts):
+                count = sum(run.count for run in parts)
                 size, most = parts[-1].stop, layout.options.max_dense_size
                 why = f"a factor of size {size} is more than max_dense_size = {most}: {count} blocks on its diagonal"
                 reasons.update(dict.fromkeys((member.spec for member in members), why))
@@ -67,7 +68,7 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
     reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
     options, cut = layout.options, _cut_blocks(layout)
     rows = []
-    blocks = jax.eval_shape(lambda: layout.each(zero_blocks(layout)))
+    blocks = jax.eval_shape(layout.each, block_shapes(layout))
     for spec, block in zip((member.spec for member in layout.members), blocks, strict=True):
         unused = spec.kind == "unused"
         why = cut.get(spec, "")
