@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "type-2": {"fisher_type": "type-2"},
     "empirical": {"fisher_type": "empirical"},
 }
-CLASSES, LENGTH, WIDTH, HEADS, VOCABULARY = 10, 64, 128, 4, 65
+CLASSES = 10
 
 
 def dense(key: jax.Array, inputs: int, out: int) -> dict[str, jax.Array]:
@@ -54,8 +54,7 @@ def apply(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return x @ p["kernel"] + p["bias"]
 
 
-def mlp() -> tuple:
-    sizes, batch = (784, 512, 256, CLASSES), 512
+def mlp(sizes: tuple[int, ...] = (784, 512, 256, CLASSES), batch: int = 512) -> tuple:
     keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
     params = [dense(k, i, o) for k, i, o in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
@@ -65,7 +64,7 @@ def mlp() -> tuple:
         return apply(params[-1], x)
 
     inputs = jax.random.normal(jax.random.key(1), (batch, sizes[0]))
-    targets = jax.random.randint(jax.random.key(2), (batch,), 0, CLASSES)
+    targets = jax.random.randint(jax.random.key(2), (batch,), 0, sizes[-1])
     layers: list[torch.nn.Module] = []
     for i, o in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
@@ -103,55 +102,56 @@ def cnn() -> tuple:
 
 
 class TorchBlock(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
-        self.qkv, self.out = torch.nn.Linear(WIDTH, 3 * WIDTH), torch.nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.norm1, self.norm2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, WIDTH))
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 class TorchTransformer(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int, length: int, vocabulary: int) -> None:
         super().__init__()
-        self.tokens, self.places = torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.Embedding(LENGTH, WIDTH)
-        self.blocks = torch.nn.Sequential(TorchBlock(), TorchBlock())
-        self.norm, self.head = torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, VOCABULARY)
+        self.tokens, self.places = torch.nn.Embedding(vocabulary, width), torch.nn.Embedding(length, width)
+        self.blocks = torch.nn.Sequential(TorchBlock(width, heads), TorchBlock(width, heads))
+        self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, vocabulary)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.tokens(x) + self.places.weight
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)  # classes first, as the loss wants them
 
 
-def transformer() -> tuple:
+def transformer(width: int = 128, heads: int = 4, length: int = 64, vocabulary: int = 65, batch: int = 16) -> tuple:
     keys = iter(jax.random.split(jax.random.key(0), 16))
 
     def norm_params() -> dict[str, jax.Array]:
-        return {"scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)}
+        return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
     def block_params() -> dict[str, Any]:
         return {
             "norm1": norm_params(),
-            "qkv": dense(next(keys), WIDTH, 3 * WIDTH),
-            "out": dense(next(keys), WIDTH, WIDTH),
+            "qkv": dense(next(keys), width, 3 * width),
+            "out": dense(next(keys), width, width),
             "norm2": norm_params(),
-            "up": dense(next(keys), WIDTH, 4 * WIDTH),
-            "down": dense(next(keys), 4 * WIDTH, WIDTH),
+            "up": dense(next(keys), width, 4 * width),
+            "down": dense(next(keys), 4 * width, width),
         }
 
     params = {
-        "tokens": jax.random.normal(next(keys), (VOCABULARY, WIDTH)),
-        "places": jax.random.normal(next(keys), (LENGTH, WIDTH)),
+        "tokens": jax.random.normal(next(keys), (vocabulary, width)),
+        "places": jax.random.normal(next(keys), (length, width)),
         "block1": block_params(),
         "block2": block_params(),
         "norm": norm_params(),
-        "head": dense(next(keys), WIDTH, VOCABULARY),
+        "head": dense(next(keys), width, vocabulary),
     }
 
     def norm(p: dict, x: jax.Array) -> jax.Array:
@@ -160,8 +160,8 @@ def transformer() -> tuple:
 
     def block(p: dict, x: jax.Array) -> jax.Array:
         n, t, _ = x.shape
-        q, k, v = jnp.moveaxis(apply(p["qkv"], norm(p["norm1"], x)).reshape(n, t, 3, HEADS, -1), 2, 0)
-        x = x + apply(p["out"], jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(n, t, WIDTH))
+        q, k, v = jnp.moveaxis(apply(p["qkv"], norm(p["norm1"], x)).reshape(n, t, 3, heads, -1), 2, 0)
+        x = x + apply(p["out"], jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(n, t, width))
         return x + apply(p["down"], jax.nn.gelu(apply(p["up"], norm(p["norm2"], x))))
 
     def model_fn(params: dict, x: jax.Array) -> jax.Array:
@@ -169,9 +169,10 @@ def transformer() -> tuple:
         x = block(params["block2"], block(params["block1"], x))
         return apply(params["head"], norm(params["norm"], x))
 
-    inputs = jax.random.randint(next(keys), (16, LENGTH), 0, VOCABULARY)
-    targets = jax.random.randint(next(keys), (16, LENGTH), 0, VOCABULARY)
-    return model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), params, inputs, targets, TorchTransformer()
+    inputs = jax.random.randint(next(keys), (batch, length), 0, vocabulary)
+    targets = jax.random.randint(next(keys), (batch, length), 0, vocabulary)
+    module = TorchTransformer(width, heads, length, vocabulary)
+    return model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), params, inputs, targets, module
 
 
 MODELS = {

@@ -15,8 +15,11 @@ from torch import Tensor
 from torch_bridge._compute import VECTORS, VECTORS_VJP, Request, check_weights, raise_invalid
 from torch_bridge.tensors import borrow, hand_over, jax_on
 
+# Not to be captured into CUDA graphs; torch before 2.9 does not know the tag, and the operator then refuses.
+TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
-@torch.library.custom_op("torch_bridge::grad_output_vectors", mutates_args=())
+
+@torch.library.custom_op("torch_bridge::grad_output_vectors", mutates_args=(), tags=TAGS)
 def vectors_op(
     outputs: Tensor,
     targets: Tensor,
@@ -43,7 +46,7 @@ def vectors_op(
         return tensor
 
 
-@torch.library.custom_op("torch_bridge::grad_output_vectors_vjp", mutates_args=())
+@torch.library.custom_op("torch_bridge::grad_output_vectors_vjp", mutates_args=(), tags=TAGS)
 def vjp_op(
     cotangents: Tensor,
     outputs: Tensor,

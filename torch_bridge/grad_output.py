@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from ggn_jax import FisherType
 from torch_bridge._compute import Request
+from torch_bridge._cuda import refuse_capture
 from torch_bridge._op import grad_output_vectors
 from torch_bridge.generators import draw_seed
 from torch_bridge.losses import LossEntry, check_loss, find_loss
@@ -173,6 +174,8 @@ def _vectors(
         raise TypeError(f"{name} must be floating; got {output.dtype}.")
     if vectors == "forward-only":
         return output.new_empty((0, *output.shape))
+    if output.is_cuda and not torch.compiler.is_compiling():
+        refuse_capture()  # before the generator is touched
     _check_tensor("targets" if batch else "target", target)
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}.")

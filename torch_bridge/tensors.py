@@ -2,7 +2,9 @@
 
 What `to_jax` and `to_torch` guarantee:
 
-* aliasing: none. The result has memory of its own, and is complete when the function returns: write to either.
+* aliasing: none. The result has memory of its own: write to either.
+* order: on the CPU the result is complete when the function returns. On a GPU nothing is waited for: to torch, each
+  function is like any of its own operations on its current stream; to JAX, like any of its own.
 * dtype: kept, 64-bit types also where JAX has them switched off (compute with them under `jax.enable_x64(True)`).
 * device: kept, CPU to CPU and GPU to the same GPU; nothing is copied to the host behind your back.
 * values: those that the tensor stands for; strided, expanded, conjugate and negative views are resolved.
@@ -19,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from torch_bridge._cuda import Readable, check_shared, copy_to_torch, order, refuse_capture, share_memory
 from torch_bridge._fork import check_not_forked
 
 SPINS = 1000  # some hundred microseconds
+OUR_MEMORY = share_memory()
 
 DTYPES = {
     torch.bool: np.dtype(bool),
@@ -63,9 +67,12 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
         raise TypeError(f"tensor must be a torch.Tensor; got {type(tensor).__name__}.")
     with jax_on(tensor.device):
         view = borrow(tensor)
-        # NumPy's copy is safe from JAX, which may take CPU memory over as it is, and from later writes to the tensor.
-        copy = jax.device_put(view.copy()) if isinstance(view, np.ndarray) else jnp.copy(view)
-        return copy.block_until_ready()
+        if isinstance(view, np.ndarray):
+            # NumPy's copy is safe from JAX, which may take CPU memory over as it is, and from later writes.
+            return jax.device_put(view.copy()).block_until_ready()
+        copy = jnp.copy(view)
+        order(copy)
+        return copy
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
@@ -107,7 +114,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         return torch.from_numpy(copy)
     if device.platform not in ("gpu", "cuda"):
         raise NotImplementedError(f"array must be on a CPU or a CUDA device; it is on {device}.")
-    return hand_over(jnp.copy(array))
+    return hand_over(array)
 
 
 def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
@@ -119,9 +126,8 @@ def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"tensor has dtype {tensor.dtype}, which JAX does not have: cast it first.")
     if tensor.device.type == "cuda":
-        # DLPack refuses strides and drops the bits of lazy negation and conjugation. The array itself, never its
-        # capsule: JAX passes its stream, on which torch then orders its pending work.
-        return jax.dlpack.from_dlpack(tensor.detach().resolve_conj().resolve_neg().contiguous())
+        # DLPack refuses strides, and drops the bits of lazy negation and conjugation.
+        return jax.dlpack.from_dlpack(Readable(tensor.detach().resolve_conj().resolve_neg().contiguous()))
     try:
         # Through NumPy this is a quarter of the time that DLPack takes.
         if tensor.dtype == torch.bfloat16:
@@ -135,7 +141,7 @@ def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
 
 
 def hand_over(array: jax.Array) -> torch.Tensor:
-    """The array's memory as a writable tensor. The array must be fresh, and nobody may keep it."""
+    """The array as a writable tensor. On a CPU, in its own memory: it must be fresh, and nobody may keep it."""
     devices = array.devices()
     if len(devices) != 1:
         raise RuntimeError("torch_bridge works on one device: call it outside of jax.set_mesh.")
@@ -143,9 +149,9 @@ def hand_over(array: jax.Array) -> torch.Tensor:
     if device.platform == "cpu":
         wait_for(array)  # and thus for everything that reads borrowed memory
         return torch.utils.dlpack.from_dlpack(array)
-    # Torch passes its current stream, on which JAX then orders the computation, and with it what reads inputs.
     with torch.cuda.device(device.local_hardware_id):
-        return torch.utils.dlpack.from_dlpack(array)
+        refuse_capture()
+        return copy_to_torch(array)
 
 
 def wait_for(array: jax.Array) -> None:
@@ -168,6 +174,7 @@ def jax_on(device: torch.device) -> Iterator[None]:
     ):
         if device.type == "cuda":
             with torch.cuda.device(device):
+                refuse_capture()
                 yield
         else:
             yield
@@ -178,9 +185,18 @@ def _jax_device(kind: str, index: int) -> jax.Device:
     if kind not in ("cpu", "cuda"):
         raise NotImplementedError(f"tensors must be on the CPU or a CUDA device; got one on {kind}: move it first.")
     try:
-        return jax.local_devices(backend=kind)[index if kind == "cuda" else 0]
+        device = jax.local_devices(backend=kind)[index if kind == "cuda" else 0]
     except (RuntimeError, IndexError):
-        way_out = (
-            "install jax[cuda12], or move the tensor to the CPU" if kind == "cuda" else "keep cpu in JAX_PLATFORMS"
-        )
-        raise RuntimeError(f"a tensor is on {kind}:{index}, which this JAX does not have: {way_out}.") from None
+        raise RuntimeError(
+            f"a tensor is on {kind}:{index}, which this JAX does not have: {_way_to_device(kind)}."
+        ) from None
+    if kind == "cuda" and OUR_MEMORY:
+        check_shared(device)
+    return device
+
+
+def _way_to_device(kind: str) -> str:
+    if kind == "cpu":
+        return "keep cpu in JAX_PLATFORMS"
+    major = (torch.version.cuda or "13").partition(".")[0]
+    return f"install jax[cuda{major}], the CUDA version of this torch, or move the tensor to the CPU"

@@ -88,12 +88,13 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     step = math.gcd(stride, dilation)
     turns, shift = stride // step, dilation // step  # `i` and `i + turns` see the same rows, `shift` of them later
 
-    def cut(begin: int, start: int, stop: int) -> Float[Array, "l M G D"]:
-        """Of the rows from `begin` on, by strides: those from number `start` to number `stop`."""
-        return jax.lax.slice_in_dim(rows, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
+    def window(x: Float[Array, "L ..."], begin: int, start: int, stop: int) -> Float[Array, "l ..."]:
+        """Of what there is from `begin` on, by strides: from number `start` to number `stop`."""
+        return jax.lax.slice_in_dim(x, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
 
     def gram(first: int, second: int, start: int, stop: int) -> Float[Array, "G D D"]:
-        return jnp.einsum("lmgi,lmgj->gij", cut(first, start, stop), cut(second, start, stop))
+        a, b = (window(rows, begin, start, stop) for begin in (first, second))
+        return jnp.einsum("lmgi,lmgj->gij", a, b)
 
     blocks: dict[tuple[int, int], Array] = {}
     for difference in range(size):
@@ -117,8 +118,9 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     total = total.reshape(groups, size * width, size * width)  # [G, i, D, j, D] before
     first = jnp.zeros((groups, size * width), rows.dtype)
     if joint:
-        windows = [cut(dilation * i, 0, places) for i in range(size)]
-        first = jnp.stack([jnp.sum(window, axis=(0, 1)) for window in windows], axis=1).reshape(groups, -1)
+        by_row = jnp.sum(rows, axis=1)  # [L, G, D]: rows are read once, whatever the number of windows
+        windows = [window(by_row, dilation * i, 0, places) for i in range(size)]
+        first = jnp.stack([jnp.sum(w, axis=0) for w in windows], axis=1).reshape(groups, -1)
     order = _order(patches, axis, width)
     return total[:, order][:, :, order], first[:, order]
 

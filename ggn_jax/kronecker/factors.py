@@ -14,7 +14,7 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.head import find_head, head_factor
-from ggn_jax.kronecker.inputs import Inputs
+from ggn_jax.kronecker.inputs import Inputs, second_moment
 from ggn_jax.kronecker.layout import Cuts, Layout, Run, cut, join
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
@@ -267,10 +267,8 @@ def _output_factor(g: Array, options: Options) -> Factor:
     """`sum g g^T` over vectors, data and positions; `[V, G, N, S, out]`."""
     if options.sharing == "reduce":
         g = jnp.sum(g, axis=3, keepdims=True)
-    g = jnp.moveaxis(g, 1, 0).reshape(g.shape[1], -1, g.shape[-1])
-    if g.shape[-1] > options.max_dense_size:
-        return jnp.sum(g**2, axis=1)
-    return jnp.einsum("gmo,gmp->gop", g, g)
+    g = jnp.moveaxis(g, 1, 0)
+    return second_moment(g.reshape(g.shape[0], -1, *g.shape[3:]), options)
 
 
 def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array], bases: list[Spectral]) -> list[Array]:

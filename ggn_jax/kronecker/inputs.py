@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ggn_jax.kronecker.algebra import Factor
 from ggn_jax.kronecker.convolution import input_factor
+from ggn_jax.kronecker.gram import gram, gram_with
 from ggn_jax.kronecker.layout import Cuts, cut, is_whole
 from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import Use
@@ -42,11 +43,11 @@ class Inputs:
         """The inputs in matrix form: for a convolution its patches, which are formed only where they are needed."""
         return self.use.arrange_inputs(self.captured).astype(self.wide)
 
-    def rows(self, joint: bool) -> Array:
-        """`[G, N, S, in]`, with the bias's constant where it is joint; averaged over positions for `reduce`."""
-        x = self.x
-        if joint:
-            x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+    def rows(self, joint: bool) -> Float[Array, "G N S in"]:
+        """The inputs, with the bias's constant where it is joint; averaged over positions for `reduce`."""
+        return self._counted(_with_ones(self.x) if joint else self.x)
+
+    def _counted(self, x: Float[Array, "G N S in"]) -> Float[Array, "G N S in"]:
         if self.mask is not None:
             x = x * self.mask[None, :, :, None]
         if self.options.sharing == "reduce":
@@ -60,8 +61,7 @@ class Inputs:
             return (
                 jax.nn.one_hot(self.index, self.use.weight.shape[2], dtype=self.weight.dtype) * self.weight[..., None]
             )
-        x = self.x
-        return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if joint else x
+        return _with_ones(self.x) if joint else self.x
 
     def width(self, joint: bool) -> int:
         """The length of these rows."""
@@ -73,13 +73,7 @@ class Inputs:
             return (self._factor(joint),)
         if self.embedding:
             return tuple(cut(self._factor(joint), cuts, 0))
-        return tuple(map(self._gram, cut(self.rows(joint), cuts, 0)))
-
-    def _gram(self, x: Float[Array, "G N S in"]) -> Factor:
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        if x.shape[-1] > self.options.max_dense_size:
-            return jnp.sum(x**2, axis=1)
-        return jnp.einsum("gmi,gmj->gij", x, x)
+        return tuple(second_moment(part, self.options) for part in cut(self.rows(joint), cuts, 0))
 
     def _factor(self, joint: bool) -> Factor:
         if self.embedding:
@@ -97,4 +91,17 @@ class Inputs:
         several = patches is not None and math.prod(patches.kernel) > 1
         if several and self.mask is None and self.options.sharing == "expand" and not diagonal:
             return input_factor(self.use, self.captured, joint, self.wide)
-        return self._gram(self.rows(joint))
+        if not joint or diagonal:
+            return second_moment(self.rows(joint), self.options)
+        x, last = self.rows(False), self._counted(jnp.ones((1, *self.x.shape[1:3], 1), self.wide))
+        return gram_with(x.reshape(x.shape[0], -1, x.shape[-1]), last.reshape(1, -1))
+
+
+def _with_ones(x: Float[Array, "G N S in"]) -> Float[Array, "G N S in+1"]:
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+
+
+def second_moment(x: Float[Array, "G N S d"], options: Options) -> Factor:
+    """`sum x x^T` over examples and positions; its diagonal alone, where it is too large."""
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    return jnp.sum(x**2, axis=1) if x.shape[-1] > options.max_dense_size else gram(x)
