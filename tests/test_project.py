@@ -32,7 +32,7 @@ GGN_JAX = [
     {"operators.base", "operators.problem"},
     {"operators.batches", "operators.ggn", "operators.ef", "operators.hessian"},
     {"kronecker.inverse"},
-    {"kronecker", "kronecker.algebra", "kronecker.parts", "kronecker.vectors"},
+    {"kronecker", "kronecker.algebra", "kronecker.gram", "kronecker.parts", "kronecker.vectors"},
     {"kronecker.convolution", "kronecker.options", "kronecker.stacks"},
     {"kronecker.layout"},
     {"kronecker.checks"},
@@ -52,7 +52,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_fork"},
+    {"_cuda", "_fork"},
     {"tensors", "generators", "losses"},
     {"_compute"},
     {"_op"},
@@ -194,9 +194,13 @@ def f(x):
     }
 
 
+# JAX's memory is set once, as it starts, and by nothing else than the environment.
+ALLOWED = {"torch_bridge._cuda": {"os.environ", "warnings.warn"}}
+
+
 @pytest.mark.parametrize("name", modules())
 def test_no_global_switches(name: str) -> None:
-    for used in uses(parse(modules()[name])):
+    for used in set(uses(parse(modules()[name]))) - ALLOWED.get(name, set()):
         assert not used.startswith(("jax.config", "os.environ", "warnings.")), used
 
 

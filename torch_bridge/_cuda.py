@@ -74,7 +74,7 @@ class Readable:
     def __dlpack__(self, *, stream: int, **_: Any) -> Any:
         """`stream` is the one on which JAX orders its reading."""
         _stream(stream, self._tensor.device).wait_stream(torch.cuda.current_stream())
-        return torch.utils.dlpack.to_dlpack(self._tensor)
+        return self._tensor.__dlpack__(stream=-1)
 
     def __dlpack_device__(self) -> tuple[Any, int]:
         return self._tensor.__dlpack_device__()
@@ -103,9 +103,6 @@ class Lent:
         """Give up what has been copied; nothing is waited for."""
         with self._lock:
             self.copies = [(event, source) for event, source in self.copies if not event.query()]
-
-    def __len__(self) -> int:
-        return len(self.copies)
 
 
 LENT = Lent()
