@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ggn_jax._fusion import largest
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 
 Factor = Float[Array, "G d *d"]
@@ -210,8 +211,7 @@ Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
 def finite_groups(block: Block) -> Bool[Array, " G"]:
     """For each group, whether there is no NaN and no infinity."""
     leaves = jax.tree.leaves(block)
-    finite = [jnp.all(jnp.isfinite(leaf), axis=range(1, leaf.ndim)) for leaf in leaves]
-    return jnp.all(jnp.stack(finite), axis=0)
+    return jnp.all(jnp.stack([jnp.isfinite(largest(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
 
 
 def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:

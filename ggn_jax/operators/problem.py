@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
+from ggn_jax._fusion import largest
 from ggn_jax._sharding import compiler_sharded, vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
@@ -37,7 +38,7 @@ class Problem(eqx.Module):
 
     def counts(self) -> Bool[Array, ""]:
         """Whether some term counts: not where every target is ignored."""
-        return jnp.any(self._terms_at_zeros().scale != 0)
+        return largest(self._terms_at_zeros().scale) != 0
 
     def _terms_at_zeros(self) -> Terms:
         """For what no output changes."""

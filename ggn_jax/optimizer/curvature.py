@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._fusion import stack_scalars
+from ggn_jax._fusion import largest, stack_scalars
 from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (
     Block,
@@ -295,8 +295,8 @@ def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings
         for tree, groups in pairs
         for leaf in jax.tree.leaves(tree)
     ]
-    made = [jnp.all(jnp.any(row != 0, axis=1)) for row in rows]
-    return (curvature.weight == 0) | jnp.all(stack_scalars([jnp.asarray(True), *made]))
+    missing = [jnp.any(largest(row, axis=1) == 0) for row in rows]
+    return (curvature.weight == 0) | ~jnp.any(stack_scalars([jnp.asarray(False), *missing]))
 
 
 def describe(block: Block) -> str:
