@@ -2,7 +2,7 @@
 
 import jax
 
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # newer compilers do not know it, and end the process at unknown flags
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
