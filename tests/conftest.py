@@ -1,16 +1,24 @@
 """Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices, and shapes checked at run time."""
 
 import os
-
-# Most of the time goes into compiling many small functions: let LLVM optimise less.
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+import tempfile
 
 import jax
+from compiling import flags
+
+# XLA reads them when it is first used.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(2)}"
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What was forgotten (see below) is loaded again in a tenth of the time that it takes to compile. Each process has a
+# folder of its own: JAX does not write files at one stroke, so that others might read the half of one.
+CACHE = tempfile.TemporaryDirectory(prefix="ggn-jax-tests-")
+if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", CACHE.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 from jaxtyping import install_import_hook
 
@@ -33,3 +41,7 @@ def pytest_runtest_teardown() -> None:
     finished += 1
     if finished % FORGET_EVERY == 0:
         jax.clear_caches()
+
+
+def pytest_unconfigure() -> None:
+    CACHE.cleanup()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiling import flags
 
 import ggn_jax
 
@@ -162,10 +163,9 @@ print(json.dumps(result))
 
 def environment(devices: int) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return env | {
         "PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": flags(devices),
         "JAX_PLATFORMS": "cpu",
     }
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compiling import flags
+
 import ggn_jax
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +52,7 @@ sys.exit(bool(failed))
 def run(script: str, cwd: Path, stdin: str | None = None) -> None:
     """Run `script` in a fresh interpreter that finds the same package, with warnings as errors."""
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
-    env |= {"PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent), "MPLBACKEND": "Agg"}
+    env |= {"PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent), "MPLBACKEND": "Agg", "XLA_FLAGS": flags(1)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         input=stdin or "",

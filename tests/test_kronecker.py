@@ -169,13 +169,21 @@ class TorchNet(torch.nn.Sequential):
     """The networks that curvlinops knows, and the same in JAX with torch's own parameters."""
 
 
+# Functions of the module: what is compiled for one case serves the others.
+
+
+def mlp(p: list[jax.Array], x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p[0].T + p[1][None]) @ p[2].T + p[3][None]
+
+
+def cnn(p: list[jax.Array], x: jax.Array) -> jax.Array:
+    x = jax.lax.conv_general_dilated(x, p[0], (1, 2), ((1, 1), (1, 1))) + p[1][None, :, None, None]
+    return jnp.tanh(x).reshape(x.shape[0], -1) @ p[2].T + p[3][None]
+
+
 def torch_mlp() -> tuple[torch.nn.Module, Callable[[Any, jax.Array], jax.Array], torch.Tensor]:
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
-
-    def model_fn(p: list[jax.Array], x: jax.Array) -> jax.Array:
-        return jnp.tanh(x @ p[0].T + p[1][None]) @ p[2].T + p[3][None]
-
-    return net.double(), model_fn, torch.randn(6, 3, dtype=torch.float64)
+    return net.double(), mlp, torch.randn(6, 3, dtype=torch.float64)
 
 
 def torch_cnn() -> tuple[torch.nn.Module, Callable[[Any, jax.Array], jax.Array], torch.Tensor]:
@@ -185,12 +193,7 @@ def torch_cnn() -> tuple[torch.nn.Module, Callable[[Any, jax.Array], jax.Array],
         torch.nn.Flatten(),
         torch.nn.Linear(3 * 5 * 3, 3),
     )
-
-    def model_fn(p: list[jax.Array], x: jax.Array) -> jax.Array:
-        x = jax.lax.conv_general_dilated(x, p[0], (1, 2), ((1, 1), (1, 1))) + p[1][None, :, None, None]
-        return jnp.tanh(x).reshape(x.shape[0], -1) @ p[2].T + p[3][None]
-
-    return net.double(), model_fn, torch.randn(6, 2, 5, 5, dtype=torch.float64)
+    return net.double(), cnn, torch.randn(6, 2, 5, 5, dtype=torch.float64)
 
 
 LOSSES = {"CrossEntropyLoss": 0, "MSELoss": 1, "BCEWithLogitsLoss": 2}
