@@ -121,6 +121,9 @@ for name, (model, params) in models.items():
         "empirical": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, fisher_type="empirical", **m).blocks,
         "ggn": lambda p, b, m: ggn_jax.GGNLinearOperator(*args, p, b).mv(p),
         "diagonal": lambda p, b, m: ggn_jax.GGNDiagonalLinearOperator(*args, p, b, mc_samples=1, key=key).entries,
+        "data": lambda p, b, m: ggn_jax.GGNDiagonalLinearOperator(
+            *args, p, b, mc_samples=1, key=key, method="data"
+        ).entries,
         "pass": lambda p, b, m: optimizer.value_and_grad_and_factors(p, (*b, *m.values()), state, key=key),
     }
     for what, fn in functions.items():
@@ -212,7 +215,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finish(start(COMMON + WORK, 8, tmp_path_factory.mktemp("work")))
 
 
-@pytest.mark.parametrize("what", ["mc", "empirical", "ggn", "diagonal", "pass"])
+@pytest.mark.parametrize("what", ["mc", "empirical", "ggn", "diagonal", "data", "pass"])
 @pytest.mark.parametrize("model", ["images", "tokens"])
 def test_devices_share_the_work_and_exchange_sums_only(work: Any, model: str, what: str) -> None:
     """Of a batch that is sharded: no activation leaves its device."""
