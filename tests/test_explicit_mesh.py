@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 from optimizer_cases import assert_close, mlp, mlp_params, normal
 from test_shard_map import DIAGONAL, EKFAC, FUNCTIONS, GGN, KEY, KFAC, MODELS, Fn
@@ -125,6 +125,25 @@ def test_lineax_solves() -> None:
         return lx.linear_solve(ggn.damped(0.1), params, lx.CG(1e-10, 1e-10), options=options).value
 
     assert_close(solve(place(params), place(batch, "data")), solve(params, batch), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["ggn", "kfac", "ekfac", "preconditioned"])
+def test_lineax_solves_with_sharded_parameters(name: str) -> None:
+    """Inside of `auto_axes`: lineax adds up over axes that are sharded, and compares shardings."""
+    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
+
+    def solve(params: Any, batch: Any) -> Any:
+        kind = {"kfac": KFAC, "ekfac": EKFAC}.get(name, GGN)
+        operator = kind(mlp, loss, params, batch, **({} if kind is GGN else {"key": KEY}))
+        inverse = KFAC(mlp, loss, params, batch, key=KEY).inverse(0.1)
+        options = {"preconditioner": inverse} if name == "preconditioned" else {}
+        return lx.linear_solve(operator.damped(0.1), params, lx.CG(1e-11, 1e-11), options=options).value
+
+    params = over_features(mlp_params())
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    found = jax.jit(auto_axes(solve, out_sharding=shardings))(params, place(batch, "data"))
+    assert same_sharding(found, params)
+    assert_close(found, jax.jit(solve)(mlp_params(), batch), 1e-8)
 
 
 def test_models_that_couple_examples_are_refused() -> None:
