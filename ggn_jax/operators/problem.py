@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
-from ggn_jax._sharding import compiler_sharded, vary_alike
+from ggn_jax._sharding import compiler_sharded, explained, vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
@@ -194,7 +194,8 @@ def pose(
     size = targets.shape[0]
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
+    with explained():
+        jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
