@@ -1,6 +1,8 @@
 """Meshes: explicit axes, where each result's sharding must be derivable, and axes that `jax.shard_map` maps over."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -59,6 +61,22 @@ def on_mesh(fn: Callable[..., Any], like: Callable[..., PyTree]) -> Callable[...
         return (fn if explicit_mesh((args, kwargs)) is None else jitted)(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say, with errors about shardings, what a model is run in."""
+    try:
+        yield
+    except Exception as error:
+        if re.search("shard|PartitionSpec|mesh", str(error)):
+            error.add_note(
+                "ggn_jax runs model_fn on one example and on parts of a batch, and on a mesh with explicit axes inside"
+                " of jax.sharding.auto_axes: model_fn must not name shardings of explicit axes (jax.sharding.reshard,"
+                " out_sharding=). Pass a function that leaves them out, or use a mesh with axes of AxisType.Auto and"
+                " jax.lax.with_sharding_constraint."
+            )
+        raise
 
 
 def explicit_mesh(tree: PyTree) -> AbstractMesh | None:

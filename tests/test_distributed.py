@@ -113,16 +113,24 @@ for name, (model, params) in models.items():
     x = inputs[name]
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
     y = jnp.arange(N) % 3 if name == "images" else x % 3
-    optimizer = ggn_jax.kfac(model, loss, 0.1, damping=0.1, example_inputs=x)
-    state = optimizer.init(params)
     args = model, loss
     mask = {"mask": x % 7 > 0} if name == "tokens" else {}
+    chunks = {"chunk_size": 16}  # and a rest of 8
+    optimizers = [ggn_jax.kfac(model, loss, 0.1, damping=0.1, example_inputs=x, **given) for given in ({}, chunks)]
+    state = optimizers[0].init(params)
+    passes = [o.value_and_grad_and_factors for o in optimizers]
     functions = {
+        "mc-chunked": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, key=key, **chunks, **m).blocks,
+        "ggn-chunked": lambda p, b, m: ggn_jax.GGNLinearOperator(*args, p, b, **chunks).mv(p),
+        "pass-chunked": lambda p, b, m: passes[1](p, (*b, *m.values()), state, key=key),
         "mc": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, key=key, mc_samples=3, **m).blocks,
         "empirical": lambda p, b, m: ggn_jax.KFACLinearOperator(*args, p, b, fisher_type="empirical", **m).blocks,
         "ggn": lambda p, b, m: ggn_jax.GGNLinearOperator(*args, p, b).mv(p),
         "diagonal": lambda p, b, m: ggn_jax.GGNDiagonalLinearOperator(*args, p, b, mc_samples=1, key=key).entries,
-        "pass": lambda p, b, m: optimizer.value_and_grad_and_factors(p, (*b, *m.values()), state, key=key),
+        "data": lambda p, b, m: ggn_jax.GGNDiagonalLinearOperator(
+            *args, p, b, mc_samples=1, key=key, method="data"
+        ).entries,
+        "pass": lambda p, b, m: passes[0](p, (*b, *m.values()), state, key=key),
     }
     for what, fn in functions.items():
         for n in (1, 8):
@@ -212,11 +220,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finish(start(COMMON + WORK, 8, tmp_path_factory.mktemp("work")))
 
 
-@pytest.mark.parametrize("what", ["mc", "empirical", "ggn", "diagonal", "pass"])
+@pytest.mark.parametrize("what", ["mc", "empirical", "ggn", "diagonal", "data", "pass"])
 @pytest.mark.parametrize("model", ["images", "tokens"])
 def test_devices_share_the_work_and_exchange_sums_only(work: Any, model: str, what: str) -> None:
     """Of a batch that is sharded: no activation leaves its device."""
     (alone, none), (shared, collectives) = (work[f"{model}-{what}-{n}"] for n in (1, 8))
+    assert none == []
+    assert collectives == ["all-reduce"]
+    assert shared < 1.1 * alone / 8
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens-mc-chunked", "tokens-ggn-chunked", "tokens-pass-chunked", "images-ggn-chunked"]
+)
+def test_chunks_are_made_of_all_devices_examples(work: Any, name: str) -> None:
+    """Two of each device's in a chunk."""
+    (alone, none), (shared, collectives) = (work[f"{name}-{n}"] for n in (1, 8))
     assert none == []
     assert collectives == ["all-reduce"]
     assert shared < 1.1 * alone / 8

@@ -10,18 +10,15 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 from optimizer_cases import assert_close, mlp, mlp_params, normal
 from test_shard_map import DIAGONAL, EKFAC, FUNCTIONS, GGN, KEY, KFAC, MODELS, Fn
 
 import ggn_jax
 
-# Vectors have other tests. XLA takes gradients of each example in a convolution's kernel wrongly where the batch is
-# sharded, of `jax.vmap(jax.grad(...))` as well; only `method="data"` needs them, which is tested with matrices.
-NAMES = [name for name in FUNCTIONS if not name.startswith("vectors") and name != "diagonal-by-data"]
-CASES = [("images", name) for name in NAMES]
-CASES += [("tokens", "kfac-mc-chunked"), ("likelihood", "diagonal-by-data")]
+NAMES = [name for name in FUNCTIONS if not name.startswith("vectors")]  # vectors have other tests
+CASES = [("images", name) for name in NAMES] + [("tokens", "kfac-mc-chunked")]
 
 
 @cache
@@ -130,6 +127,25 @@ def test_lineax_solves() -> None:
     assert_close(solve(place(params), place(batch, "data")), solve(params, batch), 1e-7)
 
 
+@pytest.mark.parametrize("name", ["ggn", "kfac", "ekfac", "preconditioned"])
+def test_lineax_solves_with_sharded_parameters(name: str) -> None:
+    """Inside of `auto_axes`: lineax adds up over axes that are sharded, and compares shardings."""
+    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
+
+    def solve(params: Any, batch: Any) -> Any:
+        kind = {"kfac": KFAC, "ekfac": EKFAC}.get(name, GGN)
+        operator = kind(mlp, loss, params, batch, **({} if kind is GGN else {"key": KEY}))
+        inverse = KFAC(mlp, loss, params, batch, key=KEY).inverse(0.1)
+        options = {"preconditioner": inverse} if name == "preconditioned" else {}
+        return lx.linear_solve(operator.damped(0.1), params, lx.CG(1e-11, 1e-11), options=options).value
+
+    params = over_features(mlp_params())
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    found = jax.jit(auto_axes(solve, out_sharding=shardings))(params, place(batch, "data"))
+    assert same_sharding(found, params)
+    assert_close(found, jax.jit(solve)(mlp_params(), batch), 1e-8)
+
+
 def test_models_that_couple_examples_are_refused() -> None:
     def normalised(params: Any, x: jax.Array) -> jax.Array:
         return mlp(params, x - jnp.mean(x, axis=0, keepdims=True))
@@ -137,6 +153,58 @@ def test_models_that_couple_examples_are_refused() -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
     with pytest.raises(ValueError, match="couples examples"):
         KFAC(normalised, ggn_jax.CrossEntropyLoss(), place(params), place(batch, "data"), key=KEY)
+
+
+def naming(params: Any, x: jax.Array) -> jax.Array:
+    """A model that names a sharding of its activations."""
+    return mlp(params, reshard(x, P("data", None)))
+
+
+@pytest.mark.parametrize("cls", [GGN, KFAC, DIAGONAL])
+def test_models_that_name_shardings_are_refused_with_the_way_out(cls: Any) -> None:
+    params, batch = place(mlp_params()), place((normal(0, 8, 3), jnp.arange(8) % 2), "data")
+    options = {"key": KEY} if cls is KFAC else {}
+    with jax.set_mesh(mesh()), pytest.raises(ValueError, match="PartitionSpec") as caught:
+        cls(naming, ggn_jax.CrossEntropyLoss(), params, batch, **options)
+    assert "must not name shardings of explicit axes" in "".join(caught.value.__notes__)
+
+
+def test_kfac_for_models_that_name_shardings_is_refused_with_the_way_out() -> None:
+    inputs = jax.ShapeDtypeStruct((8, 3), jnp.float64)
+    optimizer = ggn_jax.kfac(naming, ggn_jax.CrossEntropyLoss(), 0.1, damping=0.1, example_inputs=inputs)
+    with jax.set_mesh(mesh()), pytest.raises(ValueError, match="Sharding") as caught:
+        optimizer.init(place(mlp_params()))
+    assert "must not name shardings of explicit axes" in "".join(caught.value.__notes__)
+
+
+def test_models_that_constrain_shardings_of_auto_axes() -> None:
+    """Also where that of a batch does not fit one example."""
+    auto = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+
+    def constrained(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(mlp(params, x), auto)
+
+    loss, params, batch = ggn_jax.CrossEntropyLoss(), mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+
+    def run(model_fn: Any, params: Any, batch: Any) -> Any:
+        optimizer = ggn_jax.kfac(model_fn, loss, 0.1, damping=0.1, example_inputs=batch[0])
+        step = optimizer.update(params, optimizer.init(params), params, batch=batch, key=KEY)
+        return (
+            KFAC(model_fn, loss, params, batch, key=KEY).mv(params),
+            GGN(model_fn, loss, params, batch).mv(params),
+            step,
+        )
+
+    found = jax.jit(partial(run, constrained))(params, jax.device_put(batch, auto))
+    assert_close(found, run(mlp, params, batch), 1e-9)
+
+
+def test_report_of_a_sharded_batch() -> None:
+    model_fn, _, params, batch = MODELS["images"]
+    found = ggn_jax.report(model_fn, place(params), place(batch[0], "data"))
+    assert found.passed
+    wanted = ggn_jax.report(model_fn, params, batch[0])
+    assert [(row.parameter, row.kind) for row in found.rows] == [(row.parameter, row.kind) for row in wanted.rows]
 
 
 def test_several_batches() -> None:

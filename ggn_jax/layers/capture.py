@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import vary_like
 from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
-from ggn_jax.layers.run import run_equation
+from ggn_jax.layers.run import run_equation, run_of_example
 from ggn_jax.layers.trace import Trace
 
 
@@ -38,6 +38,7 @@ def capture(
     size = jax.tree.leaves(inputs)[0].shape[0]
     paths = {use.path: number for number, use in enumerate(trace.uses)}
     containers = {path[:i] for path in paths for i in range(1, len(path))}
+    run = run_of_example if leaves else run_equation
 
     def one(
         flat: list[Array], perturbations: dict[int, Array], own: list[Array], x: PyTree
@@ -61,23 +62,23 @@ def capture(
             if at in paths:
                 number = paths[at]
                 captured[number] = values[trace.uses[number].operand]
-                (output,) = run_equation(eqn, values)
+                (output,) = run(eqn, values)
                 return [output + perturbations[number]]
             if at not in containers:
-                return run_equation(eqn, values)
-            inside = {n: perturbations[n] for p, n in paths.items() if p[: len(at)] == at}
+                return run(eqn, values)
+            own = {n: perturbations[n] for p, n in paths.items() if p[: len(at)] == at}
             inner, inner_consts = open_jaxpr(inner_jaxpr(eqn))
 
-            def run(values: Sequence[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
+            def evaluate(values: Sequence[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
                 return _evaluate(inner, inner_consts, values, at, perturbations)
 
             name = eqn.primitive.name
             if name in SCAN:
-                results, more = run_scan(eqn, run, values, inside)
+                results, more = run_scan(eqn, evaluate, values, own)
             elif name in REMAT:
-                results, more = run_remat(eqn, run, values, inside)
+                results, more = run_remat(eqn, evaluate, values, own)
             else:
-                results, more = run(values, inside)
+                results, more = evaluate(values, own)
             captured.update(more)
             return results
 

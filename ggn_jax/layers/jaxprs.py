@@ -12,6 +12,8 @@ CUSTOM_JVP = frozenset({"custom_jvp_call"})
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"}) | CUSTOM_JVP
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
 SCAN = frozenset({"scan"})
+CUSTOM_VJP = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
+BRANCHES = frozenset({"cond"})
 
 
 def is_literal(atom: Any) -> bool:
@@ -25,8 +27,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def inner_jaxpr(eqn: Any) -> Any:
-    """The jaxpr that an equation of `INLINED`, `REMAT` or `SCAN` calls."""
-    return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    """The jaxpr that an equation of `INLINED`, `CUSTOM_VJP`, `REMAT` or `SCAN` calls."""
+    return next(eqn.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in eqn.params)
+
+
+def holds(eqn: Any, names: frozenset[str]) -> bool:
+    """Whether an equation, or one in what it calls, is of a primitive with one of these names."""
+    params = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
+    called = [opened for opened, _ in map(open_jaxpr, params) if hasattr(opened, "eqns")]
+    return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called for inner in jaxpr.eqns)
 
 
 def source_of(eqn: Any) -> str:
@@ -99,3 +108,13 @@ def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) ->
         body, carry, (xs, extra), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
     )
     return [*carry, *ys], more
+
+
+def run_branches(eqn: Any, fn: Callable[[Any, list[Any]], list[Any]], values: list[Any]) -> list[Any]:
+    """The one of the equation's branches that is wanted, each run by `fn(jaxpr, inputs)`."""
+    branches = [lambda *inputs, jaxpr=jaxpr: fn(jaxpr, list(inputs)) for jaxpr in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return list(jax.lax.switch(values[0], branches, *values[1:]))
+    named = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
+    return list(jax.lax.platform_dependent(*values[1:], **named))

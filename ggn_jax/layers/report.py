@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax.layers.check import EXAMPLES, coupling, coupling_message, gradient_gaps, tolerance
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import Plan, make_plan
@@ -129,13 +130,14 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     coupled = None
     arrays = jax.tree.leaves((params, inputs))
     if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
-        few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
 
         @jax.jit
-        def measure(params: PyTree[Array], few: PyTree[Array]) -> tuple[Array, Array]:
+        @compiler_sharded
+        def measure(params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+            few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
             return coupling(model_fn, params, few), gradient_gaps(trace, plan, model_fn, params, few)
 
-        gap, found = measure(params, few)
+        gap, found = measure(params, inputs)
         coupled, gaps = float(gap), [float(gap) for gap in np.asarray(found)]
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     dtypes = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}

@@ -1,10 +1,30 @@
-"""Evaluate an equation: some in another way, for speed, that gives the same results and derivatives."""
+"""Evaluate equations: some in another way, for speed or for a sharded batch, with the same results and derivatives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from ggn_jax.layers.convolution import convolution, is_convolution
-from ggn_jax.layers.jaxprs import bind
+import jax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from ggn_jax.layers.convolution import CONVOLUTION, convolution, convolution_by_patches, is_convolution
+from ggn_jax.layers.jaxprs import (
+    BRANCHES,
+    CUSTOM_JVP,
+    CUSTOM_VJP,
+    INLINED,
+    REMAT,
+    SCAN,
+    bind,
+    holds,
+    inner_jaxpr,
+    open_jaxpr,
+    run_branches,
+    run_jaxpr,
+    run_remat,
+    run_scan,
+)
 from ggn_jax.layers.pooling import is_max_pool, max_pool
 
 
@@ -15,3 +35,81 @@ def run_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     if is_max_pool(eqn):
         return [max_pool(eqn, *values)]
     return bind(eqn, values)
+
+
+def mapped(fn: Callable[..., PyTree[Array]]) -> Callable[..., PyTree[Array]]:
+    """`jax.vmap(fn)`, also of gradients in a convolution's kernel for each example of a batch that is sharded."""
+
+    return jax.vmap(partial(_opened, fn))
+
+
+def _opened(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> PyTree[Array]:
+    """`fn(*args)` by `run_of_example`, not to be differentiated any more."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    step = partial(run_of_example, run=bind, keep_rules=False)
+    return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed, step, jax.tree.leaves(args)))
+
+
+def run_of_example(
+    eqn: Any, values: Sequence[Any], run: Callable[..., list[Any]] = run_equation, keep_rules: bool = True
+) -> list[Any]:
+    """The results of `run(eqn, values)`, to be mapped over examples, each perhaps with kernels of its own.
+
+    Equations that hold convolutions are opened; `keep_rules` keeps the derivative rules of those that have their own.
+    """
+    inside = partial(run_of_example, run=run, keep_rules=keep_rules)
+    name = eqn.primitive.name
+    if name in CONVOLUTION:
+        return [_convolution_of_example(eqn, run)(*values)]
+    if not holds(eqn, CONVOLUTION):
+        return run(eqn, values)
+    if name in SCAN:
+        return run_scan(eqn, lambda values, _: (_run(inner_jaxpr(eqn), inside, values), ()), list(values), ())[0]
+    if name in REMAT:
+        return list(run_remat(eqn, partial(_run, inner_jaxpr(eqn), inside), values))
+    if name in BRANCHES:
+        return run_branches(eqn, lambda jaxpr, values: _run(jaxpr, inside, values), list(values))
+    if name in CUSTOM_JVP | CUSTOM_VJP and keep_rules:
+        return _with_its_rules(eqn, values)
+    if name in INLINED | CUSTOM_VJP:
+        return _run(inner_jaxpr(eqn), inside, values)
+    return run(eqn, values)
+
+
+def _run(jaxpr: Any, step: Callable[..., list[Any]], values: Sequence[Any]) -> list[Any]:
+    opened, consts = open_jaxpr(jaxpr)
+    return run_jaxpr(opened, consts, values, (), lambda eqn, path, values: step(eqn, values))
+
+
+def _convolution_of_example(eqn: Any, run: Callable[..., list[Any]]) -> Callable[[Array, Array], Array]:
+    def plain(x: Array, kernel: Array) -> Array:
+        return run(eqn, [x, kernel])[0]
+
+    one = custom_vmap(plain)
+    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+
+    @one.def_vmap
+    def each(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
+        # With groups, JAX refuses to map over kernels alone where there is a mesh.
+        apart = batched[1] and (batched[0] or groups > 1)
+        fn = partial(convolution_by_patches, eqn) if apart else plain
+        return jax.vmap(fn, [0 if is_batched else None for is_batched in batched])(x, kernel), True
+
+    return one
+
+
+def _with_its_rules(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An equation with derivative rules of its own, whose derivative is mapped over examples."""
+
+    @jax.custom_vjp
+    def call(*values: Array) -> list[Array]:
+        return bind(eqn, values)
+
+    def forward(*values: Array) -> tuple[list[Array], Any]:
+        return jax.vjp(lambda *values: bind(eqn, values), *values)
+
+    def backward(pull_back: Any, vectors: list[Array]) -> Any:
+        return _opened(pull_back, vectors)
+
+    call.defvjp(forward, backward)
+    return list(call(*values))

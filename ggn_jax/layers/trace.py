@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._sharding import explained, explicit_mesh
 from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     CUSTOM_JVP,
@@ -115,9 +116,16 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
 
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
+
     # Not of shapes and dtypes alone: inside `jax.shard_map`, types say over which axes values vary.
-    like, one = jax.eval_shape(lambda params, inputs: (params, jax.tree.map(lambda x: x[:1], inputs)), params, inputs)
-    closed, outputs = jax.make_jaxpr(model_fn, return_shape=True)(like, one)
+    def cut(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        return params, jax.tree.map(lambda x: x[:1], inputs)
+
+    if explicit_mesh((params, inputs)) is not None:
+        params, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, inputs))
+    with explained():
+        like, one = jax.eval_shape(cut, params, inputs)
+        closed, outputs = jax.make_jaxpr(model_fn, return_shape=True)(like, one)
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
     if outputs.shape[:1] != (1,):

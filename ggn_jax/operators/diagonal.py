@@ -18,6 +18,7 @@ from ggn_jax._supported import check_exact
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
     DampedLinearOperator,
@@ -150,12 +151,12 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
             return jax.tree.map(jnp.square, vjp(vector.astype(outputs.dtype))[0])
 
         def squares(indices: Array) -> PyTree[Array]:
-            return jax.tree.map(lambda s: jnp.sum(s, axis=0), jax.vmap(squared)(indices))
+            return jax.tree.map(lambda s: jnp.sum(s, axis=0), mapped(squared)(indices))
 
         return sum_in_parts(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
-        squares = jax.vmap(partial(datum, terms_at))(*data)
+        squares = mapped(partial(datum, terms_at))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     return problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

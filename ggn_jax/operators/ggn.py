@@ -53,7 +53,8 @@ class GGNLinearOperator(CurvatureLinearOperator):
       dropout); every leading axis is the batch's.
     - `mc_samples`: 0 for the exact matrix.
     - `key`: a PRNG key, with `mc_samples`.
-    - `chunk_size`: how many data are worked on at once; `None` for all.
+    - `chunk_size`: how many data are worked on at once; `None` for all. Of a batch that is sharded, on all devices
+      together: pass a multiple of their number, and each works on some of its own.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
 

@@ -1,5 +1,6 @@
 """A model, its parameters, a loss and a batch: checked once, and summed over chunks of the batch."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
-from ggn_jax._sharding import compiler_sharded, vary_alike
+from ggn_jax._sharding import compiler_sharded, explained, vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
@@ -50,6 +51,9 @@ class Problem(eqx.Module):
 
         `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is that of the whole
         batch, and whatever the loss holds per datum is cut along with the data.
+
+        A chunk has some examples of each of the batch's runs, which are on devices of their own if it is sharded: so
+        they all work on what they have.
         """
         # The reduction does not depend on the outputs' values.
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
@@ -59,10 +63,17 @@ class Problem(eqx.Module):
         size = self.targets.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
             return fn(*data)
-        even = size - size % self.chunk_size
-        chunks = jax.tree.map(lambda x: x[:even].reshape(-1, self.chunk_size, *x.shape[1:]), data)
-        rest = jax.tree.map(lambda x: x[even:], data) if even < size else None
-        return sum_one_by_one(lambda chunk: fn(*chunk), chunks, rest)
+        runs, each = _runs(size, self.chunk_size)
+        data = jax.tree.map(lambda x: x.reshape(runs, -1, *x.shape[1:]), data)
+        length = size // runs
+        even = length - length % each
+
+        def part(places: Array) -> PyTree[Array]:
+            chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
+            return fn(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
+
+        rest = jnp.arange(even, length) if even < length else None
+        return sum_one_by_one(part, jnp.arange(even).reshape(-1, each), rest)
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
@@ -70,6 +81,25 @@ class Problem(eqx.Module):
             # What is ignored may be NaN; two examples tell enough, and take little memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, examples=2, allow_nan=True)
+
+
+def _runs(size: int, chunk_size: int) -> tuple[int, int]:
+    """Of how many runs a batch is made, and how many examples of each are in a chunk.
+
+    Tracing does not tell how a batch is sharded. Each run is on one device if the batch is cut along its examples, over
+    a number of devices that divides the number of all, and chunks are not smaller than that.
+    """
+    common = math.gcd(size, jax.device_count())
+    runs = max(number for number in range(1, min(common, chunk_size) + 1) if common % number == 0)
+    return runs, chunk_size // runs
+
+
+def _chunk_sizes(size: int, chunk_size: int | None) -> set[int]:
+    """The sizes of the chunks of a batch."""
+    if chunk_size is None or chunk_size >= size:
+        return {size}
+    runs, each = _runs(size, chunk_size)
+    return {runs * each, size % (runs * each)} - {0}
 
 
 class _ClosedOver(eqx.Module):
@@ -165,7 +195,8 @@ def pose(
     size = targets.shape[0]
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
+    with explained():
+        jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
@@ -176,8 +207,7 @@ def pose(
     check_values(loss, outputs, targets, True)
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
         # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
-        parts = {size} if chunk_size is None or chunk_size >= size else {chunk_size, size % chunk_size} - {0}
-        parts |= {1}  # layers are found on one example
+        parts = _chunk_sizes(size, chunk_size) | {1}  # layers are found on one example
         cut = {n: jax.tree.map(lambda x, n=n: x[:n], inputs) for n in parts}
         model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
