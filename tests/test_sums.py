@@ -118,3 +118,40 @@ def test_the_loss_decreases_by_less_than_its_rounding() -> None:
     updates, state = optimizer.update(grads, optimizer.init(params), params, batch=batch)
     np.testing.assert_allclose(updates["w"].astype(float), 1 / 64, rtol=1e-2)
     np.testing.assert_allclose(state.curvature.damping, 2 * 0.95, rtol=1e-6)
+
+
+def linear(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+def test_means_over_micro_batches() -> None:
+    params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((2, 1), jnp.bfloat16)
+    inner = ggn_jax.kfac(linear, ggn_jax.MSELoss(), 0.1, example_inputs=x, fisher_type="type-2")
+    optimizer = ggn_jax.multi_steps(inner, 1000)
+    grads = jnp.asarray(np.random.default_rng(0).uniform(0, 0.5, size=(999, 1, 1)), jnp.bfloat16)
+
+    def step(state: Any, grad: jax.Array) -> tuple[Any, None]:
+        return optimizer.update({"w": grad}, state, params, batch=(x, x))[1], None
+
+    state, _ = jax.lax.scan(step, optimizer.init(params), grads)
+    np.testing.assert_allclose(state.gradient["w"][0, 0], np.asarray(grads, np.float64).mean(), rtol=1e-5)
+    np.testing.assert_allclose(state.factors.blocks[0].b[0][0, 0, 0], 999 * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_momentum_of_many_steps(dtype: str) -> None:
+    """`v <- 0.999 v - 0.1 d` with the same direction `d`: in bfloat16, `0.999 v` rounds to `v`, which soon stands."""
+    params, x = {"w": jnp.ones((1, 1), dtype)}, jnp.ones((2, 1), dtype)
+    options: Any = {"damping": 1.0, "damping_method": "exact", "fisher_type": "type-2", "kl_clip": None}
+    optimizer = ggn_jax.kfac(linear, ggn_jax.MSELoss(), 0.125, example_inputs=x, momentum=0.999, **options)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def step(state: Any, _: Any) -> tuple[Any, jax.Array]:
+        updates, state = optimizer.update(grads, state, params, batch=(x, x))
+        return state, updates["w"][0, 0]
+
+    state, updates = jax.lax.scan(step, optimizer.init(params), length=3000)
+    want = -0.125 * float(jnp.asarray(1 / 3, dtype)) * (1 - 0.999**3000) / 0.001
+    np.testing.assert_allclose(state.velocity["w"][0, 0], want, rtol=1e-4)
+    assert updates.dtype == dtype
+    np.testing.assert_allclose(float(updates[-1]), want, rtol=float(jnp.finfo(dtype).eps))
