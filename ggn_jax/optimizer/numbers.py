@@ -16,12 +16,12 @@ Schedule = Callable[[Any], Any]
 
 
 def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
-    """A number or schedule after `count` steps, in at least float32."""
+    """A number or schedule after `count` steps, in at least float32: an array of its own, since states are donated."""
     found = value(count) if callable(value) else value
     if not isinstance(found, jax.Array | np.ndarray | np.generic | int | float) or np.ndim(found):
         got = f"shape {np.shape(found)}" if hasattr(found, "shape") else repr(found)
         raise ValueError(f"{name} must return one number for a number of steps; got {got}.")
-    array = jnp.asarray(found)
+    array = jnp.array(found)
     check_real(name, array)
     return array.astype(compute_dtype(array.dtype))
 
