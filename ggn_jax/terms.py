@@ -105,10 +105,14 @@ class Terms(eqx.Module):
 
     def loss_value(self) -> Float[Array, ""]:
         """The reduced loss."""
+        return self.wide_loss_value().astype(self.dtype)
+
+    def wide_loss_value(self) -> Float[Array, ""]:
+        """The reduced loss in the compute dtype: differences of it are below the rounding of 16-bit outputs."""
         value = jnp.sum(self.map(self._weighted(self.loss.term_value)))
         # 0/0, where every term is ignored, is 0.
         r = jnp.where(jnp.isinf(self.r) & (value == 0), 0, self.r)
-        return (r * value).astype(self.dtype)
+        return r * value
 
     def gradients(self) -> Float[Array, "*shape"]:
         """The gradient of the *sum-reduced* loss (weights included), in the compute dtype."""

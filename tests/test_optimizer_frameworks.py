@@ -263,3 +263,34 @@ def test_orbax_checkpoint_continues_bit_identically(tmp_path: Any) -> None:
         restored = step(*restored, jax.random.key(t))
     for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(restored), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])
+def test_donated_states_hold_nothing_of_the_users(kind: str) -> None:
+    """Numbers as arrays, parameters, batches, gradients and keys are still there when a state is gone."""
+    numbers = {"damping": jnp.float64(0.1), "decay": jnp.float64(0.9)}
+    if kind != "scale_by_kfac":
+        names = "learning_rate", "momentum", "kl_clip", "weight_decay", "min_damping"
+        numbers |= {name: jnp.float64(0.1) for name in names}
+    params, batch, key = mlp_params(), batch_of(), jax.random.key(1)
+    make = ggn_jax.scale_by_kfac if kind == "scale_by_kfac" else ggn_jax.kfac
+    optimizer: Any = make(mlp, CE, **numbers, example_inputs=batch[0])
+    optimizer = ggn_jax.multi_steps(optimizer, 1) if kind == "multi_steps" else optimizer
+    grads = gradient(mlp, CE, params, batch)
+    given = numbers, params, batch, grads, key
+    gone = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    for init in (optimizer.init, jax.jit(optimizer.init)):
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            state = init(params)
+            state = update(grads, state, params, batch=batch, key=key)[1]
+            gone(state)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        gone(init(params))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+def test_the_state_of_no_parameters_is_donated() -> None:
+    """Each of its arrays is one of its own."""
+    state = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch_of()[0]).init({})
+    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}) == len(jax.tree.leaves(state))

@@ -56,3 +56,102 @@ def test_dtypes_are_kept(num: int, at_once: int, dtype: str) -> None:
 def test_digits_of_float64_are_kept() -> None:
     parts = jnp.asarray([1.0, 2.0**-50, 2.0**-50])
     assert sum_one_by_one(lambda x: x, parts, jnp.asarray(2.0**-50)) == 1 + 3 * 2.0**-50
+
+
+def mlp(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["a"] + params["b"][None]) @ params["c"]
+
+
+KRONECKER: dict[str, Any] = {
+    "KFAC": partial(ggn_jax.KFACLinearOperator, fisher_type="type-2"),
+    "EKFAC": partial(ggn_jax.EKFACLinearOperator, fisher_type="type-2"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("operator", [*(name for name in OPERATORS if "Monte" not in name), *KRONECKER])
+def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
+    """The whole batch in float64 is the oracle."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (8, 16), "b": (16,), "c": (16, 4)}
+    params, vector = ({k: rng.normal(size=shape) / 4 for k, shape in shapes.items()} for _ in range(2))
+    x, y = rng.normal(size=(1024, 8)), jnp.arange(1024) % 4
+
+    def product(dtype: str, chunk_size: int | None) -> np.ndarray:
+        p, v, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, vector, x))
+        made = (OPERATORS | KRONECKER)[operator](mlp, ggn_jax.CrossEntropyLoss(), p, (inputs, y), chunk_size=chunk_size)
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(made.mv(v))])
+
+    want = product("float64", None)
+    error = np.linalg.norm(product(dtype, 1) - want) / np.linalg.norm(want)
+    assert error < float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("operator", KRONECKER)
+def test_batches_of_one_example(operator: str) -> None:
+    batches = [(jnp.ones((1, 2), jnp.bfloat16), jnp.zeros((1, 1), jnp.bfloat16))] * 300
+    args = (lambda p, x: x @ p), ggn_jax.MSELoss(reduction="sum"), jnp.ones((2, 1), jnp.bfloat16), batches
+    of = type(KRONECKER[operator](*args[:3], batches[0]))
+    made = of.from_batches(*args, fisher_type="type-2")
+    np.testing.assert_allclose(made.as_matrix().astype(float), np.full((2, 2), 600.0), rtol=2**-8)
+
+
+def test_squares_that_16_bits_do_not_hold() -> None:
+    """Each is 1e-8, below the smallest float16; there are 16 vectors of 1024 examples."""
+    params = jnp.zeros((1, 16), "float16")
+    batch = jnp.full((1024, 1), 1e-4, "float16"), jnp.zeros((1024, 16), "float16")
+    args = (lambda p, x: x @ p), ggn_jax.MSELoss(reduction="sum"), params, batch
+    for method in ("layers", "data"):
+        got = ggn_jax.GGNDiagonalLinearOperator(*args, method=method, vector_chunk_size=4).entries
+        np.testing.assert_allclose(got.astype(float), np.full((1, 16), 1024 * 2e-8), rtol=4e-3)
+
+
+def test_the_loss_decreases_by_less_than_its_rounding() -> None:
+    """From 225 by about 1/2, in bfloat16: as predicted, so that the damping is lowered."""
+    params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((8, 1), jnp.bfloat16)
+    batch, loss, model_fn = (x, 16 * x), ggn_jax.MSELoss(), lambda p, x: x @ p["w"]
+    optimizer = ggn_jax.kfac(
+        model_fn, loss, 1 / 480, example_inputs=x, fisher_type="type-2", damping=2.0, damping_method="exact",
+        adapt_damping=1, momentum=None, kl_clip=None,
+    )  # fmt: skip
+    grads = jax.grad(lambda p: loss(model_fn(p, batch[0]), batch[1]))(params)
+    updates, state = optimizer.update(grads, optimizer.init(params), params, batch=batch)
+    np.testing.assert_allclose(updates["w"].astype(float), 1 / 64, rtol=1e-2)
+    np.testing.assert_allclose(state.curvature.damping, 2 * 0.95, rtol=1e-6)
+
+
+def linear(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+def test_means_over_micro_batches() -> None:
+    params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((2, 1), jnp.bfloat16)
+    inner = ggn_jax.kfac(linear, ggn_jax.MSELoss(), 0.1, example_inputs=x, fisher_type="type-2")
+    optimizer = ggn_jax.multi_steps(inner, 1000)
+    grads = jnp.asarray(np.random.default_rng(0).uniform(0, 0.5, size=(999, 1, 1)), jnp.bfloat16)
+
+    def step(state: Any, grad: jax.Array) -> tuple[Any, None]:
+        return optimizer.update({"w": grad}, state, params, batch=(x, x))[1], None
+
+    state, _ = jax.lax.scan(step, optimizer.init(params), grads)
+    np.testing.assert_allclose(state.gradient["w"][0, 0], np.asarray(grads, np.float64).mean(), rtol=1e-5)
+    np.testing.assert_allclose(state.factors.blocks[0].b[0][0, 0, 0], 999 * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_momentum_of_many_steps(dtype: str) -> None:
+    """`v <- 0.999 v - 0.1 d` with the same direction `d`: in bfloat16, `0.999 v` rounds to `v`, which soon stands."""
+    params, x = {"w": jnp.ones((1, 1), dtype)}, jnp.ones((2, 1), dtype)
+    options: Any = {"damping": 1.0, "damping_method": "exact", "fisher_type": "type-2", "kl_clip": None}
+    optimizer = ggn_jax.kfac(linear, ggn_jax.MSELoss(), 0.125, example_inputs=x, momentum=0.999, **options)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def step(state: Any, _: Any) -> tuple[Any, jax.Array]:
+        updates, state = optimizer.update(grads, state, params, batch=(x, x))
+        return state, updates["w"][0, 0]
+
+    state, updates = jax.lax.scan(step, optimizer.init(params), length=3000)
+    want = -0.125 * float(jnp.asarray(1 / 3, dtype)) * (1 - 0.999**3000) / 0.001
+    np.testing.assert_allclose(state.velocity["w"][0, 0], want, rtol=1e-4)
+    assert updates.dtype == dtype
+    np.testing.assert_allclose(float(updates[-1]), want, rtol=float(jnp.finfo(dtype).eps))

@@ -12,7 +12,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import check_count, check_sampling
+from ggn_jax._checks import check_count, check_sampling, compute_dtype
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.kronecker.diagonal import compute_diagonal
@@ -148,7 +148,8 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
             else:
                 unit = (jnp.arange(num) == index).astype(outputs.dtype).reshape(outputs.shape)
                 vector = terms.product("sqrt_mv", unit)
-            return jax.tree.map(jnp.square, vjp(vector.astype(outputs.dtype))[0])
+            # In 16 bits, squares underflow long before gradients do.
+            return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)) ** 2, vjp(vector.astype(outputs.dtype))[0])
 
         def squares(indices: Array) -> PyTree[Array]:
             return jax.tree.map(lambda s: jnp.sum(s, axis=0), mapped(squared)(indices))
@@ -159,4 +160,5 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
         squares = mapped(partial(datum, terms_at))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
-    return problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))
+    total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))
+    return jax.tree.map(lambda s, p: s.astype(p.dtype), total, problem.params)

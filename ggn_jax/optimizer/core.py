@@ -88,8 +88,8 @@ class Core:
         """
         if not jax.tree.leaves(params):
             # `optax.tree.map_params` asks for the state of a stand-in to learn where parameters are: nowhere in here.
-            zero = jnp.zeros((), jnp.int32)
-            return Curvature(zero, zero, jnp.zeros((), jnp.float32), damping, zero, zero)
+            count, skipped, blocks, inverses = (jnp.zeros((), jnp.int32) for _ in range(4))
+            return Curvature(count, skipped, jnp.zeros((), jnp.float32), damping, blocks, inverses)
         check_model(self.model_fn, params, self.example_inputs)
         layout = self._layout(params)
         if not is_masked(params):

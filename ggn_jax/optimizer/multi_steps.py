@@ -11,7 +11,7 @@ from ggn_jax._checks import check_count
 from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
-from ggn_jax.optimizer.numbers import all_finite, choose, zeros_like
+from ggn_jax.optimizer.numbers import all_finite, choose, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.transformation import KFACTransformation
 
 
@@ -26,7 +26,7 @@ class MultiStepsState(NamedTuple):
     """How many micro-batches of all steps were left out."""
     inner: Any
     gradient: PyTree[Array]
-    """The mean of the gradients of this step so far."""
+    """The mean of the gradients of this step so far, in at least float32."""
     factors: Factors
     """The sum of the factors of this step so far."""
 
@@ -69,7 +69,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
         # Or a leaf for all of them, for the stand-in that `Core.start` knows.
         factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
         factors = optimizer.core.placed(factors, params)
-        return MultiStepsState(micro_step, bad, skipped, inner, zeros_like(params), factors)
+        return MultiStepsState(micro_step, bad, skipped, inner, wide_zeros_like(params), factors)
 
     def update(
         updates: PyTree[Array], state: MultiStepsState, params: PyTree[Array] | None = None, **extra_args: Any

@@ -16,12 +16,12 @@ Schedule = Callable[[Any], Any]
 
 
 def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
-    """A number or schedule after `count` steps, in at least float32."""
+    """A number or schedule after `count` steps, in at least float32: an array of its own, since states are donated."""
     found = value(count) if callable(value) else value
     if not isinstance(found, jax.Array | np.ndarray | np.generic | int | float) or np.ndim(found):
         got = f"shape {np.shape(found)}" if hasattr(found, "shape") else repr(found)
         raise ValueError(f"{name} must return one number for a number of steps; got {got}.")
-    array = jnp.asarray(found)
+    array = jnp.array(found)
     check_real(name, array)
     return array.astype(compute_dtype(array.dtype))
 
@@ -41,15 +41,20 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, ""]:
     return jnp.sum(stack_scalars(products))
 
 
-def combine(*terms: tuple[Array, PyTree[Array]], like: PyTree[Array]) -> PyTree[Array]:
-    """`sum_i c_i x_i` with numbers `c_i`, computed in at least float32, in the dtypes of `like`."""
+def combine(*terms: tuple[Array, PyTree[Array]]) -> PyTree[Array]:
+    """`sum_i c_i x_i` with numbers `c_i`, in at least float32."""
 
-    def one(like: Array, *leaves: Array) -> Array:
-        wide = compute_dtype(like.dtype)
+    def one(*leaves: Array) -> Array:
+        wide = wide_dtype(leaves)
         parts = [c.astype(wide) * x.astype(wide) for (c, _), x in zip(terms, leaves, strict=True)]
-        return sum(parts[1:], start=parts[0]).astype(like.dtype)
+        return sum(parts[1:], start=parts[0])
 
-    return jax.tree.map(one, like, *(tree for _, tree in terms))
+    return jax.tree.map(one, *(tree for _, tree in terms))
+
+
+def cast(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """In the dtypes of `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def choose(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyTree[Array]:
@@ -62,3 +67,8 @@ def zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.zeros_like(x), tree
     )
+
+
+def wide_zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
+    """`zeros_like` in at least float32, for what is added up over many steps."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=compute_dtype(x.dtype)), tree)

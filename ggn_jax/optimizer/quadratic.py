@@ -59,7 +59,7 @@ def reduction_ratio(
 
     def value(params: PyTree[Array]) -> Array:
         return problem.sum_over_chunks(
-            lambda terms_at, inputs, operand: terms_at(problem.model_fn(params, inputs), operand).loss_value()
+            lambda terms_at, inputs, operand: terms_at(problem.model_fn(params, inputs), operand).wide_loss_value()
         )
 
     moved = jax.tree.map(lambda p, s: p + s.astype(p.dtype), problem.params, step)

@@ -21,7 +21,7 @@ from ggn_jax.optimizer.checks import (
     spread_mask,
 )
 from ggn_jax.optimizer.curvature import Direction
-from ggn_jax.optimizer.numbers import combine, value_at
+from ggn_jax.optimizer.numbers import cast, combine, value_at
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
 
 QUADRATIC = "quadratic"
@@ -90,7 +90,7 @@ class StepRule:
         count: Int[Array, ""],
         damping: Array,
     ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """The step without weight decay, and with it."""
+        """The step without weight decay, in at least float32, and with it, in the gradient's dtypes."""
         wide = wide_dtype(grads)
         # The step is -a direction + m velocity.
         if self.quadratic:
@@ -108,11 +108,12 @@ class StepRule:
         terms = [(seal(-rate), direction.entries)]
         if velocity is not None:
             terms.append((seal(jnp.asarray(m).astype(wide)), velocity))
-        step = combine(*terms, like=grads)
+        step = combine(*terms)
         if isinstance(self.weight_decay, float | int) and self.weight_decay == 0:
-            return step, step
+            return step, cast(step, grads)
         shrink = jnp.asarray(a).astype(wide) * value_at("weight_decay", self.weight_decay, count).astype(wide)
-        return step, combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)), like=grads)
+        decayed = combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)))
+        return step, cast(decayed, grads)
 
     def _decaying(self, params: PyTree[Array]) -> PyTree[Array]:
         """The parameters that decay, and 0 for the others."""

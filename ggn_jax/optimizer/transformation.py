@@ -20,7 +20,7 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, fitted
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made, follow, precondition
-from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, zeros_like
+from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.summary import CurvatureReport, summarise
@@ -39,7 +39,7 @@ class KFACState(NamedTuple):
 
     curvature: Curvature
     velocity: PyTree[Array]
-    """The last step without weight decay; None without momentum."""
+    """The last step without weight decay, in at least float32; None without momentum."""
     rejected: Array
     """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
 
@@ -322,7 +322,7 @@ def kfac(
     def init(params: PyTree[Array]) -> KFACState:
         if jax.tree.leaves(params):
             rule.check_params(params)
-        velocity = None if momentum is None else zeros_like(params)
+        velocity = None if momentum is None else wide_zeros_like(params)
         return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32), params))
 
     def update(
