@@ -55,7 +55,7 @@ def train(mesh, params, batch, compiled=True, **options):
 DEVICES = """
 from ggn_jax.optimizer.spread import Spread
 
-result = {"params": {}, "counts": {}}
+result = {"params": {}, "counts": {}, "sent": {}}
 for n in (1, 2, 4, 8):
     mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
     batch = jax.device_put((jnp.asarray(x), jnp.asarray(y)), NamedSharding(mesh, P("data")))
@@ -75,6 +75,11 @@ for n in (1, 2, 4, 8):
 
     spread = Spread(mesh)
     matrices = spread.pad(jnp.eye(6) * jnp.arange(1, 13)[:, None, None])
+    everywhere = jax.device_put(matrices, NamedSharding(mesh, P()))
+    compiled = jax.jit(spread.cut).lower(everywhere).compile()
+    pieces = compiled(everywhere)
+    assert np.array_equal(pieces, matrices) and pieces.addressable_shards[0].data.shape[0] == -(-12 // n)
+    result["sent"][n] = [word for word in ("all-", "collective-", "reduce-scatter") if word in compiled.as_text()]
     (found,) = jax.jit(partial(spread.batch, fn))([matrices])
     jax.block_until_ready(found)
     jax.effects_barrier()
@@ -213,6 +218,11 @@ def test_steps_are_the_same_on_1_2_4_8_devices(on_devices: Any) -> None:
 def test_each_device_inverts_its_share(on_devices: Any) -> None:
     """Of 12 matrices; what fills up the devices is inverted too."""
     assert on_devices["counts"] == {str(n): [-(-12 // n)] * n for n in (1, 2, 4, 8)}
+
+
+def test_devices_take_their_shares_of_what_they_have(on_devices: Any) -> None:
+    """Nothing is sent."""
+    assert on_devices["sent"] == {str(n): [] for n in (1, 2, 4, 8)}
 
 
 @pytest.fixture(scope="module")

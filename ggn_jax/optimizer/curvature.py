@@ -130,12 +130,12 @@ def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settin
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
     spread = settings.spread
-    averages = jax.tree.map(average, curvature.blocks, spread.pad(pack(seen.blocks)))
+    averages = jax.tree.map(average, curvature.blocks, spread.cut(spread.pad(pack(seen.blocks))))
     blocks = spread.place(keep(averages, settings.factor_dtype, curvature.count))
     dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
     inverses = list(curvature.inverses)
     spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
-    for i, value in zip(spectra, spread.pad(seen.corrections), strict=True):
+    for i, value in zip(spectra, spread.cut(spread.pad(seen.corrections)), strict=True):
         inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)

@@ -62,6 +62,22 @@ class Spread:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self._auto, self.spec))
 
+    def cut(self, tree: PyTree[Float[Array, "G ..."]]) -> PyTree[Float[Array, "G ..."]]:
+        """`place` of what is on every device, of which each keeps its share: nothing is sent.
+
+        XLA would put each array of a stack together from parts on all devices, and send those.
+        """
+        if self.mesh is None:
+            return tree
+        names = self.mesh.axis_names
+
+        def mine(tree: PyTree[Array]) -> PyTree[Array]:
+            return jax.tree.map(lambda x: self._cut(x)[jax.lax.axis_index(names)], tree)
+
+        cut = jax.shard_map(mine, mesh=self._auto, in_specs=P(), out_specs=self.spec, check_vma=False)
+        shared: PyTree[Array] = cut(tree)
+        return shared
+
     def take(self, tree: PyTree[Array], groups: Groups) -> PyTree[Array]:
         """These of each device's groups."""
         if groups is None:
