@@ -7,7 +7,7 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
-from ggn_jax.layers import report
+from ggn_jax.layers import UncoveredParametersWarning, report
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_hessian import LossHessian
@@ -42,6 +42,7 @@ __all__ = [
     "Loss",
     "LossHessian",
     "MSELoss",
+    "UncoveredParametersWarning",
     "from_equinox",
     "from_linen",
     "from_nnx",
