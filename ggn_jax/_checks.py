@@ -53,6 +53,15 @@ def check_outputs(name: str, outputs: Array | jax.ShapeDtypeStruct) -> None:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.")
 
 
+def as_outputs(name: str, outputs: Any, batch: bool) -> Array:
+    """Outputs of a model as a floating array, with a leading batch axis or not."""
+    outputs = as_array(name, outputs)
+    check_outputs(name, outputs)
+    if batch and outputs.ndim == 0:
+        raise ValueError(f"{name} must have a leading batch axis, [N, *out]; got a scalar.")
+    return outputs
+
+
 def check_real(name: str, array: Array) -> None:
     if array.dtype.kind not in "biuf" and array.dtype.name not in OUTPUT_DTYPES:
         raise TypeError(f"{name} must hold real numbers; got dtype {array.dtype}.")
@@ -83,11 +92,9 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_sampling(mc_samples: Any, key: Any, *, wanted_by: str) -> tuple[int, Array | None]:
-    """`mc_samples`, 0 for none, and the key that goes with it."""
+    """`mc_samples`, 0 for none, and the key where one is needed."""
     if isinstance(mc_samples, int | np.integer) and not isinstance(mc_samples, bool) and mc_samples == 0:
-        if key is not None:
-            raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
-        return 0, None
+        return 0, None  # a key is not needed, and not looked at
     mc_samples = check_count("mc_samples", mc_samples)
     return mc_samples, check_key(key, wanted_by=f"{wanted_by} with mc_samples={mc_samples}", batch=True)
 

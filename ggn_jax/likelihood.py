@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ggn_jax._checks import Shaped, check_real
+from ggn_jax._checks import Shaped, check_real, compute_dtype
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import AutodiffHessian, MatrixSqrt, TermHessian, depends_on
 from ggn_jax.terms import term_axes, term_positions
@@ -112,6 +112,24 @@ class LikelihoodLoss(Loss):
             raise TypeError(
                 f"targets must have a dtype like {type(self).__name__}.sample's, {sample.dtype}; got {targets.dtype}."
             )
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        sample, axes = self._sample_structure(outputs, batch), term_axes(self, outputs, batch)
+        f = jax.ShapeDtypeStruct(tuple(outputs.shape[axis] for axis in axes), compute_dtype(outputs.dtype))
+
+        def curvature(f: Array, y: Array) -> Any:
+            hessian = jax.hessian(self.nll)(f, y) if self.curvature == "hessian" else None
+            return self.term_weight(f, y), self.term_count(f, y), hessian
+
+        if depends_on(curvature, 1, f, sample):
+            raise self._needs_targets("may depend on them, by its Hessian, its weights or its counts")
+        # Where not all targets are of the domain, one that is drawn is.
+        drawn = self.restricts_targets
+        one = self.sample(jax.random.key(0), jnp.zeros(f.shape, f.dtype)) if drawn else jnp.zeros((), sample.dtype)
+        if not sample.ndim:
+            return jnp.broadcast_to(one, term_positions(self, outputs, batch))
+        shape = tuple(size if axis in axes else 1 for axis, size in enumerate(outputs.shape))
+        return jnp.broadcast_to(one.reshape(shape if drawn else (1,) * len(shape)), outputs.shape)
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
         sample = self._sample_structure(outputs, batch)

@@ -104,6 +104,16 @@ class Loss(eqx.Module):
     def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
         """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from what `settle` returns."""
 
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        """Targets that give every example's curvature and weight where these depend on no target: for `targets=None`.
+
+        With them, nothing is ignored. A loss that does not define it needs targets.
+        """
+        raise self._needs_targets("may depend on them")
+
+    def _needs_targets(self, why: str) -> ValueError:
+        return ValueError(f"targets must be given, not None: the curvature of {type(self).__name__} {why}.")
+
     # Layout.
 
     @abc.abstractmethod

@@ -13,7 +13,7 @@ from ggn_jax._checks import Shaped, as_array, check_real, is_concrete
 from ggn_jax._draws import draw_bit, draw_class
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian, onehot
-from ggn_jax.terms import term_axes
+from ggn_jax.terms import term_axes, term_positions
 
 
 class MSELoss(Loss):
@@ -38,6 +38,9 @@ class MSELoss(Loss):
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         return targets.astype(outputs.dtype), ()
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        return jnp.zeros(outputs.shape, outputs.dtype)
 
     def term_value(self, f: Float[Array, "*at"], y: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return (f - y) ** 2
@@ -150,11 +153,7 @@ class CrossEntropyLoss(Loss):
                 f"targets must be integers (class indices) or floating (probabilities); got {targets.dtype}."
             )
         if self._fits_last_axis(outputs.shape[batch:], targets):
-            raise ValueError(
-                f"outputs of shape {outputs.shape} and targets of shape {targets.shape} fit classes on the first axis"
-                " of one example's output as well as on the last: pass class_axis=0, as in torch, or class_axis=-1, as"
-                " in Flax and optax, to CrossEntropyLoss."
-            )
+            raise self._open_axis(outputs, f"targets of shape {targets.shape}")
 
     def _check_outputs(self, outputs: Shaped, batch: bool) -> None:
         """Refuse outputs without the axis of classes, or with another number of them than the weights'."""
@@ -178,19 +177,37 @@ class CrossEntropyLoss(Loss):
                 f" classes on axis {axis} (class_axis={class_axis} of one example)."
             )
 
-    def _fits_last_axis(self, example: tuple[int, ...], targets: Array) -> bool:
+    def _open_axis(self, outputs: Shaped, targets: str) -> ValueError:
+        return ValueError(
+            f"outputs of shape {outputs.shape} and {targets} fit classes on the first axis of one example's output as"
+            " well as on the last: pass class_axis=0, as in torch, or class_axis=-1, as in Flax and optax, to"
+            " CrossEntropyLoss."
+        )
+
+    def _fits_last_axis(self, example: tuple[int, ...], targets: Array | None) -> bool:
         """Whether nobody said where the classes are, and the last axis would do for them as well as the first."""
         if self.class_axis is not None or len(example) < 2 or math.prod(example) == 1:
             return False
         if self.weight is not None and self.weight.shape[0] != example[-1]:
             return False
-        return not _holds_indices(targets) or example[1:] == example[:-1]
+        return targets is None or not _holds_indices(targets) or example[1:] == example[:-1]
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         if _holds_indices(targets):
             # Narrow integers cannot hold every class index to compare with.
             return (targets.astype(jnp.int32) if targets.dtype.itemsize < 4 else targets), ()
         return targets.astype(outputs.dtype), term_axes(self, outputs, batch)
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        self._check_outputs(outputs, batch)
+        if self.weight is not None:
+            raise self._needs_targets("depends on them by its class weights")
+        if self._fits_last_axis(outputs.shape[batch:], None):
+            raise self._open_axis(outputs, "no targets")
+        (axis,) = term_axes(self, outputs, batch)
+        # One of class 0 would be ignored with ignore_index=0.
+        index = 1 if self.ignore_index == 0 and outputs.shape[axis] > 1 else 0
+        return jnp.full(term_positions(self, outputs, batch), index, jnp.int32)
 
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         classes = shape[batch:][self.term_axes[0]]
@@ -321,6 +338,11 @@ class BCEWithLogitsLoss(Loss):
 
         weights = broadcast("weight", self.weight), broadcast("pos_weight", self.pos_weight)
         return (targets.astype(outputs.dtype), *weights), ()
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        if self.pos_weight is not None:
+            raise self._needs_targets("depends on them by pos_weight")
+        return jnp.zeros(outputs.shape, outputs.dtype)
 
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         return "between 0 and 1"

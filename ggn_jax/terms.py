@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
+from ggn_jax._checks import Shaped, as_array, as_outputs, compute_dtype, is_concrete
 from ggn_jax._sharding import run_auto, vary_alike
 
 
@@ -226,10 +226,7 @@ def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Arr
 
 def check_shapes_and_dtypes(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
     """Both as arrays, after all checks that need no values."""
-    outputs, targets = as_array("outputs", outputs), as_array("targets", targets)
-    check_outputs("outputs", outputs)
-    if batch and outputs.ndim == 0:
-        raise ValueError("outputs must have a leading batch axis, [N, *out]; got a scalar.")
+    outputs, targets = as_outputs("outputs", outputs, batch), as_array("targets", targets)
     loss.check_shapes(outputs, targets, batch)
     return outputs, targets
 

@@ -44,6 +44,8 @@ class TestRequests:
             with raises(TypeError, "mc_samples", "integer"):
                 make(MSELoss(), "mc", bad)
         assert make(MSELoss(), "mc", np.int32(2))
+        for kind in ("type-2", "empirical", "forward-only"):  # where nothing is drawn, it is not looked at
+            assert make(MSELoss(), kind, 0)
 
     def test_loss(self, make) -> None:
         class Focal(CrossEntropyLoss):
@@ -180,8 +182,6 @@ def test_dtypes() -> None:
         fn(torch.zeros(3), jnp.zeros(3))
     with raises(TypeError, "targets", "list"):
         fn(jnp.zeros(3), [0.0, 0.0, 0.0])
-    with raises(TypeError, "targets", "NoneType"):
-        fn(jnp.zeros(3), None)
 
 
 @pytest.mark.parametrize("dtype", [bool, "int8", "int32", "uint8", "float16", "float32"])

@@ -393,7 +393,6 @@ def test_refuses(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error:
         ({"mc_samples": True, "key": jax.random.key(0)}, TypeError, "mc_samples must be an integer"),
         ({"mc_samples": False}, TypeError, "mc_samples must be an integer"),
         ({"mc_samples": None, "key": jax.random.key(0)}, TypeError, "mc_samples must be an integer"),
-        ({"key": jax.random.key(0)}, ValueError, "key is only used with mc_samples"),
         ({"mc_samples": 2}, ValueError, "needs a key"),
         ({"mc_samples": 2, "key": 0}, TypeError, "key must be a JAX PRNG key"),
         ({"mc_samples": 2, "key": jax.random.split(jax.random.key(0), N)}, ValueError, "key must be one key"),

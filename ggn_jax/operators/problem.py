@@ -14,11 +14,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
-from ggn_jax._sharding import compiler_sharded, explained, vary_alike
+from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
-from ggn_jax._supported import check_loss
+from ggn_jax._supported import check_supported, stand_in_targets
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
+from ggn_jax.losses import MSELoss
 from ggn_jax.terms import Terms, check_values, part_of, split_terms
 
 
@@ -135,23 +137,25 @@ def _check_params(params: Any) -> None:
             )
 
 
-def as_batch(batch: Any) -> tuple[PyTree[Array], Array]:
-    """Inputs and targets as arrays with one common leading axis."""
+def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
+    """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"batch must be a pair (inputs, targets); got {_kind(batch)}.")
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
-    targets = as_array("targets", batch[1])
+    targets = None if batch[1] is None else as_array("targets", batch[1])
     shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
-    shapes["targets"] = targets.shape
+    if targets is not None:
+        shapes["targets"] = targets.shape
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         keys = any(is_key(x) and not x.ndim for x in jax.tree.leaves(inputs))
         way_out = " A key for each example is jax.random.split(key, N)." if keys else ""
         raise ValueError(f"inputs and targets must have one common leading batch axis; got {given}.{way_out}")
-    if targets.shape[0] == 0:
-        raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
-    return inputs, targets
+    ((size,),) = sizes
+    if size == 0:
+        raise ValueError("batch must hold at least one example; got a batch axis of length 0.")
+    return inputs, targets, size
 
 
 def take_apart(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
@@ -176,23 +180,37 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: FisherType | None) -> tuple[Loss, Array]:
+    """A loss and targets for a batch that has none."""
+    if fisher_type is FisherType.FORWARD_ONLY:
+        # It looks at neither, but at whether there is something to count.
+        loss, fisher_type = MSELoss(reduction=loss.reduction), FisherType.TYPE2
+    return loss, stand_in_targets(loss, outputs, fisher_type, batch=True)
+
+
 def pose(
-    model_fn: Callable[[PyTree, PyTree], Array], loss: Any, params: Any, batch: Any, chunk_size: int | None = None
+    model_fn: Callable[[PyTree, PyTree], Array],
+    loss: Any,
+    params: Any,
+    batch: Any,
+    chunk_size: int | None = None,
+    fisher_type: FisherType | None = None,
 ) -> Problem:
     """Check everything that an operator is made of.
+
+    Targets may be None where vectors of `fisher_type` do not depend on them; it is None for what needs their values.
 
     Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is
     not `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets
     that the loss does not take; NotImplementedError for a loss that is not supported.
     """
-    check_loss(loss)
+    check_supported(loss)
     if not callable(model_fn):
         raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
     _check_params(params)
-    inputs, targets = as_batch(batch)
-    size = targets.shape[0]
+    inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
     with explained():
@@ -203,6 +221,9 @@ def pose(
     check_outputs("the outputs of model_fn", outputs)
     if outputs.shape[:1] != (size,):
         raise ValueError(f"model_fn must return an array [N, *out] with N = {size}; got shape {outputs.shape}.")
+    if targets is None:
+        loss, targets = _without_targets(loss, outputs, fisher_type)
+        targets = vary_like(targets, inputs)
     loss.check_shapes(outputs, targets, True)
     check_values(loss, outputs, targets, True)
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):

@@ -11,13 +11,12 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
-from ggn_jax._supported import check_exact, check_loss
+from ggn_jax._supported import check_exact, check_supported
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, structure
-from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers import capture, trace_model
 from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.report import check_model
@@ -65,7 +64,7 @@ class Core:
     ):
         check_static("model_fn", model_fn)
         check_static("loss", loss)
-        check_loss(loss)
+        check_supported(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
         if not callable(model_fn):
@@ -138,13 +137,16 @@ class Core:
                 " full_params=params."
             ) from error
 
-    def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
-        """The checked batch, and its mask."""
+    def problem(
+        self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None, *, value: bool
+    ) -> tuple[Problem, Any]:
+        """The checked batch, and its mask; `value` says whether the loss's value is needed, and so its targets."""
         pair, mask = take_apart("batch", batch)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
         model_fn = model_of_part(self.model_fn, params, full_params)
-        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size)
+        fisher_type = None if value else self.settings.options.fisher_type
+        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
 
@@ -194,7 +196,7 @@ class Core:
                 jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
             )
 
-        extra = {"keys": self._keys(problem, key), "mask": mask}
+        extra = {"keys": check_draws(problem, settings.options, key, 0), "mask": mask}
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
@@ -212,14 +214,6 @@ class Core:
                 f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than"
                 " for example_inputs."
             )
-
-    def _keys(self, problem: Problem, key: Any) -> Array | None:
-        options = self.settings.options
-        output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-        signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
-        # A training loop may pass a key whether one is needed or not.
-        needed = options.fisher_type is FisherType.MC or signs
-        return check_draws(problem, options, key if needed else None, 0)
 
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):

@@ -111,7 +111,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
         curvature = self.core.curvature_in(state, params)
-        problem, mask = self.core.problem(params, batch, full_params)
+        problem, mask = self.core.problem(params, batch, full_params, value=gradient)
         return self.core.look(problem, mask, key, curvature, gradient=gradient)
 
 
@@ -182,7 +182,7 @@ def scale_by_kfac(
         del extra_args  # other transformations'
         wanted: Any = ScaleByKFACState(_wanted(core, params), _COUNTER)
         state = fitted("state", state, wanted)
-        seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params)
+        seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False)
         fine = seen.usable & all_finite(seen.direction.entries)
         scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
@@ -244,7 +244,8 @@ def kfac(
     and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` needs the batch of the gradient, perhaps with a
-    padding `mask` as third member, and a new key at each step for what is drawn. The state is one pytree of arrays:
+    padding `mask` as third member, and a new key at each step for what is drawn. Targets may be None where nothing
+    depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is one pytree of arrays:
     `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss; `optimizer.report(params)` shows
     which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a forward pass.
 
@@ -346,7 +347,7 @@ def kfac(
         state = fitted("state", state, wanted)
         last, grads = state.curvature, updates
         used = damping if adapt_damping is None else last.damping
-        seen = _see(core, grads, last, used, params, batch, key, factors, full_params)
+        seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
         step, final = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
@@ -411,6 +412,8 @@ def _see(
     key: Any,
     factors: Factors | None,
     full_params: Any,
+    *,
+    value: bool,
 ) -> _Seen:
     """Take a batch into the curvature, and precondition its gradient."""
     if batch is None and factors is None:
@@ -421,7 +424,7 @@ def _see(
     check_grads(grads, params)
     known, problem, mask = core.known(params), None, None
     if batch is not None:
-        problem, mask = core.problem(params, batch, full_params)
+        problem, mask = core.problem(params, batch, full_params, value=value)
     if factors is None:
         assert problem is not None
         factors = core.look(problem, mask, key, curvature, gradient=False)[2]
