@@ -10,6 +10,7 @@ from ggn_jax.grad_output import (
 from ggn_jax.layers import report
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
+from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from ggn_jax.models import from_equinox, from_linen, from_nnx
@@ -42,6 +43,7 @@ __all__ = [
     "Loss",
     "LossHessian",
     "MSELoss",
+    "check_loss",
     "from_equinox",
     "from_linen",
     "from_nnx",

@@ -28,7 +28,7 @@ GGN_JAX = [
     {"layers.check"},
     {"layers.report"},
     {"layers"},
-    {"grad_output", "loss_hessian", "models"},
+    {"grad_output", "loss_check", "loss_hessian", "models"},
     {"operators.base", "operators.problem"},
     {"operators.batches", "operators.ggn", "operators.ef", "operators.hessian"},
     {"kronecker.inverse"},

@@ -176,7 +176,8 @@ def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLine
             bad = int(np.searchsorted(stack.starts, np.argmin(finite), side="right")) - 1
             raise FloatingPointError(
                 f"the {what} with damping {damping} of the block of {', '.join(stack.specs[bad].names)} is not finite:"
-                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs."
+                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a loss of"
+                " your own with ggn_jax.check_loss."
             )
     return result
 

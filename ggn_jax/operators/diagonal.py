@@ -88,6 +88,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         if not mc_samples:
             check_exact(loss)
         check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem.check_curvature()
         keys = None if key is None else jax.random.split(key, problem.targets.shape[0])
         compute = _by_layers if method == "layers" else _by_data
         self.entries = compute(problem, keys, mc_samples, vector_chunk_size)

@@ -94,6 +94,7 @@ class GGNLinearOperator(CurvatureLinearOperator):
         if not mc_samples:
             check_exact(loss)
         self.problem.check_chunks()
+        self.problem.check_curvature()
         self.key, self.mc_samples = key, mc_samples
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:

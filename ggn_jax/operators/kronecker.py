@@ -225,6 +225,8 @@ class KFACLinearOperator(BlockLinearOperator):
             )
         if options.fisher_type is FisherType.TYPE2:
             check_exact(problem.loss)
+        if options.fisher_type in (FisherType.TYPE2, FisherType.MC):
+            problem.check_curvature()
 
 
 class EKFACLinearOperator(KFACLinearOperator):

@@ -19,9 +19,10 @@ from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
+from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
-from ggn_jax.terms import Terms, check_values, part_of, split_terms
+from ggn_jax.terms import Terms, check_values, part_of, split_terms, term_positions
 
 
 class Problem(eqx.Module):
@@ -83,6 +84,30 @@ class Problem(eqx.Module):
             # What is ignored may be NaN; two examples tell enough, and take little memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, examples=2, allow_nan=True)
+
+    def check_curvature(self) -> None:
+        """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""
+        if not isinstance(self.loss, LikelihoodLoss) or self.loss.curvature != "hessian":
+            return
+        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)):
+            return
+        count = int(_count_indefinite(self))
+        if count:
+            number = math.prod(term_positions(self.loss, self.outputs, True))
+            raise indefinite_error(self.loss, f"{count} of {number} terms of this batch")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _count_indefinite(problem: Problem) -> Array:
+    loss: Any = problem.loss
+
+    def count(terms_at: Any, inputs: PyTree, operand: Any) -> Array:
+        terms = terms_at(problem.model_fn(problem.params, inputs), operand)
+        indefinite = terms.map(loss.indefiniteness) < 0
+        return jnp.sum(indefinite & (terms.scale != 0), dtype=jnp.int32)
+
+    return problem.sum_over_chunks(count)
 
 
 def _runs(size: int, chunk_size: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,9 @@ from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, structure
 from ggn_jax.layers import capture, trace_model
-from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.check import EXAMPLES, check_independent
 from ggn_jax.layers.report import check_model
+from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose, take_apart
@@ -36,6 +38,9 @@ from ggn_jax.optimizer.curvature import (
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
 from ggn_jax.optimizer.numbers import zeros_like
 from ggn_jax.optimizer.settings import Settings
+from ggn_jax.terms import split_terms
+
+TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be checked with
 
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
 """What a chunk adds to the factors, and to EKFAC's eigenvalues."""
@@ -220,6 +225,28 @@ class Core:
             params = jax.tree.map(jnp.asarray, params)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             check_independent(model_fn, params, self._inputs, outputs.dtype)
+            self._check_curvature(model_fn, params)
+
+    def _check_curvature(self, model_fn: Any, params: PyTree) -> None:
+        """Refuse a loss of one's own whose Hessians are indefinite, at targets that it draws for a few examples."""
+        fisher_type = self.settings.options.fisher_type
+        if isinstance(self.loss, LikelihoodLoss) and fisher_type in (FisherType.TYPE2, FisherType.MC):
+            part = float(_indefinite_part(model_fn, self.loss, params, self._inputs))
+            if part:
+                raise indefinite_error(self.loss, f"{part:.1%} of the targets that it draws for a few examples")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs: PyTree) -> Float[Array, ""]:
+    """For how many of the targets that a loss draws for a few examples its Hessian has a negative eigenvalue."""
+    outputs = model_fn(params, jax.tree.map(lambda x: x[:EXAMPLES], inputs))
+
+    def indefinite(key: Array) -> Array:
+        terms = split_terms(loss, outputs, loss.draw_targets(key, outputs, batch=True), batch=True)
+        return terms.map(loss.indefiniteness) < 0
+
+    return jnp.mean(jax.vmap(indefinite)(jax.random.split(jax.random.key(0), TARGETS)))
 
 
 def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -> tuple[Array, ...]:

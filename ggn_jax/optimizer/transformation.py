@@ -245,9 +245,10 @@ def kfac(
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` needs the batch of the gradient, perhaps with a
     padding `mask` as third member, and a new key at each step for what is drawn. Targets may be None where nothing
-    depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is one pytree of arrays:
-    `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss; `optimizer.report(params)` shows
-    which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a forward pass.
+    depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is
+    one pytree of arrays: `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss;
+    `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
+    forward pass.
 
     **What to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together; then
     `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe; without
