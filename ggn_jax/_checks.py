@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ggn_jax._hints import tensor_hint
+
 Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -19,12 +21,7 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
-        hint = (
-            " (torch_bridge has these functions for torch tensors)"
-            if type(value).__module__.startswith("torch")
-            else ""
-        )
-        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
+        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}.{tensor_hint(value)}")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ggn_jax._checks import Shaped
+from ggn_jax._hints import loss_hint
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.likelihood import LikelihoodLoss, missing_fisher_sqrt
 from ggn_jax.loss import Loss
@@ -19,7 +20,7 @@ def check_supported(loss: Any) -> Loss:
         names = ", ".join(cls.__name__ for cls in BUILT_IN)
         raise NotImplementedError(
             f"loss must be one of ggn_jax's losses ({names}) or an instance of your own ggn_jax.LikelihoodLoss; got"
-            f" {loss!r}."
+            f" {loss!r}.{loss_hint(loss)}"
         )
     for cls in BUILT_IN:
         if isinstance(loss, cls) and type(loss) is not cls:

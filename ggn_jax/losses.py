@@ -134,7 +134,7 @@ class CrossEntropyLoss(Loss):
                 raise ValueError(
                     f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class"
                     f" axis (class_axis={self.term_axes[0]} of one example; pass class_axis=-1 if classes come last);"
-                    f" got {targets.shape}."
+                    f" got {targets.shape}.{_unit_axis_hint(indices_shape, targets.shape)}"
                 )
         elif jnp.issubdtype(targets.dtype, jnp.floating):
             if targets.shape != outputs.shape:
@@ -431,8 +431,15 @@ def _check_same_shape(loss: Loss, outputs: Shaped, targets: Array) -> None:
     if targets.shape != outputs.shape:
         raise ValueError(
             f"targets must have the outputs' shape {outputs.shape} for {type(loss).__name__}; got {targets.shape}."
-            " Targets are never broadcast: reshape them."
+            f" Targets are never broadcast: reshape them.{_unit_axis_hint(outputs.shape, targets.shape)}"
         )
+
+
+def _unit_axis_hint(wanted: tuple[int, ...], got: tuple[int, ...]) -> str:
+    """For a last axis of length 1 too many or too few."""
+    if got == (*wanted, 1):
+        return " Pass targets[..., 0]."
+    return " Pass targets[..., None]." if (*got, 1) == wanted else ""
 
 
 def _broadcast(name: str, value: Array, outputs: Shaped, batch: bool) -> Array:

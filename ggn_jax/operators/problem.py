@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
+from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
 from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
@@ -151,21 +152,23 @@ def _trace(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
 def _check_params(params: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params must hold at least one array; got an empty pytree.")
+        raise ValueError(f"params must hold at least one array; got an empty pytree.{params_hint(params)}")
     for path, leaf in leaves:
         if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            got = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             convert = "Convert it with jnp.asarray, or close" if isinstance(leaf, np.ndarray) else "Close"
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. {convert} model_fn over"
-                " what is not a parameter."
+                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {got}. {convert} model_fn over"
+                f" what is not a parameter.{tensor_hint(leaf)}{params_hint(params)}"
             )
 
 
 def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
     """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets); got {_kind(batch)}.")
+        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)}.{batch_hint(batch)}")
+    if isinstance(batch[1], tuple | list) and batch_hint(batch):
+        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)} of others.{batch_hint(batch)}")
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
     targets = None if batch[1] is None else as_array("targets", batch[1])
     shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
@@ -176,6 +179,8 @@ def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         keys = any(is_key(x) and not x.ndim for x in jax.tree.leaves(inputs))
         way_out = " A key for each example is jax.random.split(key, N)." if keys else ""
+        if {shape[:1] for shape in shapes.values()} & {()} and not keys:
+            way_out = " One example is a batch of one: x[None]."
         raise ValueError(f"inputs and targets must have one common leading batch axis; got {given}.{way_out}")
     ((size,),) = sizes
     if size == 0:
@@ -187,12 +192,8 @@ def take_apart(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     """The pair of inputs and targets, and the mask or None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
-        raise TypeError(f"{name} must be {wanted}; got {_kind(batch)}.{way_out}")
+        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{batch_hint(batch)}{way_out}")
     return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
-
-
-def _kind(batch: Any) -> str:
-    return type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
 
 
 def _as_input(path: Any, leaf: Any) -> Array:
@@ -229,19 +230,21 @@ def pose(
     not `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets
     that the loss does not take; NotImplementedError for a loss that is not supported.
     """
+    check_model_fn(model_fn)
     check_supported(loss)
-    if not callable(model_fn):
-        raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
     _check_params(params)
     inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    with explained():
+    with explained(), called_with(params, inputs):
         jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
-        raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
+        raise TypeError(
+            f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}. Pass a function that takes"
+            " the outputs out of it."
+        )
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
     check_outputs("the outputs of model_fn", outputs)
     if outputs.shape[:1] != (size,):

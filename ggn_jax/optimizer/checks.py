@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_real, is_concrete
+from ggn_jax._hints import tensor_hint
 
 Range = tuple[str, Callable[[float], bool]]
 AT_LEAST_0: Range = "a finite number of at least 0", lambda x: 0 <= x < inf
@@ -82,7 +83,8 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biuf":
             return jnp.asarray(leaf)
         where = f"{name}{jax.tree_util.keystr(path)}"
-        raise TypeError(f"{where} must be an array or a jax.ShapeDtypeStruct; got {type(leaf).__name__}.")
+        got = type(leaf).__name__
+        raise TypeError(f"{where} must be an array or a jax.ShapeDtypeStruct; got {got}.{tensor_hint(leaf)}")
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -130,7 +132,8 @@ def spread_mask(mask: Any, params: PyTree[Array]) -> PyTree[bool]:
 
 def check_type(name: str, got: Any, wanted: type) -> None:
     if type(got) is not wanted:
-        raise TypeError(f"{name} must be a {wanted.__name__}; got {type(got).__name__}. {_OWN}")
+        order = " Arguments are grads, state, params, in this order." if name == "state" else ""
+        raise TypeError(f"{name} must be a {wanted.__name__}; got {type(got).__name__}.{order} {_OWN}")
 
 
 def fitted(name: str, got: Any, wanted: Any) -> Any:

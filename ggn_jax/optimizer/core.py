@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._hints import called_with, check_model_fn
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
 from ggn_jax.fisher_type import FisherType
@@ -69,11 +70,10 @@ class Core:
     ):
         check_static("model_fn", model_fn)
         check_static("loss", loss)
+        check_model_fn(model_fn)
         check_supported(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
-        if not callable(model_fn):
-            raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
         self.model_fn, self.loss, self.settings = model_fn, loss, settings
         self._inputs = as_arrays("example_inputs", example_inputs)
         self.example_inputs = structure_of(self._inputs)
@@ -161,9 +161,9 @@ class Core:
 
     def _layout(self, params: PyTree) -> Layout:
         model_fn = model_of_part(self.model_fn, params, self.full_params)
-        return Layout(
-            self.loss, trace_model(model_fn, structure_of(params), self.example_inputs), self.settings.options
-        )
+        with called_with(params, self.example_inputs, one_example=True):
+            trace = trace_model(model_fn, structure_of(params), self.example_inputs)
+        return Layout(self.loss, trace, self.settings.options)
 
     def look(
         self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool

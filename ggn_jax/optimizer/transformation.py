@@ -322,10 +322,11 @@ def kfac(
     core = Core(model_fn, loss, example_inputs, Settings.of(given), full_params)
 
     def init(params: PyTree[Array]) -> KFACState:
+        curvature = core.start(params, _first(damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = None if momentum is None else wide_zeros_like(params)
-        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32), params))
+        return KFACState(curvature, velocity, core.placed(jnp.zeros((), jnp.int32), params))
 
     def update(
         updates: PyTree[Array],
