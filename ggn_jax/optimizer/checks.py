@@ -108,6 +108,11 @@ def check_grads(grads: PyTree[Array], params: PyTree[Array]) -> None:
             )
 
 
+def is_function(value: Any) -> bool:
+    """Whether a mask is a function that returns one; a module whose leaves are booleans is a mask, and may be called."""
+    return callable(value) and not any(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(value))
+
+
 def check_decay_mask(mask: Any) -> None:
     """Refuse what is no pytree of booleans; whether it fits the parameters is seen by `spread_mask`."""
     wanted = "weight_decay_mask must be a pytree of booleans like params, or a function of params that returns one"
@@ -119,7 +124,7 @@ def check_decay_mask(mask: Any) -> None:
 
 def spread_mask(mask: Any, params: PyTree[Array]) -> PyTree[bool]:
     """A boolean for each parameter, from a mask that may have one for a whole branch, or be a function."""
-    if callable(mask):
+    if is_function(mask):
         mask = mask(params)
         check_decay_mask(mask)
     try:
