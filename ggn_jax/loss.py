@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ggn_jax._checks import Shaped, is_concrete
+from ggn_jax._repr import options
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
 from ggn_jax.terms import check_shapes_and_dtypes, check_terms, find_valid, split_terms
@@ -55,6 +56,9 @@ class Loss(eqx.Module):
         """
         outputs, targets = check_shapes_and_dtypes(self, outputs, targets, batch)
         return find_valid(self, outputs, targets, batch)
+
+    def __repr__(self) -> str:
+        return options(self)
 
     def __hash__(self) -> int:
         # Modules with arrays have no hash; `jax.jit(loss)` needs one.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, as_outputs, check_real
+from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact, check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
@@ -46,6 +47,9 @@ class LossHessian(eqx.Module):
             outputs = as_outputs("outputs", outputs, batch)
             targets = stand_in_targets(loss, outputs, FisherType.TYPE2, batch=batch)
         self.terms = _split(loss, *check_terms(loss, outputs, targets, batch), batch)
+
+    def __repr__(self) -> str:
+        return fields(self, loss=self.terms.loss, outputs=self.terms.outputs)
 
     def mv(self, v: Any) -> Float[Array, "*shape"]:
         """`H v`; `v` has the outputs' shape."""

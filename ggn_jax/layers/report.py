@@ -21,8 +21,13 @@ from ggn_jax.layers.trace import Trace, trace_model
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter."""
+class ReportRow:
+    """One parameter of a `Report`.
+
+    >>> import jax.numpy as jnp
+    >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).rows[0].kind
+    'linear'
+    """
 
     parameter: str
     """Its path, as `jax.tree_util.keystr` writes it."""
@@ -46,9 +51,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: `print` it, or look at `rows`."""
+    """What `report` found: `print` it, or look at `rows`.
 
-    rows: tuple[Row, ...]
+    >>> import jax.numpy as jnp
+    >>> found = report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)))
+    >>> found.passed, found.uncovered
+    (True, ())
+    """
+
+    rows: tuple[ReportRow, ...]
     tolerance: float
     """What a gap may be for rounding."""
     coupled: float | None
@@ -175,7 +186,7 @@ def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
         )
 
 
-def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
+def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     name, shape = trace.names[leaf], trace.shapes[leaf]
     for left in plan.leftovers:
         if left.leaf == leaf:
@@ -184,7 +195,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
             if left.kind != "unused" and why:
                 why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
             uses = sum(1 for small in trace.small if leaf in small.leaves)
-            return Row(name, shape, left.kind, "", (), uses, curvature, why, gap)
+            return ReportRow(name, shape, left.kind, "", (), uses, curvature, why, gap)
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0
     for layer in layers:
@@ -194,7 +205,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
         sizes += [dimensions(trace.uses[n].weight.shape) for n in layer.uses]
         uses += len(layer.uses)
     kind, size = "+".join(dict.fromkeys(kinds)), ", ".join(dict.fromkeys(sizes))
-    return Row(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
+    return ReportRow(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
 
 
 def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:

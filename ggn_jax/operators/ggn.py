@@ -100,6 +100,9 @@ class GGNLinearOperator(CurvatureLinearOperator):
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return vectors_like(self.problem.params)
 
+    def _details(self) -> dict[str, Any]:
+        return {"loss": self.problem.loss, "outputs": self.problem.outputs, "mc_samples": self.mc_samples}
+
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
         v = vary_like(v, problem.params)
@@ -143,6 +146,9 @@ class LinearisedGGNLinearOperator(SymmetricLinearOperator):
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()
+
+    def _details(self) -> dict[str, Any]:
+        return self.operator._details()
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""

@@ -15,6 +15,7 @@ from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
 from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
+from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
@@ -36,6 +37,9 @@ class Problem(eqx.Module):
     targets: Array
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        return fields(self, params=self.params, loss=self.loss, inputs=self.inputs, outputs=self.outputs)
 
     def reduction(self) -> Float[Array, ""]:
         """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""

@@ -109,7 +109,7 @@ def check_grads(grads: PyTree[Array], params: PyTree[Array]) -> None:
 
 
 def is_function(value: Any) -> bool:
-    """Whether a mask is a function that returns one; a module whose leaves are booleans is a mask, and may be called."""
+    """Whether a mask is a function that returns one; a module of booleans is a mask, which may be called too."""
     return callable(value) and not any(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(value))
 
 

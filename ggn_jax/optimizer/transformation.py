@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import seal
+from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
@@ -27,21 +28,41 @@ from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
 class ScaleByKFACState(NamedTuple):
-    """The state of `scale_by_kfac`."""
+    """The state of `scale_by_kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
+    >>> int(state.rejected)
+    0
+    """
 
     curvature: Curvature
     rejected: Array
     """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
 
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
 
 class KFACState(NamedTuple):
-    """The state of `kfac`."""
+    """The state of `kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+    >>> state
+    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[])
+    """
 
     curvature: Curvature
     velocity: PyTree[Array]
     """The last step without weight decay, in at least float32; None without momentum."""
     rejected: Array
     """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
 
 
 class KFACTransformation(optax.GradientTransformationExtraArgs):
