@@ -8,7 +8,7 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
-from ggn_jax.layers import Report, ReportRow, report
+from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_check import check_loss
@@ -68,6 +68,7 @@ __all__ = [
     "Report",
     "ReportRow",
     "ScaleByKFACState",
+    "UncoveredParametersWarning",
     "check_loss",
     "from_equinox",
     "from_linen",

@@ -419,23 +419,6 @@ def test_scales_and_shifts_have_their_exact_block(cls: Any) -> None:
     np.testing.assert_allclose(diagonal.block("s"), np.diag(np.diag(exact[:2, :2])), atol=1e-15)
 
 
-@BOTH
-def test_uncovered_parameters(cls: Any) -> None:
-    def model_fn(p: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"]
-
-    params, args = {"v": normal(2, 2), "w": normal(3, 2)}, (CE,)
-    batch = INPUTS, LABELS
-    with pytest.raises(NotImplementedError, match=r"params\['w'\].*test_kronecker"):
-        cls(model_fn, *args, params, batch, fisher_type="type-2")
-    exact = np.asarray(ggn(model_fn, CE, params, batch))[4:, 4:]
-    full = cls(model_fn, *args, params, batch, fisher_type="type-2", on_uncovered="full")
-    np.testing.assert_allclose(full.block("w"), exact, atol=1e-15)
-    diagonal = cls(model_fn, *args, params, batch, fisher_type="type-2", on_uncovered="diagonal")
-    np.testing.assert_allclose(diagonal.block("w"), np.diag(np.diag(exact)), atol=1e-15)
-    np.testing.assert_allclose(diagonal.inverse(0.1).block("w"), np.diag(1 / (np.diag(exact) + 0.1)), atol=1e-12)
-
-
 def test_large_factors_are_diagonal() -> None:
     operator = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", max_dense_size=3, large="diagonal")
     full = KFAC(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2")

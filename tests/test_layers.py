@@ -303,7 +303,7 @@ def test_what_is_not_covered_is_named(name: str) -> None:
     model_fn, why = UNCOVERED[name]
     found = ggn_jax.report(lambda p, x: model_fn(p["w"], x), {"w": normal(3, 3)}, normal(4, 3))
     (row,) = found.rows
-    assert (row.kind, row.curvature) == ("uncovered", "uncovered")
+    assert (row.kind, row.curvature) == ("uncovered", "block")
     assert why in row.why
     assert "test_layers.py" in row.why or name in ("overlap", "output")
     assert found.uncovered == ("['w']",)

@@ -412,7 +412,7 @@ def test_uncovered_parameters_are_refused_or_named() -> None:
 
     params, x = {"v": normal(0, 2, 2), "w": normal(1, 3, 2)}, batch_of()[0]
     with pytest.raises(NotImplementedError, match=r"params\['w'\]"):
-        ggn_jax.kfac(model, CE, 0.1, example_inputs=x).init(params)
+        ggn_jax.kfac(model, CE, 0.1, example_inputs=x, on_uncovered="error").init(params)
     optimizer = ggn_jax.kfac(model, CE, 0.1, example_inputs=x, on_uncovered="diagonal")
     row = next(row for row in optimizer.report(params).rows if row.parameter == "['w']")
     assert row.curvature == "diagonal 6"

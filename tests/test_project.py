@@ -196,7 +196,10 @@ def f(x):
 
 
 # JAX's memory is set once, as it starts, and by nothing else than the environment.
-ALLOWED = {"torch_bridge._cuda": {"os.environ", "warnings.warn"}}
+ALLOWED = {
+    "ggn_jax.kronecker.layout": {"warnings.warn"},
+    "torch_bridge._cuda": {"os.environ", "warnings.warn"},
+}
 
 
 @pytest.mark.parametrize("name", modules())

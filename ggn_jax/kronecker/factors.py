@@ -52,6 +52,8 @@ def factor_sums(
     `leftovers` asks for the blocks of parameters that have no layer as well.
     """
     layout = Layout.of(problem, options)
+    if leftovers:
+        layout.warn()
     check_mask_fits(layout.trace, mask)
     fn = partial(_factor_sums, layout, problem.params, bases, leftovers)
     return problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})

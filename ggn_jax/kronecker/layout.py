@@ -1,6 +1,7 @@
 """Which blocks a traced model has, what they are made of, and how they are stacked."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import BlockSpec, Stack, layout_of, unstack
 from ggn_jax.layers import Layer, Leftover, Plan, Trace, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
+from ggn_jax.layers.plan import UncoveredParametersWarning, is_dense
 from ggn_jax.layers.uses import View
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
@@ -86,12 +88,24 @@ class Layout:
         return layer.bias is not None and not self.joint(layer)
 
     def is_full(self, left: Leftover) -> bool:
-        options = self.options
-        uncovered = left.kind == "uncovered"
-        wanted, most = (
-            (options.on_uncovered, options.max_dense_size) if uncovered else (options.small, options.max_small_size)
-        )
-        return wanted == "full" and self.sizes[left.leaf] <= most
+        """Whether a parameter without a layer has a dense block, or its diagonal."""
+        options, size, covered = self.options, self.sizes[left.leaf], left.kind != "uncovered"
+        wanted = options.small if covered else options.on_uncovered
+        if wanted == "auto" or covered:
+            return wanted != "diagonal" and is_dense(left.kind, size, sum(self.sizes), options.max_small_size)
+        return wanted == "full" and size <= options.max_dense_size
+
+    def warn(self) -> None:
+        """Tell which parameters have a diagonal that nobody asked for."""
+        left = [left for left in self.plan.leftovers if left.kind == "uncovered" and not self.is_full(left)]
+        if left and self.options.on_uncovered == "auto":
+            message = (
+                "The curvature of these parameters, which have no Kronecker form, is the GGN's exact diagonal:\n  "
+                f"{_reasons(self.trace, left)}\nPass on_uncovered='diagonal' to take it without this warning, or"
+                f" 'full' for dense blocks ('auto' makes those of at most max_small_size ="
+                f" {self.options.max_small_size} entries); ggn_jax.report shows all parameters."
+            )
+            warnings.warn(message, UncoveredParametersWarning, stacklevel=2)
 
     def roles(self, layer: Layer) -> tuple[tuple[bool, bool], ...]:
         """For each use, whether its input factor counts rows of a table, and whether it has inputs for outputs."""
@@ -260,14 +274,17 @@ def join(parts: Sequence[Array]) -> Array:
 
 
 def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
+    return (
+        f"These parameters have no Kronecker form:\n  {_reasons(trace, uncovered)}\nPass on_uncovered='auto' or"
+        " 'diagonal' (the GGN's diagonal) or 'full' (its dense block) for curvature without one; ggn_jax.report shows"
+        " all parameters."
+    )
+
+
+def _reasons(trace: Trace, uncovered: list[Leftover]) -> str:
     lines = []
     for left in uncovered:
         where = f" at {left.source}" if left.source else ""
         where += f" in {left.module}" if left.module else ""
         lines.append(f"params{trace.names[left.leaf]}: {left.why}{where}")
-    return (
-        "These parameters have no Kronecker form:\n  "
-        + "\n  ".join(lines)
-        + "\nPass on_uncovered='diagonal' (the GGN's"
-        " diagonal) or 'full' (its dense block) for curvature without one; ggn_jax.report shows all parameters."
-    )
+    return "\n  ".join(lines)

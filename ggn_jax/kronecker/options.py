@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 from ggn_jax._checks import check_count
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.vectors import Positions
+from ggn_jax.layers.plan import MAX_SMALL_SIZE
 
 Sharing = Literal["expand", "reduce"]
 Bias = Literal["joint", "separate"]
 Tied = Literal["sum", "concatenate"]
-OnUncovered = Literal["error", "diagonal", "full"]
+OnUncovered = Literal["auto", "error", "diagonal", "full"]
 Small = Literal["full", "diagonal"]
 Large = Literal["block", "diagonal"]
 
@@ -25,12 +26,12 @@ class Options:
     bias: Bias = "joint"
     tied: Tied = "sum"
     positions: Positions = "signs"
-    on_uncovered: OnUncovered = "error"
+    on_uncovered: OnUncovered = "auto"
     small: Small = "full"
     large: Large = "block"
     max_dense_size: int = 8192
     block_size: int = 1024
-    max_small_size: int = 1024
+    max_small_size: int = MAX_SMALL_SIZE
     vector_chunk_size: int = 1
 
     def __post_init__(self) -> None:

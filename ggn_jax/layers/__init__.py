@@ -1,7 +1,7 @@
 """The linear layers of any JAX model, found by tracing it: their inputs, and their output gradients."""
 
 from ggn_jax.layers.capture import Captured, capture
-from ggn_jax.layers.plan import Layer, Leftover, Plan, make_plan
+from ggn_jax.layers.plan import Layer, Leftover, Plan, UncoveredParametersWarning, make_plan
 from ggn_jax.layers.report import Report, ReportRow, report
 from ggn_jax.layers.trace import Trace, trace_model
 from ggn_jax.layers.uses import Use
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "ReportRow",
     "Trace",
+    "UncoveredParametersWarning",
     "Use",
     "capture",
     "make_plan",

@@ -1,11 +1,13 @@
 """Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype, is_concrete, wide_dtype
@@ -14,6 +16,7 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
+from ggn_jax.layers.uses import Use
 
 EXAMPLES = 4  # that the checks are made on
 
@@ -34,14 +37,16 @@ def check_independent(
     if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
         return
 
-    def measure() -> tuple[Array, Array]:
-        return _coupling(model_fn, params, inputs, examples)
+    def measure(given: bool) -> tuple[float, bool]:
+        result = _coupling(model_fn, params, inputs, examples, jnp.asarray(given))
+        if not is_concrete(result[0]):
+            with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+                result = _coupling(model_fn, params, inputs, examples, jnp.asarray(given))
+        return float(result[0]), bool(result[1])
 
-    result = measure()
-    if not is_concrete(result[0]):
-        with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-            result = measure()
-    gap, is_nan = map(float, result)
+    gap, is_nan = measure(False)
+    if is_nan:  # other values may be outside of the model's domain
+        gap, is_nan = measure(True)
     # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
     if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
         raise ValueError(coupling_message(gap))
@@ -53,15 +58,58 @@ def check_independent(
 
 @eqx.filter_jit
 @compiler_sharded
-def _coupling(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int) -> tuple[Array, Array]:
-    """How far examples depend on each other, as far as it is told, and whether something is NaN."""
-    inputs = jax.tree.map(lambda x: x[:examples], inputs)
-    together, apart = _both_ways(model_fn, params, inputs)
+def _coupling(
+    model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
+) -> tuple[Array, Array]:
+    """How far examples depend on each other, as far as it is told, and whether something is NaN.
+
+    `given` asks for the examples as they are, also where they are alike.
+    """
+    few = first_examples(inputs, examples)
+    few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, different(few))
+    together, apart = _both_ways(model_fn, params, few)
     gap = output_gap(together.outputs, apart.outputs)
     # As with batch statistics of one example: only the batch has values.
     lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together.outputs))
     gaps = jnp.stack([jnp.where(lost, jnp.inf, gap), gradient_gap(together, apart)])
     return jnp.nanmax(gaps), jnp.any(jnp.isnan(gaps))
+
+
+def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
+    """So many examples, repeated where there are fewer."""
+
+    def first(x: Array) -> Array:
+        few = jnp.asarray(x[:count])
+        return few if len(few) == count else jnp.concatenate([few] * count)[:count]
+
+    return jax.tree.map(first, inputs)
+
+
+def different(inputs: PyTree[Array]) -> PyTree[Array]:
+    """The examples, other values in place of arrays in which two of them are equal.
+
+    Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers and
+    truth values are drawn from those that are there, or 0 and 1.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    return jax.tree.unflatten(tree, [_varied(x, key) for x, key in zip(leaves, keys, strict=True)])
+
+
+def _varied(x: Array, key: Array) -> Array:
+    if not x.size or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    rows = x.reshape(len(x), -1)
+    alike = [jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        size = jnp.max(jnp.abs(x))
+        noise = jax.random.uniform(key, x.shape, jnp.finfo(x.dtype).dtype)
+        other = x + (jnp.where(size > 0, size, 1) * noise).astype(x.dtype)
+    else:
+        drawn = rows.reshape(-1)[jax.random.randint(key, x.shape, 0, x.size)]
+        bits = jax.random.bernoulli(key, shape=x.shape).astype(x.dtype)
+        other = drawn if x.dtype == bool else jnp.where(jnp.all(x == 0), bits, drawn)
+    return jnp.where(jnp.any(jnp.stack(alike)), other, x)
 
 
 def coupling_message(gap: float) -> str:
@@ -71,12 +119,6 @@ def coupling_message(gap: float) -> str:
         " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
         " of them. Switch both to evaluation, or pass a key per example in the inputs."
     )
-
-
-def coupling(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Array:
-    """How far the outputs of a batch are from those of its examples one by one."""
-    together, apart = _both_ways(model_fn, params, inputs)
-    return output_gap(together.outputs, apart.outputs)
 
 
 class _Pass(NamedTuple):
@@ -139,47 +181,96 @@ def tolerance(*dtypes: jnp.dtype) -> float:
     return min(1000 * eps, 0.1)
 
 
-def gradient_gaps(
-    trace: Trace, plan: Plan, model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree
-) -> Array:
-    """For each parameter, how far the gradient put together from layers is from automatic differentiation's.
+def dtypes_of(trace: Trace) -> set[Any]:
+    """The dtypes that a model computes in."""
+    return {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
 
-    The gradient is that of the outputs times a random cotangent; gaps are relative to its size, and where that is
-    nothing but rounding, to the root of the coarsest dtype's precision times the size of all gradients.
+
+class _Pair(NamedTuple):
+    """Gradients to compare, flat or not."""
+
+    found: Array
+    wanted: Array
+    squares: Array
+    """The squares of what was added up."""
+    leaves: tuple[int, ...]
+    """The parameters that they are of."""
+
+
+class _LayerGradient(NamedTuple):
+    """What a use of a layer adds to the gradients, and the squares of its parts."""
+
+    weight: Float[Array, "G out in"]
+    weight_squares: Float[Array, ""]
+    bias: Float[Array, "G out"]
+    bias_squares: Float[Array, ""]
+
+
+def explain(
+    trace: Trace,
+    plan: Plan,
+    model_fn: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    inputs: PyTree,
+    tolerance: float,
+) -> tuple[Array, Float[Array, " 1+leaves"]]:
+    """The outputs of a batch; how far those of its examples one by one are; and, for each parameter, how far the
+    gradient put together from layers is from automatic differentiation's of the batch.
+
+    The gradient is that of the outputs times a random cotangent. Gaps are relative to its size, or to what its parts
+    would amount to if they did not cancel, as those of a bias before a normalisation do; and to a size for which
+    `tolerance` is nothing but rounding of the whole gradient.
     """
     leftovers = [left.leaf for left in plan.leftovers]
     captured = capture(trace, params, inputs, leftovers)
-    outputs = captured.outputs
-    noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype))
-    vector = noise.astype(outputs.dtype)
-    output_grads, per_datum = captured.pull_back(vector)
-    flat = jax.tree.leaves(params)
-    sizes = [leaf.size for leaf in flat]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    total = jnp.zeros(sum(sizes), compute_dtype(outputs.dtype))
+    together, vjp = jax.vjp(lambda params: model_fn(params, inputs), params)
+    noise = jax.random.normal(jax.random.key(0), together.shape, compute_dtype(together.dtype))
+    vector = noise.astype(together.dtype)
+    output_grads, per_example = captured.pull_back(vector)
+    wide = compute_dtype(together.dtype)
+    wanted = [leaf.reshape(-1).astype(wide) for leaf in jax.tree.leaves(vjp(vector)[0])]
+    sizes = [leaf.size for leaf in wanted]
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes_of(trace))
+    least = 32 * eps / tolerance * jnp.sqrt(jnp.sum(_squares(wanted)))
 
+    pairs: list[_Pair] = []
     for layer in plan.layers:
-        for number in layer.uses:
-            use = trace.uses[number]
-            a = use.arrange_inputs(captured.inputs[number])
-            g = use.arrange_output_grads(output_grads[number]).astype(total.dtype)
-            if use.kind == "embedding":
-                rows = use.weight.shape[2]
-                index = jnp.clip(a, 0, rows - 1)
-                kept = (index == a) | (not use.fills)
-                a = jnp.where(kept[..., None], jax.nn.one_hot(index, rows, dtype=total.dtype), 0)
-            weight = jnp.einsum("gnso,gnsi->goi", g, a.astype(total.dtype))
-            total = total.at[use.weight.entries.numbers().reshape(-1)].add(weight.reshape(-1))
-            if layer.bias is not None:
-                bias = jnp.sum(g, axis=(1, 2))
-                total = total.at[layer.bias.entries.numbers().reshape(-1)].add(bias.reshape(-1))
-    for leaf, gradient in zip(leftovers, per_datum, strict=True):
-        total = total.at[starts[leaf] : starts[leaf] + sizes[leaf]].add(
-            jnp.sum(gradient, axis=0).reshape(-1).astype(total.dtype)
-        )
+        parts = [_layer_gradient(trace.uses[n], captured.inputs[n], output_grads[n], wide) for n in layer.uses]
+        weights = [
+            part.weight.swapaxes(1, 2) if s else part.weight for part, s in zip(parts, layer.swapped, strict=True)
+        ]
+        found = [(layer.weight, weights, [part.weight_squares for part in parts])]
+        if layer.bias is not None:
+            found.append((layer.bias, [part.bias for part in parts], [part.bias_squares for part in parts]))
+        for view, gradients, squares in found:
+            owners = view.entries.owners(sizes)
+            flat = jnp.concatenate(wanted[owners[0] : owners[-1] + 1])
+            read = view.entries.shifted(-sum(sizes[: owners[0]])).reader(flat.size)
+            mine = sum(gradients[1:], gradients[0]).reshape(view.entries.shape)
+            pairs.append(_Pair(mine, read(flat), sum(squares[1:], squares[0]), owners))
+    for leaf, gradient in zip(leftovers, per_example, strict=True):
+        gradient = gradient.reshape(len(gradient), -1).astype(wide)
+        pairs.append(_Pair(jnp.sum(gradient, axis=0), wanted[leaf], jnp.sum(jnp.square(gradient)), (leaf,)))
+    size = jnp.maximum(least, jnp.sqrt(stack_scalars([pair.squares for pair in pairs])))
+    distances = _distances([pair.found for pair in pairs], [pair.wanted for pair in pairs], size)
+    rows, owned = zip(*((row, leaf) for row, pair in enumerate(pairs) for leaf in pair.leaves), strict=True)
+    gaps = jnp.zeros(len(sizes), distances.dtype).at[np.array(owned)].max(distances[np.array(rows)])
+    return together, jnp.concatenate([output_gap(together, captured.outputs)[None], gaps])
 
-    (wanted,) = jax.vjp(lambda params: model_fn(params, inputs), params)[1](vector)
-    dtypes = {outputs.dtype, *(leaf.dtype for leaf in flat), *(use.output_dtype for use in trace.uses)}
-    least = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5 * jnp.linalg.norm(total)
-    mine = [total[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-    return _distances(mine, [leaf.reshape(-1) for leaf in jax.tree.leaves(wanted)], least)
+
+def _layer_gradient(use: Use, inputs: Array, output_grads: Array, dtype: Any) -> _LayerGradient:
+    a, g = use.arrange_inputs(inputs), use.arrange_output_grads(output_grads).astype(dtype)
+    squares = jnp.sum(jnp.square(g), axis=-1)
+    if use.kind == "embedding":
+        rows = use.weight.shape[2]
+        index = jnp.clip(a, 0, rows - 1)
+        kept = (index == a) | (not use.fills)
+        added = jnp.where(kept[..., None], g, 0).reshape(len(g), -1, g.shape[-1])
+        number = index.reshape(len(g), -1)
+        weight = jax.vmap(lambda g, n: jnp.zeros((rows, g.shape[-1]), dtype).at[n].add(g))(added, number)
+        weight, size = weight.swapaxes(1, 2), jnp.sum(squares)
+    else:
+        a = a.astype(dtype)
+        weight = jnp.einsum("gnso,gnsi->goi", g, a)
+        size = jnp.sum(squares * jnp.sum(jnp.square(a), axis=-1))
+    return _LayerGradient(weight, size, jnp.sum(g, axis=(1, 2)), jnp.sum(squares))

@@ -44,6 +44,26 @@ class Plan:
         return next((layer for layer in self.layers if leaf in layer.leaves), None)
 
 
+class UncoveredParametersWarning(UserWarning):
+    """Some parameters have no Kronecker form, and only the GGN's diagonal for curvature."""
+
+
+MAX_SMALL_SIZE = 1024
+"""The size of the largest parameter without a layer that has a dense block by default."""
+
+
+def is_dense(kind: str, size: int, total: int, most: int = MAX_SMALL_SIZE) -> bool:
+    """Whether a leftover of `size` entries, of a model of `total` parameters, has a dense block where nothing is said.
+
+    That of a scale or shift should not take more than the model itself: a position embedding's would.
+    """
+    affordable = kind == "uncovered" or size**2 <= max(total, ALWAYS_DENSE**2)
+    return size <= most and affordable
+
+
+ALWAYS_DENSE = 128
+
+
 def make_plan(trace: Trace) -> Plan:
     """Group uses of the same entries into layers; a parameter with any other use is left over."""
     sizes = [math.prod(shape) for shape in trace.shapes]

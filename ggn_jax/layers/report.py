@@ -13,9 +13,9 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import is_concrete
 from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.layers.check import EXAMPLES, coupling, coupling_message, gradient_gaps, tolerance
+from ggn_jax.layers.check import EXAMPLES, coupling_message, dtypes_of, explain, tolerance
 from ggn_jax.layers.index_map import IndexMap
-from ggn_jax.layers.plan import Plan, make_plan
+from ggn_jax.layers.plan import Plan, is_dense, make_plan
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.layers.trace import Trace, trace_model
 
@@ -41,8 +41,8 @@ class ReportRow:
     """How many sharing positions each use has, in one example."""
     uses: int
     curvature: str
-    """"Kronecker" for the weights and biases of layers; "block" for scales and shifts, "none" for what no output
-    depends on, "uncovered" for the rest."""
+    """What KFAC has for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
+    "block", or its "diagonal" where that would be large; "none" for what no output depends on."""
     why: str
     """Why it is not covered, with the primitive, the line and the module; empty where it is."""
     gap: float | None
@@ -75,8 +75,8 @@ class Report:
 
     @property
     def uncovered(self) -> tuple[str, ...]:
-        """The paths of the parameters without a Kronecker block, a scale's or shift's block, or none needed."""
-        return tuple(row.parameter for row in self.rows if row.curvature == "uncovered")
+        """The paths of the parameters that are used in a way that has no Kronecker form."""
+        return tuple(row.parameter for row in self.rows if row.kind == "uncovered")
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "G x out x in", "positions", "uses", "curvature", "gap")
@@ -139,7 +139,7 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
             f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
             f" {(1, *trace.outputs.shape)} for a batch of one."
         )
-    plan = make_plan(trace)
+    plan, most = make_plan(trace), tolerance(*dtypes_of(trace))
     gaps: list[float | None] = [None] * len(trace.shapes)
     coupled = None
     arrays = jax.tree.leaves((params, inputs))
@@ -147,15 +147,13 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
 
         @jax.jit
         @compiler_sharded
-        def measure(params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+        def measure(params: PyTree[Array], inputs: PyTree[Array]) -> Array:
             few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
-            return coupling(model_fn, params, few), gradient_gaps(trace, plan, model_fn, params, few)
+            return explain(trace, plan, model_fn, params, few, most)[1]
 
-        gap, found = measure(params, inputs)
-        coupled, gaps = float(gap), [float(gap) for gap in np.asarray(found)]
+        coupled, *gaps = np.asarray(measure(params, inputs)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
-    dtypes = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
-    return Report(rows, tolerance(*dtypes), coupled)
+    return Report(rows, most, coupled)
 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
@@ -190,7 +188,9 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     name, shape = trace.names[leaf], trace.shapes[leaf]
     for left in plan.leftovers:
         if left.leaf == leaf:
-            curvature = {"scale": "block", "shift": "block", "unused": "none"}.get(left.kind, "uncovered")
+            entries, total = math.prod(shape), sum(map(math.prod, trace.shapes))
+            curvature = "block" if is_dense(left.kind, entries, total) else "diagonal"
+            curvature = "none" if left.kind == "unused" else curvature
             why = left.why
             if left.kind != "unused" and why:
                 why += f" at {left.source}" + (f" in {left.module}" if left.module else "")

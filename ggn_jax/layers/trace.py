@@ -302,6 +302,10 @@ class _Analysis:
         label = labels[params[0]]
         if name in LAYERS and isinstance(label, Derived):
             self.weights |= label.rows
+        if name in LAYERS and any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars):
+            # The gradient of a real weight is the real part of complex ones': two products, not one.
+            self.block([labels[i] for i in params], f"it meets complex data in {name}", *where)
+            return [Data()] * len(eqn.outvars)
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
             try:
                 parts = LAYERS[name](eqn, params[0], label.entries, loops)

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Literal, Self
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
+from ggn_jax._frozen import Frozen
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask, check_unbatched
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
+from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.stacks import Blocks, structure
@@ -58,14 +60,16 @@ class KFACLinearOperator(BlockLinearOperator):
       the order in which the inputs have them, and refused where the trace does not tell it. Axes of length 1, and those
       that weights made, such as heads, do not count. Position `i` of the mask is position `i` of the layer: a model
       that flips or shuffles positions needs a mask that is flipped as well. All other layers take all inputs.
-    - `on_uncovered`: `"error"`, or `"diagonal"` or `"full"` for the exact GGN diagonal or block of parameters that no
-      layer covers.
+    - `on_uncovered`: what parameters have that no layer covers: `"full"` the exact GGN block, `"diagonal"` the exact
+      GGN diagonal; `"auto"` the block up to `max_small_size` entries, else the diagonal, with one
+      `UncoveredParametersWarning` that names them; `"error"` refuses them.
     - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
     - `large`: what becomes of Kronecker factors larger than `max_dense_size`: `"block"` makes them block-diagonal, in
       parts of at most `block_size` and as even as possible, so that the layer's block is cut into Kronecker products of
       its own for each part; `"diagonal"` keeps their diagonal.
     - `max_dense_size`: the size of the largest dense factors; larger blocks of uncovered parameters are diagonal.
-    - `max_small_size`: larger blocks of scales and shifts (a position embedding that is added, say) are diagonal.
+    - `max_small_size`: larger blocks of scales and shifts are diagonal; so are those with more entries than the model
+      has parameters, and more than 128 x 128 (a position embedding that is added, say).
     - `vector_chunk_size`: how many vectors are back-propagated at once. On a CPU, one by one is fastest but for tiny
       models, and takes the least memory.
 
@@ -180,6 +184,8 @@ class KFACLinearOperator(BlockLinearOperator):
                 " one pass: pass a list, or a loader that starts anew."
             )
 
+        layouts: set[Any] = set()  # of the batches: one
+
         def sums(bases: Any, inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
             problem = pose(model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type)
             if not start and bases is None:
@@ -187,7 +193,11 @@ class KFACLinearOperator(BlockLinearOperator):
                 check_unbatched(problem)
                 check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
             keys = check_draws(problem, made, key, start)
-            return problem, _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
+            found, layout = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
+            layouts.add(layout)
+            if len(layouts) > 1:
+                raise ValueError("its sizes bring the model's layers in another order than batch 0's do.")
+            return problem, found
 
         problem, total, seen = add_up(with_progress(batches, progress, "factors"), partial(sums, None))
         if problem is None:
@@ -285,7 +295,14 @@ def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: s
     return compute_blocks(problem, keys, mask, options, method == "ekfac")
 
 
-_batch_sums = eqx.filter_jit(compiler_sharded(batch_sums))
+@eqx.filter_jit
+@compiler_sharded
+def _batch_sums(
+    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
+) -> tuple[dict[str, Any], Frozen]:
+    """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
+    members = Layout.of(problem, options).members
+    return batch_sums(problem, keys, mask, options, bases), Frozen(tuple((m.spec, m.key) for m in members))
 
 
 @eqx.filter_jit

@@ -96,6 +96,7 @@ class Core:
             return Curvature(count, skipped, jnp.zeros((), jnp.float32), damping, blocks, inverses)
         check_model(self.model_fn, params, self.example_inputs)
         layout = self._layout(params)
+        layout.warn()
         if not is_masked(params):
             self._check_independent(self.model_fn, params)
         curvature = initial(layout, self.settings, damping)

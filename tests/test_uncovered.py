@@ -1,0 +1,168 @@
+"""Parameters that have no Kronecker form, and models whose examples only seem to be independent."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ggn_jax
+
+KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
+BOTH = pytest.mark.parametrize("cls", [KFAC, EKFAC])
+CE, MSE = ggn_jax.CrossEntropyLoss(), ggn_jax.MSELoss()
+WARNING = ggn_jax.UncoveredParametersWarning
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+
+
+def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
+    """The dense GGN from Jacobians and JAX's Hessian of the loss."""
+    flat, unravel = ravel_pytree(params)
+    outputs = model_fn(params, batch[0])
+    jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
+    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
+    return np.array(jacobian.T @ hessian @ jacobian)
+
+
+def weight_normed(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"]
+
+
+PARAMS = {"v": normal(2, 2), "w": normal(3, 2)}
+BATCH = normal(7, 3), jnp.arange(7) % 2
+
+
+@BOTH
+def test_what_an_uncovered_parameter_gets(cls: Any) -> None:
+    args, exact = (weight_normed, CE, PARAMS, BATCH), ggn(weight_normed, CE, PARAMS, BATCH)[4:, 4:]
+    np.testing.assert_allclose(cls(*args, fisher_type="type-2").block("w"), exact, atol=1e-15)
+    with pytest.raises(NotImplementedError, match=r"params\['w'\].*test_uncovered"):
+        cls(*args, fisher_type="type-2", on_uncovered="error")
+    with pytest.warns(WARNING, match=r"params\['w'\]: it goes through .*test_uncovered.*\n.*max_small_size = 5"):
+        capped = cls(*args, fisher_type="type-2", max_small_size=5)
+    full = cls(*args, fisher_type="type-2", on_uncovered="full", max_small_size=5)
+    diagonal = cls(*args, fisher_type="type-2", on_uncovered="diagonal")
+    np.testing.assert_allclose(full.block("w"), exact, atol=1e-15)
+    for operator in (capped, diagonal):
+        np.testing.assert_allclose(operator.block("w"), np.diag(np.diag(exact)), atol=1e-15)
+    np.testing.assert_allclose(diagonal.inverse(0.1).block("w"), np.diag(1 / (np.diag(exact) + 0.1)), atol=1e-12)
+
+
+def test_an_optimizer_warns_when_it_starts_and_not_at_its_steps() -> None:
+    optimizer = ggn_jax.kfac(weight_normed, CE, 0.1, example_inputs=BATCH[0], max_small_size=5)
+    with pytest.warns(WARNING, match=r"params\['w'\]") as caught:
+        state = optimizer.init(PARAMS)
+    assert len(caught) == 1
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        key = jax.random.key(0)
+        _, grads, factors = optimizer.value_and_grad_and_factors(params, BATCH, state, key=key)
+        return optimizer.update(grads, state, params, factors=factors)
+
+    updates, _ = step(PARAMS, state)  # a warning would be an error here
+    assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(updates))
+
+
+def test_a_parameter_that_is_added_has_no_block_larger_than_the_model() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return (x + p["position"][None]) @ p["w"]
+
+    params = {"position": normal(10, 20), "w": normal(20, 2)}
+    batch = normal(3, 10, 20), jnp.zeros((3, 10), int)
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
+    operator = KFAC(model_fn, loss, params, batch, fisher_type="empirical")
+    block = np.asarray(operator.block("position"))
+    np.testing.assert_array_equal(block, np.diag(np.diag(block)))
+    rows = {row.parameter: row.curvature for row in ggn_jax.report(model_fn, params, batch[0]).rows}
+    assert rows == {"['position']": "diagonal", "['w']": "Kronecker"}
+
+
+COMPLEX = {
+    "complex inputs": lambda p, x: (x * (1 + 0.5j)) @ p["w"],
+    "complex weights": lambda p, x: x @ p["w"].astype(complex),
+    "rotated weights": lambda p, x: x @ (p["w"] * jnp.exp(0.3j)),
+    "complex bias": lambda p, x: (x * (1 + 0.5j)) @ p["w"] + p["b"][None],
+    "table": lambda p, x: jnp.take(p["w"].astype(complex), jnp.argsort(x, 1)[:, 0], axis=0) * (1 + 1j),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_real_parameters_of_complex_layers(name: str) -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            z = COMPLEX[name](p, x)
+        return jnp.concatenate([z.real, z.imag * jnp.abs(z)], -1)
+
+    params = {"w": normal(3, 2), **({"b": normal(2)} if "bias" in name else {})}
+    for size in (1, 5):  # one example at one position is an exactness case
+        batch = normal(size, 3), normal(size, 4, seed=1)
+        exact = ggn(model_fn, MSE, params, batch)
+        exact[: -PARAMS["w"].size, -PARAMS["w"].size :] = exact[-PARAMS["w"].size :, : -PARAMS["w"].size] = 0
+        for cls in (KFAC, EKFAC):
+            np.testing.assert_allclose(
+                cls(model_fn, MSE, params, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-14
+            )
+        diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
+        np.testing.assert_allclose(ravel_pytree(diagonal.mv(jax.tree.map(jnp.ones_like, params)))[0], np.diag(exact))
+        assert ggn_jax.report(model_fn, params, batch[0]).passed
+
+
+@pytest.mark.parametrize(
+    "inputs", [normal(1, 3), jnp.zeros((6, 3)), jnp.ones((2, 3)), {"rows": jnp.zeros((5, 1), int)}]
+)
+def test_examples_that_are_alike_do_not_hide_that_they_depend_on_each_other(inputs: Any) -> None:
+    def model_fn(p: Any, x: Any) -> jax.Array:
+        hidden = p["w"][x["rows"][:, 0]] if isinstance(x, dict) else x @ p["w"]
+        return (hidden - hidden.mean(0, keepdims=True)) / jnp.sqrt(hidden.var(0, keepdims=True) + 1e-5)
+
+    optimizer = ggn_jax.kfac(model_fn, MSE, 0.1, example_inputs=inputs)
+    with pytest.raises(ValueError, match="couples examples"):
+        optimizer.init({"w": normal(3, 2)})
+
+
+def test_equal_examples_at_the_border_of_a_domain_are_taken_as_they_are() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.sqrt(1 - x) @ p["w"]
+
+    ggn_jax.kfac(model_fn, MSE, 0.1, example_inputs=jnp.ones((4, 3)) / 2 + 0.49).init({"w": normal(3, 2)})
+
+
+def test_batches_for_which_layers_come_in_another_order() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        names = ("a", "b") if x.shape[1] > 2 else ("b", "a")
+        for name in names:
+            x = jnp.tanh(x @ p[name])
+        return x.sum(1)
+
+    params = {"a": normal(3, 3), "b": normal(3, 3, seed=1)}
+    batches = [(normal(4, size, 3), normal(4, 3)) for size in (4, 2)]
+    with pytest.raises(ValueError, match=r"batch 1: .*another order"):
+        KFAC.from_batches(model_fn, MSE, params, batches, fisher_type="type-2")
+    optimizer = ggn_jax.kfac(model_fn, MSE, 0.1, example_inputs=batches[0][0])
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="layers"):
+        optimizer.value_and_grad_and_factors(params, batches[1], state, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_report_explains_gradients_that_cancel(dtype: Any) -> None:
+    """A bias before a normalisation has no gradient, but for rounding."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        for weight, bias in zip(p["w"], p["b"], strict=True):
+            x = x @ weight + bias[None, None]
+            x = x - x.mean(1, keepdims=True)
+            x = jnp.tanh(x / jnp.sqrt((x**2).mean(1, keepdims=True) + 1e-5))
+        return x.sum(1)
+
+    for seed in range(10):
+        p = {"w": [normal(4, 4, seed=seed + i) for i in range(3)], "b": [normal(4, seed=seed + i) for i in range(3)]}
+        params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (p, normal(4, 9, 4, seed=seed)))
+        found = ggn_jax.report(model_fn, params, x)
+        assert found.passed, str(found)
