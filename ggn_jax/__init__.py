@@ -1,5 +1,6 @@
 """Curvature for deep learning in JAX: exact Gauss-Newton / Fisher vectors, and matrix-free operators on them."""
 
+from ggn_jax._version import find_version as _find_version
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.grad_output import (
     loss_hessian_matrix_sqrt,
@@ -7,13 +8,15 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
-from ggn_jax.layers import UncoveredParametersWarning, report
+from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
+from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
-from ggn_jax.models import from_equinox, from_linen, from_nnx
+from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
+    BlockLinearOperator,
     DampedLinearOperator,
     EFLinearOperator,
     EKFACLinearOperator,
@@ -23,26 +26,50 @@ from ggn_jax.operators import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
-from ggn_jax.optimizer import KFACTransformation, kfac, multi_steps, scale_by_kfac
+from ggn_jax.optimizer import (
+    Curvature,
+    CurvatureReport,
+    CurvatureRow,
+    Factors,
+    KFACState,
+    KFACTransformation,
+    MultiStepsState,
+    ScaleByKFACState,
+    kfac,
+    multi_steps,
+    scale_by_kfac,
+)
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "BlockLinearOperator",
     "CrossEntropyLoss",
+    "Curvature",
+    "CurvatureReport",
+    "CurvatureRow",
     "DampedLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
+    "Factors",
     "FisherType",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
     "KFACLinearOperator",
+    "KFACState",
     "KFACTransformation",
     "KFOCLinearOperator",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",
     "MSELoss",
+    "ModelFn",
+    "MultiStepsState",
+    "Report",
+    "ReportRow",
+    "ScaleByKFACState",
     "UncoveredParametersWarning",
+    "check_loss",
     "from_equinox",
     "from_linen",
     "from_nnx",
@@ -55,3 +82,9 @@ __all__ = [
     "report",
     "scale_by_kfac",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # looked up when it is asked for, which takes a millisecond
+        return _find_version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ggn_jax._hints import tensor_hint
+
 Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -19,12 +21,7 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
-        hint = (
-            " (torch_bridge has these functions for torch tensors)"
-            if type(value).__module__.startswith("torch")
-            else ""
-        )
-        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}{hint}.")
+        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}.{tensor_hint(value)}")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -51,6 +48,15 @@ def is_concrete(array: Array) -> bool:
 def check_outputs(name: str, outputs: Array | jax.ShapeDtypeStruct) -> None:
     if outputs.dtype.name not in OUTPUT_DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.")
+
+
+def as_outputs(name: str, outputs: Any, batch: bool) -> Array:
+    """Outputs of a model as a floating array, with a leading batch axis or not."""
+    outputs = as_array(name, outputs)
+    check_outputs(name, outputs)
+    if batch and outputs.ndim == 0:
+        raise ValueError(f"{name} must have a leading batch axis, [N, *out]; got a scalar.")
+    return outputs
 
 
 def check_real(name: str, array: Array) -> None:
@@ -83,11 +89,9 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_sampling(mc_samples: Any, key: Any, *, wanted_by: str) -> tuple[int, Array | None]:
-    """`mc_samples`, 0 for none, and the key that goes with it."""
+    """`mc_samples`, 0 for none, and the key where one is needed."""
     if isinstance(mc_samples, int | np.integer) and not isinstance(mc_samples, bool) and mc_samples == 0:
-        if key is not None:
-            raise ValueError("key is only used with mc_samples, which is 0: pass mc_samples=1 or more, or no key.")
-        return 0, None
+        return 0, None  # a key is not needed, and not looked at
     mc_samples = check_count("mc_samples", mc_samples)
     return mc_samples, check_key(key, wanted_by=f"{wanted_by} with mc_samples={mc_samples}", batch=True)
 

@@ -4,19 +4,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
+from ggn_jax._checks import Shaped
+from ggn_jax._hints import loss_hint
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.likelihood import LikelihoodLoss, missing_fisher_sqrt
 from ggn_jax.loss import Loss
 from ggn_jax.losses import BUILT_IN
 
 
-def check_loss(loss: Any) -> Loss:
+def check_supported(loss: Any) -> Loss:
     """`loss`, if what is known of its class says what its curvature is."""
     if not isinstance(loss, Loss):
         names = ", ".join(cls.__name__ for cls in BUILT_IN)
         raise NotImplementedError(
             f"loss must be one of ggn_jax's losses ({names}) or an instance of your own ggn_jax.LikelihoodLoss; got"
-            f" {loss!r}."
+            f" {loss!r}.{loss_hint(loss)}"
         )
     for cls in BUILT_IN:
         if isinstance(loss, cls) and type(loss) is not cls:
@@ -37,3 +41,11 @@ def check_exact(loss: Loss) -> None:
     """Refuse a loss that has no exact factor of its matrix."""
     if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher" and not loss.has_fisher_sqrt():
         raise missing_fisher_sqrt(loss)
+
+
+def stand_in_targets(loss: Loss, outputs: Shaped, fisher_type: FisherType | None, *, batch: bool) -> Array:
+    """Targets for vectors that do not depend on them; `fisher_type` is None for what needs the loss's value."""
+    if fisher_type in (FisherType.TYPE2, FisherType.MC):
+        return loss.stand_in_targets(outputs, batch)
+    what = f"fisher_type {fisher_type.value!r}" if fisher_type else "the value of the loss, which is needed here"
+    raise TypeError(f"targets must be an array for {what}; got None.")

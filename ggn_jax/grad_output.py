@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ggn_jax._checks import as_array, check_count, check_key, check_outputs
+from ggn_jax._checks import as_outputs, check_count, check_key
 from ggn_jax._sharding import run_auto
-from ggn_jax._supported import check_exact, check_loss
+from ggn_jax._supported import check_exact, check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.terms import check_terms, split_terms
@@ -36,13 +36,15 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     Fisher matrices see Kunstner et al. 2019, and Eschenhagen et al. 2023 for KFAC.) Inside `jit`, where values cannot
     be looked at, a target outside of the loss's domain gives NaN; outside it is a ValueError.
 
-    **Each datum needs its own key**: one shared key gives every datum the same draws.
+    **Each example needs its own key**: one shared key gives every example the same draws. Without `"mc"` a key is not
+    looked at. `target` may be None where vectors do not depend on it: `"type-2"` and `"mc"` of losses whose curvature
+    and weights depend on no target (no class weights, no `pos_weight`); nothing is ignored then.
 
     **Arguments:**
 
     - `loss`: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss` or your own `LikelihoodLoss`.
     - `fisher_type`: a `FisherType` or its value.
-    - `mc_samples`: the number of Monte-Carlo vectors, at least 1.
+    - `mc_samples`: the number of Monte-Carlo vectors, at least 1; looked at for `"mc"` only.
 
     **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1, a missing key, or shapes that do not fit;
     TypeError for a dtype that does not; NotImplementedError for a loss that is not supported, or has no exact factor
@@ -97,12 +99,12 @@ def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
     >>> sample(jnp.zeros(3), 10, jnp.ones(3), jax.random.key(0)).shape
     (10, 3)
     """
-    check_loss(loss)
+    check_supported(loss)
 
     def sampler(output: Any, num_samples: int, target: Any, key: Any = None) -> Float[Array, "S *out"]:
         num_samples = check_count("num_samples", num_samples)
         key = check_key(key, wanted_by="A gradient output sampler", batch=False)
-        output, target = check_terms(loss, output, target, batch=False)
+        output, target = _checked(loss, output, target, FisherType.MC, batch=False)
         return _vectors(loss, output, target, key, FisherType.MC, num_samples, False, False)
 
     return sampler
@@ -127,8 +129,8 @@ def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_
 
 def _check_request(loss: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, int]:
     fisher_type = FisherType(fisher_type) if isinstance(fisher_type, str) else FisherType._missing_(fisher_type)
-    mc_samples = check_count("mc_samples", mc_samples)
-    check_loss(loss)
+    mc_samples = check_count("mc_samples", mc_samples) if fisher_type is FisherType.MC else 1
+    check_supported(loss)
     if fisher_type is FisherType.TYPE2:
         check_exact(loss)
     return fisher_type, mc_samples
@@ -138,13 +140,18 @@ def _checked_vectors(
     loss: Loss, output: Any, target: Any, key: Any, fisher_type: FisherType, mc_samples: int, *, batch: bool
 ) -> Float[Array, "V *shape"]:
     if fisher_type is FisherType.FORWARD_ONLY:
-        output = as_array("outputs" if batch else "output", output)
-        check_outputs("output", output)
+        output = as_outputs("outputs" if batch else "output", output, batch)
         return jnp.zeros((0, *output.shape), output.dtype)
-    if fisher_type is FisherType.MC:
-        key = check_key(key, wanted_by="fisher_type 'mc'", batch=batch)
-    output, target = check_terms(loss, output, target, batch)
+    key = check_key(key, wanted_by="fisher_type 'mc'", batch=batch) if fisher_type is FisherType.MC else None
+    output, target = _checked(loss, output, target, fisher_type, batch)
     return _vectors(loss, output, target, key, fisher_type, mc_samples, batch, True)
+
+
+def _checked(loss: Loss, output: Any, target: Any, fisher_type: FisherType, batch: bool) -> tuple[Array, Array]:
+    if target is None:
+        output = as_outputs("outputs" if batch else "output", output, batch)
+        target = stand_in_targets(loss, output, fisher_type, batch=batch)
+    return check_terms(loss, output, target, batch)
 
 
 @partial(jax.jit, static_argnames=("fisher_type", "num", "batch", "divide"))

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ggn_jax._checks import Shaped, check_real
+from ggn_jax._checks import Shaped, check_real, compute_dtype
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import AutodiffHessian, MatrixSqrt, TermHessian, depends_on
-from ggn_jax.terms import term_axes, term_positions
+from ggn_jax.terms import map_positions, term_axes, term_positions
 
 
 class LikelihoodLoss(Loss):
@@ -25,6 +25,8 @@ class LikelihoodLoss(Loss):
       entry is a term of its own; `(-1,)` if the last axis holds a term's parameters.
     * `nll(f, y)`: the negative log-likelihood of one term; `f` has the shape of one term, `y` that of one `sample`.
     * `sample(key, f)`: a target drawn at `f`. Its shape is that of one term's target: `()`, or the term's own.
+    * `term_valid(f, y)` (optional): whether `y` is in the domain: targets that are not are refused, and give NaN inside
+      of `jit`. `target_domain(shape, batch)` says in words what is, for the error.
     * `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
       `[*term, *term]`. Without it only `"mc"` and `"empirical"` vectors exist.
 
@@ -32,8 +34,10 @@ class LikelihoodLoss(Loss):
     traced, anything else must be an `equinox.field(static=True)`.
 
     With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is not
-    positive semi-definite after all gives NaN. Monte-Carlo vectors are gradients at sampled targets; where the Hessian
-    depends on the target, so that it is not the Fisher, they are `S e` with random signs `e`, which is unbiased.
+    positive semi-definite after all gives NaN, and operators refuse it where values are known. `ggn_jax.check_loss`
+    tells whether all that you state fits together, the sampler too: run it once in a test. Monte-Carlo vectors are
+    gradients at sampled targets; where the Hessian depends on the target, so that it is not the Fisher, they are `S e`
+    with random signs `e`, which is unbiased.
 
     >>> import jax, jax.numpy as jnp
     >>> class PoissonLoss(LikelihoodLoss):
@@ -99,9 +103,22 @@ class LikelihoodLoss(Loss):
             return self.term_hessian(f, y).sqrt_mv(jax.random.rademacher(drawn, f.shape, f.dtype))
         return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))
 
+    def indefiniteness(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        """How negative the term's least eigenvalue is, as a part of the largest; 0 where it may be a square root's."""
+        hessian = self.term_hessian(f, y) if self.curvature == "hessian" else None
+        return hessian.indefiniteness() if isinstance(hessian, AutodiffHessian) else jnp.zeros((), f.dtype)
+
+    def draw_targets(self, key: PRNGKeyArray, outputs: Float[Array, "*shape"], batch: bool) -> Array:
+        """Targets for outputs, each term's drawn by `sample`."""
+        axes, positions = term_axes(self, outputs, batch), term_positions(self, outputs, batch)
+        trailing = axes if self._sample_structure(outputs, batch).ndim else ()
+        sample = map_positions(lambda key, f: self.sample(key, f), ((), axes), trailing, len(positions))
+        return sample(jax.random.split(key, positions), outputs)
+
     def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
         check_real("targets", targets)
         sample = self._sample_structure(outputs, batch)
+        self._check_nll(outputs, sample, batch)
         wanted = outputs.shape if sample.ndim else term_positions(self, outputs, batch)
         if targets.shape != wanted:
             raise ValueError(
@@ -113,9 +130,39 @@ class LikelihoodLoss(Loss):
                 f"targets must have a dtype like {type(self).__name__}.sample's, {sample.dtype}; got {targets.dtype}."
             )
 
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        sample, axes = self._sample_structure(outputs, batch), term_axes(self, outputs, batch)
+        f = jax.ShapeDtypeStruct(tuple(outputs.shape[axis] for axis in axes), compute_dtype(outputs.dtype))
+
+        def curvature(f: Array, y: Array) -> Any:
+            hessian = jax.hessian(self.nll)(f, y) if self.curvature == "hessian" else None
+            return self.term_weight(f, y), self.term_count(f, y), hessian
+
+        if depends_on(curvature, 1, f, sample):
+            raise self._needs_targets("may depend on them, by its Hessian, its weights or its counts")
+        # Where not all targets are of the domain, one that is drawn is.
+        drawn = self.restricts_targets
+        one = self.sample(jax.random.key(0), jnp.zeros(f.shape, f.dtype)) if drawn else jnp.zeros((), sample.dtype)
+        if not sample.ndim:
+            return jnp.broadcast_to(one, term_positions(self, outputs, batch))
+        shape = tuple(size if axis in axes else 1 for axis, size in enumerate(outputs.shape))
+        return jnp.broadcast_to(one.reshape(shape if drawn else (1,) * len(shape)), outputs.shape)
+
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
         sample = self._sample_structure(outputs, batch)
         return targets.astype(sample.dtype), (term_axes(self, outputs, batch) if sample.ndim else ())
+
+    def _check_nll(self, outputs: Shaped, sample: jax.ShapeDtypeStruct, batch: bool) -> None:
+        term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
+        f = jax.ShapeDtypeStruct(term, compute_dtype(outputs.dtype))
+        found = jax.eval_shape(lambda f, y: self.nll(f, y), f, sample)
+        if getattr(found, "shape", None) != ():
+            got = f"shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+            raise ValueError(
+                f"{type(self).__name__}.nll must return one number, for one term's output of shape {term} and target"
+                f" of shape {sample.shape}; got {got}. Add up what belongs to one term, or leave term_axes ="
+                f" {self.term_axes} out where each entry is a term of its own."
+            )
 
     def _sample_structure(self, outputs: Shaped, batch: bool) -> jax.ShapeDtypeStruct:
         term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
@@ -134,4 +181,13 @@ def missing_fisher_sqrt(loss: LikelihoodLoss) -> NotImplementedError:
     return NotImplementedError(
         f"{type(loss).__name__} declares curvature='fisher' and has no exact factor: define fisher_sqrt(f), or use"
         " Monte-Carlo (fisher_type 'mc', mc_samples) or empirical vectors."
+    )
+
+
+def indefinite_error(loss: LikelihoodLoss, where: str) -> ValueError:
+    """The error for a Hessian with a negative eigenvalue."""
+    return ValueError(
+        f"{type(loss).__name__} declares curvature='hessian', that each term's Hessian in the output is positive"
+        f" semi-definite, but it has a negative eigenvalue for {where}: declare curvature='fisher', which takes"
+        " Monte-Carlo vectors, and exact ones if you define fisher_sqrt(f)."
     )

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ggn_jax._checks import Shaped, is_concrete
+from ggn_jax._repr import options
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
 from ggn_jax.terms import check_shapes_and_dtypes, check_terms, find_valid, split_terms
@@ -55,6 +56,9 @@ class Loss(eqx.Module):
         """
         outputs, targets = check_shapes_and_dtypes(self, outputs, targets, batch)
         return find_valid(self, outputs, targets, batch)
+
+    def __repr__(self) -> str:
+        return options(self)
 
     def __hash__(self) -> int:
         # Modules with arrays have no hash; `jax.jit(loss)` needs one.
@@ -103,6 +107,16 @@ class Loss(eqx.Module):
     @abc.abstractmethod
     def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
         """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from what `settle` returns."""
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        """Targets that give every example's curvature and weight where these depend on no target: for `targets=None`.
+
+        With them, nothing is ignored. A loss that does not define it needs targets.
+        """
+        raise self._needs_targets("may depend on them")
+
+    def _needs_targets(self, why: str) -> ValueError:
+        return ValueError(f"targets must be given, not None: the curvature of {type(self).__name__} {why}.")
 
     # Layout.
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ggn_jax._checks import as_array, check_real
+from ggn_jax._checks import as_array, as_outputs, check_real
+from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax._supported import check_exact, check_loss
+from ggn_jax._supported import check_exact, check_supported, stand_in_targets
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, split_terms
 
@@ -26,6 +28,7 @@ class LossHessian(eqx.Module):
 
     - `loss`: a `Loss` with `curvature="hessian"`, or with an exact Fisher factor (then `H` is the Fisher).
     - `outputs`, `targets`: a batch, `[N, *out]`, by default; `H` is then the Hessian of the loss of the whole batch.
+      `targets` may be None where `H` depends on no target (no class weights, say): nothing is ignored then.
     - `batch`: `False` for one datum, `[*out]`, whose loss is that of a batch of one.
 
     It is a pytree: pass it through `jax.jit`, make it under `jax.vmap` (with `batch=False`) or `jax.grad`.
@@ -39,8 +42,14 @@ class LossHessian(eqx.Module):
     terms: Terms
 
     def __init__(self, loss: Loss, outputs: Any, targets: Any, *, batch: bool = True):
-        check_exact(check_loss(loss))
+        check_exact(check_supported(loss))
+        if targets is None:
+            outputs = as_outputs("outputs", outputs, batch)
+            targets = stand_in_targets(loss, outputs, FisherType.TYPE2, batch=batch)
         self.terms = _split(loss, *check_terms(loss, outputs, targets, batch), batch)
+
+    def __repr__(self) -> str:
+        return fields(self, loss=self.terms.loss, outputs=self.terms.outputs)
 
     def mv(self, v: Any) -> Float[Array, "*shape"]:
         """`H v`; `v` has the outputs' shape."""

@@ -1,5 +1,6 @@
 """The losses of `torch.nn`, with torch's options and defaults."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from ggn_jax._checks import Shaped, as_array, check_real, is_concrete
 from ggn_jax._draws import draw_bit, draw_class
 from ggn_jax.loss import Loss
 from ggn_jax.term_hessian import ScalarHessian, Softmax, TermHessian, onehot
-from ggn_jax.terms import term_axes
+from ggn_jax.terms import term_axes, term_positions
 
 
 class MSELoss(Loss):
@@ -37,6 +38,9 @@ class MSELoss(Loss):
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         return targets.astype(outputs.dtype), ()
+
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        return jnp.zeros(outputs.shape, outputs.dtype)
 
     def term_value(self, f: Float[Array, "*at"], y: Float[Array, "*at"]) -> Float[Array, "*at"]:
         return (f - y) ** 2
@@ -68,12 +72,14 @@ class CrossEntropyLoss(Loss):
       targets are class indices, and by the number of positions when they are probabilities.
     - `label_smoothing`: `e` in `t = (1 - e) target + e / C`. As in torch, the mean is infinite where all kept `w_y` are
       0 and smoothing leaves a rest.
-    - `class_axis`: the axis of **one datum's** output that holds the classes, also when a batch comes in. 0 as in
-      torch, -1 as in Flax.
+    - `class_axis`: the axis of **one example's** output that holds the classes, also when a batch comes in: 0 as in
+      torch, -1 as in Flax and optax. If it is not given, it is 0, and refused where shapes fit -1 as well: for
+      outputs of one example with several axes, where these are all of one length, or targets are class probabilities
+      (which have the outputs' shape) and no class weights tell the number of classes.
 
     **Calling** `loss(outputs, targets)` returns the loss of a batch; unlike torch's NaN, it is 0 if everything is
     ignored. Outputs are `[N, C, *D]` (for `class_axis=0`), targets either class indices (integers, `[N, *D]`) or class
-    probabilities (floating, the outputs' shape). Where `D = C`, a wrong `class_axis` cannot be told from the shapes.
+    probabilities (floating, the outputs' shape).
 
     >>> import jax.numpy as jnp
     >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)
@@ -86,7 +92,7 @@ class CrossEntropyLoss(Loss):
     weight: Float[Array, " C"] | None
     ignore_index: int = eqx.field(static=True)
     label_smoothing: float = eqx.field(static=True)
-    class_axis: int = eqx.field(static=True)
+    class_axis: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -95,7 +101,7 @@ class CrossEntropyLoss(Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        class_axis: int = 0,
+        class_axis: int | None = None,
     ):
         if weight is not None:
             weight = as_array("weight", weight)
@@ -107,35 +113,17 @@ class CrossEntropyLoss(Loss):
         self.weight = weight
         self.ignore_index = _integer("ignore_index", ignore_index)
         self.label_smoothing = float(label_smoothing)
-        self.class_axis = _integer("class_axis", class_axis)
+        self.class_axis = None if class_axis is None else _integer("class_axis", class_axis)
         self.reduction = reduction
 
     @property
     def term_axes(self) -> tuple[int]:  # type: ignore[override]
-        return (self.class_axis,)
+        return (self.class_axis or 0,)
 
     def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
-        datum = outputs.shape[batch:]
-        if not datum:
-            raise ValueError(
-                f"outputs must have a class axis: one datum's output is a scalar (outputs have shape {outputs.shape})."
-                " For one logit per datum use BCEWithLogitsLoss."
-            )
-        if not -len(datum) <= self.class_axis < len(datum):
-            raise ValueError(
-                f"class_axis={self.class_axis} is not an axis of one datum's output, which has shape {datum}"
-                " (class_axis never counts the batch axis)."
-            )
+        self._check_outputs(outputs, batch)
         (axis,) = term_axes(self, outputs, batch)
-        classes = outputs.shape[axis]
         indices_shape = outputs.shape[:axis] + outputs.shape[axis + 1 :]
-        if classes == 0:
-            raise ValueError(f"outputs must have at least one class; axis {axis} of shape {outputs.shape} has none.")
-        if self.weight is not None and self.weight.shape[0] != classes:
-            raise ValueError(
-                f"weight has {self.weight.shape[0]} class weights, but outputs of shape {outputs.shape} have {classes}"
-                f" classes on axis {axis} (class_axis={self.class_axis} of one datum)."
-            )
         if _holds_indices(targets):
             if targets.shape == outputs.shape:
                 raise ValueError(
@@ -145,15 +133,15 @@ class CrossEntropyLoss(Loss):
             if targets.shape != indices_shape:
                 raise ValueError(
                     f"targets must have shape {indices_shape}, which is that of outputs {outputs.shape} less the class"
-                    f" axis (class_axis={self.class_axis} of one datum; pass class_axis=-1 if classes come last); got"
-                    f" {targets.shape}."
+                    f" axis (class_axis={self.term_axes[0]} of one example; pass class_axis=-1 if classes come last);"
+                    f" got {targets.shape}.{_unit_axis_hint(indices_shape, targets.shape)}"
                 )
         elif jnp.issubdtype(targets.dtype, jnp.floating):
             if targets.shape != outputs.shape:
                 raise ValueError(
                     "targets are floating, thus class probabilities, and must have the outputs' shape"
                     f" {outputs.shape}; got {targets.shape}. Class indices must be integers, of shape {indices_shape}"
-                    f" (class_axis={self.class_axis})."
+                    f" (class_axis={self.term_axes[0]})."
                 )
             if self.ignore_index >= 0:
                 raise ValueError(
@@ -164,6 +152,45 @@ class CrossEntropyLoss(Loss):
             raise TypeError(
                 f"targets must be integers (class indices) or floating (probabilities); got {targets.dtype}."
             )
+        if self._fits_last_axis(outputs.shape[batch:], targets):
+            raise self._open_axis(outputs, f"targets of shape {targets.shape}")
+
+    def _check_outputs(self, outputs: Shaped, batch: bool) -> None:
+        """Refuse outputs without the axis of classes, or with another number of them than the weights'."""
+        example, class_axis = outputs.shape[batch:], self.term_axes[0]
+        if not example:
+            raise ValueError(
+                f"outputs must have a class axis, but one example's output is a scalar (outputs have shape"
+                f" {outputs.shape}). For one logit per example use BCEWithLogitsLoss."
+            )
+        if not -len(example) <= class_axis < len(example):
+            raise ValueError(
+                f"class_axis={class_axis} is not an axis of one example's output, which has shape {example}"
+                " (class_axis never counts the batch axis)."
+            )
+        classes, axis = example[class_axis], class_axis % len(example) + batch
+        if classes == 0:
+            raise ValueError(f"outputs must have at least one class; axis {axis} of shape {outputs.shape} has none.")
+        if self.weight is not None and self.weight.shape[0] != classes:
+            raise ValueError(
+                f"weight has {self.weight.shape[0]} class weights, but outputs of shape {outputs.shape} have {classes}"
+                f" classes on axis {axis} (class_axis={class_axis} of one example)."
+            )
+
+    def _open_axis(self, outputs: Shaped, targets: str) -> ValueError:
+        return ValueError(
+            f"outputs of shape {outputs.shape} and {targets} fit classes on the first axis of one example's output as"
+            " well as on the last: pass class_axis=0, as in torch, or class_axis=-1, as in Flax and optax, to"
+            " CrossEntropyLoss."
+        )
+
+    def _fits_last_axis(self, example: tuple[int, ...], targets: Array | None) -> bool:
+        """Whether nobody said where the classes are, and the last axis would do for them as well as the first."""
+        if self.class_axis is not None or len(example) < 2 or math.prod(example) == 1:
+            return False
+        if self.weight is not None and self.weight.shape[0] != example[-1]:
+            return False
+        return targets is None or not _holds_indices(targets) or example[1:] == example[:-1]
 
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Array, tuple[int, ...]]:
         if _holds_indices(targets):
@@ -171,8 +198,19 @@ class CrossEntropyLoss(Loss):
             return (targets.astype(jnp.int32) if targets.dtype.itemsize < 4 else targets), ()
         return targets.astype(outputs.dtype), term_axes(self, outputs, batch)
 
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        self._check_outputs(outputs, batch)
+        if self.weight is not None:
+            raise self._needs_targets("depends on them by its class weights")
+        if self._fits_last_axis(outputs.shape[batch:], None):
+            raise self._open_axis(outputs, "no targets")
+        (axis,) = term_axes(self, outputs, batch)
+        # One of class 0 would be ignored with ignore_index=0.
+        index = 1 if self.ignore_index == 0 and outputs.shape[axis] > 1 else 0
+        return jnp.full(term_positions(self, outputs, batch), index, jnp.int32)
+
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
-        classes = shape[batch:][self.class_axis]
+        classes = shape[batch:][self.term_axes[0]]
         indices = f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})"
         return f"{indices}, or probabilities of at least 0"
 
@@ -301,6 +339,11 @@ class BCEWithLogitsLoss(Loss):
         weights = broadcast("weight", self.weight), broadcast("pos_weight", self.pos_weight)
         return (targets.astype(outputs.dtype), *weights), ()
 
+    def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
+        if self.pos_weight is not None:
+            raise self._needs_targets("depends on them by pos_weight")
+        return jnp.zeros(outputs.shape, outputs.dtype)
+
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
         return "between 0 and 1"
 
@@ -388,8 +431,15 @@ def _check_same_shape(loss: Loss, outputs: Shaped, targets: Array) -> None:
     if targets.shape != outputs.shape:
         raise ValueError(
             f"targets must have the outputs' shape {outputs.shape} for {type(loss).__name__}; got {targets.shape}."
-            " Targets are never broadcast: reshape them."
+            f" Targets are never broadcast: reshape them.{_unit_axis_hint(outputs.shape, targets.shape)}"
         )
+
+
+def _unit_axis_hint(wanted: tuple[int, ...], got: tuple[int, ...]) -> str:
+    """For a last axis of length 1 too many or too few."""
+    if got == (*wanted, 1):
+        return " Pass targets[..., 0]."
+    return " Pass targets[..., None]." if (*got, 1) == wanted else ""
 
 
 def _broadcast(name: str, value: Array, outputs: Shaped, batch: bool) -> Array:

@@ -13,8 +13,21 @@ from ggn_jax._frozen import Frozen
 class ModelFn(eqx.Module):
     """`model_fn(params, inputs) -> outputs`: a pytree whose leaves are the arrays that are not parameters.
 
-    Two of the same model compare equal but for their leaves, so that nothing is traced anew.
+    Made by `from_nnx`, `from_linen` and `from_equinox`. Two of the same model compare equal but for their leaves, so
+    that nothing is traced anew.
+
+    >>> import equinox as eqx, jax
+    >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+    >>> model_fn
+    ModelFn(Linear)
     """
+
+    def __repr__(self) -> str:
+        return f"ModelFn({self._name()})"
+
+    @abc.abstractmethod
+    def _name(self) -> str:
+        """The class of the module."""
 
     @abc.abstractmethod
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
@@ -46,13 +59,17 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # its overloads hide the length
     # Plain dicts of arrays: the states hold the module's own variables, which change with it.
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    return _NNX(graph, rest, method), params
+    return _NNX(graph, rest, method, type(module).__name__), params
 
 
 class _NNX(ModelFn):
     graph: Any
     rest: PyTree[Array]
     method: str = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def _name(self) -> str:
+        return self.name
 
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         from flax import nnx
@@ -94,6 +111,9 @@ class _Linen(ModelFn):
     rest: PyTree[Array]
     kwargs: Frozen
 
+    def _name(self) -> str:
+        return type(self.module).__name__
+
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         return self.module.apply({"params": params, **self.rest}, inputs, **self.kwargs.thaw())
 
@@ -120,6 +140,9 @@ def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree
 class _Equinox(ModelFn):
     rest: Frozen
     batched: bool = eqx.field(static=True)
+
+    def _name(self) -> str:
+        return type(self.rest.thaw()).__name__
 
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         module = eqx.combine(params, self.rest.thaw())

@@ -235,9 +235,19 @@ class AutodiffHessian(TermHessian):
         size = self.f.size
         return jax.hessian(self.nll)(self.f).reshape(size, size)
 
+    def indefiniteness(self) -> Float[Array, ""]:
+        """The least eigenvalue as a part of the largest absolute one, if it is negative beyond rounding; else 0."""
+        values = jnp.linalg.eigvalsh(self._dense())
+        least = jnp.min(values / jnp.max(jnp.abs(values)))  # NaN where all are 0
+        return jnp.where(least < -self._slack, least, 0)
+
+    @property
+    def _slack(self) -> float:
+        return 8 * self.f.size * float(jnp.finfo(self.f.dtype).eps)
+
     def _sqrt(self) -> "MatrixSqrt":
         values, vectors = jnp.linalg.eigh(self._dense())
-        slack = 8 * self.f.size * jnp.finfo(self.f.dtype).eps * jnp.max(jnp.abs(values))
+        slack = self._slack * jnp.max(jnp.abs(values))
         root = jnp.where(values < -slack, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
         return MatrixSqrt((vectors * root[None]).reshape(2 * self.f.shape), self.f.ndim)
 

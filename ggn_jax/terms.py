@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ggn_jax._checks import Shaped, as_array, check_outputs, compute_dtype, is_concrete
+from ggn_jax._checks import Shaped, as_array, as_outputs, compute_dtype, is_concrete
 from ggn_jax._sharding import run_auto, vary_alike
 
 
@@ -226,12 +226,25 @@ def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Arr
 
 def check_shapes_and_dtypes(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
     """Both as arrays, after all checks that need no values."""
-    outputs, targets = as_array("outputs", outputs), as_array("targets", targets)
-    check_outputs("outputs", outputs)
-    if batch and outputs.ndim == 0:
-        raise ValueError("outputs must have a leading batch axis, [N, *out]; got a scalar.")
-    loss.check_shapes(outputs, targets, batch)
+    outputs, targets = as_outputs("outputs", outputs, batch), as_array("targets", targets)
+    try:
+        loss.check_shapes(outputs, targets, batch)
+    except ValueError as error:
+        raise ValueError(f"{error}{_batch_hint(loss, outputs, targets, batch)}") from None
     return outputs, targets
+
+
+def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
+    """For a batch in place of one example, or the other way round."""
+    if not batch and not outputs.ndim:
+        return ""
+    try:
+        loss.check_shapes(outputs, targets, not batch)
+    except (TypeError, ValueError):
+        return ""
+    if batch:
+        return " They fit as one example: make a batch of one of it, x[None], or use a function of one example."
+    return " They fit as a batch: use make_batch_grad_output_fn, or map over the examples with jax.vmap."
 
 
 def check_values(loss: Any, outputs: Shaped, targets: Array, batch: bool) -> None:

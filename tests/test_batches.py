@@ -131,7 +131,7 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
         make((x[:, :2], y))
     with pytest.raises(ValueError, match=r"batch 1: mask of shape \(4, 5\) fits no layer"):
         make((x, y, jnp.ones((4, 5), bool)))
-    with pytest.raises(TypeError, match=r"batch 1 must be .*; got tuple of length 4"):
+    with pytest.raises(TypeError, match=r"batch 1 must be .*; got a tuple of length 4"):
         make((x, y, y, y))
     with pytest.raises(ValueError, match=r"batch 1: the model's layers are others than .*: inputs \(4, 2\), for"):
         make((x[:, :2], y), lambda p, x: x @ p["1"]["w"][: x.shape[1], :2])

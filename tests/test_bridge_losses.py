@@ -253,3 +253,14 @@ def test_a_registration_that_returns_no_loss() -> None:
     torch_bridge.register_loss(Wrong, JaxPoissonLoss, options=("option",))
     with pytest.raises(TypeError, match="options must be Python literals"):
         torch_bridge.make_grad_output_fn(Wrong(), "mc")
+
+
+@pytest.mark.parametrize("indices", [True, False])
+def test_classes_are_on_torchs_axis_where_shapes_leave_it_open(indices: bool) -> None:
+    """`ggn_jax` refuses these shapes without a class axis; torch's is the first."""
+    outputs = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[0, 2, 1], [1, 1, 0]]) if indices else outputs.softmax(2)
+    loss = torch.nn.CrossEntropyLoss(reduction="sum")
+    gradient = torch_bridge.make_batch_grad_output_fn(loss, "empirical")(outputs, targets)[0]
+    wanted = torch.func.grad(lambda f: loss(f, targets))(outputs)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)

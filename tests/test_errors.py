@@ -44,6 +44,8 @@ class TestRequests:
             with raises(TypeError, "mc_samples", "integer"):
                 make(MSELoss(), "mc", bad)
         assert make(MSELoss(), "mc", np.int32(2))
+        for kind in ("type-2", "empirical", "forward-only"):  # where nothing is drawn, it is not looked at
+            assert make(MSELoss(), kind, 0)
 
     def test_loss(self, make) -> None:
         class Focal(CrossEntropyLoss):
@@ -118,6 +120,45 @@ def test_cross_entropy_shapes() -> None:
         CrossEntropyLoss(ignore_index=0)(jnp.zeros((2, 4)), jnp.zeros((2, 4)))
 
 
+# outputs, targets, whether they are class indices, class weights
+UNCLEAR = [((6, 6), (6,), True, None), ((2, 2, 2), (2, 2), True, None), ((6, 6), (6,), True, 6)]
+UNCLEAR += [((3, 2), (3, 2), False, None), ((2, 2), (2, 2), False, 2)]
+CLEAR = [((6, 5), (5,), True, None), ((2, 3, 2), (3, 2), True, None), ((1, 1), (1,), True, None)]
+CLEAR += [((3, 2), (3, 2), False, 3), ((3,), (3,), False, None)]
+
+
+def of_shape(outputs: tuple[int, ...], targets: tuple[int, ...], indices: bool, weights: int | None):
+    kwargs = {} if weights is None else {"weight": jnp.arange(1.0, weights + 1)}
+    rng = np.random.default_rng(0)
+    y = rng.integers(min(2, outputs[0]), size=(4, *targets)) if indices else rng.dirichlet([1.0] * 2, (4, *targets))
+    return rng.normal(size=(4, *outputs)), y if indices else y[..., 0], kwargs
+
+
+@pytest.mark.parametrize("shapes", UNCLEAR, ids=str)
+def test_a_class_axis_that_shapes_leave_open_must_be_given(shapes) -> None:
+    f, y, kwargs = of_shape(*shapes)
+    for call in (
+        CrossEntropyLoss(**kwargs),
+        make_batch_grad_output_fn(CrossEntropyLoss(**kwargs), "type-2"),
+        jax.jit(CrossEntropyLoss(**kwargs).targets_valid),
+        lambda f, y: make_grad_output_fn(CrossEntropyLoss(**kwargs), "empirical")(f[0], y[0]),
+        lambda f, y: LossHessian(CrossEntropyLoss(**kwargs), f, y),
+    ):
+        with raises(ValueError, "outputs", "targets", "class_axis=0, as in torch", "class_axis=-1, as in Flax"):
+            call(f, y)
+    first, last = (CrossEntropyLoss(**kwargs, class_axis=axis)(f, y) for axis in (0, -1))
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in kwargs.items()}
+    theirs = torch.nn.CrossEntropyLoss(**tensors)(torch.from_numpy(f), torch.from_numpy(y))
+    np.testing.assert_allclose(first, theirs, rtol=1e-12)
+    assert abs(first - last) > 1e-3  # so it matters
+
+
+@pytest.mark.parametrize("shapes", CLEAR, ids=str)
+def test_a_class_axis_that_shapes_tell_is_the_first(shapes) -> None:
+    f, y, kwargs = of_shape(*shapes)
+    np.testing.assert_array_equal(CrossEntropyLoss(**kwargs)(f, y), CrossEntropyLoss(**kwargs, class_axis=0)(f, y))
+
+
 def test_batch_axis() -> None:
     with raises(ValueError, "outputs", "batch axis", "scalar"):
         make_batch_grad_output_fn(MSELoss(), "type-2")(jnp.zeros(()), jnp.zeros(()))
@@ -141,8 +182,6 @@ def test_dtypes() -> None:
         fn(torch.zeros(3), jnp.zeros(3))
     with raises(TypeError, "targets", "list"):
         fn(jnp.zeros(3), [0.0, 0.0, 0.0])
-    with raises(TypeError, "targets", "NoneType"):
-        fn(jnp.zeros(3), None)
 
 
 @pytest.mark.parametrize("dtype", [bool, "int8", "int32", "uint8", "float16", "float32"])
@@ -225,7 +264,7 @@ def test_constructors() -> None:
     with raises(TypeError, "ignore_index", "1.5"):
         CrossEntropyLoss(ignore_index=1.5)
     with raises(TypeError, "class_axis"):
-        CrossEntropyLoss(class_axis=None)
+        CrossEntropyLoss(class_axis=0.0)
     with pytest.raises(TypeError):  # keyword-only
         CrossEntropyLoss(None, -100)
 

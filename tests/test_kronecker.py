@@ -577,7 +577,6 @@ def test_large_blocks_of_scales_are_diagonal() -> None:
     [
         ({"fisher_type": "type2"}, ValueError, "fisher"),
         ({}, ValueError, "key"),
-        ({"fisher_type": "type-2", "key": 0}, ValueError, "key is not used"),
         ({"fisher_type": "type-2", "sharing": "both"}, ValueError, "sharing must be one of"),
         ({"fisher_type": "type-2", "bias": None}, ValueError, "bias must be one of"),
         ({"fisher_type": "type-2", "on_uncovered": "skip"}, ValueError, "on_uncovered must be"),

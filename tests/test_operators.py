@@ -87,6 +87,22 @@ def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     assert_close(ef.as_matrix(), problem.ef(per))
 
 
+def test_ef_is_what_empirical_means_elsewhere() -> None:
+    """An example with several terms, for which KFAC's block is exact: it has one sharing position."""
+
+    def model_fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        return (x @ params).reshape(len(x), 3, 2)
+
+    params, loss = normal("ef", 4, 6), ggn_jax.CrossEntropyLoss(class_axis=-1)
+    x, y = normal("ef x", 1, 4), jnp.array([[0, 1, 1]])
+    log_p = lambda params: jax.nn.log_softmax(model_fn(params, x)[0])[jnp.arange(3), y[0]]  # noqa: E731
+    gradient = -flat(jax.jacobian(log_p)(params).sum(0))
+    want = np.outer(gradient, gradient) / 3
+    assert_close(EFLinearOperator(model_fn, loss, params, (x, y)).as_matrix(), want)
+    kfac = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, y), fisher_type="empirical")
+    assert_close(kfac.as_matrix(), want)
+
+
 def test_ef_of_terms_and_of_data_differ() -> None:
     """Else the test above could not tell them apart."""
     assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
@@ -116,7 +132,7 @@ def test_keys_in_the_inputs(chunk_size: int | None) -> None:
     problem = Problem("dropout", dropout, MLP_PARAMS, inputs, CE_SUM.loss, CE_SUM.targets, torch.nn.CrossEntropyLoss)
     assert_close(GGNLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ggn())
     assert_close(HessianLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.hessian())
-    assert_close(EFLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ef("term"))
+    assert_close(EFLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ef("datum"))
     for method in ("layers", "data"):
         diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=chunk_size, method=method)
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
@@ -133,7 +149,7 @@ def test_all_ignored_is_zero() -> None:
         GGNDiagonalLinearOperator(*args),
         GGNDiagonalLinearOperator(*args, mc_samples=2, key=jax.random.key(0)),
         EFLinearOperator(*args),
-        EFLinearOperator(*args, per="datum", chunk_size=2),
+        EFLinearOperator(*args, per="term", chunk_size=2),
         HessianLinearOperator(*args),
         HessianLinearOperator(*args, chunk_size=2),
     ):
@@ -196,7 +212,7 @@ def test_curvlinops(name: str, reduction: str) -> None:
     for operator, cls in (
         (GGNLinearOperator(*args), curvlinops.GGNLinearOperator),
         (HessianLinearOperator(*args), curvlinops.HessianLinearOperator),
-        (EFLinearOperator(*args, per="datum"), curvlinops.EFLinearOperator),
+        (EFLinearOperator(*args), curvlinops.EFLinearOperator),
     ):
         want = cls(net, torchs(reduction=reduction), list(net.parameters()), data) @ eye
         assert_close(operator.as_matrix(), want.detach().numpy())
@@ -339,7 +355,7 @@ class SubclassedCrossEntropyLoss(ggn_jax.CrossEntropyLoss):
         ((MODEL, LOSS, PARAMS, (INPUTS, TARGETS[:-1])), {}, ValueError, r"common leading batch axis.*\(5, 3\).*\(4,\)"),
         ((MODEL, LOSS, PARAMS, ([INPUTS, INPUTS[:2]], TARGETS)), {}, ValueError, "common leading batch axis"),
         ((MODEL, LOSS, PARAMS, (INPUTS[0, 0], TARGETS)), {}, ValueError, "common leading batch axis"),
-        ((MODEL, LOSS, PARAMS, (INPUTS[:0], TARGETS[:0])), {}, ValueError, "at least one datum"),
+        ((MODEL, LOSS, PARAMS, (INPUTS[:0], TARGETS[:0])), {}, ValueError, "at least one example"),
         ((MODEL, LOSS, PARAMS, ("text", TARGETS)), {}, TypeError, "inputs must be a JAX or NumPy array; got str"),
         (
             (MODEL, LOSS, PARAMS, ([X, "text"], TARGETS)),
@@ -393,7 +409,6 @@ def test_refuses(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error:
         ({"mc_samples": True, "key": jax.random.key(0)}, TypeError, "mc_samples must be an integer"),
         ({"mc_samples": False}, TypeError, "mc_samples must be an integer"),
         ({"mc_samples": None, "key": jax.random.key(0)}, TypeError, "mc_samples must be an integer"),
-        ({"key": jax.random.key(0)}, ValueError, "key is only used with mc_samples"),
         ({"mc_samples": 2}, ValueError, "needs a key"),
         ({"mc_samples": 2, "key": 0}, TypeError, "key must be a JAX PRNG key"),
         ({"mc_samples": 2, "key": jax.random.split(jax.random.key(0), N)}, ValueError, "key must be one key"),

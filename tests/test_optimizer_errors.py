@@ -3,6 +3,7 @@
 from functools import cache, partial
 from typing import Any
 
+import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -255,6 +256,43 @@ def test_a_mask_may_have_one_boolean_for_a_branch() -> None:
         updates.append(jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch)[0])
     assert_close(updates[1]["a"], updates[0]["a"])
     assert_close(updates[1]["b"]["w"], updates[0]["b"]["w"] - 0.05 * params["b"]["w"])
+
+
+class Linear(eqx.Module):
+    """A pytree that can be called: parameters of it, and a mask made of it, are no functions."""
+
+    w: Any
+    b: Any
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w + self.b[None]
+
+
+class Decay(eqx.Module):
+    """A schedule, or a mask's function, with fields."""
+
+    value: jax.Array
+
+    def __call__(self, given: Any) -> Any:
+        return self.value if isinstance(given, jax.Array) else jax.tree.map(lambda p: p.ndim > 1, given)
+
+
+def test_masks_and_schedules_that_can_be_called() -> None:
+    """As with `optax.add_decayed_weights`, whose updates are the oracle."""
+    params, batch = Linear(normal(0, 3, 2), normal(1, 2)), batch_of()
+    mask = jax.tree.map(lambda p: p.ndim > 1, params)
+    assert callable(mask)
+    model_fn = lambda params, x: params(x)  # noqa: E731
+    grads = gradient(model_fn, CE, params, batch)
+    make = partial(ggn_jax.kfac, model_fn, CE, 0.1, example_inputs=batch[0], fisher_type="type-2")
+    plain = make()
+    direction, _ = jax.jit(plain.update)(grads, plain.init(params), params, batch=batch)
+    decay = optax.add_decayed_weights(0.5, mask)
+    wanted, _ = decay.update(jax.tree.map(lambda u: u / -0.1, direction), decay.init(params), params)
+    for given in (mask, Decay(jnp.asarray(0.5)), lambda params: jax.tree.map(lambda p: p.ndim > 1, params)):
+        optimizer = make(weight_decay=Decay(jnp.asarray(0.5)), weight_decay_mask=given)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch)
+        assert_close(updates, jax.tree.map(lambda u: -0.1 * u, wanted))
 
 
 def test_schedules_must_return_numbers() -> None:

@@ -19,6 +19,7 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
+    {"_hints", "_repr", "_version"},
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding"},
     {"_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "terms"},
@@ -28,7 +29,7 @@ GGN_JAX = [
     {"layers.check"},
     {"layers.report"},
     {"layers"},
-    {"grad_output", "loss_hessian", "models"},
+    {"grad_output", "loss_check", "loss_hessian", "models"},
     {"operators.base", "operators.problem"},
     {"operators.batches", "operators.ggn", "operators.ef", "operators.hessian"},
     {"kronecker.inverse"},

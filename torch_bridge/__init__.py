@@ -1,5 +1,6 @@
 """Gradient output vectors of PyTorch's losses, computed by jitted JAX: torch tensors in, torch tensors out."""
 
+import ggn_jax as _ggn_jax
 from ggn_jax import FisherType
 from torch_bridge.grad_output import (
     loss_hessian_matrix_sqrt,
@@ -20,3 +21,9 @@ __all__ = [
     "to_jax",
     "to_torch",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # of the same distribution
+        return _ggn_jax.__version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

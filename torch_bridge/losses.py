@@ -185,7 +185,7 @@ def _parse(text: str) -> tuple[LossEntry, dict[str, Any], list[str]]:
 register_loss(torch.nn.MSELoss, ggn_jax.MSELoss, options=("reduction",))
 register_loss(
     torch.nn.CrossEntropyLoss,
-    ggn_jax.CrossEntropyLoss,
+    functools.partial(ggn_jax.CrossEntropyLoss, class_axis=0),
     tensors=("weight",),
     options=("ignore_index", "reduction", "label_smoothing"),
 )

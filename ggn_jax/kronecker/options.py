@@ -44,7 +44,8 @@ class Options:
                 wanted = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} must be one of {wanted}; got {getattr(self, name)!r}.")
         for name in ("mc_samples", "max_dense_size", "block_size", "max_small_size", "vector_chunk_size"):
-            checked[name] = check_count(name, getattr(self, name))
+            used = name != "mc_samples" or checked["fisher_type"] is FisherType.MC
+            checked[name] = check_count(name, getattr(self, name)) if used else 1
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

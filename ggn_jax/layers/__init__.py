@@ -2,7 +2,7 @@
 
 from ggn_jax.layers.capture import Captured, capture
 from ggn_jax.layers.plan import Layer, Leftover, Plan, UncoveredParametersWarning, make_plan
-from ggn_jax.layers.report import Report, Row, report
+from ggn_jax.layers.report import Report, ReportRow, report
 from ggn_jax.layers.trace import Trace, trace_model
 from ggn_jax.layers.uses import Use
 
@@ -12,7 +12,7 @@ __all__ = [
     "Leftover",
     "Plan",
     "Report",
-    "Row",
+    "ReportRow",
     "Trace",
     "UncoveredParametersWarning",
     "Use",

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.layers.check import EXAMPLES, coupling_message, dtypes_of, explain, tolerance
 from ggn_jax.layers.index_map import IndexMap
@@ -20,8 +21,13 @@ from ggn_jax.layers.trace import Trace, trace_model
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter."""
+class ReportRow:
+    """One parameter of a `Report`.
+
+    >>> import jax.numpy as jnp
+    >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).rows[0].kind
+    'linear'
+    """
 
     parameter: str
     """Its path, as `jax.tree_util.keystr` writes it."""
@@ -45,9 +51,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: `print` it, or look at `rows`."""
+    """What `report` found: `print` it, or look at `rows`.
 
-    rows: tuple[Row, ...]
+    >>> import jax.numpy as jnp
+    >>> found = report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)))
+    >>> found.passed, found.uncovered
+    (True, ())
+    """
+
+    rows: tuple[ReportRow, ...]
     tolerance: float
     """What a gap may be for rounding."""
     coupled: float | None
@@ -118,8 +130,10 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     """
     check_model(model_fn, params, inputs)
     size = jax.tree.leaves(inputs)[0].shape[0]
-    whole = jax.eval_shape(model_fn, params, inputs)
-    trace = trace_model(model_fn, params, inputs)
+    with called_with(params, inputs):
+        whole = jax.eval_shape(model_fn, params, inputs)
+    with called_with(params, inputs, one_example=True):
+        trace = trace_model(model_fn, params, inputs)
     if whole.shape != (size, *trace.outputs.shape):
         raise ValueError(
             f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
@@ -144,22 +158,24 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
     """Refuse what is not a model, floating parameters, and a batch."""
-    if not callable(model_fn):
-        raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
+    check_model_fn(model_fn)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params must hold at least one array; got an empty pytree.")
+        raise ValueError(f"params must hold at least one array; got an empty pytree.{params_hint(params)}")
     for path, leaf in leaves:
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not hasattr(leaf, "shape") or not jnp.issubdtype(dtype, jnp.floating):
+        dtype: Any = getattr(leaf, "dtype", None)
+        if not is_array(leaf) or tensor_hint(leaf) or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be a floating array; got"
-                f" {type(leaf).__name__ if dtype is None else dtype}. Close model_fn over what is not a parameter."
+                f" {type(leaf).__name__ if dtype is None else dtype}. Close model_fn over what is not a"
+                f" parameter.{tensor_hint(leaf)}{params_hint(params)}"
             )
     batch = jax.tree_util.tree_leaves_with_path(inputs)
     for path, leaf in batch:
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(f"inputs{jax.tree_util.keystr(path)} must be an array; got {type(leaf).__name__}.")
+        if not is_array(leaf) or tensor_hint(leaf):
+            raise TypeError(
+                f"inputs{jax.tree_util.keystr(path)} must be an array; got {type(leaf).__name__}.{tensor_hint(leaf)}"
+            )
     sizes = {tuple(leaf.shape[:1]) for _, leaf in batch}
     if len(sizes) != 1 or () in sizes or (0,) in sizes:
         raise ValueError(
@@ -168,7 +184,7 @@ def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
         )
 
 
-def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
+def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     name, shape = trace.names[leaf], trace.shapes[leaf]
     for left in plan.leftovers:
         if left.leaf == leaf:
@@ -179,7 +195,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
             if left.kind != "unused" and why:
                 why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
             uses = sum(1 for small in trace.small if leaf in small.leaves)
-            return Row(name, shape, left.kind, "", (), uses, curvature, why, gap)
+            return ReportRow(name, shape, left.kind, "", (), uses, curvature, why, gap)
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0
     for layer in layers:
@@ -189,7 +205,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> Row:
         sizes += [dimensions(trace.uses[n].weight.shape) for n in layer.uses]
         uses += len(layer.uses)
     kind, size = "+".join(dict.fromkeys(kinds)), ", ".join(dict.fromkeys(sizes))
-    return Row(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
+    return ReportRow(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
 
 
 def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:

@@ -1,6 +1,7 @@
 """Curvature matrices of a model's loss in its parameters, as lineax linear operators."""
 
 from ggn_jax.operators.base import DampedLinearOperator
+from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.diagonal import GGNDiagonalLinearOperator
 from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
@@ -8,6 +9,7 @@ from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 
 __all__ = [
+    "BlockLinearOperator",
     "DampedLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, check_real, is_concrete
+from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 
 COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
@@ -27,6 +28,13 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
     @abc.abstractmethod
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of the vectors it acts on: those of the parameters."""
+
+    def __repr__(self) -> str:
+        return fields(self, params=self.in_structure(), **self._details())
+
+    def _details(self) -> dict[str, Any]:
+        """What else `repr` shows."""
+        return {}
 
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.in_structure()
@@ -169,6 +177,9 @@ class DampedLinearOperator(SymmetricLinearOperator):
             raise ValueError(f"operator must be a symmetric lineax operator; got {type(operator).__name__}.")
         self.operator = operator
         self.damping = check_number("damping", damping)
+
+    def __repr__(self) -> str:
+        return fields(self, operator=self.operator, damping=self.damping)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, take_apart
 
-Sums = Callable[[PyTree[Array], Array, Any, int], tuple[Problem, PyTree[Array]]]
+Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
 
 
@@ -25,7 +25,7 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
         inputs = None
         pair, mask = take_apart(f"batch {number}", batch, " One is [batch].")
         try:
-            inputs, targets = as_batch(pair)
+            inputs, targets, size = as_batch(pair)
             if first is not None:
                 _check_like(inputs, first.inputs)
             problem, more = sums(inputs, targets, mask, count)
@@ -37,7 +37,7 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
             raise type(error)(f"batch {number}: {error}{_sizes(inputs, first)}") from error
         first = first or problem
         total = more if total is None else jax.tree.map(jnp.add, total, more)
-        count += targets.shape[0]
+        count += size
     return first, total, count
 
 

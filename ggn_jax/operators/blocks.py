@@ -23,7 +23,16 @@ HEURISTIC = "heuristic inverse"
 
 
 class BlockLinearOperator(SymmetricLinearOperator):
-    """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer."""
+    """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer.
+
+    What `KFACLinearOperator` and its like are, and their inverses and roots.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> args = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch
+    >>> ggn_jax.KFACLinearOperator(*args, fisher_type="type-2").inverse(damping=0.1)
+    BlockLinearOperator(params=float32[2, 3], blocks=1)
+    """
 
     blocks: Blocks
     structure: Structure = eqx.field(static=True)
@@ -39,6 +48,9 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         shapes, dtypes, tree = self.structure
         return jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in zip(shapes, dtypes, strict=True)])
+
+    def _details(self) -> dict[str, Any]:
+        return {"blocks": len(self.blocks.each())}
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""
@@ -176,7 +188,8 @@ def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLine
             bad = int(np.searchsorted(stack.starts, np.argmin(finite), side="right")) - 1
             raise FloatingPointError(
                 f"the {what} with damping {damping} of the block of {', '.join(stack.specs[bad].names)} is not finite:"
-                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs."
+                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a loss of"
+                " your own with ggn_jax.check_loss."
             )
     return result
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from ggn_jax._checks import check_count, check_sampling, compute_dtype
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.check import check_independent
@@ -82,10 +83,12 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
             raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
         vector_chunk_size = check_count("vector_chunk_size", vector_chunk_size)
         mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
-        problem = pose(model_fn, loss, params, batch, chunk_size)
+        fisher_type = FisherType.MC if mc_samples else FisherType.TYPE2
+        problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type)
         if not mc_samples:
             check_exact(loss)
         check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem.check_curvature()
         keys = None if key is None else jax.random.split(key, problem.targets.shape[0])
         compute = _by_layers if method == "layers" else _by_data
         self.entries = compute(problem, keys, mc_samples, vector_chunk_size)

@@ -16,16 +16,20 @@ from ggn_jax.operators.problem import Problem, pose
 
 
 class EFLinearOperator(CurvatureLinearOperator):
-    r"""The empirical Fisher matrix `r sum_t g_t g_t^T` (Kunstner et al. 2019).
+    r"""The empirical Fisher matrix `r sum_n g_n g_n^T` (Kunstner et al. 2019).
 
-    `g_t` is the gradient in the parameters of the `t`-th unreduced term of the loss, class weights and masks included;
-    `r` is the reduction (1 for `"sum"`, 1 / count for `"mean"`). Positive semi-definite; not an approximation of the
-    Hessian in general.
+    `g_n` is the gradient in the parameters of the `n`-th example's unreduced loss, the sum of its terms, class weights
+    and masks included; `r` is the reduction (1 for `"sum"`, 1 / (number of terms) for `"mean"`). Positive
+    semi-definite; not an approximation of the Hessian in general.
+
+    An example is what is drawn independently, so its gradient is that of all of its terms: the tokens of a sequence,
+    the entries of an image. So it is for the `"empirical"` vectors of `make_batch_grad_output_fn` and
+    `KFACLinearOperator`, and for other libraries. `per="term"` takes the terms' gradients apart instead, as if each
+    were an example: the diagonal blocks, over terms, of the same sum. Both are one where an example has one term.
 
     **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`, and
 
-    - `per`: `"term"` sums over the loss's terms (the tokens of a sequence, say), `"datum"` over whole data, whose
-      terms' gradients are added first.
+    - `per`: `"datum"` sums over examples, whose terms' gradients are added first; `"term"` over all terms.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
@@ -44,7 +48,7 @@ class EFLinearOperator(CurvatureLinearOperator):
         params: PyTree[Array],
         batch: tuple[PyTree, Any],
         *,
-        per: Literal["term", "datum"] = "term",
+        per: Literal["term", "datum"] = "datum",
         chunk_size: int | None = None,
     ):
         if per not in ("term", "datum"):
@@ -54,6 +58,9 @@ class EFLinearOperator(CurvatureLinearOperator):
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return vectors_like(self.problem.params)
+
+    def _details(self) -> dict[str, Any]:
+        return {"loss": self.problem.loss, "outputs": self.problem.outputs, "per": self.per}
 
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem

@@ -13,6 +13,7 @@ from ggn_jax._checks import check_sampling
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import explicit_mesh, vary_like
 from ggn_jax._supported import check_exact
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
     CurvatureLinearOperator,
@@ -50,9 +51,10 @@ class GGNLinearOperator(CurvatureLinearOperator):
     - `loss`: a `Loss`.
     - `params`: a pytree of floating arrays.
     - `batch`: `(inputs, targets)`; inputs may be a pytree, of arrays and of PRNG keys (one for each example, for
-      dropout); every leading axis is the batch's.
+      dropout); every leading axis is the batch's. Targets may be None where the loss's curvature and weights depend on
+      none (no class weights, no `pos_weight`): nothing is ignored then.
     - `mc_samples`: 0 for the exact matrix.
-    - `key`: a PRNG key, with `mc_samples`.
+    - `key`: a PRNG key, for `mc_samples`; not looked at without.
     - `chunk_size`: how many data are worked on at once; `None` for all. Of a batch that is sharded, on all devices
       together: pass a multiple of their number, and each works on some of its own.
 
@@ -87,14 +89,19 @@ class GGNLinearOperator(CurvatureLinearOperator):
         chunk_size: int | None = None,
     ):
         mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNLinearOperator")
-        self.problem = pose(model_fn, loss, params, batch, chunk_size)
+        fisher_type = FisherType.MC if mc_samples else FisherType.TYPE2
+        self.problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type)
         if not mc_samples:
             check_exact(loss)
         self.problem.check_chunks()
+        self.problem.check_curvature()
         self.key, self.mc_samples = key, mc_samples
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return vectors_like(self.problem.params)
+
+    def _details(self) -> dict[str, Any]:
+        return {"loss": self.problem.loss, "outputs": self.problem.outputs, "mc_samples": self.mc_samples}
 
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
@@ -139,6 +146,9 @@ class LinearisedGGNLinearOperator(SymmetricLinearOperator):
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()
+
+    def _details(self) -> dict[str, Any]:
+        return self.operator._details()
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""

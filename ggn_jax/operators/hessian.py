@@ -45,6 +45,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return vectors_like(self.problem.params)
 
+    def _details(self) -> dict[str, Any]:
+        return {"loss": self.problem.loss, "outputs": self.problem.outputs}
+
     def _mv(self, v: PyTree[Array]) -> PyTree[Array]:
         problem = self.problem
         v = vary_like(v, problem.params)

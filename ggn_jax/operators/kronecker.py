@@ -48,7 +48,7 @@ class KFACLinearOperator(BlockLinearOperator):
     on one example and must treat examples independently; and
 
     - `fisher_type`: `"type-2"` (exact in the loss), `"mc"`, `"empirical"`, or `"forward-only"` (`B = I`).
-    - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2.
+    - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2; not looked at where nothing is.
     - `sharing`: `"expand"` treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
       first.
     - `bias`: `"joint"` makes it one more input of its layer, `"separate"` gives it the block `B`.
@@ -112,7 +112,6 @@ class KFACLinearOperator(BlockLinearOperator):
         chunk_size: int | None = None,
         vector_chunk_size: int = Options.vector_chunk_size,
     ):
-        problem = pose(model_fn, loss, params, batch, chunk_size)
         options = Options(
             fisher_type,  # type: ignore[arg-type]  # made one there
             mc_samples,
@@ -128,6 +127,7 @@ class KFACLinearOperator(BlockLinearOperator):
             max_small_size,
             vector_chunk_size,
         )
+        problem = pose(model_fn, loss, params, batch, chunk_size, options.fisher_type)
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
         if mask is not None and self._method == "kfoc":
@@ -186,8 +186,8 @@ class KFACLinearOperator(BlockLinearOperator):
 
         layouts: set[Any] = set()  # of the batches: one
 
-        def sums(bases: Any, inputs: PyTree, targets: Array, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
-            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size)
+        def sums(bases: Any, inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type)
             if not start and bases is None:
                 cls._check(problem, made, chunk_size)
                 check_unbatched(problem)
@@ -235,6 +235,8 @@ class KFACLinearOperator(BlockLinearOperator):
             )
         if options.fisher_type is FisherType.TYPE2:
             check_exact(problem.loss)
+        if options.fisher_type in (FisherType.TYPE2, FisherType.MC):
+            problem.check_curvature()
 
 
 class EKFACLinearOperator(KFACLinearOperator):

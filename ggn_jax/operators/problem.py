@@ -14,12 +14,17 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
-from ggn_jax._sharding import compiler_sharded, explained, vary_alike
+from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
+from ggn_jax._repr import fields
+from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
-from ggn_jax._supported import check_loss
+from ggn_jax._supported import check_supported, stand_in_targets
+from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
+from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
-from ggn_jax.terms import Terms, check_values, part_of, split_terms
+from ggn_jax.losses import MSELoss
+from ggn_jax.terms import Terms, check_values, part_of, split_terms, term_positions
 
 
 class Problem(eqx.Module):
@@ -32,6 +37,9 @@ class Problem(eqx.Module):
     targets: Array
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        return fields(self, params=self.params, loss=self.loss, inputs=self.inputs, outputs=self.outputs)
 
     def reduction(self) -> Float[Array, ""]:
         """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
@@ -82,6 +90,30 @@ class Problem(eqx.Module):
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, examples=2, allow_nan=True)
 
+    def check_curvature(self) -> None:
+        """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""
+        if not isinstance(self.loss, LikelihoodLoss) or self.loss.curvature != "hessian":
+            return
+        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)):
+            return
+        count = int(_count_indefinite(self))
+        if count:
+            number = math.prod(term_positions(self.loss, self.outputs, True))
+            raise indefinite_error(self.loss, f"{count} of {number} terms of this batch")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _count_indefinite(problem: Problem) -> Array:
+    loss: Any = problem.loss
+
+    def count(terms_at: Any, inputs: PyTree, operand: Any) -> Array:
+        terms = terms_at(problem.model_fn(problem.params, inputs), operand)
+        indefinite = terms.map(loss.indefiniteness) < 0
+        return jnp.sum(indefinite & (terms.scale != 0), dtype=jnp.int32)
+
+    return problem.sum_over_chunks(count)
+
 
 def _runs(size: int, chunk_size: int) -> tuple[int, int]:
     """Of how many runs a batch is made, and how many examples of each are in a chunk.
@@ -124,46 +156,48 @@ def _trace(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
 def _check_params(params: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params must hold at least one array; got an empty pytree.")
+        raise ValueError(f"params must hold at least one array; got an empty pytree.{params_hint(params)}")
     for path, leaf in leaves:
         if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            got = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             convert = "Convert it with jnp.asarray, or close" if isinstance(leaf, np.ndarray) else "Close"
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {kind}. {convert} model_fn over"
-                " what is not a parameter."
+                f"params{jax.tree_util.keystr(path)} must be a floating JAX array; got {got}. {convert} model_fn over"
+                f" what is not a parameter.{tensor_hint(leaf)}{params_hint(params)}"
             )
 
 
-def as_batch(batch: Any) -> tuple[PyTree[Array], Array]:
-    """Inputs and targets as arrays with one common leading axis."""
+def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
+    """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets); got {_kind(batch)}.")
+        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)}.{batch_hint(batch)}")
+    if isinstance(batch[1], tuple | list) and batch_hint(batch):
+        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)} of others.{batch_hint(batch)}")
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
-    targets = as_array("targets", batch[1])
+    targets = None if batch[1] is None else as_array("targets", batch[1])
     shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
-    shapes["targets"] = targets.shape
+    if targets is not None:
+        shapes["targets"] = targets.shape
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         keys = any(is_key(x) and not x.ndim for x in jax.tree.leaves(inputs))
         way_out = " A key for each example is jax.random.split(key, N)." if keys else ""
+        if {shape[:1] for shape in shapes.values()} & {()} and not keys:
+            way_out = " One example is a batch of one: x[None]."
         raise ValueError(f"inputs and targets must have one common leading batch axis; got {given}.{way_out}")
-    if targets.shape[0] == 0:
-        raise ValueError("batch must hold at least one datum; got a batch axis of length 0.")
-    return inputs, targets
+    ((size,),) = sizes
+    if size == 0:
+        raise ValueError("batch must hold at least one example; got a batch axis of length 0.")
+    return inputs, targets, size
 
 
 def take_apart(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     """The pair of inputs and targets, and the mask or None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
-        raise TypeError(f"{name} must be {wanted}; got {_kind(batch)}.{way_out}")
+        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{batch_hint(batch)}{way_out}")
     return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
-
-
-def _kind(batch: Any) -> str:
-    return type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
 
 
 def _as_input(path: Any, leaf: Any) -> Array:
@@ -176,33 +210,52 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: FisherType | None) -> tuple[Loss, Array]:
+    """A loss and targets for a batch that has none."""
+    if fisher_type is FisherType.FORWARD_ONLY:
+        # It looks at neither, but at whether there is something to count.
+        loss, fisher_type = MSELoss(reduction=loss.reduction), FisherType.TYPE2
+    return loss, stand_in_targets(loss, outputs, fisher_type, batch=True)
+
+
 def pose(
-    model_fn: Callable[[PyTree, PyTree], Array], loss: Any, params: Any, batch: Any, chunk_size: int | None = None
+    model_fn: Callable[[PyTree, PyTree], Array],
+    loss: Any,
+    params: Any,
+    batch: Any,
+    chunk_size: int | None = None,
+    fisher_type: FisherType | None = None,
 ) -> Problem:
     """Check everything that an operator is made of.
+
+    Targets may be None where vectors of `fisher_type` do not depend on them; it is None for what needs their values.
 
     Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is
     not `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets
     that the loss does not take; NotImplementedError for a loss that is not supported.
     """
-    check_loss(loss)
-    if not callable(model_fn):
-        raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
+    check_model_fn(model_fn)
+    check_supported(loss)
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
     _check_params(params)
-    inputs, targets = as_batch(batch)
-    size = targets.shape[0]
+    inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    with explained():
+    with explained(), called_with(params, inputs):
         jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
-        raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
+        raise TypeError(
+            f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}. Pass a function that takes"
+            " the outputs out of it."
+        )
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
     check_outputs("the outputs of model_fn", outputs)
     if outputs.shape[:1] != (size,):
         raise ValueError(f"model_fn must return an array [N, *out] with N = {size}; got shape {outputs.shape}.")
+    if targets is None:
+        loss, targets = _without_targets(loss, outputs, fisher_type)
+        targets = vary_like(targets, inputs)
     loss.check_shapes(outputs, targets, True)
     check_values(loss, outputs, targets, True)
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):

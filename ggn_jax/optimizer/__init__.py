@@ -1,6 +1,20 @@
 """KFAC and EKFAC as optax transformations."""
 
-from ggn_jax.optimizer.multi_steps import multi_steps
-from ggn_jax.optimizer.transformation import KFACTransformation, kfac, scale_by_kfac
+from ggn_jax.optimizer.curvature import Curvature, Factors
+from ggn_jax.optimizer.multi_steps import MultiStepsState, multi_steps
+from ggn_jax.optimizer.summary import CurvatureReport, CurvatureRow
+from ggn_jax.optimizer.transformation import KFACState, KFACTransformation, ScaleByKFACState, kfac, scale_by_kfac
 
-__all__ = ["KFACTransformation", "kfac", "multi_steps", "scale_by_kfac"]
+__all__ = [
+    "Curvature",
+    "CurvatureReport",
+    "CurvatureRow",
+    "Factors",
+    "KFACState",
+    "KFACTransformation",
+    "MultiStepsState",
+    "ScaleByKFACState",
+    "kfac",
+    "multi_steps",
+    "scale_by_kfac",
+]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_real, is_concrete
+from ggn_jax._hints import tensor_hint
 
 Range = tuple[str, Callable[[float], bool]]
 AT_LEAST_0: Range = "a finite number of at least 0", lambda x: 0 <= x < inf
@@ -82,7 +83,8 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biuf":
             return jnp.asarray(leaf)
         where = f"{name}{jax.tree_util.keystr(path)}"
-        raise TypeError(f"{where} must be an array or a jax.ShapeDtypeStruct; got {type(leaf).__name__}.")
+        got = type(leaf).__name__
+        raise TypeError(f"{where} must be an array or a jax.ShapeDtypeStruct; got {got}.{tensor_hint(leaf)}")
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -106,6 +108,11 @@ def check_grads(grads: PyTree[Array], params: PyTree[Array]) -> None:
             )
 
 
+def is_function(value: Any) -> bool:
+    """Whether a mask is a function that returns one; a module of booleans is a mask, which may be called too."""
+    return callable(value) and not any(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(value))
+
+
 def check_decay_mask(mask: Any) -> None:
     """Refuse what is no pytree of booleans; whether it fits the parameters is seen by `spread_mask`."""
     wanted = "weight_decay_mask must be a pytree of booleans like params, or a function of params that returns one"
@@ -117,7 +124,7 @@ def check_decay_mask(mask: Any) -> None:
 
 def spread_mask(mask: Any, params: PyTree[Array]) -> PyTree[bool]:
     """A boolean for each parameter, from a mask that may have one for a whole branch, or be a function."""
-    if callable(mask):
+    if is_function(mask):
         mask = mask(params)
         check_decay_mask(mask)
     try:
@@ -130,7 +137,8 @@ def spread_mask(mask: Any, params: PyTree[Array]) -> PyTree[bool]:
 
 def check_type(name: str, got: Any, wanted: type) -> None:
     if type(got) is not wanted:
-        raise TypeError(f"{name} must be a {wanted.__name__}; got {type(got).__name__}. {_OWN}")
+        order = " Arguments are grads, state, params, in this order." if name == "state" else ""
+        raise TypeError(f"{name} must be a {wanted.__name__}; got {type(got).__name__}.{order} {_OWN}")
 
 
 def fitted(name: str, got: Any, wanted: Any) -> Any:

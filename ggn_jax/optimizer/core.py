@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +11,18 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._hints import called_with, check_model_fn
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
-from ggn_jax._supported import check_exact, check_loss
+from ggn_jax._supported import check_exact, check_supported
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, structure
-from ggn_jax.kronecker.vectors import draws_signs
 from ggn_jax.layers import capture, trace_model
-from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.check import EXAMPLES, check_independent
 from ggn_jax.layers.report import check_model
+from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose, take_apart
@@ -37,6 +39,9 @@ from ggn_jax.optimizer.curvature import (
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
 from ggn_jax.optimizer.numbers import zeros_like
 from ggn_jax.optimizer.settings import Settings
+from ggn_jax.terms import split_terms
+
+TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be checked with
 
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
 """What a chunk adds to the factors, and to EKFAC's eigenvalues."""
@@ -65,11 +70,10 @@ class Core:
     ):
         check_static("model_fn", model_fn)
         check_static("loss", loss)
-        check_loss(loss)
+        check_model_fn(model_fn)
+        check_supported(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
-        if not callable(model_fn):
-            raise TypeError(f"model_fn must be a function of (params, inputs); got {type(model_fn).__name__}.")
         self.model_fn, self.loss, self.settings = model_fn, loss, settings
         self._inputs = as_arrays("example_inputs", example_inputs)
         self.example_inputs = structure_of(self._inputs)
@@ -139,13 +143,16 @@ class Core:
                 " full_params=params."
             ) from error
 
-    def problem(self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None) -> tuple[Problem, Any]:
-        """The checked batch, and its mask."""
+    def problem(
+        self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None, *, value: bool
+    ) -> tuple[Problem, Any]:
+        """The checked batch, and its mask; `value` says whether the loss's value is needed, and so its targets."""
         pair, mask = take_apart("batch", batch)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
         model_fn = model_of_part(self.model_fn, params, full_params)
-        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size)
+        fisher_type = None if value else self.settings.options.fisher_type
+        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
 
@@ -155,9 +162,9 @@ class Core:
 
     def _layout(self, params: PyTree) -> Layout:
         model_fn = model_of_part(self.model_fn, params, self.full_params)
-        return Layout(
-            self.loss, trace_model(model_fn, structure_of(params), self.example_inputs), self.settings.options
-        )
+        with called_with(params, self.example_inputs, one_example=True):
+            trace = trace_model(model_fn, structure_of(params), self.example_inputs)
+        return Layout(self.loss, trace, self.settings.options)
 
     def look(
         self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool
@@ -195,7 +202,7 @@ class Core:
                 jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
             )
 
-        extra = {"keys": self._keys(problem, key), "mask": mask}
+        extra = {"keys": check_draws(problem, settings.options, key, 0), "mask": mask}
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
@@ -214,19 +221,33 @@ class Core:
                 " for example_inputs."
             )
 
-    def _keys(self, problem: Problem, key: Any) -> Array | None:
-        options = self.settings.options
-        output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-        signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
-        # A training loop may pass a key whether one is needed or not.
-        needed = options.fisher_type is FisherType.MC or signs
-        return check_draws(problem, options, key if needed else None, 0)
-
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
             params = jax.tree.map(jnp.asarray, params)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             check_independent(model_fn, params, self._inputs, outputs.dtype)
+            self._check_curvature(model_fn, params)
+
+    def _check_curvature(self, model_fn: Any, params: PyTree) -> None:
+        """Refuse a loss of one's own whose Hessians are indefinite, at targets that it draws for a few examples."""
+        fisher_type = self.settings.options.fisher_type
+        if isinstance(self.loss, LikelihoodLoss) and fisher_type in (FisherType.TYPE2, FisherType.MC):
+            part = float(_indefinite_part(model_fn, self.loss, params, self._inputs))
+            if part:
+                raise indefinite_error(self.loss, f"{part:.1%} of the targets that it draws for a few examples")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs: PyTree) -> Float[Array, ""]:
+    """For how many of the targets that a loss draws for a few examples its Hessian has a negative eigenvalue."""
+    outputs = model_fn(params, jax.tree.map(lambda x: x[:EXAMPLES], inputs))
+
+    def indefinite(key: Array) -> Array:
+        terms = split_terms(loss, outputs, loss.draw_targets(key, outputs, batch=True), batch=True)
+        return terms.map(loss.indefiniteness) < 0
+
+    return jnp.mean(jax.vmap(indefinite)(jax.random.split(jax.random.key(0), TARGETS)))
 
 
 def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -> tuple[Array, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._fusion import largest, stack_scalars
+from ggn_jax._repr import fields
 from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (
     Block,
@@ -30,7 +31,16 @@ from ggn_jax.optimizer.storage import keep, pack, unpack
 
 
 class Factors(NamedTuple):
-    """What batches say of the curvature: a pytree of arrays. Those of several batches may be added, or averaged."""
+    """What batches say of the curvature: a pytree of arrays. Those of several batches may be added, or averaged.
+
+    Returned by `factors` and `value_and_grad_and_factors` of `kfac` and `scale_by_kfac`; `update` takes them.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0])
+    >>> optimizer.factors(params, batch, optimizer.init(params), key=jax.random.key(0))
+    Factors(batches=float32[], weight=float32[], blocks=2 arrays, 13 entries, corrections=())
+    """
 
     batches: Float[Array, ""]
     """How many batches: 1, or 0 where every target is ignored."""
@@ -41,9 +51,19 @@ class Factors(NamedTuple):
     corrections: tuple[Array, ...]
     """The sum of EKFAC's eigenvalues in the bases of the state, one array per layer's block; else empty."""
 
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
 
 class Curvature(NamedTuple):
-    """What is known of the curvature so far: a pytree of arrays, part of the optimizer's state."""
+    """What is known of the curvature so far: a pytree of arrays, part of the state of `kfac` and `scale_by_kfac`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+    >>> int(state.curvature.count), float(state.curvature.damping)
+    (0, 0.0010000000474974513)
+    """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in optax, not a tuple's method
     """Updates so far."""
@@ -57,6 +77,9 @@ class Curvature(NamedTuple):
     """The bias-corrected averages of the blocks, of symmetric matrices one triangle."""
     inverses: PyTree[Array]
     """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before that."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
 
 
 def find_curvature(state: Any) -> Curvature:

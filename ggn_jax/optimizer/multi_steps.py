@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
+from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
@@ -16,7 +17,14 @@ from ggn_jax.optimizer.transformation import KFACTransformation
 
 
 class MultiStepsState(NamedTuple):
-    """The state of `multi_steps`."""
+    """The state of `multi_steps`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+    >>> int(ggn_jax.multi_steps(optimizer, every=4).init(params).micro_step)
+    0
+    """
 
     micro_step: Array
     """How many micro-batches of this step there were so far."""
@@ -29,6 +37,9 @@ class MultiStepsState(NamedTuple):
     """The mean of the gradients of this step so far, in at least float32."""
     factors: Factors
     """The sum of the factors of this step so far."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
 
 
 def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTransformationExtraArgs:

@@ -18,6 +18,7 @@ from ggn_jax.optimizer.checks import (
     check_number,
     check_schedule,
     check_static,
+    is_function,
     spread_mask,
 )
 from ggn_jax.optimizer.curvature import Direction
@@ -57,7 +58,7 @@ class StepRule:
         check_schedule("damping", self.damping)
         check_number("min_damping", self.min_damping)
         check_schedule("weight_decay", self.weight_decay)
-        if not callable(self.weight_decay_mask):
+        if not is_function(self.weight_decay_mask):
             check_decay_mask(self.weight_decay_mask)
         check_static("adapt_damping", self.adapt_damping)
         if self.adapt_damping is not None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import seal
+from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
@@ -27,21 +28,41 @@ from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
 class ScaleByKFACState(NamedTuple):
-    """The state of `scale_by_kfac`."""
+    """The state of `scale_by_kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
+    >>> int(state.rejected)
+    0
+    """
 
     curvature: Curvature
     rejected: Array
     """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
 
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
 
 class KFACState(NamedTuple):
-    """The state of `kfac`."""
+    """The state of `kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+    >>> state
+    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[])
+    """
 
     curvature: Curvature
     velocity: PyTree[Array]
     """The last step without weight decay, in at least float32; None without momentum."""
     rejected: Array
     """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
 
 
 class KFACTransformation(optax.GradientTransformationExtraArgs):
@@ -111,7 +132,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
         curvature = self.core.curvature_in(state, params)
-        problem, mask = self.core.problem(params, batch, full_params)
+        problem, mask = self.core.problem(params, batch, full_params, value=gradient)
         return self.core.look(problem, mask, key, curvature, gradient=gradient)
 
 
@@ -182,7 +203,7 @@ def scale_by_kfac(
         del extra_args  # other transformations'
         wanted: Any = ScaleByKFACState(_wanted(core, params), _COUNTER)
         state = fitted("state", state, wanted)
-        seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params)
+        seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False)
         fine = seen.usable & all_finite(seen.direction.entries)
         scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
@@ -244,9 +265,11 @@ def kfac(
     and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` needs the batch of the gradient, perhaps with a
-    padding `mask` as third member, and a new key at each step for what is drawn. The state is one pytree of arrays:
-    `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss; `optimizer.report(params)` shows
-    which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a forward pass.
+    padding `mask` as third member, and a new key at each step for what is drawn. Targets may be None where nothing
+    depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is
+    one pytree of arrays: `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss;
+    `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
+    forward pass.
 
     **What to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together; then
     `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe; without
@@ -320,10 +343,11 @@ def kfac(
     core = Core(model_fn, loss, example_inputs, Settings.of(given), full_params)
 
     def init(params: PyTree[Array]) -> KFACState:
+        curvature = core.start(params, _first(damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = None if momentum is None else wide_zeros_like(params)
-        return KFACState(core.start(params, _first(damping)), velocity, core.placed(jnp.zeros((), jnp.int32), params))
+        return KFACState(curvature, velocity, core.placed(jnp.zeros((), jnp.int32), params))
 
     def update(
         updates: PyTree[Array],
@@ -346,7 +370,7 @@ def kfac(
         state = fitted("state", state, wanted)
         last, grads = state.curvature, updates
         used = damping if adapt_damping is None else last.damping
-        seen = _see(core, grads, last, used, params, batch, key, factors, full_params)
+        seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
         step, final = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
@@ -411,6 +435,8 @@ def _see(
     key: Any,
     factors: Factors | None,
     full_params: Any,
+    *,
+    value: bool,
 ) -> _Seen:
     """Take a batch into the curvature, and precondition its gradient."""
     if batch is None and factors is None:
@@ -421,7 +447,7 @@ def _see(
     check_grads(grads, params)
     known, problem, mask = core.known(params), None, None
     if batch is not None:
-        problem, mask = core.problem(params, batch, full_params)
+        problem, mask = core.problem(params, batch, full_params, value=value)
     if factors is None:
         assert problem is not None
         factors = core.look(problem, mask, key, curvature, gradient=False)[2]

@@ -1,0 +1,146 @@
+"""What was probably meant, where a first call goes wrong: hints for errors, each with a space before it, or empty."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+MOST = 300  # characters that a note has room for
+OPTAX = {
+    "softmax_cross_entropy": "CrossEntropyLoss(class_axis=-1)",
+    "softmax_cross_entropy_with_integer_labels": "CrossEntropyLoss(class_axis=-1)",
+    "safe_softmax_cross_entropy": "CrossEntropyLoss(class_axis=-1)",
+    "sigmoid_binary_cross_entropy": "BCEWithLogitsLoss()",
+    "squared_error": "MSELoss()",
+    "l2_loss": "MSELoss(), which is twice that",
+}
+
+
+def is_a(value: Any, module: str, name: str) -> bool:
+    """Whether a value is of another library's class, which is imported already if so."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and isinstance(value, cls)
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if is_array(value):
+        return f"an array of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of length {len(value)}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    return type(value).__name__
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct) or is_a(value, "torch", "Tensor")
+
+
+def module_hint(value: Any) -> str:
+    """For a module of a neural-network library, in place of a function or its parameters."""
+    if is_a(value, "flax.nnx", "Module"):
+        return " For an NNX module: model_fn, params = ggn_jax.from_nnx(module)."
+    if is_a(value, "flax.linen", "Module"):
+        return " For a linen module: model_fn, params = ggn_jax.from_linen(module, variables)."
+    if is_a(value, "torch.nn", "Module"):
+        return " JAX cannot run modules of PyTorch."
+    if isinstance(value, eqx.Module):
+        return " For an Equinox module: model_fn, params = ggn_jax.from_equinox(module)."
+    return ""
+
+
+def tensor_hint(value: Any) -> str:
+    """For a tensor or a list in place of an array."""
+    if is_a(value, "torch", "Tensor"):
+        return " Pass jnp.asarray(tensor.numpy()); torch_bridge has functions for torch tensors."
+    return " jnp.asarray makes one." if isinstance(value, list) else ""
+
+
+def params_hint(params: Any) -> str:
+    """For something that holds parameters, or stands where they should."""
+    if hasattr(params, "opt_state") and hasattr(params, "params"):
+        return f" For a {type(params).__name__}: pass state.params."
+    if callable(params) and not isinstance(params, eqx.Module) and not module_hint(params):
+        return " Arguments are model_fn, loss, params, batch, in this order."
+    return module_hint(params)
+
+
+def batch_hint(batch: Any) -> str:
+    """For something that holds a batch's inputs and targets, but is no pair of them."""
+    if isinstance(batch, dict) and len(batch) in (2, 3):
+        return f" Pass ({', '.join(f'batch[{name!r}]' for name in batch)}), inputs first."
+    if isinstance(batch, tuple | list) and batch and all(isinstance(b, tuple | list) and len(b) > 1 for b in batch):
+        return (
+            " For a list of batches: KFACLinearOperator.from_batches or EKFACLinearOperator.from_batches; or one batch"
+            " of all, with chunk_size to bound the memory."
+        )
+    return " Pass (inputs, targets)." if is_array(batch) else ""
+
+
+def loss_hint(loss: Any) -> str:
+    """For a loss of another library, or a function."""
+    if isinstance(loss, type):
+        return f" Pass an instance: {loss.__name__}()."
+    if is_a(loss, "torch.nn", "Module"):
+        return " Its counterpart in ggn_jax has the same name and options; torch_bridge takes losses of torch."
+    if getattr(loss, "__module__", "").startswith("optax") and getattr(loss, "__name__", "") in OPTAX:
+        return f" Pass ggn_jax.{OPTAX[loss.__name__]}."
+    if callable(loss):
+        return " A function does not tell its curvature: state its likelihood in a ggn_jax.LikelihoodLoss."
+    return " Arguments are model_fn, loss, params, batch, in this order."
+
+
+def check_model_fn(model_fn: Any) -> None:
+    """Refuse what is not a function of parameters and inputs."""
+    wanted = "model_fn must be a function of (params, inputs)"
+    known = any(is_a(model_fn, library, "Module") for library in ("flax.nnx", "flax.linen", "torch.nn"))
+    if known or type(model_fn).__module__.startswith("equinox.nn"):
+        raise TypeError(f"{wanted}; got {kind(model_fn)}, a module.{module_hint(model_fn)}")
+    if not callable(model_fn):
+        order = " Arguments are model_fn, loss, params, batch, in this order." if jax.tree.leaves(model_fn) else ""
+        raise TypeError(f"{wanted}; got {kind(model_fn)}.{order}")
+    try:
+        signature = inspect.signature(model_fn)
+    except (TypeError, ValueError):
+        return  # built in
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        way_out = (
+            module_hint(model_fn) or " Parameters come first; close over anything else: lambda params, inputs: ..."
+        )
+        got = f"{kind(model_fn)}{signature}"
+        raise TypeError(f"{wanted}, called with both by position; got {got}.{way_out}") from None
+
+
+@contextmanager
+def called_with(params: Any, inputs: Any, *, one_example: bool = False) -> Iterator[None]:
+    """Say, with errors of a model, what it was called with."""
+    try:
+        yield
+    except Exception as error:
+        part = " (layers are found on one example, as a batch of one)" if one_example else ""
+        shapes = f"{_shapes('params', params)} and {_shapes('inputs', inputs)}"
+        error.add_note(
+            f"ggn_jax calls model_fn(params, inputs), here with {shapes}{part}. Inputs are those of the model alone,"
+            f" without targets, and their first axis is the batch's.{params_hint(params)}"
+        )
+        raise
+
+
+def _shapes(name: str, tree: Any) -> str:
+    """The shapes of a pytree's leaves by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    text = ", ".join(
+        f"{name}{jax.tree_util.keystr(path)} {getattr(x, 'dtype', type(x).__name__)}{list(getattr(x, 'shape', ()))}"
+        for path, x in leaves
+    )
+    return text if len(text) <= MOST else f"{text[:MOST]}..."
