@@ -1,11 +1,10 @@
-"""The optimizer in optax's and Flax's hands: their wrappers, their training states, checkpoints."""
+"""The optimizer in optax's and Flax's hands: their wrappers, their training states, donation."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -233,36 +232,6 @@ def test_linen_train_state() -> None:
         state, last = step(state, jax.random.key(t))
     assert last < first
     assert int(state.step) == 6
-
-
-def test_orbax_checkpoint_continues_bit_identically(tmp_path: Any) -> None:
-    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax comes with Flax")
-    x = batch_of()[0]
-    optimizer = optax.chain(
-        ggn_jax.kfac(mlp, CE, 0.1, example_inputs=x, damping=0.1, adapt_damping=2, ekfac=True), optax.zero_nans()
-    )
-
-    @jax.jit
-    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
-        batch = batch_of()
-        updates, state = optimizer.update(gradient(mlp, CE, params, batch), state, params, batch=batch, key=key)
-        return optax.apply_updates(params, updates), state
-
-    params = mlp_params()
-    state = optimizer.init(params)
-    for t in range(3):
-        params, state = step(params, state, jax.random.key(t))
-    # Modules are pytrees that orbax does not know: it is given their leaves.
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", jax.tree.leaves((params, state)))
-        checkpointer.wait_until_finished()
-        leaves = checkpointer.restore(tmp_path / "state", jax.tree.leaves((params, state)))
-    restored = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
-    for t in range(3, 6):
-        params, state = step(params, state, jax.random.key(t))
-        restored = step(*restored, jax.random.key(t))
-    for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(restored), strict=True):
-        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])

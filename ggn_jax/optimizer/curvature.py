@@ -43,7 +43,10 @@ class Factors(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """What is known of the curvature so far: a pytree of arrays, part of the optimizer's state."""
+    """What is known of the curvature so far, part of the optimizer's state.
+
+    There, its blocks are dicts of arrays, so that all that saves pytrees knows how to save it.
+    """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in optax, not a tuple's method
     """Updates so far."""

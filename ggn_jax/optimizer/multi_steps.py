@@ -12,6 +12,7 @@ from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.numbers import all_finite, choose, wide_zeros_like, zeros_like
+from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.optimizer.transformation import KFACTransformation
 
 
@@ -68,7 +69,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
         micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
         # Or a leaf for all of them, for the stand-in that `Core.start` knows.
         factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
-        factors = optimizer.core.placed(factors, params)
+        factors = optimizer.core.placed(as_plain(factors), params)
         return MultiStepsState(micro_step, bad, skipped, inner, wide_zeros_like(params), factors)
 
     def update(
@@ -112,7 +113,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
             return choose(done, zeros_like(x), x)
 
         step, left_out = rest(state.micro_step + 1), rest(state.bad + bad)
-        return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), rest(total))
+        return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), as_plain(rest(total)))
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)

@@ -23,6 +23,7 @@ from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made,
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
+from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
@@ -185,7 +186,7 @@ def scale_by_kfac(
         seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params)
         fine = seen.usable & all_finite(seen.direction.entries)
         scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
-        return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
+        return scaled, ScaleByKFACState(as_plain(seen.curvature), state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, *_: Any, **__: Any) -> Any:
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
@@ -361,7 +362,7 @@ def kfac(
             assert seen.problem is not None
             adapted = rule.new_damping(seen.problem, grads, final, curvature.damping, last.count, moves)
             curvature = curvature._replace(damping=adapted)
-        return final, KFACState(curvature, velocity, state.rejected + (~fine).astype(jnp.int32))
+        return final, KFACState(as_plain(curvature), velocity, state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, KFACState(_sharding_of(state), None if momentum is None else params, NOT_SHARDED)
