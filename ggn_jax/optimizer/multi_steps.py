@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
@@ -32,7 +31,7 @@ class MultiStepsState(NamedTuple):
     """The sum of the factors of this step so far."""
 
 
-def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTransformationExtraArgs:
+def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation:
     """Take a step every so many micro-batches, from the means of their gradients and of their factors.
 
     As `optax.MultiSteps`, which would see the factors of the last micro-batch only, and would invert for each of them:
@@ -118,4 +117,4 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
 
-    return optax.GradientTransformationExtraArgs(init, on_mesh(update, like))  # type: ignore[arg-type]  # takes extra arguments
+    return KFACTransformation.make(optimizer.core, init, on_mesh(update, like), needs_batch=False)

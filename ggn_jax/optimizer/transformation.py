@@ -48,7 +48,9 @@ class KFACState(NamedTuple):
 class KFACTransformation(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` that also has a report, and shares a pass with the gradient.
 
-    Made by `kfac` and `scale_by_kfac`.
+    Made by `kfac`, `scale_by_kfac` and `multi_steps`. These methods stay where one of `init` and `update` is replaced
+    (`optimizer._replace(update=...)`), and where it is mapped over as a pytree. `optax.chain` and other transformations
+    of optax return one without them: keep the `kfac` that you pass to them, whose methods find its state in theirs.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
@@ -60,15 +62,26 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     State: 22 entries, 3.7 per parameter; 88 bytes.
     """
 
-    core: Core
-    needs_batch: bool
-    """Whether updates look at the batch's loss, also where they are given its factors."""
-
     @classmethod
-    def make(cls, core: Core, init: Callable[..., Any], update: Callable[..., Any], needs_batch: bool) -> Self:
-        made = cls(init, update)
-        made.core, made.needs_batch = core, needs_batch
-        return made
+    def make(cls, core: Core, init: Any, update: Any, needs_batch: bool) -> Self:
+        # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
+        init.made_of = update.made_of = core, needs_batch
+        return cls(init, update)
+
+    def _made_of(self) -> tuple[Core, bool]:
+        found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
+        if not found:
+            raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")
+        return found[0]
+
+    @property
+    def core(self) -> Core:
+        return self._made_of()[0]
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether updates look at the batch's loss, also where they are given its factors."""
+        return self._made_of()[1]
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
         """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""
