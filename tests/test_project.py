@@ -30,6 +30,7 @@ GGN_JAX = [
     {"layers"},
     {"grad_output", "loss_hessian", "models"},
     {"operators.base", "operators.problem"},
+    {"operators.jacobian"},
     {"operators.batches", "operators.ggn", "operators.ef", "operators.hessian"},
     {"kronecker.inverse"},
     {"kronecker", "kronecker.algebra", "kronecker.gram", "kronecker.parts", "kronecker.vectors"},

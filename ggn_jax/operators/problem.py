@@ -18,6 +18,7 @@ from ggn_jax._sharding import compiler_sharded, explained, vary_alike
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_loss
 from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_values, part_of, split_terms
 
@@ -32,6 +33,8 @@ class Problem(eqx.Module):
     targets: Array
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
+    reverse_only: bool = eqx.field(static=True)
+    """Whether the model has no derivatives in forward mode."""
 
     def reduction(self) -> Float[Array, ""]:
         """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
@@ -212,4 +215,4 @@ def pose(
         model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
         model_fn = jax.tree_util.Partial(model_fn)  # a plain function: static, compared by identity
-    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size)
+    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size, is_reverse_only(jaxpr))
