@@ -198,7 +198,7 @@ def scale_by_kfac(
         state = fitted("state", state, wanted)
         seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params)
         fine = seen.usable & all_finite(seen.direction.entries)
-        scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
+        scaled = choose(seal(fine & seen.counts), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(as_plain(seen.curvature), state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, *_: Any, **__: Any) -> Any:
