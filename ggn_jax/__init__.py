@@ -14,6 +14,7 @@ from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from ggn_jax.models import from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
+    BlockSolver,
     DampedLinearOperator,
     EFLinearOperator,
     EKFACLinearOperator,
@@ -22,11 +23,14 @@ from ggn_jax.operators import (
     HessianLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    average_factors,
+    average_operators,
 )
 from ggn_jax.optimizer import KFACTransformation, kfac, multi_steps, scale_by_kfac
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "BlockSolver",
     "CrossEntropyLoss",
     "DampedLinearOperator",
     "EFLinearOperator",
@@ -42,6 +46,8 @@ __all__ = [
     "Loss",
     "LossHessian",
     "MSELoss",
+    "average_factors",
+    "average_operators",
     "from_equinox",
     "from_linen",
     "from_nnx",

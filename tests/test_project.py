@@ -43,7 +43,7 @@ GGN_JAX = [
     {"kronecker.factors"},
     {"kronecker.optimal", "kronecker.diagonal"},
     {"operators.blocks"},
-    {"operators.kronecker", "operators.diagonal"},
+    {"operators.averages", "operators.diagonal", "operators.kronecker", "operators.solver"},
     {"operators"},
     {"optimizer.checks", "optimizer.numbers", "optimizer.spread", "optimizer.storage"},
     {"optimizer.masked", "optimizer.settings"},

@@ -34,6 +34,13 @@ def multiply(b: Factor, m: Float[Array, "G out in"], a: Factor) -> Float[Array, 
     return m * a[:, None, :] if is_diagonal(a) else jnp.einsum("goj,gji->goi", m, a)
 
 
+def inner(x: Factor, y: Factor) -> Float[Array, " G"]:
+    """The sum of the entries' products, of each group."""
+    if is_diagonal(x) or is_diagonal(y):
+        return jnp.sum(diagonal_of(x) * diagonal_of(y), axis=1)
+    return jnp.sum(x * y, axis=(1, 2))
+
+
 def combine(factors: Sequence[Factor], weights: Array) -> Factor:
     """`sum_i weights[i] factors[i]`."""
     if not all(map(is_diagonal, factors)):

@@ -16,7 +16,7 @@ from ggn_jax.kronecker.algebra import (
     Kronecker,
     Spectral,
     diagonal_of,
-    gram,
+    inner,
     is_diagonal,
     norm_of_sum,
     units,
@@ -207,7 +207,7 @@ def _unit(form: Kronecker | Spectral) -> Any:
 
 def _inner(x: Kronecker | Spectral, y: Kronecker | Spectral) -> Float[Array, " G"]:
     if isinstance(x, Kronecker) and isinstance(y, Kronecker):
-        return gram([x.a[0], y.a[0]])[:, 0, 1] * gram([x.b[0], y.b[0]])[:, 0, 1]
+        return inner(x.a[0], y.a[0]) * inner(x.b[0], y.b[0])
     if isinstance(x, Kronecker):
         return _inner(y, x)
     if isinstance(y, Kronecker):

@@ -154,12 +154,12 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two operators with the same blocks, an operator with blocks."""
-        if isinstance(other, BlockLinearOperator) and _alike(self, other):
-            return _added((self, other), (None, None))
+        if isinstance(other, BlockLinearOperator) and are_alike(self, other):
+            return added((self, other), (None, None))
         return super().__add__(other)
 
     def _scaled(self, number: float) -> "BlockLinearOperator":
-        return _added((self,), (jnp.asarray(number),))
+        return added((self,), (jnp.asarray(number),))
 
     def _check_damping(self, damping: Any) -> PyTree[Array]:
         """The damping, which must be one number for all of a block."""
@@ -236,7 +236,7 @@ def _text(number: Array) -> str:
     return str(number) if is_concrete(number) else "(unknown under jit)"
 
 
-def _alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
+def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
     """Whether they have blocks of the same entries."""
     return x.blocks.stacks == y.blocks.stacks and x.structure == y.structure
 
@@ -298,7 +298,7 @@ def _damped(operator: BlockLinearOperator, damping: PyTree[Array]) -> BlockLinea
 
 
 @jax.jit
-def _added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]) -> BlockLinearOperator:
+def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]) -> BlockLinearOperator:
     """`sum_i weights[i] operators[i]`, of operators with the same blocks."""
 
     def weighted(operator: BlockLinearOperator, weight: Float[Array, ""] | None) -> Sequence[AnyBlock]:
