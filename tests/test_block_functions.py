@@ -321,3 +321,27 @@ def test_kfoc_of_small_outputs_in_float32() -> None:
     fn = jax.jit(kfoc)
     whole = fn(jnp.asarray(1.0, "float32"))
     np.testing.assert_allclose(fn(size) / size**2, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_preconditioned_conjugate_gradients_in_float32() -> None:
+    """To the accuracy that float32 allows, with the residual as the recurrence has it (`KFACLinearOperator`)."""
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((9, 20), (20, 10))]
+    inputs, labels = jnp.asarray(rng.normal(size=(60, 9)), jnp.float32), jnp.asarray(rng.integers(10, size=60))
+
+    def net(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p[0]) @ p[1]
+
+    loss, damping = ggn_jax.CrossEntropyLoss(), 1e-4
+    args = net, loss, params, (inputs, labels)
+    ggn = ggn_jax.GGNLinearOperator(*args).damped(damping)
+    preconditioner = 1e3 * ggn_jax.KFACLinearOperator(*args, fisher_type="type-2").inverse(damping)
+    gradient = jax.grad(lambda p: loss(net(p, inputs), labels))(params)
+    with jax.numpy_dtype_promotion("standard"):
+        solver = lx.CG(rtol=1e-6, atol=1e-7, stabilise_every=None, max_steps=2000)
+        solution = lx.linear_solve(ggn, gradient, solver, options={"preconditioner": preconditioner}, throw=False)
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jax.tree.map(lambda x: x.astype(float), (params, gradient))
+        exact = ggn_jax.GGNLinearOperator(net, loss, wide[0], (inputs.astype(float), labels)).as_matrix()
+    want = np.linalg.solve(exact + damping * np.eye(len(exact)), flat(wide[1]))
+    assert np.linalg.norm(np.asarray(flat(solution.value), float) - want) < 1e-3 * np.linalg.norm(want)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,18 +131,19 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     coupled = None
     arrays = jax.tree.leaves((params, inputs))
     if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
-
-        @jax.jit
-        @compiler_sharded
-        def measure(params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
-            few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
-            return coupling(model_fn, params, few), gradient_gaps(trace, plan, model_fn, params, few)
-
-        gap, found = measure(params, inputs)
+        gap, found = _measure(model_fn, params, inputs)
         coupled, gaps = float(gap), [float(gap) for gap in np.asarray(found)]
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     dtypes = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
     return Report(rows, tolerance(*dtypes), coupled)
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> tuple[Array, Array]:
+    few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
+    trace = trace_model(model_fn, params, few)
+    return coupling(model_fn, params, few), gradient_gaps(trace, make_plan(trace), model_fn, params, few)
 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:

@@ -17,8 +17,8 @@ def average_operators(operators: Sequence[BlockLinearOperator], weights: Any = N
     r"""The weighted mean of operators, `sum_i w_i O_i / sum_i w_i`, exactly: an operator with blocks again.
 
     A mean of Kronecker products `B_i (x) A_i` is no Kronecker product: each operator adds its terms to the blocks, and
-    inverses, roots and determinants follow the rules for sums of terms (`KFACLinearOperator.inverse`). To keep one term,
-    as running averages in optimizers do, see `average_factors`.
+    inverses, roots and determinants follow the rules for sums of terms (`KFACLinearOperator.inverse`). To keep one
+    term, as running averages in optimizers do, see `average_factors`.
 
     **Arguments:**
 
@@ -46,9 +46,9 @@ def average_factors(operators: Sequence[BlockLinearOperator], weights: Any = Non
     r"""The operator whose factors are the weighted means of operators' factors: `mean(B_i) (x) mean(A_i)`.
 
     **It is not the mean of the operators** (that is `average_operators`), but what running averages in K-FAC optimizers
-    are (Martens & Grosse 2015, section 5): one Kronecker product for each layer. Of batches of one size, for a loss with
-    reduction "mean", it is KFAC of all their data. Terms of tied weights are averaged one by one, and exact blocks, which
-    have no factors, as they are.
+    are (Martens & Grosse 2015, section 5): one Kronecker product for each layer. Of batches of one size, for a loss
+    with reduction "mean", it is KFAC of all their data. Terms of tied weights are averaged one by one, and exact
+    blocks, which have no factors, as they are.
 
     **Arguments:** as for `average_operators`.
 
