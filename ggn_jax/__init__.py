@@ -17,6 +17,7 @@ from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
     BlockLinearOperator,
+    BlockSolver,
     DampedLinearOperator,
     EFLinearOperator,
     EKFACLinearOperator,
@@ -25,6 +26,8 @@ from ggn_jax.operators import (
     HessianLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    average_factors,
+    average_operators,
 )
 from ggn_jax.optimizer import (
     Curvature,
@@ -43,6 +46,7 @@ from ggn_jax.optimizer import (
 __all__ = [
     "BCEWithLogitsLoss",
     "BlockLinearOperator",
+    "BlockSolver",
     "CrossEntropyLoss",
     "Curvature",
     "CurvatureReport",
@@ -69,6 +73,8 @@ __all__ = [
     "ReportRow",
     "ScaleByKFACState",
     "UncoveredParametersWarning",
+    "average_factors",
+    "average_operators",
     "check_loss",
     "from_equinox",
     "from_linen",

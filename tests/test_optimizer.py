@@ -31,7 +31,7 @@ from optimizer_cases import (
 )
 
 import ggn_jax
-from ggn_jax.kronecker.algebra import batched
+from ggn_jax.kronecker.linalg import batched
 from ggn_jax.optimizer.curvature import take_turns
 from ggn_jax.optimizer.spread import Spread
 
