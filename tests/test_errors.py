@@ -45,6 +45,14 @@ class TestRequests:
                 make(MSELoss(), "mc", bad)
         assert make(MSELoss(), "mc", np.int32(2))
 
+    @pytest.mark.parametrize("vectors", ["type-2", "empirical", "forward-only"])
+    def test_mc_samples_of_other_vectors(self, make, vectors: str) -> None:
+        """Callers that choose between exact and drawn vectors pass 0 for the exact ones."""
+        args = jnp.ones((2, 3)), jnp.zeros((2, 3))
+        wanted = make(MSELoss(), vectors)(*args)
+        for unused in (0, -1, None):
+            assert jnp.array_equal(make(MSELoss(), vectors, unused)(*args), wanted)
+
     def test_loss(self, make) -> None:
         class Focal(CrossEntropyLoss):
             def __call__(self, outputs, targets):

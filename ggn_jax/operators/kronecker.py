@@ -46,7 +46,8 @@ class KFACLinearOperator(BlockLinearOperator):
     on one example and must treat examples independently; and
 
     - `fisher_type`: `"type-2"` (exact in the loss), `"mc"`, `"empirical"`, or `"forward-only"` (`B = I`).
-    - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2.
+    - `mc_samples`: the number of vectors with `"mc"`; of no effect with the others.
+    - `key`: for what is drawn: `"mc"`, and the signs of type-2.
     - `sharing`: `"expand"` treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
       first.
     - `bias`: `"joint"` makes it one more input of its layer, `"separate"` gives it the block `B`.
