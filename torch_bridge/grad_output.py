@@ -52,6 +52,8 @@ def make_grad_output_fn(
     - `mc_samples`: the number of Monte-Carlo vectors, at least 1; of no effect with other vectors.
 
     **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
+    They are computed in the dtype to which torch promotes output, target and the tensors of the loss, at least float32,
+    and rounded once.
     `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace).
 
     **Raises:** NotImplementedError for a loss that is not supported; ValueError for an unknown fisher type,
