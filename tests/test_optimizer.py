@@ -94,6 +94,7 @@ def test_averages_heuristic_damping_momentum_decay_and_schedules() -> None:
         decay=0.6,
         inverse_interval=1,
         fisher_type="type-2",
+        mc_samples=0,  # of no effect
     )
     state, w = optimizer.init(params), np.asarray(params["w"])
     a, velocity, weight = np.zeros((3, 3)), np.zeros((3, 2)), 0.0
