@@ -16,6 +16,7 @@ from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
+    BatchesLinearOperator,
     BlockLinearOperator,
     BlockSolver,
     DampedLinearOperator,
@@ -45,6 +46,7 @@ from ggn_jax.optimizer import (
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "BatchesLinearOperator",
     "BlockLinearOperator",
     "BlockSolver",
     "CrossEntropyLoss",

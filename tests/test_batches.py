@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 
 import ggn_jax
 
@@ -165,3 +167,81 @@ def test_a_weight_for_each_datum_is_refused() -> None:
             KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="forward-only")
     loss = ggn_jax.BCEWithLogitsLoss(pos_weight=jnp.ones((1, 2)))
     KFAC.from_batches(tanh_net, loss, PARAMS, batches, fisher_type="forward-only")
+
+
+PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "GGN": (ggn_jax.GGNLinearOperator, {}),
+    "GGN, drawn": (ggn_jax.GGNLinearOperator, {"mc_samples": 2, "key": jax.random.key(1)}),
+    "EF": (ggn_jax.EFLinearOperator, {}),
+    "Hessian": (ggn_jax.HessianLinearOperator, {"chunk_size": 2}),
+    "diagonal": (ggn_jax.GGNDiagonalLinearOperator, {}),
+    "diagonal, drawn": (ggn_jax.GGNDiagonalLinearOperator, {"mc_samples": 2, "key": jax.random.key(1)}),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_over_batches_are_those_of_one_batch(name: str) -> None:
+    """Of NumPy arrays, uneven sizes, and a batch where all is ignored."""
+    cls, options = PRODUCTS[name]
+    batches = [tuple(map(np.asarray, batch)) for batch in as_batches(1, 3, 3)]
+    for loss in (ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), ignore_index=0), ggn_jax.CrossEntropyLoss()):
+        whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
+        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
+        np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+    assert lx.is_positive_semidefinite(operator) == lx.is_positive_semidefinite(whole)
+
+
+def test_solving_over_batches_on_the_host() -> None:
+    operator = ggn_jax.GGNLinearOperator.from_batches(tanh_net, CE, PARAMS, as_batches(4, 3), progress=True)
+    matrix = operator.as_matrix() + 0.1 * jnp.eye(operator.in_size())
+    vector = np.ones(operator.in_size())
+    solution, failed = scipy.sparse.linalg.cg(operator.damped(0.1).to_scipy(), vector, rtol=1e-13)
+    assert not failed
+    np.testing.assert_allclose(solution, jnp.linalg.solve(matrix, vector), rtol=1e-9)
+    with pytest.raises(NotImplementedError, match=r"not inside of jit.*to_scipy"):
+        lx.linear_solve(operator.damped(0.1), PARAMS, lx.CG(rtol=1e-6, atol=1e-6))
+
+
+def test_what_products_over_batches_refuse() -> None:
+    cls = ggn_jax.GGNLinearOperator
+    with pytest.raises(TypeError, match="an iterator that is empty after one pass"):
+        cls.from_batches(tanh_net, CE, PARAMS, iter(as_batches(7)))
+    with pytest.raises(TypeError, match="batches must be an iterable"):
+        cls.from_batches(tanh_net, CE, PARAMS, 3)
+    with pytest.raises(ValueError, match="at least one batch"):
+        cls.from_batches(tanh_net, CE, PARAMS, [])
+    with pytest.raises(ValueError, match=r"batch 0: .*one common leading batch axis"):
+        cls.from_batches(tanh_net, CE, PARAMS, [(INPUTS, LABELS[1:])])
+    with pytest.raises(ValueError, match=r"batch 0: a mask"):
+        cls.from_batches(tanh_net, CE, PARAMS, [(INPUTS, LABELS, np.ones((7, 2), bool))])
+    weighted = ggn_jax.BCEWithLogitsLoss(weight=jnp.ones((7, 2)))
+    with pytest.raises(ValueError, match=r"batch 0: the loss must be the same for each batch"):
+        cls.from_batches(tanh_net, weighted, PARAMS, [(INPUTS, jnp.zeros((7, 2)))])
+    operator = cls.from_batches(tanh_net, CE, PARAMS, [(INPUTS, LABELS), (INPUTS, LABELS + 5)])
+    with pytest.raises(ValueError, match=r"batch 1: .*targets"):
+        operator.mv(PARAMS)
+
+    class Augmented:
+        def __init__(self) -> None:
+            self.random = np.random.default_rng(0)
+
+        def __iter__(self) -> Any:
+            yield self.random.normal(size=INPUTS.shape), LABELS
+
+    operator = cls.from_batches(tanh_net, CE, PARAMS, Augmented())
+    operator.mv(PARAMS)
+    with pytest.raises(ValueError, match="different data"):
+        operator.mv(PARAMS)
+
+    class Shuffled:
+        def __init__(self) -> None:
+            self.turn = 0
+
+        def __iter__(self) -> Any:
+            self.turn += 1
+            yield INPUTS[:: (-1) ** self.turn], LABELS[:: (-1) ** self.turn]
+
+    operator = cls.from_batches(tanh_net, CE, PARAMS, Shuffled())
+    first = operator.mv(PARAMS)["1"]["w"]
+    np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], first, atol=1e-15)

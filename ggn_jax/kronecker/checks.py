@@ -42,17 +42,3 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
         )
     single = mask.size == size  # one position for each datum: layers that have it look like layers that have none
     return None if single and is_concrete(mask) and np.asarray(mask).all() else mask
-
-
-def check_unbatched(problem: Problem) -> None:
-    """Refuse a loss that holds something for each datum, where it is to be used for several batches."""
-    output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-    # Not the first one: JAX refuses to slice an axis that is sharded explicitly.
-    target = jnp.zeros(problem.targets.shape[1:], problem.targets.dtype)
-    try:
-        problem.loss.check_shapes(output, target, False)
-    except ValueError as error:
-        raise ValueError(
-            f"the loss must be the same for each batch, but holds something for each datum of one ({error}). Pass all"
-            " data as one batch, with chunk_size to bound the memory."
-        ) from None

@@ -8,9 +8,11 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from ggn_jax.operators.passes import BatchesLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 
 __all__ = [
+    "BatchesLinearOperator",
     "BlockLinearOperator",
     "BlockSolver",
     "DampedLinearOperator",

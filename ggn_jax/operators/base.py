@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import scipy.sparse.linalg  # type: ignore[import-untyped]
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -46,6 +47,25 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
     def as_matrix(self) -> Float[Array, "P P"]:
         """The dense matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`."""
         return _as_matrix(self)
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, in the order of `ravel_pytree(params)`.
+
+        >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
+        >>> solution, failed = scipy.sparse.linalg.cg(ggn.damped(0.1).to_scipy(), np.ones(6))
+        """
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.in_structure())
+        with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+            flat, unravel = ravel_pytree(zeros)
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            with jax.numpy_dtype_promotion("standard"):
+                return np.asarray(ravel_pytree(self.mv(unravel(jnp.asarray(vector.reshape(-1), flat.dtype))))[0])
+
+        shape = flat.size, flat.size
+        return scipy.sparse.linalg.LinearOperator(shape, product, rmatvec=product, dtype=np.dtype(flat.dtype))
 
     def damped(self, damping: Any) -> "SymmetricLinearOperator":
         """`self + damping * I`, which is still known to be positive semi-definite where `self` is.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import compute_dtype
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, take_apart
 
@@ -78,3 +79,34 @@ def with_progress(batches: Iterable[Any], progress: bool, description: str) -> I
     except ImportError as error:
         raise ImportError("progress=True shows its bar with tqdm: pip install tqdm, or leave it out.") from error
     return tqdm(batches, desc=description, unit="batch")
+
+
+def check_unbatched(problem: Problem) -> None:
+    """Refuse a loss that holds something for each datum, where it is to be used for several batches."""
+    output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
+    # Not the first one: JAX refuses to slice an axis that is sharded explicitly.
+    target = jnp.zeros(problem.targets.shape[1:], problem.targets.dtype)
+    try:
+        problem.loss.check_shapes(output, target, False)
+    except ValueError as error:
+        raise ValueError(
+            f"the loss must be the same for each batch, but holds something for each datum of one ({error}). Pass all"
+            " data as one batch, with chunk_size to bound the memory."
+        ) from None
+
+
+def without_reduction(tree: PyTree[Array], r: Array) -> PyTree[Array]:
+    """What is proportional to a batch's reduction, without it, to be added up in at least float32."""
+
+    def divided(x: Array) -> Array:
+        x = x.astype(compute_dtype(x.dtype))
+        return jnp.where(jnp.isinf(r), 0, x / r.astype(x.dtype))  # where nothing counts, r is infinite and x is 0
+
+    return jax.tree.map(divided, tree)
+
+
+def with_reduction(problem: Problem, total: PyTree[Array], divisor: Array, like: PyTree[Array]) -> PyTree[Array]:
+    """That of all batches, of which `divisor` is the sum of `1 / r`; in the dtypes of `like`."""
+    if problem.loss.reduction == "mean":
+        total = jax.tree.map(lambda x: jnp.where(divisor == 0, 0, x / divisor.astype(x.dtype)), total)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)

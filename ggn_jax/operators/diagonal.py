@@ -1,9 +1,9 @@
 """The diagonal of the generalized Gauss-Newton matrix."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
@@ -30,6 +30,7 @@ from ggn_jax.operators.base import (
     register,
     vectors_like,
 )
+from ggn_jax.operators.batches import add_up, check_unbatched, with_progress, with_reduction, without_reduction
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -80,19 +81,61 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         vector_chunk_size: int = 1,
         method: Literal["layers", "data"] = "layers",
     ):
-        if method not in ("layers", "data"):
-            raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
-        vector_chunk_size = check_count("vector_chunk_size", vector_chunk_size)
-        mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
-        fisher_type = FisherType.MC if mc_samples else FisherType.TYPE2
-        problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type)
-        if not mc_samples:
-            check_exact(loss)
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
-        problem.check_curvature()
-        keys = None if key is None else jax.random.split(key, problem.targets.shape[0])
-        compute = _by_layers if method == "layers" else _by_data
-        self.entries = compute(problem, keys, mc_samples, vector_chunk_size)
+        compute = _Compute(mc_samples, key, vector_chunk_size, method)
+        problem = pose(model_fn, loss, params, batch, chunk_size, compute.fisher_type)
+        compute.check(problem)
+        self.entries = compute(problem, 0)
+
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        key: Any = None,
+        chunk_size: int | None = None,
+        vector_chunk_size: int = 1,
+        method: Literal["layers", "data"] = "layers",
+        progress: bool = False,
+    ) -> Self:
+        """The diagonal for all data of an iterable of batches, as if they were one batch, from one pass.
+
+        `batches` yields `(inputs, targets)`, and may be a generator; batches may differ in size. A mean is over the
+        terms of all. What is drawn for an example depends on its place in the whole. `progress=True` shows a bar (needs
+        tqdm).
+
+        **Raises:** as the constructor, naming the batch; ValueError for an iterable that is empty.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> batches = ((jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5))
+        >>> diagonal = GGNDiagonalLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+        >>> diagonal.mv(params)["w"].shape
+        (2, 3)
+        """
+        compute = _Compute(mc_samples, key, vector_chunk_size, method)
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+
+        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+            if mask is not None:
+                raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
+            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type)
+            if not start:
+                compute.check(problem)
+                check_unbatched(problem)
+            return problem, _unreduced(problem, compute(problem, start))
+
+        problem, total, _ = add_up(with_progress(batches, progress, "diagonal"), sums)
+        if problem is None:
+            raise ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none.")
+        made = cls.__new__(cls)
+        entries, divisor = total
+        object.__setattr__(made, "entries", with_reduction(problem, entries, divisor, params))
+        return made
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""
@@ -129,6 +172,41 @@ register(GGNDiagonalLinearOperator, positive_semidefinite=True, diagonal=True)
 def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
         return ravel_pytree(operator.entries)[0]
+
+
+class _Compute:
+    """How the diagonal of a batch is made."""
+
+    def __init__(self, mc_samples: Any, key: Any, vector_chunk_size: Any, method: Any):
+        if method not in ("layers", "data"):
+            raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
+        self._compute = _by_layers if method == "layers" else _by_data
+        self._chunk_size = check_count("vector_chunk_size", vector_chunk_size)
+        self._mc_samples, self._key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
+        self.fisher_type = FisherType.MC if self._mc_samples else FisherType.TYPE2
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what has no such diagonal."""
+        if not self._mc_samples:
+            check_exact(problem.loss)
+        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem.check_curvature()
+
+    def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
+        """The entries for a batch whose first example is number `start` of all."""
+        numbers = jnp.arange(start, start + problem.targets.shape[0])
+        keys = None if self._key is None else _fold_in(self._key, numbers)
+        entries: PyTree[Array] = self._compute(problem, keys, self._mc_samples, self._chunk_size)
+        return entries
+
+
+_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+@jax.jit
+def _unreduced(problem: Problem, entries: PyTree[Array]) -> tuple[PyTree[Array], Array]:
+    r = problem.reduction()
+    return without_reduction(entries, r), 1 / r
 
 
 _like_parameters = partial(compiler_sharded, like=lambda problem, *_: problem.params)

@@ -14,13 +14,14 @@ from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
+from ggn_jax.operators.base import register, vectors_like
 from ggn_jax.operators.jacobian import Jacobian
+from ggn_jax.operators.passes import DataLinearOperator
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms
 
 
-class EFLinearOperator(CurvatureLinearOperator):
+class EFLinearOperator(DataLinearOperator):
     r"""The empirical Fisher matrix `r sum_n g_n g_n^T` (Kunstner et al. 2019).
 
     `g_n` is the gradient in the parameters of the `n`-th example's unreduced loss, the sum of its terms, class weights

@@ -1,7 +1,7 @@
 """The generalized Gauss-Newton matrix."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -16,18 +16,18 @@ from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
-    CurvatureLinearOperator,
     SymmetricLinearOperator,
     check_vector,
     register,
     vectors_like,
 )
 from ggn_jax.operators.jacobian import Jacobian
+from ggn_jax.operators.passes import DataLinearOperator
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms
 
 
-class GGNLinearOperator(CurvatureLinearOperator):
+class GGNLinearOperator(DataLinearOperator):
     r"""The generalized Gauss-Newton matrix (GGN) `J^T H J` of a batch's loss in the parameters (Schraudolph 2002).
 
     `J` is the Jacobian of the model's outputs in the parameters, `H` the Hessian of the loss in the outputs: both of
@@ -79,6 +79,8 @@ class GGNLinearOperator(CurvatureLinearOperator):
 
     problem: Problem
     key: Array | None
+    start: Array
+    """The number of the first example, for what is drawn."""
     mc_samples: int = eqx.field(static=True)
 
     def __init__(
@@ -99,7 +101,11 @@ class GGNLinearOperator(CurvatureLinearOperator):
             check_exact(loss)
         self.problem.check_chunks()
         self.problem.check_curvature()
-        self.key, self.mc_samples = key, mc_samples
+        self.key, self.start, self.mc_samples = key, jnp.zeros((), jnp.int32), mc_samples
+
+    def _for_batch(self, inputs: PyTree[Array], targets: Array, start: int) -> Self:
+        operator = super()._for_batch(inputs, targets, start)
+        return eqx.tree_at(lambda op: op.start, operator, jnp.asarray(start, jnp.int32))
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return vectors_like(self.problem.params)
@@ -118,7 +124,11 @@ class GGNLinearOperator(CurvatureLinearOperator):
         return problem.sum_over_chunks(product, *self._keys())
 
     def _keys(self) -> tuple[Array, ...]:
-        return () if self.key is None else (jax.random.split(self.key, self.problem.targets.shape[0]),)
+        if self.key is None:
+            return ()
+        # Of the example's number alone, so that it does not matter how data are cut into batches.
+        numbers = self.start + jnp.arange(self.problem.targets.shape[0], dtype=jnp.int32)
+        return (jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.key, numbers),)
 
     def _curve(self, terms: Terms, keys: tuple[Array, ...], tangent: Array) -> Array:
         """The loss Hessian times `tangent`."""

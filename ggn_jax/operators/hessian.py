@@ -9,12 +9,13 @@ from jaxtyping import Array, PyTree
 from ggn_jax._sharding import vary_like
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.loss import Loss
-from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
+from ggn_jax.operators.base import register, vectors_like
 from ggn_jax.operators.jacobian import differentiated_twice
+from ggn_jax.operators.passes import DataLinearOperator
 from ggn_jax.operators.problem import Problem, pose
 
 
-class HessianLinearOperator(CurvatureLinearOperator):
+class HessianLinearOperator(DataLinearOperator):
     r"""The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
 
     Of a model that has reverse-mode derivatives only (`jax.custom_vjp`) by reverse-over-reverse.

@@ -12,7 +12,7 @@ from ggn_jax._frozen import Frozen
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.checks import check_draws, check_mask, check_unbatched
+from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
@@ -22,7 +22,7 @@ from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register
-from ggn_jax.operators.batches import add_up, with_progress
+from ggn_jax.operators.batches import add_up, check_unbatched, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.problem import Problem, pose
 

@@ -1,0 +1,233 @@
+"""Curvature of data that do not fit in memory: products that go over an iterable of batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._checks import is_concrete
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax.loss import Loss
+from ggn_jax.operators.base import (
+    COLUMNS_AT_ONCE,
+    CurvatureLinearOperator,
+    SymmetricLinearOperator,
+    check_vector,
+    register,
+    vectors_like,
+)
+from ggn_jax.operators.batches import add_up, check_unbatched, with_progress, with_reduction, without_reduction
+from ggn_jax.operators.problem import Problem
+from ggn_jax.terms import check_values
+
+
+class DataLinearOperator(CurvatureLinearOperator):
+    """An operator whose products are sums over data, of one batch; `from_batches` makes that of many."""
+
+    problem: eqx.AbstractVar[Problem]
+
+    def _for_batch(self, inputs: PyTree[Array], targets: Array, start: int) -> Self:
+        """The same operator of a batch of the same shapes, of which the first example is number `start` of all."""
+        return eqx.tree_at(lambda op: (op.problem.inputs, op.problem.targets), self, (inputs, targets))
+
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        progress: bool = False,
+        **options: Any,
+    ) -> "BatchesLinearOperator":
+        """The operator of all data of an iterable of batches, as if they were one batch.
+
+        Each product goes over the batches once, on the host, and holds one of them at a time; `as_matrix` takes 32
+        columns in a pass. `batches` yields `(inputs, targets)`, as NumPy or JAX arrays, and can be gone over more than
+        once: a list, or a loader, but no generator. Batches may differ in size; a function is compiled for each shape.
+        A mean is over the terms of all batches. What is drawn for an example depends on its place in the whole.
+
+        As its products are made on the host, it works outside of `jit` only, where lineax's iterative solvers run:
+        solve with SciPy's, `scipy.sparse.linalg.cg(operator.damped(d).to_scipy(), flat)`.
+
+        Args:
+            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`.
+            loss: a `Loss` that holds nothing for each example.
+            params: a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`; it must yield the same data in each pass, in any order, but
+                for drawn vectors, whose order counts. Two passes are compared.
+            progress: show a bar for each pass (needs tqdm).
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
+                batch at all, and for passes over different data.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> ggn = ggn_jax.GGNLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+        >>> ggn.mv(params)["w"].shape
+        (2, 3)
+        """
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                f"each product goes over the batches, but {type(batches).__name__} is an iterator that is empty after"
+                " one pass: pass a list, or a loader that starts anew."
+            )
+
+        def make(inputs: PyTree, targets: Any) -> DataLinearOperator:
+            return cls(model_fn, loss, params, (inputs, targets), **options)  # type: ignore[call-arg, arg-type]
+
+        passes = _Passes(make, batches, progress)
+        first = passes.first()
+        return BatchesLinearOperator(passes, vectors_like(params), lx.is_positive_semidefinite(first))
+
+
+class _Passes:
+    """Passes over batches, the first two of which are compared."""
+
+    def __init__(self, make: Callable[[PyTree, Any], DataLinearOperator], batches: Iterable[Any], progress: bool):
+        self._make, self._batches, self._progress = make, batches, progress
+        self._made: dict[Any, DataLinearOperator] = {}
+        self._seen: np.ndarray | None = None
+        self._compared = False
+
+    def first(self) -> DataLinearOperator:
+        """The operator of the first batch."""
+        found: list[DataLinearOperator] = []
+
+        def take(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree]:
+            found.append(self._of(inputs, targets, mask, start))
+            return found[0].problem, ()
+
+        add_up((batch for batch, _ in zip(self._batches, range(1), strict=False)), take)
+        if not found:
+            raise ValueError(f"batches must yield at least one batch; {type(self._batches).__name__} yielded none.")
+        return found[0]
+
+    def product(self, vectors: PyTree[Float[Array, "K ..."]]) -> PyTree[Float[Array, "K ..."]]:
+        """The products of all data's operator with these vectors, in one pass."""
+
+        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree]:
+            operator = self._of(inputs, targets, mask, start)
+            return operator.problem, _share(operator, vectors)
+
+        name = "products"
+        problem, total, _ = add_up(with_progress(self._batches, self._progress, name), sums)
+        if problem is None:
+            raise ValueError("batches yielded none in this pass: pass a list, or a loader that starts anew.")
+        self._compare(np.asarray(total["fingerprint"]))
+        result: PyTree[Array] = _whole(problem, total, vectors)
+        return result
+
+    def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
+        if mask is not None:
+            raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
+        shapes = [None if x is None else (x.shape, x.dtype) for x in (*jax.tree.leaves(inputs), targets)]
+        key = jax.tree.structure(inputs), tuple(shapes)
+        if key not in self._made:
+            self._made[key] = operator = self._make(inputs, targets)
+            check_unbatched(operator.problem)
+        operator = self._made[key]
+        if targets is None:
+            targets = operator.problem.targets  # of no meaning
+        elif self._seen is None:
+            check_values(operator.problem.loss, operator.problem.outputs, targets, True)
+        return operator._for_batch(inputs, targets, start)
+
+    def _compare(self, fingerprint: np.ndarray) -> None:
+        if self._seen is None:
+            self._seen = fingerprint
+        elif not self._compared:
+            # Sums in another order differ by rounding.
+            if not np.allclose(fingerprint, self._seen, rtol=1e-3, equal_nan=True):
+                raise ValueError(
+                    "two passes over the batches gave different data: switch off what draws them anew (random crops,"
+                    " sampling with replacement, dropping the last batch of a shuffled loader)."
+                )
+            self._compared = True
+
+
+class BatchesLinearOperator(SymmetricLinearOperator):
+    """A curvature matrix of many batches, whose products go over all of them; made by `from_batches`.
+
+    Outside of `jit` only: see `GGNLinearOperator.from_batches`.
+    """
+
+    passes: _Passes = eqx.field(static=True)
+    structure: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    positive_semidefinite: bool = eqx.field(static=True)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.structure
+
+    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters: one pass over the batches."""
+        check_vector(self, vector)
+        stacked = jax.tree.map(lambda v: jnp.asarray(v)[None], vector)
+        return jax.tree.map(lambda v: v[0], self._products(stacked))
+
+    def as_matrix(self) -> Float[Array, "P P"]:
+        """The dense matrix, in the order of `jax.flatten_util.ravel_pytree(params)`: a pass for each 32 columns."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.structure)
+        with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+            flat, unravel = ravel_pytree(zeros)
+            unit = jnp.eye(flat.size, dtype=flat.dtype)
+            starts = range(0, flat.size, COLUMNS_AT_ONCE)
+            parts = [self._products(jax.vmap(unravel)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
+            return jnp.concatenate([jax.vmap(lambda tree: ravel_pytree(tree)[0])(part) for part in parts])
+
+    def _products(self, vectors: PyTree[Array]) -> PyTree[Array]:
+        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
+            raise NotImplementedError(
+                "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
+                " estimators call them: use scipy.sparse.linalg with operator.to_scipy(), or one batch with chunk_size."
+            )
+        return self.passes.product(vectors)
+
+
+register(BatchesLinearOperator)
+lx.is_positive_semidefinite.register(BatchesLinearOperator, lambda operator: operator.positive_semidefinite)
+
+
+@jax.jit
+@compiler_sharded
+def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, Any]:
+    """What a batch adds to the products, without the reduction."""
+    problem = operator.problem
+    r = problem.reduction()
+    products = jax.vmap(operator._mv)(vectors)
+    return {
+        "products": without_reduction(products, r),
+        "divisor": 1 / r,
+        "fingerprint": _fingerprint(problem.inputs, problem.targets),
+    }
+
+
+@jax.jit
+def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
+    return with_reduction(problem, total["products"], total["divisor"], like)
+
+
+def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
+    """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
+    arrays = [x for x in jax.tree.leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] + [targets]
+
+    def per_example(x: Array) -> Array:
+        x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+        rows = x.reshape(len(x), -1).astype(jnp.float32)
+        return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
+
+    values = [per_example(x) for x in arrays]
+    mixed = [jnp.sum(jnp.abs(value)) for value in values] + [jnp.sum(jnp.cos(sum(values[1:], values[0])) + 2)]
+    return jnp.stack([jnp.asarray(len(targets), jnp.float32), *mixed])
