@@ -18,6 +18,7 @@ from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
     BlockLinearOperator,
+    BlockSolver,
     DampedLinearOperator,
     EFLinearOperator,
     EKFACLinearOperator,
@@ -26,6 +27,8 @@ from ggn_jax.operators import (
     HessianLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    average_factors,
+    average_operators,
 )
 from ggn_jax.optimizer import (
     Curvature,
@@ -44,6 +47,7 @@ from ggn_jax.optimizer import (
 __all__ = [
     "BCEWithLogitsLoss",
     "BlockLinearOperator",
+    "BlockSolver",
     "CrossEntropyLoss",
     "Curvature",
     "CurvatureReport",
@@ -70,6 +74,8 @@ __all__ = [
     "ReportRow",
     "ScaleByKFACState",
     "UncoveredParametersWarning",
+    "average_factors",
+    "average_operators",
     "check_loss",
     "from_equinox",
     "from_linen",

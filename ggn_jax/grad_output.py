@@ -46,9 +46,9 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     - `fisher_type`: a `FisherType` or its value.
     - `mc_samples`: the number of Monte-Carlo vectors, at least 1; looked at for `"mc"` only.
 
-    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1, a missing key, or shapes that do not fit;
-    TypeError for a dtype that does not; NotImplementedError for a loss that is not supported, or has no exact factor
-    for `type-2`.
+    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1 with `"mc"`, a missing key, or shapes that
+    do not fit; TypeError for a dtype that does not; NotImplementedError for a loss that is not supported, or has no
+    exact factor for `type-2`.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
@@ -129,6 +129,7 @@ def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_
 
 def _check_request(loss: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, int]:
     fisher_type = FisherType(fisher_type) if isinstance(fisher_type, str) else FisherType._missing_(fisher_type)
+    # Callers that choose the vectors later pass 0 for exact ones.
     mc_samples = check_count("mc_samples", mc_samples) if fisher_type is FisherType.MC else 1
     check_supported(loss)
     if fisher_type is FisherType.TYPE2:

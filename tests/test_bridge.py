@@ -193,6 +193,47 @@ def test_dtypes(dtype: torch.dtype, fisher_type: str) -> None:
     torch.testing.assert_close(vectors, wide.to(dtype), rtol=0, atol=0)
 
 
+HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
+NEARLY = 1 + 1e-9 * torch.tensor([1, -1], dtype=torch.float64)
+PROMOTED = {
+    "MSE, targets": (MSELoss(), 1e4, 1e4 + 1e-4 * NEARLY),
+    "BCE, targets": (BCEWithLogitsLoss(), 0.0, HALF * NEARLY),
+    "BCE, positive weight": (BCEWithLogitsLoss(pos_weight=NEARLY), 0.0, HALF.float()),
+    "BCE, weight": (BCEWithLogitsLoss(NEARLY), 0.0, HALF * NEARLY),
+    "CE, targets": (CrossEntropyLoss(), 0.0, HALF * NEARLY),
+    "CE, class weights": (CrossEntropyLoss(NEARLY, label_smoothing=0.5), 0.0, HALF.float()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", PROMOTED)
+def test_promotion_is_torchs(name: str, dtype: torch.dtype) -> None:
+    """Beside float64, narrow outputs are computed with in float64: all digits of the gradients here depend on it."""
+    loss, output, target = PROMOTED[name]
+    outputs, targets = torch.full((1, 2), output, dtype=dtype), target[None]
+    leaf = outputs.double().requires_grad_()
+    copy.deepcopy(loss).double()(leaf, targets.double()).backward()
+    assert leaf.grad is not None
+    scale = 1 if isinstance(loss, CrossEntropyLoss) else 2**0.5  # the vector is sqrt(r) times the sum's gradient
+    for fn in (
+        vmapped(torch_bridge.make_grad_output_fn(loss, "empirical")),
+        torch_bridge.make_batch_grad_output_fn(loss, "empirical"),
+    ):
+        vectors = fn(outputs, targets, None)
+        assert vectors.dtype == dtype
+        rounded = (scale * leaf.grad).to(dtype)
+        torch.testing.assert_close(vectors[0], rounded, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_promotion_of_scalars_and_domains() -> None:
+    """As in torch, a tensor without axes promotes nothing; targets are looked at before they are rounded."""
+    loss = BCEWithLogitsLoss(pos_weight=torch.tensor(1 + 1e-9, dtype=torch.float64))
+    outputs = torch.zeros(1, 2)
+    assert torch.all(torch_bridge.make_batch_grad_output_fn(loss, "empirical")(outputs, outputs + 0.5) == 0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        torch_bridge.make_batch_grad_output_fn(BCEWithLogitsLoss(), "type-2")(outputs, (1 + 1e-12) * (HALF + 0.5)[None])
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_class_indices_of_every_width(dtype: torch.dtype) -> None:
     outputs, targets = torch.eye(3, dtype=torch.float64), torch.tensor([2, 0, 1])

@@ -129,6 +129,17 @@ def test_bad_numbers_of_samples(mc_samples: Any, error: type[Exception]) -> None
         torch_bridge.make_grad_output_sampler(MSELoss())(torch.zeros(2), mc_samples, torch.zeros(2))
 
 
+@pytest.mark.parametrize("make", [torch_bridge.make_grad_output_fn, torch_bridge.make_batch_grad_output_fn])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical", "forward-only"])
+def test_numbers_of_samples_that_are_not_used(make: Any, fisher_type: str) -> None:
+    """Callers that choose between exact and drawn vectors pass 0 for the exact ones, as in curvlinops' GGN."""
+    outputs, targets = torch.zeros(2, 3), torch.ones(2, 3)
+    for unused in (0, -1, None):
+        assert torch.equal(
+            make(MSELoss(), fisher_type, unused)(outputs, targets), make(MSELoss(), fisher_type)(outputs, targets)
+        )
+
+
 X, Y = torch.zeros(3), torch.tensor(1)
 BAD_CALLS = [
     (CrossEntropyLoss(), ([0.0], Y), TypeError, "output must be a torch.Tensor; got list"),

@@ -87,6 +87,10 @@ def test_figures_of_large_models(tmp_path: Path) -> None:
     run(BLOCKS, tmp_path, json.dumps([(blocks[0][0], "".join(block for _, block in blocks))]))
 
 
+def test_recipes(tmp_path: Path) -> None:
+    run(BLOCKS, tmp_path, json.dumps(blocks_of((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))))
+
+
 def test_gpus(tmp_path: Path) -> None:
     run(BLOCKS, tmp_path, json.dumps(blocks_of((ROOT / "docs" / "gpus.md").read_text(encoding="utf-8"))))
 

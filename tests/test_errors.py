@@ -47,6 +47,14 @@ class TestRequests:
         for kind in ("type-2", "empirical", "forward-only"):  # where nothing is drawn, it is not looked at
             assert make(MSELoss(), kind, 0)
 
+    @pytest.mark.parametrize("vectors", ["type-2", "empirical", "forward-only"])
+    def test_mc_samples_of_other_vectors(self, make, vectors: str) -> None:
+        """Callers that choose between exact and drawn vectors pass 0 for the exact ones."""
+        args = jnp.ones((2, 3)), jnp.zeros((2, 3))
+        wanted = make(MSELoss(), vectors)(*args)
+        for unused in (0, -1, None):
+            assert jnp.array_equal(make(MSELoss(), vectors, unused)(*args), wanted)
+
     def test_loss(self, make) -> None:
         class Focal(CrossEntropyLoss):
             def __call__(self, outputs, targets):

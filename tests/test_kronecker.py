@@ -60,7 +60,8 @@ def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
 @pytest.mark.parametrize("chunks", [{}, {"chunk_size": 3, "vector_chunk_size": 1}])
 def test_exact_for_deep_linear_nets(cls: Any, reduction: str, chunks: dict[str, int]) -> None:
     loss, batch = ggn_jax.MSELoss(reduction=reduction), (INPUTS, normal(7, 2))
-    operator = cls(linear_net, loss, PARAMS, batch, fisher_type="type-2", **chunks)
+    # The number of samples is looked at for drawn vectors only.
+    operator = cls(linear_net, loss, PARAMS, batch, fisher_type="type-2", mc_samples=0, **chunks)
     expected = blocks_of(ggn(linear_net, loss, PARAMS, batch))
     np.testing.assert_allclose(operator.as_matrix(), expected, atol=1e-13)
 
@@ -338,11 +339,15 @@ def test_tied_weights_are_a_sum_of_kronecker_terms() -> None:
     np.testing.assert_allclose(operator.block("w"), expected, atol=1e-14)
     np.testing.assert_allclose(operator.trace(), np.trace(operator.as_matrix()), rtol=1e-13)
     np.testing.assert_allclose(operator.frobenius_norm(), np.linalg.norm(operator.as_matrix()), rtol=1e-13)
-    # The inverse uses the nearest single product: the leading singular pair of the rearranged block.
-    rearranged = sum(np.outer(b, a) for a, b in terms)
-    u, s, vt = np.linalg.svd(rearranged)
-    nearest = s[0] * np.kron(u[:, 0].reshape(3, 3), vt[0].reshape(3, 3))
-    np.testing.assert_allclose(operator.inverse(0.1).block("w"), np.linalg.inv(nearest + 0.1 * np.eye(9)), atol=1e-11)
+    damped = expected + 0.1 * np.eye(9)
+    np.testing.assert_allclose(operator.inverse(0.1).block("w"), np.linalg.inv(damped), atol=1e-11)
+    root = operator.sqrt(0.1).block("w")
+    np.testing.assert_allclose(root @ root, damped, atol=1e-13)
+    inverse_root = operator.inverse_sqrt(0.1).block("w")
+    np.testing.assert_allclose(inverse_root @ inverse_root, np.linalg.inv(damped), atol=1e-11)
+    whole = np.linalg.slogdet(operator.as_matrix() + 0.1 * np.eye(15))[1]
+    np.testing.assert_allclose(operator.logdet(0.1), whole, rtol=1e-12)
+    assert operator.is_exact()
     together = KFAC(tied, CE, TIED, (INPUTS, LABELS), fisher_type="type-2", tied="concatenate")
     expected = np.kron(sum(b for _, b in terms), sum(a for a, _ in terms) / 2)
     np.testing.assert_allclose(together.block("w"), expected, atol=1e-14)
@@ -577,6 +582,7 @@ def test_large_blocks_of_scales_are_diagonal() -> None:
     [
         ({"fisher_type": "type2"}, ValueError, "fisher"),
         ({}, ValueError, "key"),
+        ({"fisher_type": "mc", "mc_samples": 0}, ValueError, "mc_samples must be an integer of at least 1"),
         ({"fisher_type": "type-2", "sharing": "both"}, ValueError, "sharing must be one of"),
         ({"fisher_type": "type-2", "bias": None}, ValueError, "bias must be one of"),
         ({"fisher_type": "type-2", "on_uncovered": "skip"}, ValueError, "on_uncovered must be"),

@@ -101,12 +101,20 @@ def test_scale_by_kfac_leaves_nan_out() -> None:
     assert (int(state.rejected), int(state.curvature.skipped)) == (1, 1)
 
 
-def test_factors_of_an_ignored_batch_are_nothing() -> None:
-    loss = ggn_jax.CrossEntropyLoss(ignore_index=-1)
-    params, (x, _) = mlp_params(), batch_of()
-    scale = ggn_jax.scale_by_kfac(mlp, loss, example_inputs=x)
-    seen = scale.factors(params, (x, jnp.full(len(x), -1)), scale.init(params), key=KEY)
-    assert is_zero(seen)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_ignored_batch_says_nothing(reduction: str) -> None:
+    """Also where the gradient is not 0, as with a penalty on the parameters."""
+    loss = ggn_jax.CrossEntropyLoss(ignore_index=-1, reduction=reduction)
+    params, (x, y) = {"w": normal(0, 3, 2)}, batch_of()
+    scale = ggn_jax.scale_by_kfac(linear, loss, example_inputs=x)
+    update = jax.jit(lambda state, y: scale.update(params, state, params, batch=(x, y), key=KEY))
+    moved, state = update(scale.init(params), y)
+    nothing = jnp.full(len(x), -1)
+    assert is_zero(scale.factors(params, (x, nothing), state, key=KEY))
+    updates, after = update(state, nothing)
+    assert not is_zero(moved)
+    assert is_zero(updates)
+    assert_close(after.curvature._replace(count=state.curvature.count), state.curvature, 0)
 
 
 @pytest.mark.parametrize("options", [{"adapt_damping": 1}, {"learning_rate": "quadratic", "momentum": "quadratic"}])

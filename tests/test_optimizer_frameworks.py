@@ -1,11 +1,11 @@
-"""The optimizer in optax's and Flax's hands: their wrappers, their training states, checkpoints."""
+"""The optimizer in optax's and Flax's hands: their wrappers, their training states, donation."""
 
+import copy
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -18,6 +18,7 @@ from optimizer_cases import (
     gradient,
     mlp,
     mlp_params,
+    normal,
     objective,
 )
 
@@ -80,6 +81,40 @@ def test_chain_finds_the_state_and_scan_runs() -> None:
     _, values = run((jax.tree.map(jnp.copy, params), optimizer.init(params)))
     assert values[-1] < values[0]
     assert values[0] == pytest.approx(float(objective(mlp, CE, params, batch)))
+
+
+def test_transformations_that_hold_one() -> None:
+    """Its methods stay where it is rebuilt, and find its state where it is a part; updates are the same."""
+    params, batch = {"w": normal(0, 3, 2), "v": normal(1, 2, 2)}, batch_of()
+    model_fn = lambda params, x: x @ params["w"] @ params["v"]  # noqa: E731
+    make = partial(ggn_jax.kfac, model_fn, CE, example_inputs=batch[0], damping=0.1, kl_clip=None)
+    kfac = make(0.1)
+    rebuilt = {
+        "_replace": kfac._replace(update=lambda *args, **extra: kfac.update(*args, **extra)),
+        "pytree": jax.tree.map(lambda fn: fn, kfac),
+        "copy": copy.copy(kfac),
+        "multi_steps": ggn_jax.multi_steps(kfac, 1),
+    }
+    holding = {
+        "named_chain": optax.named_chain(("finite", optax.zero_nans()), ("kfac", kfac)),
+        "apply_if_finite": optax.apply_if_finite(kfac, 3),
+        "partition": optax.partition({"kfac": kfac, "sgd": optax.sgd(0.1)}, "kfac"),
+        "inject": optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(learning_rate=0.1),
+        "conditionally": optax.conditionally_transform(kfac, lambda step: step >= 0),
+    }
+    report, start = str(kfac.report(params)), kfac.init(params)
+    wanted = jax.jit(kfac.value_and_grad_and_factors)(params, batch, start, key=KEY)
+    updates, _ = jax.jit(kfac.update)(wanted[1], start, params, factors=wanted[2])
+    for name, optimizer in {**rebuilt, **holding}.items():
+        methods = optimizer if name in rebuilt else kfac
+        assert str(methods.report(params)) == report, name
+        state = optimizer.init(params)
+        found = jax.eval_shape(partial(methods.value_and_grad_and_factors, key=KEY), params, batch, state)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted), name
+        got, _ = jax.jit(optimizer.update)(wanted[1], state, params, factors=wanted[2])
+        assert_close(got, updates, 1e-6 if name == "inject" else 1e-12)  # its numbers are float32
+    with pytest.raises(TypeError, match="both init and update were replaced"):
+        kfac._replace(init=lambda params: params, update=lambda *args: args).report(params)
 
 
 @pytest.mark.parametrize("way", ["function", "static_args"])
@@ -233,36 +268,6 @@ def test_linen_train_state() -> None:
         state, last = step(state, jax.random.key(t))
     assert last < first
     assert int(state.step) == 6
-
-
-def test_orbax_checkpoint_continues_bit_identically(tmp_path: Any) -> None:
-    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax comes with Flax")
-    x = batch_of()[0]
-    optimizer = optax.chain(
-        ggn_jax.kfac(mlp, CE, 0.1, example_inputs=x, damping=0.1, adapt_damping=2, ekfac=True), optax.zero_nans()
-    )
-
-    @jax.jit
-    def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
-        batch = batch_of()
-        updates, state = optimizer.update(gradient(mlp, CE, params, batch), state, params, batch=batch, key=key)
-        return optax.apply_updates(params, updates), state
-
-    params = mlp_params()
-    state = optimizer.init(params)
-    for t in range(3):
-        params, state = step(params, state, jax.random.key(t))
-    # Modules are pytrees that orbax does not know: it is given their leaves.
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", jax.tree.leaves((params, state)))
-        checkpointer.wait_until_finished()
-        leaves = checkpointer.restore(tmp_path / "state", jax.tree.leaves((params, state)))
-    restored = jax.tree.unflatten(jax.tree.structure((params, state)), leaves)
-    for t in range(3, 6):
-        params, state = step(params, state, jax.random.key(t))
-        restored = step(*restored, jax.random.key(t))
-    for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(restored), strict=True):
-        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])

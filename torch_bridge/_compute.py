@@ -3,11 +3,12 @@
 An item is what one call of a `ggn_jax` function takes: one datum, or with `batch` one batch of data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ggn_jax
 from torch_bridge.generators import key_from_seed
@@ -33,6 +34,8 @@ def vectors(
     `seeds` are `[B]` or None. `weights`, the loss's tensors, are `[1, *shape]`, the same for all items, or
     `[B, *shape]`.
     """
+    dtype = outputs.dtype
+    outputs = promoted(outputs, targets, weights)
 
     def item(output: jax.Array, target: jax.Array, seed: Any, weights: Any) -> tuple[jax.Array, jax.Array | None]:
         loss = build_loss(request.loss, weights)
@@ -49,7 +52,16 @@ def vectors(
     weights = [weight[0] if same else weight for weight, same in zip(weights, shared, strict=True)]
     in_axes = (0, 0, 0, [None if same else 0 for same in shared])
     result, valid = jax.vmap(item, in_axes=in_axes, out_axes=(1, 0))(outputs, targets, seeds, weights)
-    return result, None if valid is None else jnp.all(valid)
+    return result.astype(dtype), None if valid is None else jnp.all(valid)
+
+
+def promoted(outputs: Any, targets: Any, weights: Sequence[Any]) -> Any:
+    """The outputs in the dtype in which torch computes a loss of these: float64 if anything but a scalar is.
+
+    That dtype is at least float32 in all functions of `ggn_jax`, so nothing else needs to be promoted.
+    """
+    others = [targets, *(weight for weight in weights if weight.ndim > 1)]
+    return outputs.astype(np.float64) if any(other.dtype == np.float64 for other in others) else outputs
 
 
 def vectors_vjp(
@@ -82,6 +94,7 @@ def check_weights(weights: list[Any], request: Request) -> None:
 def raise_invalid(outputs: Any, targets: Any, weights: list[Any], request: Request) -> None:
     """Raise what `ggn_jax` says of the first item with a target that is not of the loss's domain."""
     make = ggn_jax.make_batch_grad_output_fn if request.batch else ggn_jax.make_grad_output_fn
+    outputs = promoted(outputs, targets, weights)
     for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
         loss = build_loss(request.loss, [jnp.asarray(_of_item(weight, i)) for weight in weights])
         make(loss, ggn_jax.FisherType.EMPIRICAL)(output, target)

@@ -49,14 +49,16 @@ def make_grad_output_fn(
     - `loss_func`: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
       `register_loss`. Its options are read at each call.
     - `fisher_type`: a `FisherType` or its value; curvlinops' `FisherType` is accepted as well.
-    - `mc_samples`: the number of Monte-Carlo vectors, at least 1.
+    - `mc_samples`: the number of Monte-Carlo vectors, at least 1; of no effect with other vectors.
 
     **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
+    They are computed in the dtype to which torch promotes output, target and the tensors of the loss, at least float32,
+    and rounded once.
     `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace).
 
     **Raises:** NotImplementedError for a loss that is not supported; ValueError for an unknown fisher type,
-    `mc_samples` below 1, options such as `reduction="none"`, shapes that do not fit, and targets that are not of the
-    loss's domain (on the CPU; on a GPU they give NaN); TypeError for a dtype that does not fit.
+    `mc_samples` below 1 with `"mc"`, options such as `reduction="none"`, shapes that do not fit, and targets that are
+    not of the loss's domain (on the CPU; on a GPU they give NaN); TypeError for a dtype that does not fit.
 
     >>> import torch
     >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])  # 5 data, 3 classes
@@ -64,8 +66,7 @@ def make_grad_output_fn(
     >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
     torch.Size([2, 5, 3])
     """
-    fisher_type, entry = _check_request(loss_func, fisher_type)
-    mc_samples = _check_count("mc_samples", mc_samples)
+    fisher_type, entry, mc_samples = _check_request(loss_func, fisher_type, mc_samples)
 
     def fn(output: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
         return _vectors(loss_func, entry, output, target, generator, fisher_type.value, mc_samples, batch=False)
@@ -89,8 +90,7 @@ def make_batch_grad_output_fn(
     >>> fn(outputs, targets).shape
     torch.Size([3, 5, 3])
     """
-    fisher_type, entry = _check_request(loss_func, fisher_type)
-    mc_samples = _check_count("mc_samples", mc_samples)
+    fisher_type, entry, mc_samples = _check_request(loss_func, fisher_type, mc_samples)
 
     def fn(outputs: Tensor, targets: Tensor, generator: Generator | None = None) -> Tensor:
         return _vectors(loss_func, entry, outputs, targets, generator, fisher_type.value, mc_samples, batch=True)
@@ -109,7 +109,7 @@ def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor
     >>> sample(torch.zeros(3), 10, torch.ones(3), torch.Generator().manual_seed(0)).shape
     torch.Size([10, 3])
     """
-    _, entry = _check_request(loss_func, FisherType.MC)
+    _, entry, _ = _check_request(loss_func, FisherType.MC, 1)
 
     def sampler(output: Tensor, num_samples: int, target: Tensor, generator: Generator | None = None) -> Tensor:
         num_samples = _check_count("num_samples", num_samples)
@@ -148,13 +148,15 @@ def _check_count(name: str, value: Any) -> int:
     return number
 
 
-def _check_request(loss_func: Any, fisher_type: Any) -> tuple[FisherType, LossEntry]:
+def _check_request(loss_func: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, LossEntry, int]:
     fisher_type = FisherType(fisher_type)
+    # Callers that choose the vectors later pass 0 for exact ones.
+    mc_samples = _check_count("mc_samples", mc_samples) if fisher_type is FisherType.MC else 1
     entry = find_loss(loss_func)
     # JAX is not to be traced into a graph, where the operator checks the same.
     if not torch.compiler.is_compiling():
         check_loss(entry, loss_func, fisher_type)
-    return fisher_type, entry
+    return fisher_type, entry, mc_samples
 
 
 def _vectors(

@@ -4,7 +4,6 @@ A block acts on matrices `[G, out, in]` of parameter entries. Factors are symmet
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import largest
-from ggn_jax.kronecker.inverse import inverse_by_cholesky
+from ggn_jax.kronecker.linalg import Batch, batched, eigh, inverses, norm, resolved, scale_of
 
 Factor = Float[Array, "G d *d"]
 
@@ -35,11 +34,11 @@ def multiply(b: Factor, m: Float[Array, "G out in"], a: Factor) -> Float[Array, 
     return m * a[:, None, :] if is_diagonal(a) else jnp.einsum("goj,gji->goi", m, a)
 
 
-def inner(x: Factor, y: Factor) -> Float[Array, ""]:
-    """The sum of the entries' products, over groups too."""
+def inner(x: Factor, y: Factor) -> Float[Array, " G"]:
+    """The sum of the entries' products, of each group."""
     if is_diagonal(x) or is_diagonal(y):
-        return jnp.sum(diagonal_of(x) * diagonal_of(y))
-    return jnp.sum(x * y)
+        return jnp.sum(diagonal_of(x) * diagonal_of(y), axis=1)
+    return jnp.sum(x * y, axis=(1, 2))
 
 
 def combine(factors: Sequence[Factor], weights: Array) -> Factor:
@@ -59,29 +58,30 @@ class Kronecker(eqx.Module):
         products = [multiply(b, m, a) for a, b in zip(self.a, self.b, strict=True)]
         return sum(products[1:], start=products[0])
 
-    def trace(self) -> Float[Array, ""]:
-        return sum(
-            (
-                jnp.sum(jnp.sum(diagonal_of(a), 1) * jnp.sum(diagonal_of(b), 1))
-                for a, b in zip(self.a, self.b, strict=True)
-            ),
-            start=jnp.zeros((), self.a[0].dtype),
-        )
+    def traces(self) -> Float[Array, " G"]:
+        pairs = zip(self.a, self.b, strict=True)
+        traces = [jnp.sum(diagonal_of(a), 1) * jnp.sum(diagonal_of(b), 1) for a, b in pairs]
+        return sum(traces[1:], start=traces[0])
 
-    def squared_norm(self) -> Float[Array, ""]:
-        def per_group(x: Factor, y: Factor) -> Array:
-            return jax.vmap(lambda x, y: inner(x[None], y[None]))(x, y)
-
-        pairs = [(s, t) for s in range(len(self.a)) for t in range(len(self.a))]
-        return sum(
-            (jnp.sum(per_group(self.a[s], self.a[t]) * per_group(self.b[s], self.b[t])) for s, t in pairs),
-            start=jnp.zeros((), self.a[0].dtype),
-        )
+    def norms(self) -> Float[Array, " G"]:
+        (a, size_a), (b, size_b) = units(self.a), units(self.b)
+        return norm_of_sum(size_a * size_b, gram(a) * gram(b))
 
     def diagonal(self) -> Float[Array, "G out in"]:
         terms = zip(self.a, self.b, strict=True)
         products = [diagonal_of(b)[:, :, None] * diagonal_of(a)[:, None, :] for a, b in terms]
         return sum(products[1:], start=products[0])
+
+    @property
+    def size(self) -> int:
+        """The number of rows of a group's matrix."""
+        size: int = self.a[0].shape[1] * self.b[0].shape[1]
+        return size
+
+    def matrix(self) -> Float[Array, "G d d"]:
+        """The dense matrix of each group, on row-major `[out, in]`."""
+        products = [jnp.einsum("gop,gij->goipj", dense(b), dense(a)) for a, b in zip(self.a, self.b, strict=True)]
+        return sum(products[1:], start=products[0]).reshape(-1, self.size, self.size)
 
     def nearest(self) -> "Kronecker":
         """The nearest single Kronecker product in Frobenius norm, for each group (Van Loan & Pitsianis 1993).
@@ -91,21 +91,57 @@ class Kronecker(eqx.Module):
         """
         if len(self.a) == 1:
             return self
+        (a, size_a), (b, size_b) = units(self.a), units(self.b)
+        top_a, top_b = scale_of(size_a, (1,)), scale_of(size_b, (1,))
+        weights = (size_a / top_a[:, None]) * (size_b / top_b[:, None])
+        top = scale_of(weights, (1,))
+        weights = weights / top[:, None]
+        # With weights in them, B = sum_i p_i B_i is the leading left singular vector of sum_i vec(B_i) vec(A_i)^T, so p
+        # that of a matrix without negative entries, whose powers become p times a row; for this B, that A is best.
+        gram_b = gram(b) * weights[:, None, :] * weights[:, :, None]
+        powers = jax.lax.fori_loop(0, SQUARINGS, lambda _, x: _squared(x), gram(a) @ gram_b)
+        p = jnp.sum(powers, axis=2)
+        p = p / scale_of(p, (1,))[:, None]
+        q = jnp.einsum("gst,gt->gs", gram_b, p)
+        square = jnp.sum(p * q, axis=1, keepdims=True)
+        q = jnp.where(square > 0, q / jnp.where(square > 0, square, 1), 0)
+        near_a, near_b = _weighted(a, q * top_a[:, None]), _weighted(b, p * weights * (top_b * top)[:, None])
+        return Kronecker((near_a,), (near_b,))
 
-        def one(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, Array]:
-            a, b = tuple(x[None] for x in a), tuple(x[None] for x in b)
-            gram_a = jnp.stack([jnp.stack([inner(x, y) for y in a]) for x in a])
-            gram_b = jnp.stack([jnp.stack([inner(x, y) for y in b]) for x in b])
-            values, vectors = jnp.linalg.eigh(gram_a)
-            root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T
-            # B = sum_i p_i B_i is the leading left singular vector of sum_i vec(B_i) vec(A_i)^T; for it, A is best.
-            p = jnp.abs(root @ jnp.linalg.eigh(root @ gram_b @ root)[1][:, -1])
-            q = gram_b @ p
-            norm = p @ q
-            return combine(a, jnp.where(norm > 0, q / jnp.where(norm > 0, norm, 1), 0))[0], combine(b, p)[0]
 
-        a, b = one_by_one(one, self.a, self.b)
-        return Kronecker((a,), (b,))
+def norm_of_sum(sizes: Float[Array, "G T"], gram: Float[Array, "G T T"]) -> Float[Array, " G"]:
+    """The norm of a sum of `T` matrices from their norms, and the inner products of the matrices divided by them."""
+    top = scale_of(sizes, (1,))
+    weights = sizes / top[:, None]
+    square = jnp.einsum("gs,gst,gt->g", weights, gram, weights)
+    return top * jnp.sqrt(jnp.where(square > 0, square, 1)) * jnp.where(square > 0, 1, square)
+
+
+SQUARINGS = 40  # 2^40 power iterations
+
+
+def _squared(x: Float[Array, "G T T"]) -> Float[Array, "G T T"]:
+    x = x @ x
+    return x / scale_of(x, (1, 2))[:, None, None]
+
+
+def units(factors: Sequence[Factor]) -> tuple[list[Factor], Float[Array, "G T"]]:
+    """The factors divided by their norms, and these; symmetric ones alike, so that they can be added."""
+    if not all(map(is_diagonal, factors)):
+        factors = [dense(factor) for factor in factors]
+    sizes = [norm(factor, tuple(range(1, factor.ndim))) for factor in factors]
+    safe = [jnp.where(size > 0, size, 1).reshape(-1, *[1] * (factors[0].ndim - 1)) for size in sizes]
+    return [factor / size for factor, size in zip(factors, safe, strict=True)], jnp.stack(sizes, axis=1)
+
+
+def gram(factors: Sequence[Factor]) -> Float[Array, "G T T"]:
+    """The inner products of a group's factors."""
+    flat = jnp.stack([factor.reshape(factor.shape[0], -1) for factor in factors], axis=1)
+    return jnp.einsum("gsi,gti->gst", flat, flat)
+
+
+def _weighted(factors: Sequence[Factor], weights: Float[Array, "G T"]) -> Factor:
+    return jnp.einsum("gt...,gt->g...", jnp.stack(factors, axis=1), weights)
 
 
 class Spectral(eqx.Module):
@@ -121,7 +157,10 @@ class Spectral(eqx.Module):
         return m if self.qa is None else jnp.einsum("goj,gji->goi", m, self.qa)
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        m = self.values * self.rotate(m)
+        return self.rotate_back(self.values * self.rotate(m))
+
+    def rotate_back(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
+        """`Q_B M Q_A^T`."""
         m = m if self.qb is None else jnp.einsum("gop,gpi->goi", self.qb, m)
         return m if self.qa is None else jnp.einsum("goj,gij->goi", m, self.qa)
 
@@ -132,11 +171,11 @@ class Spectral(eqx.Module):
     def replace_values(self, values: Float[Array, "G out in"]) -> "Spectral":
         return Spectral(self.qa, self.qb, values)
 
-    def trace(self) -> Float[Array, ""]:
-        return jnp.sum(self.values)
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.values, axis=(1, 2))
 
-    def squared_norm(self) -> Float[Array, ""]:
-        return jnp.sum(self.values**2)
+    def norms(self) -> Float[Array, " G"]:
+        return norm(self.values, (1, 2))
 
     def diagonal(self) -> Float[Array, "G out in"]:
         m = self.values if self.qb is None else jnp.einsum("gop,gpi->goi", self.qb**2, self.values)
@@ -151,11 +190,11 @@ class Dense(eqx.Module):
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
         return jnp.einsum("gij,gj->gi", self.matrix, m.reshape(m.shape[0], -1)).reshape(m.shape)
 
-    def trace(self) -> Float[Array, ""]:
-        return jnp.sum(self.diagonal())
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.diagonal(), axis=1)
 
-    def squared_norm(self) -> Float[Array, ""]:
-        return jnp.sum(self.matrix**2)
+    def norms(self) -> Float[Array, " G"]:
+        return norm(self.matrix, (1, 2))
 
     def diagonal(self) -> Float[Array, "G d"]:
         return jnp.diagonal(self.matrix, axis1=1, axis2=2)
@@ -172,13 +211,16 @@ class DenseSpectral(eqx.Module):
         return jnp.einsum("gij,gj->gi", self.q, rotated).reshape(m.shape)
 
     def map(self, fn: Callable[[Array], Array]) -> "DenseSpectral":
-        return DenseSpectral(self.q, fn(jnp.maximum(self.values, 0)))
+        return self.replace_values(fn(jnp.maximum(self.values, 0)))
 
-    def trace(self) -> Float[Array, ""]:
-        return jnp.sum(self.values)
+    def replace_values(self, values: Float[Array, "G d"]) -> "DenseSpectral":
+        return DenseSpectral(self.q, values)
 
-    def squared_norm(self) -> Float[Array, ""]:
-        return jnp.sum(self.values**2)
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.values, axis=1)
+
+    def norms(self) -> Float[Array, " G"]:
+        return norm(self.values, (1,))
 
     def diagonal(self) -> Float[Array, "G d"]:
         return jnp.einsum("gij,gj->gi", self.q**2, self.values)
@@ -195,11 +237,14 @@ class Diagonal(eqx.Module):
     def map(self, fn: Callable[[Array], Array]) -> "Diagonal":
         return Diagonal(fn(jnp.maximum(self.values, 0)))
 
-    def trace(self) -> Float[Array, ""]:
-        return jnp.sum(self.values)
+    def replace_values(self, values: Float[Array, "G d"]) -> "Diagonal":
+        return Diagonal(values)
 
-    def squared_norm(self) -> Float[Array, ""]:
-        return jnp.sum(self.values**2)
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.values, axis=1)
+
+    def norms(self) -> Float[Array, " G"]:
+        return norm(self.values, (1,))
 
     def diagonal(self) -> Float[Array, "G d"]:
         return self.values
@@ -208,47 +253,17 @@ class Diagonal(eqx.Module):
 Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
 
 
-def finite_groups(block: Block) -> Bool[Array, " G"]:
+def finite_groups(block: PyTree[Array]) -> Bool[Array, " G"]:
     """For each group, whether there is no NaN and no infinity."""
     leaves = jax.tree.leaves(block)
     return jnp.all(jnp.stack([jnp.isfinite(largest(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
 
 
-def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
-    """`vmap(fn)(*stacks)`; on CPUs in a loop.
-
-    There, LAPACK calls of a batch share XLA's threads, and with jaxlib 0.10 two such calls at a time wait for each
-    other for ever on a machine of two cores. A loop takes about as long.
-    """
-
-    def loop(*stacks: PyTree[Array]) -> PyTree[Array]:
-        return jax.lax.map(lambda members: fn(*members), stacks)
-
-    # An outer `vmap` would make batches of them again.
-    sequential = jax.custom_batching.sequential_vmap(loop)
-    return jax.lax.platform_dependent(*stacks, cpu=sequential, default=jax.vmap(fn))
-
-
-def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:
-    """`fn` of each matrix `[d, d]`, batched over all matrices of one size."""
-    results: list[Any] = [None] * len(matrices)
-    sizes = dict.fromkeys((matrix.shape[1], matrix.dtype) for matrix in matrices)
-    for size in sizes:
-        members = [i for i, matrix in enumerate(matrices) if (matrix.shape[1], matrix.dtype) == size]
-        stacked = one_by_one(fn, jnp.concatenate([matrices[i] for i in members]))
-        start = 0
-        for i in members:
-            stop = start + matrices[i].shape[0]
-            results[i] = tuple(part[start:stop] for part in stacked)
-            start = stop
-    return results
-
-
-Batch = Callable[[Callable[[Array], tuple[Array, ...]], Sequence[Array]], list[Any]]  # `batched`, or another like it
-
-
 def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral | DenseSpectral | Diagonal]:
-    """All blocks by their eigendecompositions; sums of Kronecker terms by the nearest single one's."""
+    """All blocks by their eigendecompositions, eigenvalues below the resolution as 0.
+
+    Sums of Kronecker terms by the nearest single one's.
+    """
     nearest = [block.nearest() if isinstance(block, Kronecker) else block for block in blocks]
     wanted = []
     for block in nearest:
@@ -256,13 +271,13 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
             wanted += [factor for factor in (block.a[0], block.b[0]) if not is_diagonal(factor)]
         elif isinstance(block, Dense):
             wanted.append(block.matrix)
-    found = iter(batch(lambda x: tuple(jnp.linalg.eigh(x)), wanted))
+    found = ((resolved(values), q) for values, q in eigh(batch, wanted))
 
     def one(block: Block) -> Spectral | DenseSpectral | Diagonal:
         if isinstance(block, Kronecker):
             pairs = [(f, None) if is_diagonal(f) else next(found) for f in (block.a[0], block.b[0])]
             (la, qa), (lb, qb) = pairs
-            return Spectral(qa, qb, jnp.maximum(lb, 0)[:, :, None] * jnp.maximum(la, 0)[:, None, :])
+            return Spectral(qa, qb, lb[:, :, None] * la[:, None, :])
         if isinstance(block, Dense):
             values, q = next(found)
             return DenseSpectral(q, values)
@@ -271,34 +286,36 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
     return [one(block) for block in nearest]
 
 
-def invert_heuristically(blocks: Sequence[Block], damping: Array, batch: Batch = batched) -> list[Block]:
-    """Inverses with the damping split over both factors (Martens & Grosse 2015, section 6.3).
+def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""], batch: Batch = batched) -> list[Block]:
+    """Inverses with the damping split over both factors; blocks without factors are inverted exactly."""
+    rest = decompose([block for block in blocks if not isinstance(block, Kronecker)], batch)
+    products = [block for block in blocks if isinstance(block, Kronecker)]
+    inverted = iter(split_inverses(products, [damping] * len(products), batch))
+    others = iter([block.map(lambda values: 1 / (values + damping.astype(values.dtype))) for block in rest])
+    return [next(inverted) if isinstance(block, Kronecker) else next(others) for block in blocks]
 
-    `pi = sqrt((tr A / d_A) / (tr B / d_B))`; `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1`.
+
+def split_inverses(
+    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]], batch: Batch = batched
+) -> list[Kronecker]:
+    """`(B + sqrt(damping) / pi I)^-1 (x) (A + pi sqrt(damping) I)^-1` (Martens & Grosse 2015, section 6.3).
+
+    `pi = sqrt((tr A / d_A) / (tr B / d_B))`; sums of Kronecker terms by the nearest single one.
     """
     damped: list[tuple[Factor, Factor]] = []
-    for block in blocks:
-        if isinstance(block, Kronecker):
-            near = block.nearest()
-            a, b = near.a[0], near.b[0]
-            mean_a, mean_b = (jnp.mean(diagonal_of(factor), axis=1) for factor in (a, b))
-            usable = (mean_a > 0) & (mean_b > 0)
-            pi = jnp.where(usable, jnp.sqrt(jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_b, 1)), 1)
-            root = jnp.sqrt(damping).astype(pi.dtype)
-            damped.append((_shift(a, pi * root), _shift(b, root / pi)))
+    for block, damping in zip(blocks, dampings, strict=True):
+        near = block.nearest()
+        a, b = near.a[0], near.b[0]
+        mean_a, mean_b = (jnp.mean(diagonal_of(factor), axis=1) for factor in (a, b))
+        usable = (mean_a > 0) & (mean_b > 0)
+        # The quotient of the roots is in range where that of the means is not.
+        pi = jnp.sqrt(jnp.where(usable, mean_a, 1)) / jnp.sqrt(jnp.where(usable, mean_b, 1))
+        root = jnp.sqrt(damping).astype(pi.dtype)
+        damped.append((_shift(a, pi * root), _shift(b, root / pi)))
     dense_ones = [factor for pair in damped for factor in pair if not is_diagonal(factor)]
-    found = iter(batch(lambda x: (inverse_by_cholesky(x),), dense_ones))
-    pairs = iter([tuple(1 / f if is_diagonal(f) else next(found)[0] for f in pair) for pair in damped])
-
-    rest = iter(decompose([block for block in blocks if not isinstance(block, Kronecker)], batch))
-    result: list[Block] = []
-    for block in blocks:
-        if isinstance(block, Kronecker):
-            a, b = next(pairs)
-            result.append(Kronecker((a,), (b,)))
-        else:
-            result.append(next(rest).map(lambda values: 1 / (values + damping.astype(values.dtype))))
-    return result
+    found = iter(inverses(batch, dense_ones))
+    pairs = [tuple(1 / f if is_diagonal(f) else next(found) for f in pair) for pair in damped]
+    return [Kronecker((a,), (b,)) for a, b in pairs]
 
 
 def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:

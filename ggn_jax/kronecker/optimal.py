@@ -14,6 +14,7 @@ from ggn_jax.kronecker.algebra import Factor, Kronecker
 from ggn_jax.kronecker.factors import compute_blocks
 from ggn_jax.kronecker.inputs import Inputs
 from ggn_jax.kronecker.layout import Layout, Run, cut, join
+from ggn_jax.kronecker.linalg import norm, scale_of
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
@@ -80,10 +81,11 @@ def _nearest_to_outer_products(left: Array, right: Array) -> tuple[Factor, Facto
     `A = sum M^T B M / |B|^2`. They map positive semi-definite matrices to such, so both factors are, starting from I.
     """
     groups, out, inputs = left.shape[1], left.shape[-1], right.shape[-1]
+    # Fourth powers of entries would leave the dtype's range early.
+    axes = (0, 2, 3, 4)
+    size_left, size_right = (scale_of(x, axes)[None, :, None, None, None] for x in (left, right))
+    left, right = left / size_left, right / size_right
     tolerance = 10 * jnp.finfo(left.dtype).eps
-
-    def squares(x: Array) -> Array:
-        return jnp.sum(x**2, axis=(1, 2), keepdims=True)
 
     def to_b(a: Array) -> Array:
         inner = jnp.einsum("vgnsi,gij,vgntj->vgnst", right, a, right)
@@ -94,7 +96,7 @@ def _nearest_to_outer_products(left: Array, right: Array) -> tuple[Factor, Facto
         return jnp.einsum("vgnsi,vgnst,vgntj->gij", right, inner, right)
 
     def unit(x: Array) -> Array:
-        size = jnp.sqrt(squares(x))
+        size = norm(x, (1, 2))[:, None, None]
         return jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -103,10 +105,10 @@ def _nearest_to_outer_products(left: Array, right: Array) -> tuple[Factor, Facto
 
     def moves(state: tuple[Array, Array, Array]) -> Array:
         a, before, count = state
-        return (count < POWER_ITERATIONS) & jnp.any(jnp.sqrt(squares(a - before)) > tolerance)
+        return (count < POWER_ITERATIONS) & jnp.any(norm(a - before, (1, 2)) > tolerance)
 
     start = unit(jnp.broadcast_to(jnp.eye(inputs, dtype=left.dtype), (groups, inputs, inputs)))
     start = vary_like(start, (left, right))
     a, _, _ = jax.lax.while_loop(moves, step, (start, jnp.zeros_like(start), jnp.zeros((), jnp.int32)))
-    b = to_b(a)
-    return a, b.reshape(groups, out, out)
+    b = to_b(a).reshape(groups, out, out)
+    return a * size_right[0, :, :, 0] ** 2, b * size_left[0, :, :, 0] ** 2

@@ -43,9 +43,10 @@ class Options:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} must be one of {wanted}; got {getattr(self, name)!r}.")
-        for name in ("mc_samples", "max_dense_size", "block_size", "max_small_size", "vector_chunk_size"):
-            used = name != "mc_samples" or checked["fisher_type"] is FisherType.MC
-            checked[name] = check_count(name, getattr(self, name)) if used else 1
+        draws = checked["fisher_type"] is FisherType.MC
+        checked["mc_samples"] = check_count("mc_samples", self.mc_samples) if draws else 1
+        for name in ("max_dense_size", "block_size", "max_small_size", "vector_chunk_size"):
+            checked[name] = check_count(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

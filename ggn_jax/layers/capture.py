@@ -61,7 +61,7 @@ def capture(
         def step(eqn: Any, at: tuple[int, ...], values: list[Any]) -> list[Any]:
             if at in paths:
                 number = paths[at]
-                captured[number] = values[trace.uses[number].operand]
+                captured[number] = _scaled(values[trace.uses[number].operand], trace.uses[number].factor)
                 (output,) = run(eqn, values)
                 return [output + perturbations[number]]
             if at not in containers:
@@ -105,3 +105,7 @@ def capture(
         return jax.tree.unflatten(tree, shared)
 
     return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back, total)
+
+
+def _scaled(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)

@@ -38,6 +38,15 @@ def holds(eqn: Any, names: frozenset[str]) -> bool:
     return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called for inner in jaxpr.eqns)
 
 
+def is_reverse_only(jaxpr: Any) -> bool:
+    """Whether a function has derivatives of its own in reverse mode, and none in forward mode.
+
+    JAX says so only when it compiles a forward-mode derivative.
+    """
+    opened, _ = open_jaxpr(jaxpr)
+    return any(holds(eqn, CUSTOM_VJP) for eqn in opened.eqns)
+
+
 def source_of(eqn: Any) -> str:
     """The user's line, `file:line:column (function)`."""
     return source_info_util.summarize(eqn.source_info)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,16 +145,17 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     coupled = None
     arrays = jax.tree.leaves((params, inputs))
     if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
-
-        @jax.jit
-        @compiler_sharded
-        def measure(params: PyTree[Array], inputs: PyTree[Array]) -> Array:
-            few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
-            return explain(trace, plan, model_fn, params, few, most)[1]
-
-        coupled, *gaps = np.asarray(measure(params, inputs)).tolist()
+        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     return Report(rows, most, coupled)
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> Array:
+    few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
+    trace = trace_model(model_fn, params, few)
+    return explain(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:

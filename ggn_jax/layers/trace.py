@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import explained, explicit_mesh
@@ -31,6 +32,8 @@ from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
 ADDITIONS = frozenset({"add", "add_any"})
 GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
+JOINS = {"concatenate": "dimension", "stack": "axis"}
+SCALES = frozenset({"mul", "div", "neg"})
 CASTS = frozenset({"pvary"})  # of types, inside `jax.shard_map`
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 
@@ -41,6 +44,7 @@ class Entries:
 
     entries: IndexMap
     rows: frozenset[tuple[int, ...]] = frozenset()  # the paths of the gathers it went through
+    factor: float = 1.0  # it is these entries times this
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Derived:
     leaves: frozenset[int]
     how: str
     rows: frozenset[tuple[int, ...]] = frozenset()
+    pending: tuple[Use, ...] = ()  # products of other parameters with constants: layers, once they meet data
 
 
 @dataclass(frozen=True)
@@ -182,17 +187,33 @@ class _Analysis:
     def leaves_of(self, label: Value) -> frozenset[int]:
         """The numbers of the parameters that a value holds."""
         if isinstance(label, Derived):
-            return label.leaves
+            return label.leaves.union(*(use.weight.entries.owners(self.sizes) for use in label.pending))
         return frozenset(label.entries.owners(self.sizes) if isinstance(label, Entries) else ())
 
     def block(self, labels: list[Value], why: str, source: str, module: str) -> None:
         for label in labels:
             if isinstance(label, Derived):
-                self.blocked.append(
-                    Blocked(label.leaves, f"it goes through {label.how} first, then {why}", source, module)
-                )
+                self.commit(label)
+                if label.leaves:
+                    why = f"it goes through {label.how} first, then {why}"
+                    self.blocked.append(Blocked(label.leaves, why, source, module))
             elif isinstance(label, Entries):
                 self.blocked.append(Blocked(self.leaves_of(label), why, source, module))
+
+    def commit(self, label: Derived) -> None:
+        """Make layers of products with constants: what becomes of their results is for automatic differentiation."""
+        paths = {use.path for use in self.uses}
+        self.uses += [use for use in label.pending if use.path not in paths]
+
+    def layer(self, eqn: Any, path: tuple[int, ...], operand: int, label: Entries, loops: tuple[int, ...]) -> Use:
+        """The layer whose weight is this operand; raises NotALayerError if it is none."""
+        parts = LAYERS[eqn.primitive.name](eqn, operand, label.entries, loops)
+        if parts["kind"] == "embedding" and label.factor != 1:
+            raise NotALayerError("its rows are scaled before they are read")
+        rest = {"bias": None, "patches": None, "lookup": (), "fills": False, "loops": loops, "path": path, **parts}
+        shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
+        rest |= {"factor": label.factor, "source": source_of(eqn), "module": module_of(eqn)}
+        return Use(**rest, output_shape=shape, output_dtype=dtype)
 
     def run(
         self, jaxpr: Any, consts: list[Value], labels: list[Value], path: tuple[int, ...], loops: tuple[int, ...]
@@ -237,7 +258,7 @@ class _Analysis:
         if has_data and not has_params:
             return [Data()] * count
         if not has_data and path not in self.embeddings:
-            result = self.gather(eqn, path, labels, loops) if name in GATHERS else self.derive(eqn, labels, loops)
+            result = self.gather(eqn, path, labels, loops) if name in GATHERS else self.derive(eqn, path, labels, loops)
             return [result] * count
         return self.meet(eqn, path, labels, loops)
 
@@ -264,7 +285,7 @@ class _Analysis:
         """Parameters read at places that do not depend on data, such as a permutation, or all positions."""
         label, places = labels
         if not isinstance(label, Entries):
-            return self.derive(eqn, labels, loops)
+            return self.derive(eqn, path, labels, loops)
         rows = label.rows
         try:
             if LAYERS[eqn.primitive.name](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
@@ -274,26 +295,39 @@ class _Analysis:
             pass
         entries = gather(label.entries, len(loops), eqn.params, places.value) if isinstance(places, Known) else None
         if entries is not None:
-            return Entries(entries, rows)
+            return replace(label, entries=entries, rows=rows)
         return Derived(self.leaves_of(label), f"{eqn.primitive.name} at indices known only when the program runs", rows)
 
-    def derive(self, eqn: Any, labels: list[Value], loops: tuple[int, ...]) -> Value:
+    def derive(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> Value:
         """Parameters combined with each other or with constants."""
         if not any(_is_floating(var) for var in eqn.outvars):
             return None
-        maps = [label.entries for label in labels if isinstance(label, Entries)]
+        entries = [label for label in labels if isinstance(label, Entries)]
         name, lead = eqn.primitive.name, len(loops)
         # Multiplied with a weight, they are what meets it.
         params = [label for label in labels if isinstance(label, Entries | Derived)]
         rows = frozenset() if name in LAYERS else frozenset().union(*(label.rows for label in params))
-        if name == "concatenate" and len(maps) == len(labels):
-            return Entries(concatenate(maps, eqn.params["dimension"] + lead), rows)
-        if name == "stack" and len(maps) == len(labels):
-            axis = eqn.params["axis"] + lead
-            return Entries(concatenate([m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps], axis), rows)
-        leaves: frozenset[int] = frozenset().union(*map(self.leaves_of, labels))
-        first = next((label.how for label in labels if isinstance(label, Derived)), None)
-        return Derived(leaves, first or f"{name} ({source_of(eqn)})", rows)
+        factors = {label.factor for label in entries}
+        if name in JOINS and len(entries) == len(labels) and len(factors) == 1:
+            axis, maps = eqn.params[JOINS[name]] + lead, [label.entries for label in entries]
+            if name == "stack":
+                maps = [m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps]
+            return Entries(concatenate(maps, axis), rows, *factors)
+        if name in SCALES and len(params) == len(entries) == 1:
+            factor = _factor(eqn, labels)
+            if factor:
+                return replace(entries[0], factor=entries[0].factor * factor)
+        if name in LAYERS and len(params) == len(entries) == 1 and not _is_complex(eqn):
+            try:
+                use = self.layer(eqn, path, labels.index(entries[0]), entries[0], loops)
+                return Derived(frozenset(), f"{name} ({source_of(eqn)})", rows, (use,))
+            except NotALayerError:
+                pass
+        computed = [label for label in labels if isinstance(label, Derived)]
+        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
+        pending = {use.path: use for label in computed for use in label.pending}
+        how = next((label.how for label in computed), f"{name} ({source_of(eqn)})")
+        return Derived(frozenset().union(*bare), how, rows, tuple(pending.values()))
 
     def meet(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A parameter meets data: a layer, a scale or shift, or something without a Kronecker form."""
@@ -302,21 +336,31 @@ class _Analysis:
         label = labels[params[0]]
         if name in LAYERS and isinstance(label, Derived):
             self.weights |= label.rows
-        if name in LAYERS and any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars):
+        for i in params:
+            label = labels[i]
+            if isinstance(label, Derived) and label.pending:
+                if name in LAYERS:  # a weight that was computed
+                    labels[i] = replace(label, leaves=self.leaves_of(label), pending=())
+                else:
+                    self.commit(label)
+                    labels[i] = replace(label, pending=()) if label.leaves else Data()
+        params = [i for i in params if not isinstance(labels[i], Data)]
+        if not params:
+            return [Data()] * len(eqn.outvars)
+        label = labels[params[0]]
+        if name in LAYERS and _is_complex(eqn):
             # The gradient of a real weight is the real part of complex ones': two products, not one.
             self.block([labels[i] for i in params], f"it meets complex data in {name}", *where)
             return [Data()] * len(eqn.outvars)
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
             try:
-                parts = LAYERS[name](eqn, params[0], label.entries, loops)
+                use = self.layer(eqn, path, params[0], label, loops)
             except NotALayerError as error:
                 self.block([label], str(error), *where)
                 return [Data()] * len(eqn.outvars)
             self.weights |= label.rows
-            rest = {"bias": None, "patches": None, "fills": False, "loops": loops, "path": path, **parts}
-            shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
-            self.uses.append(Use(**rest, output_shape=shape, output_dtype=dtype, source=where[0], module=where[1]))
-            return [Data(len(self.uses) - 1, IndexMap.contiguous(shape))]
+            self.uses.append(use)
+            return [Data(len(self.uses) - 1, IndexMap.contiguous(use.output_shape))]
         if len(params) == 1 and name in ELEMENTWISE:
             owner = self.attach(label, labels[1 - params[0]]) if name in ADDITIONS else None
             self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
@@ -330,7 +374,9 @@ class _Analysis:
 
     def attach(self, label: Value, other: Value) -> int | None:
         """Make what is added to a layer's output that layer's bias, if it is one; the number of the layer."""
-        if not isinstance(label, Entries) or not isinstance(other, Data) or other.use is None or other.entries is None:
+        if not isinstance(label, Entries) or label.factor != 1 or not isinstance(other, Data):
+            return None
+        if other.use is None or other.entries is None:
             return None
         use, added, shape = self.uses[other.use], label.entries, other.entries.shape
         if len(added.shape) == len(shape):  # primitives broadcast axes of length 1 themselves
@@ -413,12 +459,46 @@ def _join(a: Value, b: Value) -> Value:
     if not isinstance(a, Entries | Derived) and not isinstance(b, Entries | Derived):
         return None
     leaves: frozenset[int] = frozenset()
+    pending: dict[tuple[int, ...], Use] = {}
     for label in (a, b):
         if isinstance(label, Derived):
             leaves |= label.leaves
+            pending |= {use.path: use for use in label.pending}
         elif isinstance(label, Entries):
             return Data()  # moved about by the loop: whatever it meets there has no fixed entries
-    return Derived(leaves, "a loop's carry")
+    return Derived(leaves, "a loop's carry", pending=tuple(pending.values()))
+
+
+LARGE = 2**20  # entries of a constant that are not looked at
+
+
+def _factor(eqn: Any, labels: list[Value]) -> float | None:
+    """The known number with which an equation multiplies parameters; None if it does something else."""
+    name, numbers = eqn.primitive.name, [label for label in labels if not isinstance(label, Entries)]
+    if name == "neg":
+        return -1.0
+    large = any(math.prod(var.aval.shape) > LARGE for var in eqn.invars)
+    if (
+        large
+        or len(labels) != 2
+        or not isinstance(numbers[0], Known)
+        or (name == "div" and isinstance(labels[1], Entries))
+    ):
+        return None
+    try:
+        value = np.asarray(numbers[0].value)
+    except jax.errors.TracerArrayConversionError:
+        return None
+    if value.size == 0 or value.dtype.kind not in "fV" or not (value == value.flat[0]).all():
+        return None
+    number = float(value.flat[0])
+    if not math.isfinite(number) or number == 0:
+        return None
+    return 1 / number if name == "div" else number
+
+
+def _is_complex(eqn: Any) -> bool:
+    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars)
 
 
 def _is_floating(var: Any) -> bool:

@@ -109,6 +109,15 @@ def all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """An axis of a table's rows: where its index is among the indices, and how rows are numbered."""
+
+    column: int
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Use:
     """One layer: an equation, the operand it takes as data, and how its arrays are laid out."""
 
@@ -123,7 +132,9 @@ class Use:
     output_shape: tuple[int, ...]  # of one example, loops first
     output_dtype: Any
     patches: Patches | None
+    lookup: tuple["Lookup", ...]  # embedding: which row is read
     fills: bool  # embedding: rows out of range are not read (but for `clip`)
+    factor: float  # the equation's operand is the weight times this
     source: str
     module: str
 
@@ -139,11 +150,23 @@ class Use:
 
     def arrange_inputs(self, x: Array) -> Array:
         """What was captured, `[N, *loops, *operand]`, as `[G, N, S, in]`; an embedding's row numbers, `[G, N, S]`."""
+        if self.kind == "embedding":
+            return self._rows(self.input_axes.arrange(x))
         if self.patches is None:
-            return self.input_axes.arrange(x) if self.kind != "embedding" else self.input_axes.arrange(x)[..., 0]
+            return self.input_axes.arrange(x)
         size, loops = x.shape[0], self.loops
         x = self.patches(x.reshape(-1, *x.shape[1 + len(loops) :]))
         return self.input_axes.arrange(x.reshape(size, -1))
+
+    def _rows(self, indices: Array) -> Array:
+        """The rows' numbers from an index for each axis of the table's rows; one that is out of range past the last."""
+        number = jnp.zeros(indices.shape[:-1], indices.dtype)
+        outside = jnp.zeros(number.shape, bool)
+        for axis in self.lookup:
+            index = indices[..., axis.column]
+            inside = jnp.clip(index, 0, axis.size - 1)
+            number, outside = number + inside * axis.stride, outside | (inside != index)
+        return jnp.where(outside, self.weight.shape[2], number) if self.fills else number
 
     def arrange_output_grads(self, g: Array) -> Array:
         """`[N, *loops, *output]` as `[G, N, S, out]`."""
@@ -271,34 +294,39 @@ def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]
         raise NotALayerError("it is an index")
     numbers, lead = eqn.params["dimension_numbers"], len(loops)
     table, indices = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-    rows = numbers.start_index_map
+    sizes, fills = tuple(eqn.params["slice_sizes"]), "FILL" in str(eqn.params["mode"])
+    mapped = tuple(numbers.start_index_map)
+    # Along an axis that is read as a whole, every index is clipped to 0.
+    rows = tuple(axis for axis in mapped if sizes[axis] < table[axis]) or mapped[:1]
     whole = tuple(1 if axis in rows else size for axis, size in enumerate(table))
-    if (
-        len(rows) != 1
-        or tuple(numbers.collapsed_slice_dims) != tuple(rows)
-        or numbers.operand_batching_dims
-        or tuple(eqn.params["slice_sizes"]) != whole
-    ):
+    if not rows or sizes != whole or (fills and len(rows) < len(mapped)) or numbers.operand_batching_dims:
         raise NotALayerError("this indexing reads other things than whole rows")
+    rows = tuple(sorted(rows))
     repeats = entries.repeats()
     shared, own = tuple(i for i in range(lead) if repeats[i]), tuple(i for i in range(lead) if not repeats[i])
-    row = rows[0] + lead
-    features = tuple(a + lead for a in range(len(table)) if a != rows[0])
-    offset = tuple(axis + lead for axis in numbers.offset_dims)
+    features = tuple(axis for axis in range(len(table)) if axis not in rows)
+    sliced = [axis for axis in range(len(table)) if axis not in numbers.collapsed_slice_dims]
+    kept = tuple(out + lead for axis, out in zip(sliced, numbers.offset_dims, strict=True) if axis in features)
     out_rank = len(eqn.outvars[0].aval.shape)
+    counts = [table[axis] for axis in rows]
     return {
         "kind": "embedding",
         "operand": 1,
-        "weight": _weight_view(entries, own, features, (row,), "embedding"),
-        "fills": "CLIP" not in str(eqn.params["mode"]),
+        "weight": _weight_view(
+            entries, own, tuple(a + lead for a in features), tuple(a + lead for a in rows), "embedding"
+        ),
+        "lookup": tuple(
+            Lookup(mapped.index(axis), table[axis], math.prod(counts[i + 1 :])) for i, axis in enumerate(rows)
+        ),
+        "fills": fills,
         "input_axes": Axes(
             (*loops, *indices), own, (*shared, *range(lead, lead + len(indices) - 1)), (lead + len(indices) - 1,)
         ),
         "output_axes": Axes(
             (*loops, *eqn.outvars[0].aval.shape),
             own,
-            (*shared, *(axis for axis in range(lead, lead + out_rank) if axis not in offset)),
-            offset,
+            (*shared, *(axis for axis in range(lead, lead + out_rank) if axis not in kept)),
+            kept,
         ),
     }
 

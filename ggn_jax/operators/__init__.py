@@ -1,5 +1,6 @@
 """Curvature matrices of a model's loss in its parameters, as lineax linear operators."""
 
+from ggn_jax.operators.averages import average_factors, average_operators
 from ggn_jax.operators.base import DampedLinearOperator
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.diagonal import GGNDiagonalLinearOperator
@@ -7,9 +8,11 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from ggn_jax.operators.solver import BlockSolver
 
 __all__ = [
     "BlockLinearOperator",
+    "BlockSolver",
     "DampedLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
@@ -18,4 +21,6 @@ __all__ = [
     "HessianLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
+    "average_factors",
+    "average_operators",
 ]

@@ -1,6 +1,7 @@
 """What all curvature operators share: they are symmetric, and act on pytrees like the parameters."""
 
 import abc
+import math
 from functools import partial
 from typing import Any
 
@@ -49,9 +50,27 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
     def damped(self, damping: Any) -> "SymmetricLinearOperator":
         """`self + damping * I`, which is still known to be positive semi-definite where `self` is.
 
+        `damping` is a number, or a pytree of numbers that is a prefix of the parameters: one for each layer, say.
         lineax's own `self + damping * lineax.IdentityLinearOperator(...)` loses that tag.
         """
         return DampedLinearOperator(self, damping)
+
+    def __mul__(self, other: Any) -> lx.AbstractLinearOperator:
+        """`other * self`: positive semi-definite where `self` is, and `other` is known and at least 0."""
+        number = nonnegative_number(other)
+        if number is None or not lx.is_positive_semidefinite(self):
+            return super().__mul__(other)
+        return self._scaled(number)
+
+    def __truediv__(self, other: Any) -> lx.AbstractLinearOperator:
+        number = nonnegative_number(other)
+        if not number or not lx.is_positive_semidefinite(self):
+            return super().__truediv__(other)
+        return self._scaled(1 / number)
+
+    def _scaled(self, number: float) -> lx.AbstractLinearOperator:
+        product = lx.MulLinearOperator(self, number)  # type: ignore[arg-type]  # whose dtype adapts to the vector's
+        return lx.TaggedLinearOperator(product, lx.positive_semidefinite_tag)
 
 
 class CurvatureLinearOperator(SymmetricLinearOperator):
@@ -111,6 +130,41 @@ def check_number(name: str, value: Any) -> Array:
     return number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(float)
 
 
+def nonnegative_number(value: Any) -> float | None:
+    """`value` as a Python number if it is one of at least 0, and not infinite; None where it is not, or not known."""
+    if isinstance(value, jax.Array) and not is_concrete(value):
+        return None
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or np.ndim(value):
+        return None
+    number = math.nan if np.iscomplexobj(value) else float(value)
+    return number if 0 <= number < math.inf else None
+
+
+def check_damping(damping: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """One number of at least 0, or a pytree of them that is a prefix of the parameters."""
+    if jax.tree_util.all_leaves([damping]):
+        return check_number("damping", damping)
+    if damping is None:
+        raise TypeError("damping must be a number, or a pytree of numbers like the parameters; got None.")
+    checked = jax.tree_util.tree_map_with_path(
+        lambda path, number: check_number(f"damping{jax.tree_util.keystr(path)}", number), damping
+    )
+    leaf_dampings(checked, structure)
+    return checked
+
+
+def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct]) -> list[Array]:
+    """The damping of each parameter."""
+    try:
+        spread = jax.tree.map(lambda number, tree: [number] * len(jax.tree.leaves(tree)), damping, structure)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            "damping must be a number, or a pytree of numbers that is a prefix of the parameters: wanted a prefix of"
+            f" {jax.tree.structure(structure)}, got {jax.tree.structure(damping)}."
+        ) from error
+    return jax.tree.leaves(spread)
+
+
 def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
     """Refuse a vector that is not like the parameters, naming the first leaf that differs."""
     wanted = operator.in_structure()
@@ -160,7 +214,9 @@ def _materialise(operator: Any) -> lx.AbstractLinearOperator:
 class DampedLinearOperator(SymmetricLinearOperator):
     """`operator + damping * I` for a symmetric `operator`; made by `operator.damped(damping)`.
 
-    **Raises:** ValueError if `damping` is not a number, or negative.
+    `damping` is a number, or a pytree of numbers that is a prefix of the parameters: then it is a diagonal matrix.
+
+    **Raises:** ValueError if `damping` holds something that is not a number, or negative, or is no such prefix.
 
     >>> import jax.numpy as jnp, lineax as lx
     >>> ones = lx.MatrixLinearOperator(jnp.ones((2, 2)), lx.positive_semidefinite_tag)
@@ -170,13 +226,13 @@ class DampedLinearOperator(SymmetricLinearOperator):
     """
 
     operator: lx.AbstractLinearOperator
-    damping: Float[Array, ""]
+    damping: PyTree[Float[Array, ""]]
 
     def __init__(self, operator: lx.AbstractLinearOperator, damping: Any):
         if not isinstance(operator, lx.AbstractLinearOperator) or not lx.is_symmetric(operator):
             raise ValueError(f"operator must be a symmetric lineax operator; got {type(operator).__name__}.")
         self.operator = operator
-        self.damping = check_number("damping", damping)
+        self.damping = check_damping(damping, operator.in_structure())
 
     def __repr__(self) -> str:
         return fields(self, operator=self.operator, damping=self.damping)
@@ -187,7 +243,10 @@ class DampedLinearOperator(SymmetricLinearOperator):
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""
         product = self.operator.mv(vector)
-        return jax.tree.map(lambda a, v: a + self.damping.astype(v.dtype) * v, product, vector)
+        numbers = leaf_dampings(self.damping, self.in_structure())
+        leaves, tree = jax.tree.flatten(vector)
+        scaled = jax.tree.unflatten(tree, [d.astype(v.dtype) * v for d, v in zip(numbers, leaves, strict=True)])
+        return jax.tree.map(jnp.add, product, scaled)
 
 
 register(DampedLinearOperator)

@@ -2,22 +2,42 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.kronecker.algebra import Block, decompose, finite_groups, invert_heuristically
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
-from ggn_jax.operators.base import COLUMNS_AT_ONCE, SymmetricLinearOperator, check_number, check_vector, register
+from ggn_jax.kronecker.algebra import Block, Diagonal, Kronecker, finite_groups, split_inverses
+from ggn_jax.kronecker.functions import DENSE, MatrixFunction, apply
+from ggn_jax.kronecker.linalg import norm
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, read, write
+from ggn_jax.kronecker.sums import (
+    AnyBlock,
+    add,
+    damp,
+    has_exact_functions,
+    is_representable,
+    scale,
+    size_of,
+    spectra_of,
+)
+from ggn_jax.operators.base import (
+    COLUMNS_AT_ONCE,
+    SymmetricLinearOperator,
+    check_damping,
+    check_vector,
+    leaf_dampings,
+    register,
+)
 
 HEURISTIC = "heuristic inverse"
 
@@ -57,13 +77,26 @@ class BlockLinearOperator(SymmetricLinearOperator):
         check_vector(self, vector)
         return _mv(self, vector)
 
+    def damped(self, damping: Any) -> "BlockLinearOperator":
+        """`self + damping * I`, an operator with blocks again: it has all of this operator's methods.
+
+        `damping` is a number, or a pytree of numbers that is a prefix of the parameters: a prior precision for each
+        layer, say. All parameters of a block, such as a weight and a bias in one, need the same. Solve with
+        `damped.solve(vector)`, or `lineax.linear_solve(damped, vector, ggn_jax.BlockSolver())`; lineax's default solver
+        makes the dense matrix.
+
+        **Raises:** ValueError for a damping that is not a number of at least 0, or is no prefix of the parameters, or
+        where a block has several.
+        """
+        return _damped(self, self._check_damping(damping))
+
     def trace(self) -> Float[Array, ""]:
         """The trace."""
-        return _sum([block.trace() for block in self.blocks.blocks])
+        return _trace(self)
 
     def frobenius_norm(self) -> Float[Array, ""]:
         """The Frobenius norm."""
-        return jnp.sqrt(_sum([block.squared_norm() for block in self.blocks.blocks]))
+        return _norm(self)
 
     def diagonal(self) -> PyTree[Array]:
         """The diagonal, as a pytree like the parameters."""
@@ -72,31 +105,39 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
 
-        Blocks that are a sum of Kronecker terms (tied weights) count as the nearest single one.
+        See `inverse` for the blocks' eigenvalues. Its derivative is `tr((self + damping I)^-1 d(self + damping I))`.
         """
-        damping = check_number("damping", damping)
-        blocks = decompose(self.blocks.blocks)
-        logs = [jnp.sum(jnp.log(block.map(lambda x: x + damping.astype(x.dtype)).values)) for block in blocks]
-        return _sum(logs)
+        return _logdet(self, self._check_functions(damping))
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The determinant of `self + damping * I`; `logdet` does not overflow."""
         return jnp.exp(self.logdet(damping))
 
     def inverse(self, damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact") -> "BlockLinearOperator":
-        r"""The inverse of `self + damping * I`, an operator of the same kind and tagged positive semi-definite.
+        r"""The inverse of `self + damping * I`, an operator with blocks again.
 
         `"exact"`: from the eigendecompositions of both factors, eigenvalues `1 / (l_A l_B + damping)`. `"heuristic"`:
         `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1` with `pi = sqrt((tr A / d_A) / (tr B / d_B))`
         (Martens & Grosse 2015, section 6.3), by Cholesky factorisations: cheaper, and not the inverse of the damped
-        operator. Factors of one size are factorised in one call, in at least float32. A sum of Kronecker terms (tied
-        weights) is inverted as the nearest single one. Blocks without factors to damp, such as EKFAC's, small ones and
-        those of another inverse or root, are inverted exactly by either. A block that is singular but for rounding
-        counts as invertible: its inverse is large, and of no use.
+        operator. Factors of one size are factorised in one call, in at least float32. Blocks without factors to damp,
+        such as EKFAC's, small ones and those of another inverse or root, are inverted exactly by either.
 
-        **Raises:** ValueError for a damping that is not a number of at least 0, or an unknown method;
-        FloatingPointError, naming the parameters, where a block is singular or not finite (outside of `jit`; inside,
-        its entries are NaN or infinite).
+        **Resolution.** A factor's eigenvalues are known to about `eps` times its largest one, so those below four
+        times that count as 0, in all that is computed from eigenvalues (`logdet`, roots, `solve`): a singular block
+        has the determinant 0, and a damped one that of its null space. EKFAC's eigenvalues are sums of squares, with
+        the square of that as their resolution.
+
+        **Sums of Kronecker terms** (tied weights, sums of operators). A damped sum has no eigenvectors that are a
+        Kronecker product, so blocks with at most 1,024 rows are decomposed as dense matrices, exactly. For larger ones
+        the nearest single Kronecker product (in Frobenius norm) is inverted, or its root is taken: `is_exact()` tells.
+        That inverse is a preconditioner for the exact solution, in a few steps of conjugate gradients:
+        `lineax.linear_solve(kfac.damped(x), v, lineax.CG(...), options={"preconditioner": kfac.inverse(x)})`.
+
+        `damping` is as for `damped`. First derivatives are right for equal eigenvalues, too.
+
+        **Raises:** ValueError for a damping as `damped`, or an unknown method; NotImplementedError for a sum of blocks
+        with different eigenvectors (EKFAC's) and more rows; FloatingPointError, naming the parameters, where a block is
+        singular or not finite (outside of `jit`; inside, its entries are NaN or infinite).
         """
         if method not in ("exact", "heuristic"):
             raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
@@ -109,12 +150,56 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return self.inverse(damping, method).mv(vector)
 
     def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
-        """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`."""
+        """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`; see `inverse`."""
         return _mapped(self, damping, "square root")
 
     def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
         return _mapped(self, damping, "inverse square root")
+
+    def is_exact(self) -> bool:
+        """Whether inverses, roots and determinants are those of the operator.
+
+        They are not where a block is a sum of Kronecker terms with more than 1,024 rows, see `inverse`.
+        """
+        return all(map(has_exact_functions, self.blocks.blocks))
+
+    def __add__(self, other: Any) -> lx.AbstractLinearOperator:
+        """The sum; of two operators with the same blocks, an operator with blocks."""
+        if isinstance(other, BlockLinearOperator) and are_alike(self, other):
+            return added((self, other), (None, None))
+        return super().__add__(other)
+
+    def _scaled(self, number: float) -> "BlockLinearOperator":
+        return added((self,), (jnp.asarray(number),))
+
+    def _check_damping(self, damping: Any) -> PyTree[Array]:
+        """The damping, which must be one number for all of a block."""
+        checked = check_damping(damping, self.in_structure())
+        if not isinstance(checked, jax.Array):
+            numbers = leaf_dampings(checked, self.in_structure())
+            sizes = [math.prod(shape) for shape in self.structure[0]]
+            for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
+                for spec in () if isinstance(block, Diagonal) else stack.specs:
+                    own = [numbers[n] for view in spec.views for n in view.entries.owners(sizes)]
+                    if not _are_equal(own):
+                        raise ValueError(
+                            f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"
+                            f" one, with damping {', '.join(map(_text, own))}: give them the same number (under jit, as"
+                            " one leaf of damping), or give the bias a block of its own with bias='separate'."
+                        )
+        return checked
+
+    def _check_functions(self, damping: Any) -> PyTree[Array]:
+        """The damping, where functions of all blocks can be taken."""
+        for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
+            if not is_representable(block):
+                raise NotImplementedError(
+                    f"the block of {', '.join(stack.specs[0].names)} is a sum of blocks with different eigenvectors"
+                    f" and has {size_of(block)} rows, more than {DENSE}: it has no inverse, root or determinant here."
+                    " Use lineax.linear_solve with lineax.CG, and the inverse of one of them as preconditioner."
+                )
+        return self._check_damping(damping)
 
     def block(self, path: str) -> Float[Array, "d d"]:
         """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
@@ -152,6 +237,22 @@ class BlockLinearOperator(SymmetricLinearOperator):
 register(BlockLinearOperator, positive_semidefinite=True)
 
 
+def _are_equal(numbers: list[Array]) -> bool:
+    """Whether they are known to be."""
+    if all(number is numbers[0] for number in numbers):
+        return True
+    return all(map(is_concrete, numbers)) and len({float(number) for number in numbers}) == 1
+
+
+def _text(number: Array) -> str:
+    return str(number) if is_concrete(number) else "(unknown under jit)"
+
+
+def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
+    """Whether they have blocks of the same entries."""
+    return x.blocks.stacks == y.blocks.stacks and x.structure == y.structure
+
+
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, vector: vector)
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
@@ -165,47 +266,106 @@ def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
     return write(operator.blocks.stacks, operator.structure, parts)
 
 
+@jax.jit
+@compiler_sharded
+def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
+    return _sum([jnp.sum(block.traces()) for block in operator.blocks.blocks])
+
+
+@jax.jit
+@compiler_sharded
+def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
+    norms = [norm(block.norms()) for block in operator.blocks.blocks]
+    return norm(stack_scalars(norms)) if norms else jnp.zeros(())
+
+
+@jax.jit
+@compiler_sharded
+def _logdet(operator: BlockLinearOperator, damping: PyTree[Array]) -> Float[Array, ""]:
+    spectra = spectra_of(operator.blocks.blocks)
+    shifted = [apply(*pair, "shift") for pair in zip(spectra, _group_dampings(operator, damping), strict=True)]
+    return _sum([jnp.sum(jnp.log(spectrum.values)) for spectrum in shifted])
+
+
 def _sum(parts: list[Array]) -> Array:
     return jnp.sum(stack_scalars(parts)) if parts else jnp.zeros(())
 
 
-FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "inverse": lambda x: 1 / x,
-    "square root": jnp.sqrt,
-    "inverse square root": jax.lax.rsqrt,
-}
+def _group_dampings(operator: BlockLinearOperator, damping: PyTree[Array]) -> list[Float[Array, "G *d"]]:
+    """The damping of each group of each stack, and of each entry where the block is diagonal."""
+    stacks, blocks = operator.blocks.stacks, operator.blocks.blocks
+    if isinstance(damping, jax.Array):
+        return [jnp.broadcast_to(damping, stack.shape[:1]) for stack in stacks]
+    shapes, _, tree = operator.structure
+    numbers = leaf_dampings(damping, operator.in_structure())
+    entries = jax.tree.unflatten(tree, [jnp.broadcast_to(d, s) for d, s in zip(numbers, shapes, strict=True)])
+    parts = [part.reshape(len(part), -1) for part in read(stacks, entries)]
+    return [part if isinstance(block, Diagonal) else part[:, 0] for part, block in zip(parts, blocks, strict=True)]
+
+
+@jax.jit
+def _damped(operator: BlockLinearOperator, damping: PyTree[Array]) -> BlockLinearOperator:
+    dampings = _group_dampings(operator, damping)
+    return _with_blocks(operator, [damp(*pair) for pair in zip(operator.blocks.blocks, dampings, strict=True)])
+
+
+@jax.jit
+def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]) -> BlockLinearOperator:
+    """`sum_i weights[i] operators[i]`, of operators with the same blocks."""
+
+    def weighted(operator: BlockLinearOperator, weight: Float[Array, ""] | None) -> Sequence[AnyBlock]:
+        blocks = operator.blocks.blocks
+        return blocks if weight is None else [scale(block, weight) for block in blocks]
+
+    terms = [weighted(*pair) for pair in zip(operators, weights, strict=True)]
+    return _with_blocks(operators[0], [reduce(add, blocks) for blocks in zip(*terms, strict=True)])
+
+
+def _with_blocks(operator: BlockLinearOperator, blocks: Sequence[Any]) -> BlockLinearOperator:
+    return BlockLinearOperator._of(Blocks(tuple(blocks), operator.blocks.stacks), operator.structure)
 
 
 def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
     """A function of `operator + damping * I`; refused where it is not finite and that can be looked at."""
-    damping = check_number("damping", damping)
-    result = _map_blocks(operator, damping, what)
-    if not all(map(is_concrete, jax.tree.leaves(result.blocks))):
-        return result
-    for stack, block in zip(result.blocks.stacks, result.blocks.blocks, strict=True):
-        finite = np.asarray(finite_groups(block))
-        if not finite.all():
-            bad = int(np.searchsorted(stack.starts, np.argmin(finite), side="right")) - 1
+    damping = operator._check_functions(damping)
+    result, finite = _map_blocks(operator, damping, what)
+    for stack, flags in zip(result.blocks.stacks, finite, strict=True):
+        if is_concrete(flags) and not np.asarray(flags).all():
+            bad = int(np.searchsorted(stack.starts, np.argmin(flags), side="right")) - 1
             raise FloatingPointError(
-                f"the {what} with damping {damping} of the block of {', '.join(stack.specs[bad].names)} is not finite:"
-                " it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a loss of"
-                " your own with ggn_jax.check_loss."
+                f"the {what} with damping {_shown(damping)} of the block of {', '.join(stack.specs[bad].names)} is not"
+                " finite: it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a"
+                " loss of your own with ggn_jax.check_loss."
             )
     return result
 
 
+def _shown(damping: PyTree[Array]) -> str:
+    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_text, damping))
+
+
 @partial(jax.jit, static_argnames="what")
-def _map_blocks(operator: BlockLinearOperator, damping: Array, what: str) -> BlockLinearOperator:
-    blocks: Sequence[Block]
-    if what == HEURISTIC:
-        blocks = invert_heuristically(operator.blocks.blocks, damping)
-    else:
-        fn = FUNCTIONS[what]
-        blocks = [b.map(lambda x: fn(x + damping.astype(x.dtype))) for b in decompose(operator.blocks.blocks)]
-    return BlockLinearOperator._of(Blocks(tuple(blocks), operator.blocks.stacks), operator.structure)
+def _map_blocks(
+    operator: BlockLinearOperator, damping: PyTree[Array], what: str
+) -> tuple[BlockLinearOperator, list[Bool[Array, " G"]]]:
+    """The function of each block, and whether it is finite."""
+    blocks, dampings = operator.blocks.blocks, _group_dampings(operator, damping)
+    by_factors = [what == HEURISTIC and isinstance(block, Kronecker) for block in blocks]
+    chosen = [pair for pair, own in zip(zip(blocks, dampings, strict=True), by_factors, strict=True) if own]
+    products: list[Any] = [block for block, _ in chosen]
+    inverted = iter(split_inverses(products, [damping for _, damping in chosen]))
+    spectra = iter(spectra_of([block for block, own in zip(blocks, by_factors, strict=True) if not own]))
+    name: Any = "inverse" if what == HEURISTIC else what
+    result: list[AnyBlock] = [
+        next(inverted) if own else apply(next(spectra), damping, name)
+        for own, damping in zip(by_factors, dampings, strict=True)
+    ]
+    finite = [finite_groups(block.values if isinstance(block, MatrixFunction) else block) for block in result]
+    return _with_blocks(operator, result), finite
 
 
-def _dense(block: Block, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
+@partial(jax.jit, static_argnames="shape")
+def _dense(block: AnyBlock, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
     eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
     return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMNS_AT_ONCE)
 

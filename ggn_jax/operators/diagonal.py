@@ -26,6 +26,7 @@ from ggn_jax.operators.base import (
     SymmetricLinearOperator,
     check_number,
     check_vector,
+    leaf_dampings,
     register,
     vectors_like,
 )
@@ -103,8 +104,9 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     def damped(self, damping: Any) -> "GGNDiagonalLinearOperator":
         """`self + damping * I`, a diagonal operator again."""
-        damping = DampedLinearOperator(self, damping).damping
-        entries = jax.tree.map(lambda d: d + damping.astype(d.dtype), self.entries)
+        numbers = leaf_dampings(DampedLinearOperator(self, damping).damping, self.entries)
+        leaves, tree = jax.tree.flatten(self.entries)
+        entries = jax.tree.unflatten(tree, [d + n.astype(d.dtype) for d, n in zip(leaves, numbers, strict=True)])
         return eqx.tree_at(lambda operator: operator.entries, self, entries)
 
     def inverse(self, scale: float = 1.0) -> lx.AbstractLinearOperator:

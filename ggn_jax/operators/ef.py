@@ -1,5 +1,6 @@
 """The empirical Fisher matrix."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,11 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import wide_dtype
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import vary_like
+from ggn_jax._sums import sum_one_by_one
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
+from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.terms import Terms
 
 
 class EFLinearOperator(CurvatureLinearOperator):
@@ -26,6 +31,9 @@ class EFLinearOperator(CurvatureLinearOperator):
     the entries of an image. So it is for the `"empirical"` vectors of `make_batch_grad_output_fn` and
     `KFACLinearOperator`, and for other libraries. `per="term"` takes the terms' gradients apart instead, as if each
     were an example: the diagonal blocks, over terms, of the same sum. Both are one where an example has one term.
+
+    A product is one linearisation of the model. Where its derivatives can be taken in reverse mode only, and once (a
+    fused function with a backward kernel), it is one gradient of the chunk for each term: pass `chunk_size=1`.
 
     **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`, and
 
@@ -67,16 +75,36 @@ class EFLinearOperator(CurvatureLinearOperator):
         v = vary_like(v, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
-            outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
-            terms = terms_at(outputs, operand)
+            jacobian = Jacobian.of(problem, inputs)
+            terms = terms_at(jacobian.outputs, operand)
             g = terms.gradients()
             axes = terms.axes if self.per == "term" else tuple(range(1, g.ndim))
-            inner = jnp.sum(g * fusion_boundary(jvp(v)).astype(g.dtype), axis=axes, keepdims=True)
+            try:
+                tangent = fusion_boundary(jacobian.jvp(v))
+            except NotImplementedError:  # reverse mode only, and once only
+                return _one_by_one(jacobian, terms, axes, v)
+            inner = jnp.sum(g * tangent.astype(g.dtype), axis=axes, keepdims=True)
             # Where everything is ignored, r is infinite and g is 0.
-            cotangent = jnp.where(g == 0, 0, terms.r * inner * g)
-            return jax.linear_transpose(jvp, problem.params)(cotangent.astype(terms.dtype))[0]
+            return jacobian.vjp(jnp.where(g == 0, 0, terms.r * inner * g).astype(terms.dtype))
 
         return problem.sum_over_chunks(product)
+
+
+def _one_by_one(jacobian: Jacobian, terms: Terms, axes: tuple[int, ...], v: PyTree[Array]) -> PyTree[Array]:
+    """`r sum_t g_t (g_t^T v)` by the gradient of one term after the other, whose `axes` are those of `g_t`."""
+    g = terms.gradients()
+    wide = wide_dtype(v)
+    shape = [1 if axis in axes else size for axis, size in enumerate(g.shape)]
+    number = jnp.arange(math.prod(shape)).reshape(shape)
+
+    def outer(index: Array) -> PyTree[Array]:
+        gradient = jacobian.vjp(jnp.where(number == index, g, 0).astype(terms.dtype))
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
+        inner = jnp.stack([jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in pairs]).sum()
+        scale = jnp.where(inner == 0, 0, terms.r.astype(wide) * inner)
+        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient)
+
+    return sum_one_by_one(outer, number.reshape(-1))
 
 
 register(EFLinearOperator, positive_semidefinite=True)

@@ -22,6 +22,7 @@ from ggn_jax.operators.base import (
     register,
     vectors_like,
 )
+from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms
 
@@ -40,6 +41,9 @@ class GGNLinearOperator(CurvatureLinearOperator):
     lineax's `CG` takes `p^T A p <= 100 eps P (r^T z)` for a breakdown and returns NaN. In float32 with P = 10,000
     parameters that is any curvature below 0.1: pass `options={"preconditioner": diagonal.damped(x).inverse(scale=1e3)}`
     (`GGNDiagonalLinearOperator`), whose scale changes this threshold and nothing else.
+
+    Where the model has reverse-mode derivatives only (`jax.custom_vjp`, as fused attention), the tangent is the
+    derivative of the cotangent, transposed: it needs a rule that can be differentiated itself.
 
     With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from would-be gradients: unbiased, and the same draws
     for every product and every `chunk_size`.
@@ -108,9 +112,8 @@ class GGNLinearOperator(CurvatureLinearOperator):
         v = vary_like(v, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
-            outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
-            curved = self._curve(terms_at(outputs, operand), keys, jvp(v))
-            return jax.linear_transpose(jvp, problem.params)(curved)[0]
+            jacobian = Jacobian.of(problem, inputs)
+            return jacobian.vjp(self._curve(terms_at(jacobian.outputs, operand), keys, jacobian.jvp(v)))
 
         return problem.sum_over_chunks(product, *self._keys())
 
@@ -136,13 +139,10 @@ class LinearisedGGNLinearOperator(SymmetricLinearOperator):
     """`GGNLinearOperator` with its linearisation kept; made by `lineax.linearise`."""
 
     operator: GGNLinearOperator
-    outputs: Array
-    jvp: Callable[[PyTree[Array]], Array]
+    jacobian: Jacobian
 
     def __init__(self, operator: GGNLinearOperator):
-        problem = operator.problem
-        self.operator = operator
-        self.outputs, self.jvp = jax.linearize(lambda p: problem.model_fn(p, problem.inputs), problem.params)
+        self.operator, self.jacobian = operator, Jacobian.of(operator.problem, operator.problem.inputs)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()
@@ -157,8 +157,8 @@ class LinearisedGGNLinearOperator(SymmetricLinearOperator):
         vector = vary_like(vector, problem.params)
 
         def product(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
-            curved = self.operator._curve(terms_at(self.outputs, operand), keys, self.jvp(vector))
-            return jax.linear_transpose(self.jvp, problem.params)(curved)[0]
+            terms = terms_at(self.jacobian.outputs, operand)
+            return self.jacobian.vjp(self.operator._curve(terms, keys, self.jacobian.jvp(vector)))
 
         return problem.sum_over_chunks(product, *self.operator._keys())
 

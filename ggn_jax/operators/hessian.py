@@ -7,13 +7,17 @@ import jax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import vary_like
+from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import CurvatureLinearOperator, register, vectors_like
+from ggn_jax.operators.jacobian import differentiated_twice
 from ggn_jax.operators.problem import Problem, pose
 
 
 class HessianLinearOperator(CurvatureLinearOperator):
     r"""The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
+
+    Of a model that has reverse-mode derivatives only (`jax.custom_vjp`) by reverse-over-reverse.
 
     Symmetric, in general not positive semi-definite: solve with `lineax.GMRES`, `lineax.LSMR` or a dense solver, not
     with CG.
@@ -56,7 +60,14 @@ class HessianLinearOperator(CurvatureLinearOperator):
             def value(params: PyTree[Array]) -> Array:
                 return terms_at(problem.model_fn(params, inputs), operand).loss_value()
 
-            return jax.jvp(jax.grad(value), (problem.params,), (v,))[1]
+            gradient = jax.grad(value)
+            if not problem.reverse_only:
+                return jax.jvp(gradient, (problem.params,), (v,))[1]
+            with differentiated_twice():
+                # A rule may call the function that it belongs to.
+                if not is_reverse_only(jax.make_jaxpr(gradient)(problem.params)):
+                    return jax.jvp(gradient, (problem.params,), (v,))[1]
+                return jax.vjp(gradient, problem.params)[1](v)[0]
 
         return problem.sum_over_chunks(product)
 

@@ -42,7 +42,16 @@ class KFACLinearOperator(BlockLinearOperator):
     have a sum of Kronecker terms; embeddings a diagonal `A` of counts. Parameters that scale or shift data entry by
     entry (normalisation layers) have their exact GGN block.
 
-    The operator is a pytree: build it inside `jax.jit`, and average two of them with `jax.tree.map`.
+    The operator is a pytree: build it inside `jax.jit`, differentiate what is computed from it (`logdet`, `solve`,
+    roots, traces) in parameters, data or damping. Its leaves are the factors and the exact blocks, so `jax.tree.map`
+    acts on `A` *and* `B`: three times each leaf is nine times the operator. Use `3 * operator`, `a + b`,
+    `ggn_jax.average_operators`, or `ggn_jax.average_factors` for the means of the factors.
+
+    As a preconditioner of conjugate gradients on the damped GGN, pass `kfac.inverse(damping)`. In float32, use
+    `lineax.CG(rtol, atol, stabilise_every=None)`: by default lineax replaces the residual by `b - A x` every ten steps
+    without a new start of the search directions. Near the smallest residual that float32 allows, that is rounding
+    error, which the preconditioner multiplies by up to `1 / damping`, and the iteration diverges. Where lineax takes
+    curvature for a breakdown (see `GGNLinearOperator`), pass `1e3 * kfac.inverse(damping)`: the factor cancels.
 
     **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`; `model_fn` is traced
     on one example and must treat examples independently; and
@@ -246,7 +255,9 @@ class EKFACLinearOperator(KFACLinearOperator):
     `E = sum_{v,n} (Q_B^T (sum_s g a^T) Q_A)^2` from each datum's weight gradients: no other diagonal in this basis is
     nearer to the GGN's block in Frobenius norm, so it is never farther than KFAC's.
 
-    Two of them have different eigenbases and cannot be averaged with `jax.tree.map`; use `(a + b) / 2`.
+    Two of them have different eigenbases, so their leaves cannot be averaged: use `ggn_jax.average_operators` or
+    `(a + b) / 2`. Eigenvectors have derivatives where eigenvalues of a factor differ, or are both 0; between others
+    that are equal, EKFAC depends on which ones the eigendecomposition chose, and derivatives leave that out.
 
     **Arguments:** as for `KFACLinearOperator`; `"forward-only"` has no gradients to correct with and is refused.
 

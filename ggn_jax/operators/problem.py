@@ -21,6 +21,7 @@ from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
@@ -37,6 +38,8 @@ class Problem(eqx.Module):
     targets: Array
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
+    reverse_only: bool = eqx.field(static=True)
+    """Whether the model has no derivatives in forward mode."""
 
     def __repr__(self) -> str:
         return fields(self, params=self.params, loss=self.loss, inputs=self.inputs, outputs=self.outputs)
@@ -265,4 +268,4 @@ def pose(
         model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
         model_fn = jax.tree_util.Partial(model_fn)  # a plain function: static, compared by identity
-    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size)
+    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size, is_reverse_only(jaxpr))

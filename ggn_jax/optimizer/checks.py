@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_real, is_concrete
 from ggn_jax._hints import tensor_hint
+from ggn_jax.optimizer.storage import as_plain, from_plain
 
 Range = tuple[str, Callable[[float], bool]]
 AT_LEAST_0: Range = "a finite number of at least 0", lambda x: 0 <= x < inf
@@ -150,13 +151,13 @@ def fitted(name: str, got: Any, wanted: Any) -> Any:
         check_type(name, got, type(wanted))
         parts = zip(wanted._fields, got, wanted, strict=True)
         return type(wanted)(*(fitted(f"{name}.{field}", g, w) for field, g, w in parts))
-    leaves, shapes = jax.tree.leaves(got), [leaf.shape for leaf in jax.tree.leaves(wanted)]
+    leaves, shapes = jax.tree.leaves(as_plain(got)), [leaf.shape for leaf in jax.tree.leaves(as_plain(wanted))]
     if len(leaves) != len(shapes):
         raise ValueError(f"{name} must hold {len(shapes)} arrays; got {len(leaves)}. {_OWN}")
     for leaf, shape in zip(leaves, shapes, strict=True):
         if jnp.shape(leaf) != shape:
             raise ValueError(f"{name} must hold an array of shape {shape}; got {jnp.shape(leaf)} there. {_OWN}")
-    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    return from_plain(leaves, wanted)
 
 
 _OWN = (

@@ -39,6 +39,7 @@ from ggn_jax.optimizer.curvature import (
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
 from ggn_jax.optimizer.numbers import zeros_like
 from ggn_jax.optimizer.settings import Settings
+from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.terms import split_terms
 
 TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be checked with
@@ -101,7 +102,7 @@ class Core:
             self._check_independent(self.model_fn, params)
         curvature = initial(layout, self.settings, damping)
         self._know(params, layout, curvature)
-        return self._placed(curvature, params)
+        return self._placed(as_plain(curvature), params)
 
     def placed(self, state: PyTree[Array], params: PyTree[Array], spec: PartitionSpec | None = None) -> PyTree[Array]:
         """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
@@ -211,7 +212,8 @@ class Core:
         blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be added to others'
         batches = counts.astype(jnp.float32)
         weight = batches if settings.factor_interval == 1 else jnp.where(due, batches, 0)
-        return value, grads, Factors(batches, weight, blocks, _stacked_corrections(layout, corrected))
+        factors: Factors = as_plain(Factors(batches, weight, blocks, _stacked_corrections(layout, corrected)))
+        return value, grads, factors
 
     def _check_layers(self, layout: Layout, problem: Problem) -> None:
         """Refuse a batch for which the layers are not those that the state belongs to, block by block."""

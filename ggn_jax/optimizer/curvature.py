@@ -58,6 +58,8 @@ class Factors(NamedTuple):
 class Curvature(NamedTuple):
     """What is known of the curvature so far: a pytree of arrays, part of the state of `kfac` and `scale_by_kfac`.
 
+    In that state its blocks are dicts of arrays, so that all that saves pytrees knows how to save it.
+
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
     >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)

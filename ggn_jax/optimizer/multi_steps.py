@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_count
@@ -13,6 +12,7 @@ from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.numbers import all_finite, choose, wide_zeros_like, zeros_like
+from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.optimizer.transformation import KFACTransformation
 
 
@@ -42,7 +42,7 @@ class MultiStepsState(NamedTuple):
         return fields(self, **self._asdict())
 
 
-def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTransformationExtraArgs:
+def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation:
     """Take a step every so many micro-batches, from the means of their gradients and of their factors.
 
     As `optax.MultiSteps`, which would see the factors of the last micro-batch only, and would invert for each of them:
@@ -79,7 +79,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
         micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
         # Or a leaf for all of them, for the stand-in that `Core.start` knows.
         factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
-        factors = optimizer.core.placed(factors, params)
+        factors = optimizer.core.placed(as_plain(factors), params)
         return MultiStepsState(micro_step, bad, skipped, inner, wide_zeros_like(params), factors)
 
     def update(
@@ -123,9 +123,9 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> optax.GradientTran
             return choose(done, zeros_like(x), x)
 
         step, left_out = rest(state.micro_step + 1), rest(state.bad + bad)
-        return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), rest(total))
+        return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), as_plain(rest(total)))
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
 
-    return optax.GradientTransformationExtraArgs(init, on_mesh(update, like))  # type: ignore[arg-type]  # takes extra arguments
+    return KFACTransformation.make(optimizer.core, init, on_mesh(update, like), needs_batch=False)

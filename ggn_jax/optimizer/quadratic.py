@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._sharding import vary_like
+from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.numbers import inner
 
@@ -37,9 +38,9 @@ def quadratic_model(
     """`b_i = g^T d_i`, `K_ij = d_i^T (GGN + damping I) d_j`: the exact GGN of the batch, by one tangent a direction."""
 
     def part(terms_at: Any, inputs: PyTree, operand: Any) -> Float[Array, "k k"]:
-        outputs, jvp = jax.linearize(lambda params: problem.model_fn(params, inputs), problem.params)
-        terms = terms_at(outputs, operand)
-        tangents = [jvp(_like(direction, problem.params)) for direction in directions]
+        jacobian = Jacobian.of(problem, inputs)
+        terms = terms_at(jacobian.outputs, operand)
+        tangents = [jacobian.jvp(_like(direction, problem.params)) for direction in directions]
         curved = [terms.product("mv", tangent) for tangent in tangents]
         return jnp.stack([jnp.stack([inner(tangent, c) for c in curved]) for tangent in tangents])
 

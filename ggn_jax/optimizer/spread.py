@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax.kronecker.algebra import Block, batched, one_by_one
+from ggn_jax.kronecker.algebra import Block
+from ggn_jax.kronecker.linalg import batched, one_by_one
 
 Groups = tuple[int, ...] | None
 """Which of a device's groups; None for all."""

@@ -1,12 +1,35 @@
-"""How averages of blocks are kept between steps: of a symmetric matrix one triangle, and perhaps in fewer bits."""
+"""How blocks are kept between steps: as dicts, of a symmetric matrix one triangle, and perhaps in fewer bits."""
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Int, PyTree
 
 GOLDEN = 40503  # the golden ratio in units of 2^-16: the remainders of its multiples fill an interval evenly
+
+
+def as_plain(tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree` with dicts in place of modules: a pytree that every library for checkpoints knows how to save."""
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, eqx.Module):
+            return node
+        dynamic = [field.name for field in fields(node) if not field.metadata.get("static", False)]
+        return {name: as_plain(getattr(node, name)) for name in dynamic}
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, eqx.Module))
+
+
+def from_plain(leaves: Sequence[Any], like: PyTree[Any]) -> PyTree[Any]:
+    """`like` with these leaves, which are in the order of `as_plain(like)`: dicts are sorted by their keys."""
+    structure = jax.tree.structure(like)
+    order = jax.tree.leaves(as_plain(jax.tree.unflatten(structure, range(len(leaves)))))
+    sorted_leaves = [leaf for _, leaf in sorted(zip(order, leaves, strict=True), key=lambda pair: pair[0])]
+    return jax.tree.unflatten(structure, sorted_leaves)
 
 
 def keep(tree: PyTree[Array], dtype: Any, count: Int[Array, ""]) -> PyTree[Array]:

@@ -24,6 +24,7 @@ from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made,
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
+from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
@@ -68,7 +69,9 @@ class KFACState(NamedTuple):
 class KFACTransformation(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` that also has a report, and shares a pass with the gradient.
 
-    Made by `kfac` and `scale_by_kfac`.
+    Made by `kfac`, `scale_by_kfac` and `multi_steps`. These methods stay where one of `init` and `update` is replaced
+    (`optimizer._replace(update=...)`), and where it is mapped over as a pytree. `optax.chain` and other transformations
+    of optax return one without them: keep the `kfac` that you pass to them, whose methods find its state in theirs.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
@@ -80,15 +83,26 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     State: 22 entries, 3.7 per parameter; 88 bytes.
     """
 
-    core: Core
-    needs_batch: bool
-    """Whether updates look at the batch's loss, also where they are given its factors."""
-
     @classmethod
-    def make(cls, core: Core, init: Callable[..., Any], update: Callable[..., Any], needs_batch: bool) -> Self:
-        made = cls(init, update)
-        made.core, made.needs_batch = core, needs_batch
-        return made
+    def make(cls, core: Core, init: Any, update: Any, needs_batch: bool) -> Self:
+        # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
+        init.made_of = update.made_of = core, needs_batch
+        return cls(init, update)
+
+    def _made_of(self) -> tuple[Core, bool]:
+        found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
+        if not found:
+            raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")
+        return found[0]
+
+    @property
+    def core(self) -> Core:
+        return self._made_of()[0]
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether updates look at the batch's loss, also where they are given its factors."""
+        return self._made_of()[1]
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
         """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""
@@ -205,8 +219,8 @@ def scale_by_kfac(
         state = fitted("state", state, wanted)
         seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False)
         fine = seen.usable & all_finite(seen.direction.entries)
-        scaled = choose(seal(fine), seen.direction.entries, zeros_like(updates))
-        return scaled, ScaleByKFACState(seen.curvature, state.rejected + (~fine).astype(jnp.int32))
+        scaled = choose(seal(fine & seen.counts), seen.direction.entries, zeros_like(updates))
+        return scaled, ScaleByKFACState(as_plain(seen.curvature), state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, *_: Any, **__: Any) -> Any:
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
@@ -385,7 +399,7 @@ def kfac(
             assert seen.problem is not None
             adapted = rule.new_damping(seen.problem, grads, final, curvature.damping, last.count, moves)
             curvature = curvature._replace(damping=adapted)
-        return final, KFACState(curvature, velocity, state.rejected + (~fine).astype(jnp.int32))
+        return final, KFACState(as_plain(curvature), velocity, state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, KFACState(_sharding_of(state), None if momentum is None else params, NOT_SHARDED)

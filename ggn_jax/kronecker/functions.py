@@ -1,0 +1,234 @@
+"""Functions of damped blocks: inverses and roots, by eigendecompositions, with derivatives.
+
+`f(K + damping I)` of a Kronecker product `K = B (x) A` has its eigenvectors, and eigenvalues `f(l_B l_A + damping)`.
+Eigenvectors have no derivative where eigenvalues are equal, as those of an orthogonal weight's factors are, but the
+function has: between eigenvectors `i` and `j` of `K` it is `dK_ij (f(l_i) - f(l_j)) / (l_i - l_j)` (Daleckii & Krein
+1965; Higham 2008, theorem 3.11), with `f'(l_i)` where the two are equal. So derivatives are taken of the whole
+function, in the factors. Second ones need eigenvalues that differ.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax.kronecker.algebra import Block, Dense, DenseSpectral, Diagonal, Factor, Kronecker, Spectral, is_diagonal
+from ggn_jax.kronecker.linalg import Batch, batched, eigh, norm, resolved, rotated
+
+Name = Literal["inverse", "square root", "inverse square root", "shift", "multiple"]
+
+
+class _Function(NamedTuple):
+    """A function of eigenvalues and of a number, the damping or a factor."""
+
+    value: Callable[[Array, Array], Array]
+    quotient: Callable[[Array, Array, Array], Array]
+    """`(f(x, n) - f(y, n)) / (x - y)` without a difference."""
+
+
+def _of_damped(value: Callable[[Array], Array], quotient: Callable[[Array, Array], Array]) -> _Function:
+    return _Function(lambda x, n: value(x + n), lambda x, y, n: quotient(x + n, y + n))
+
+
+def _sqrt_quotient(x: Array, y: Array) -> Array:
+    """Between null vectors it is multiplied by 0: a positive semi-definite matrix stays one."""
+    total = jnp.sqrt(x) + jnp.sqrt(y)
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+
+FUNCTIONS: dict[Name, _Function] = {
+    "inverse": _of_damped(lambda x: 1 / x, lambda x, y: -1 / (x * y)),
+    "square root": _of_damped(jnp.sqrt, _sqrt_quotient),
+    "inverse square root": _of_damped(
+        jax.lax.rsqrt, lambda x, y: -jax.lax.rsqrt(x) * jax.lax.rsqrt(y) * _sqrt_quotient(x, y)
+    ),
+    "shift": _of_damped(lambda x: x, lambda x, y: jnp.ones_like(x * y)),
+    "multiple": _Function(lambda x, n: n * x, lambda x, y, n: n * jnp.ones_like(x * y)),
+}
+
+
+class MatrixFunction(eqx.Module):
+    """`f_n(... f_1(B (x) A, number_1) ..., number_n)`, such as `(B (x) A + damping I)^-1`."""
+
+    a: Factor
+    b: Factor
+    qa: Float[Array, "G in in"] | None
+    qb: Float[Array, "G out out"] | None
+    la: Float[Array, "G in"]
+    lb: Float[Array, "G out"]
+    numbers: tuple[Float[Array, " G"], ...]
+    names: tuple[Name, ...] = eqx.field(static=True)
+
+    def map(self, name: Name, number: Float[Array, " G"]) -> "MatrixFunction":
+        """A function of this function."""
+        numbers = *self.numbers, number.astype(self.la.dtype)
+        return MatrixFunction(self.a, self.b, self.qa, self.qb, self.la, self.lb, numbers, (*self.names, name))
+
+    @property
+    def values(self) -> Float[Array, "G out in"]:
+        """The eigenvalues."""
+        values = self.lb[:, :, None] * self.la[:, None, :]
+        for name, number in zip(self.names, self.numbers, strict=True):
+            values = FUNCTIONS[name].value(values, number[:, None, None])
+        return values
+
+    def quotient(self, x: Array, y: Array) -> Array:
+        """`(f(x) - f(y)) / (x - y)` of eigenvalues `[G, n, n]` of `B (x) A`."""
+        result = jnp.ones_like(x * y)
+        for name, number in zip(self.names, self.numbers, strict=True):
+            fn, number = FUNCTIONS[name], number[:, None, None]
+            result = result * fn.quotient(x, y, number)
+            x, y = fn.value(x, number), fn.value(y, number)
+        return result
+
+    def mv(self, m: Float[Array, "G ..."]) -> Float[Array, "G ..."]:
+        shape = len(m), self.lb.shape[1], self.la.shape[1]
+        return _product(self, m.reshape(shape)).reshape(m.shape)
+
+    def diagonal(self) -> Float[Array, "G out in"]:
+        return _diagonal(self)
+
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.values, axis=(1, 2))
+
+    def norms(self) -> Float[Array, " G"]:
+        return norm(self.values, (1, 2))
+
+
+@jax.custom_jvp
+def _product(f: MatrixFunction, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
+    return Spectral(f.qa, f.qb, f.values).mv(m)
+
+
+@_product.defjvp
+def _product_jvp(primals: Any, tangents: Any) -> Any:
+    (f, m), (df, dm) = primals, tangents
+    basis = Spectral(f.qa, f.qb, jnp.ones_like(f.values))
+    inside = basis.rotate(m)
+    values, changes = jax.jvp(lambda g: g.values, (f,), (df,))
+    change = changes * inside + values * basis.rotate(dm)
+    for side in (0, 1):
+        change = change + _across(f, df, side, inside)
+    return basis.rotate_back(values * inside), basis.rotate_back(change)
+
+
+@jax.custom_jvp
+def _diagonal(f: MatrixFunction) -> Float[Array, "G out in"]:
+    return Spectral(f.qa, f.qb, f.values).diagonal()
+
+
+@_diagonal.defjvp
+def _diagonal_jvp(primals: Any, tangents: Any) -> Any:
+    ((f,), (df,)) = primals, tangents
+    values, changes = jax.jvp(lambda g: g.values, (f,), (df,))
+    spectral = Spectral(f.qa, f.qb, values)
+    change = spectral.replace_values(changes).diagonal()
+    for side in (0, 1):
+        change = change + _diagonal_across(f, df, side)
+    return spectral.diagonal(), change
+
+
+def _sides(f: MatrixFunction, df: MatrixFunction, side: int) -> tuple[Any, ...] | None:
+    """One factor's change between different eigenvectors, its eigenvalues and the other's; None without any."""
+    q, change, own, other = ((f.qa, df.a, f.la, f.lb), (f.qb, df.b, f.lb, f.la))[side]
+    if q is None or q.shape[1] == 1:
+        return None
+    inside = rotated(change, q)
+    return inside * (1 - jnp.eye(q.shape[1], dtype=q.dtype))[None], own, other
+
+
+def _row_by_row(fn: Callable[[Array, Array], Array], other: Float[Array, "G k"], rows: Float[Array, "G k n"]) -> Array:
+    """`fn(other[:, k], rows[:, k])` for each `k`, one at a time, as each takes a matrix: `[G, k, n]`."""
+    mapped = jax.lax.map(lambda pair: fn(*pair), (other.T, jnp.swapaxes(rows, 0, 1)))
+    return jnp.swapaxes(mapped, 0, 1)
+
+
+def _between(f: MatrixFunction, inside: Array, own: Array, other: Array) -> Float[Array, "G n n"]:
+    """The function's change between one factor's eigenvectors, next to one of the other factor."""
+    values = other[:, None] * own
+    return f.quotient(values[:, :, None], values[:, None, :]) * other[:, None, None] * inside
+
+
+def _across(f: MatrixFunction, df: MatrixFunction, side: int, m: Array) -> Float[Array, "G out in"] | float:
+    """What the function's change between different eigenvectors adds to a product, in the basis of eigenvectors."""
+    found = _sides(f, df, side)
+    if found is None:
+        return 0.0
+    inside, own, other = found
+    m = m if side == 0 else jnp.swapaxes(m, 1, 2)
+    if f.names == ("inverse",):  # its quotient is a product
+        values = f.values if side == 0 else jnp.swapaxes(f.values, 1, 2)
+        result = -values * other[:, :, None] * jnp.einsum("gij,gkj->gki", inside, values * m)
+    else:
+        result = _row_by_row(lambda one, row: jnp.einsum("gij,gj->gi", _between(f, inside, own, one), row), other, m)
+    return result if side == 0 else jnp.swapaxes(result, 1, 2)
+
+
+def _diagonal_across(f: MatrixFunction, df: MatrixFunction, side: int) -> Float[Array, "G out in"] | float:
+    """The same of the diagonal."""
+    found = _sides(f, df, side)
+    if found is None:
+        return 0.0
+    inside, own, other = found
+    q, q_other = (f.qa, f.qb) if side == 0 else (f.qb, f.qa)
+    rows = _row_by_row(
+        lambda one, _: jnp.einsum("gki,gij,gkj->gk", q, _between(f, inside, own, one), q),
+        other,
+        jnp.zeros((*other.shape, 1), other.dtype),
+    )
+    rows = rows if q_other is None else jnp.einsum("gpo,gok->gpk", q_other**2, rows)
+    return rows if side == 0 else jnp.swapaxes(rows, 1, 2)
+
+
+DENSE = 1024
+"""The largest blocks that are decomposed as dense matrices where they are no single Kronecker product."""
+
+Spectrum = MatrixFunction | Spectral | Diagonal
+
+
+def spectra(blocks: Sequence[Block | MatrixFunction], batch: Batch = batched) -> list[Spectrum]:
+    """All blocks by their eigendecompositions, eigenvalues below the resolution as 0.
+
+    Sums of Kronecker terms by their dense matrix where that has at most `DENSE` rows, else by the nearest single term.
+    """
+    plain = [_one_term(block) for block in blocks]
+    pairs = [(block.a[0], block.b[0]) for block in plain if isinstance(block, Kronecker)]
+    found = iter(eigh(batch, [factor for pair in pairs for factor in pair if not is_diagonal(factor)]))
+
+    def spectrum(factor: Factor) -> tuple[Array, Array | None]:
+        if is_diagonal(factor):
+            return factor, None
+        values, q = next(found)
+        return resolved(values), q
+
+    def one(block: Kronecker | Spectrum) -> Spectrum:
+        if isinstance(block, Kronecker):
+            (la, qa), (lb, qb) = spectrum(block.a[0]), spectrum(block.b[0])
+            return MatrixFunction(block.a[0], block.b[0], qa, qb, la, lb, (), ())
+        if isinstance(block, Spectral):
+            return block.replace_values(resolved(block.values, (1, 2), squares=True))
+        return block
+
+    return [one(block) for block in plain]
+
+
+def _one_term(block: Block | MatrixFunction) -> Kronecker | Spectrum:
+    if isinstance(block, Kronecker) and len(block.a) > 1:
+        block = Dense(block.matrix()) if block.size <= DENSE else block.nearest()
+    if isinstance(block, Dense):
+        return Kronecker((block.matrix,), (jnp.ones((len(block.matrix), 1), block.matrix.dtype),))
+    assert not isinstance(block, DenseSpectral)  # made by the optimizer only
+    return block
+
+
+def apply(spectrum: Spectrum, number: Float[Array, "G *d"], name: Name) -> Spectrum:
+    """A function of a block and of a damping; a diagonal block may have a damping for each entry."""
+    if isinstance(spectrum, MatrixFunction):
+        return spectrum.map(name, number)
+    values = jnp.maximum(spectrum.values, 0)  # rounding gives negative ones
+    number = number.astype(values.dtype)
+    number = number.reshape(*number.shape, *[1] * (values.ndim - number.ndim))
+    return spectrum.replace_values(FUNCTIONS[name].value(values, number))

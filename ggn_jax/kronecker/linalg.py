@@ -1,0 +1,124 @@
+"""Factorisations of stacks of symmetric matrices, with derivatives; norms that neither overflow nor underflow.
+
+LAPACK's calls have a loop around them on CPUs (`one_by_one`), which JAX cannot differentiate; their derivatives are
+products of matrices, and stated here.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._fusion import largest
+from ggn_jax.kronecker.inverse import inverse_by_cholesky
+
+RESOLUTION = 4
+"""Eigenvalues below `RESOLUTION * eps * largest` count as zero: LAPACK finds up to `eps * largest` for those that are.
+
+It does not grow with the size: measured up to size 1500, that rounding does not either, and real spectra hold
+eigenvalues just above it that a larger bound would lose."""
+
+
+def resolved(
+    values: Float[Array, "*shape"], axes: tuple[int, ...] = (-1,), squares: bool = False
+) -> Float[Array, "*shape"]:
+    """Eigenvalues of positive semi-definite matrices, those below the resolution set to 0; NaN and infinity stay.
+
+    Sums of squares (EKFAC's) are known to the square of it: what is squared is known to the resolution.
+    """
+    bound = RESOLUTION * jnp.finfo(values.dtype).eps
+    least = (bound**2 if squares else bound) * jnp.max(values, axis=axes, keepdims=True, initial=0)
+    return jnp.where((values <= least) & jnp.isfinite(least), 0, values)
+
+
+def scale_of(x: Float[Array, "..."], axes: tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """`max |x|` to divide by: 1 where all is 0 or something is not finite; a constant for derivatives."""
+    size = jax.lax.stop_gradient(largest(x, axes))
+    return jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+
+
+def norm(x: Float[Array, "..."], axes: tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """The root of the sum of squares, right for all norms that the dtype can hold; its derivative at 0 is 0."""
+    size = scale_of(x, axes)
+    total = jnp.sum((x / (size if axes is None else jnp.expand_dims(size, axes))) ** 2, axis=axes)
+    return size * jnp.sqrt(jnp.where(total > 0, total, 1)) * jnp.where(total > 0, 1, total)
+
+
+def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
+    """`vmap(fn)(*stacks)`; on CPUs in a loop.
+
+    There, LAPACK calls of a batch share XLA's threads, and with jaxlib 0.10 two such calls at a time wait for each
+    other for ever on a machine of two cores. A loop takes about as long.
+    """
+
+    def loop(*stacks: PyTree[Array]) -> PyTree[Array]:
+        return jax.lax.map(lambda members: fn(*members), stacks)
+
+    # An outer `vmap` would make batches of them again.
+    sequential = jax.custom_batching.sequential_vmap(loop)
+    return jax.lax.platform_dependent(*stacks, cpu=sequential, default=jax.vmap(fn))
+
+
+def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:
+    """`fn` of each matrix `[d, d]`, batched over all matrices of one size."""
+    results: list[Any] = [None] * len(matrices)
+    sizes = dict.fromkeys((matrix.shape[1], matrix.dtype) for matrix in matrices)
+    for size in sizes:
+        members = [i for i, matrix in enumerate(matrices) if (matrix.shape[1], matrix.dtype) == size]
+        stacked = one_by_one(fn, jnp.concatenate([matrices[i] for i in members]))
+        start = 0
+        for i in members:
+            stop = start + matrices[i].shape[0]
+            results[i] = tuple(part[start:stop] for part in stacked)
+            start = stop
+    return results
+
+
+Batch = Callable[[Callable[[Array], tuple[Array, ...]], Sequence[Array]], list[Any]]  # `batched`, or another like it
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def eigh(batch: Batch, matrices: list[Float[Array, "G d d"]]) -> list[tuple[Array, Array]]:
+    """Eigenvalues `[G, d]`, ascending, and eigenvectors `[G, d, d]` of symmetric matrices.
+
+    Derivatives: `dl_i = q_i^T dX q_i` and `dQ = Q (q_i^T dX q_j / (l_j - l_i))`, without pairs that are equal but for
+    rounding, whose eigenvectors have none. Whatever does not depend on the choice of eigenvectors has its right first
+    derivative where only eigenvalues are used, or where the pairs that are left out are of the null space of positive
+    semi-definite matrices that stay so: there, `q_i^T dX q_j = 0`.
+    """
+    return [tuple(found) for found in batch(lambda x: tuple(jnp.linalg.eigh(x)), matrices)]
+
+
+@eigh.defjvp
+def _eigh_jvp(batch: Batch, primals: Any, tangents: Any) -> Any:
+    found = eigh(batch, *primals)
+    changes = []
+    for (values, q), dx in zip(found, tangents[0], strict=True):
+        inside = rotated(dx, q)
+        gaps = values[:, None, :] - values[:, :, None]
+        least = RESOLUTION * jnp.finfo(values.dtype).eps * largest(values, 1)[:, None, None]
+        apart = jnp.abs(gaps) > least
+        turns = jnp.where(apart, inside / jnp.where(apart, gaps, 1), 0)
+        changes.append((jnp.diagonal(inside, axis1=1, axis2=2), jnp.einsum("gij,gjk->gik", q, turns)))
+    return found, changes
+
+
+def rotated(x: Float[Array, "G d d"], q: Float[Array, "G d d"]) -> Float[Array, "G d d"]:
+    """`Q^T X Q` of the symmetric part of `X`."""
+    x = jnp.einsum("gji,gjk,gkl->gil", q, x, q)
+    return (x + jnp.swapaxes(x, 1, 2)) / 2
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def inverses(batch: Batch, matrices: list[Float[Array, "G d d"]]) -> list[Float[Array, "G d d"]]:
+    """Of positive definite matrices, by Cholesky factorisations; `dX^-1 = -X^-1 dX X^-1`."""
+    return [found[0] for found in batch(lambda x: (inverse_by_cholesky(x),), matrices)]
+
+
+@inverses.defjvp
+def _inverses_jvp(batch: Batch, primals: Any, tangents: Any) -> Any:
+    found = inverses(batch, *primals)
+    return found, [-rotated(dx, x) for x, dx in zip(found, tangents[0], strict=True)]

@@ -1,0 +1,235 @@
+"""Sums and multiples of blocks, and blocks with damping: blocks again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax.kronecker.algebra import (
+    Block,
+    Dense,
+    Diagonal,
+    Factor,
+    Kronecker,
+    Spectral,
+    diagonal_of,
+    inner,
+    is_diagonal,
+    norm_of_sum,
+    units,
+)
+from ggn_jax.kronecker.functions import DENSE, MatrixFunction, Spectrum, apply, spectra
+from ggn_jax.kronecker.linalg import norm
+
+Part = Block | MatrixFunction
+
+
+class Sum(eqx.Module):
+    """`sum_i part_i + damping I`."""
+
+    parts: tuple[Part, ...]
+    damping: Float[Array, " G"]
+
+    def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
+        products = [part.mv(m) for part in self.parts]
+        return sum(products, start=self.damping[:, None, None] * m)
+
+    def diagonal(self) -> Float[Array, "G d"]:
+        diagonals = [part.diagonal().reshape(len(self.damping), -1) for part in self.parts]
+        return sum(diagonals, start=jnp.broadcast_to(self.damping[:, None], diagonals[0].shape))
+
+    def traces(self) -> Float[Array, " G"]:
+        traces = [part.traces() for part in self.parts]
+        return sum(traces, start=self.damping * size_of(self.parts[0]))
+
+    def norms(self) -> Float[Array, " G"]:
+        if len({shape_of(part) for part in self.parts}) > 1:
+            return norm(matrix_of(self), (1, 2))
+        groups, out, inputs = shape_of(self.parts[0])
+        ones = jnp.ones((groups, inputs), self.damping.dtype)
+        identity = Kronecker((ones,), (jnp.broadcast_to(self.damping[:, None], (groups, out)),))
+        forms = [form for part in (*self.parts, identity) for form in _forms(part)]
+        sizes = jnp.stack([form.norms() for form in forms], axis=1)
+        forms = [_unit(form) for form in forms]
+        products = [jnp.stack([_inner(x, y) for y in forms], axis=1) for x in forms]
+        return norm_of_sum(sizes, jnp.stack(products, axis=1))
+
+
+AnyBlock = Part | Sum
+
+
+def add(x: AnyBlock, y: AnyBlock) -> AnyBlock:
+    """The sum of two blocks of the same entries."""
+    if isinstance(x, Diagonal) and isinstance(y, Diagonal):
+        return Diagonal(x.values + y.values)
+    parts, total = list(_parts(x)), _damping(x) + _damping(y)
+    for part in _parts(y):
+        for i, own in enumerate(parts):
+            joined = _join(own, part)
+            if joined is not None:
+                parts[i] = joined
+                break
+        else:
+            parts.append(part)
+    is_damped = isinstance(x, Sum) or isinstance(y, Sum)
+    return parts[0] if len(parts) == 1 and not is_damped else Sum(tuple(parts), total)
+
+
+def damp(block: AnyBlock, damping: Float[Array, "G *d"]) -> AnyBlock:
+    """`block + damping I`; a diagonal block may have a number for each entry."""
+    damping = damping.astype(_damping(block).dtype)
+    if isinstance(block, Diagonal):
+        return Diagonal(block.values + (damping if damping.ndim == 2 else damping[:, None]))
+    return Sum(_parts(block), _damping(block) + damping)
+
+
+def scale(block: AnyBlock, by: Float[Array, ""]) -> AnyBlock:
+    """`by * block` for a number of at least 0."""
+    by = by.astype(_damping(block).dtype)
+    if isinstance(block, Sum):
+        return Sum(tuple(_scale(part, by) for part in block.parts), by * block.damping)
+    return _scale(block, by)
+
+
+def _scale(block: Part, by: Float[Array, ""]) -> Part:
+    if isinstance(block, Kronecker):
+        return Kronecker(block.a, tuple(by * b for b in block.b))
+    if isinstance(block, Dense):
+        return Dense(by * block.matrix)
+    if isinstance(block, MatrixFunction):
+        return block.map("multiple", jnp.broadcast_to(by, block.la.shape[:1]))
+    return block.replace_values(by * block.values)
+
+
+def _join(x: Part, y: Part) -> Part | None:
+    """The sum as one block of their kind, if there is one."""
+    if isinstance(x, Kronecker) and isinstance(y, Kronecker):
+        return Kronecker(x.a + y.a, x.b + y.b)
+    if isinstance(x, Dense) and isinstance(y, Dense):
+        return Dense(x.matrix + y.matrix)
+    return None
+
+
+def _parts(block: AnyBlock) -> tuple[Part, ...]:
+    return block.parts if isinstance(block, Sum) else (block,)
+
+
+def _damping(block: AnyBlock) -> Float[Array, " G"]:
+    if isinstance(block, Sum):
+        return block.damping
+    leaf = jax.tree.leaves(block)[0]
+    return jnp.zeros(leaf.shape[:1], leaf.dtype)
+
+
+def shape_of(block: AnyBlock) -> tuple[int, int, int]:
+    """`[G, out, in]` of the matrices that it acts on, or `[G, 1, d]` where these are only flattened."""
+    if isinstance(block, Sum):
+        return shape_of(block.parts[0])
+    if isinstance(block, Kronecker):
+        return len(block.a[0]), block.b[0].shape[1], block.a[0].shape[1]
+    if isinstance(block, MatrixFunction):
+        return len(block.la), block.lb.shape[1], block.la.shape[1]
+    if isinstance(block, Spectral):
+        groups, out, inputs = block.values.shape
+        return groups, out, inputs
+    groups, size = block.diagonal().shape
+    return groups, 1, size
+
+
+def size_of(block: AnyBlock) -> int:
+    """The number of rows of its matrix."""
+    _, out, inputs = shape_of(block)
+    return out * inputs
+
+
+def matrix_of(block: AnyBlock) -> Float[Array, "G d d"]:
+    """The dense matrix of each group, on row-major `[out, in]`."""
+    if isinstance(block, Dense):
+        return block.matrix
+    if isinstance(block, Kronecker):
+        return block.matrix()
+    groups, out, inputs = shape_of(block)
+    eye = jnp.eye(out * inputs, dtype=_damping(block).dtype).reshape(-1, out, inputs)
+    columns = jax.vmap(lambda e: block.mv(jnp.broadcast_to(e[None], (groups, out, inputs))))(eye)
+    return jnp.swapaxes(columns.reshape(-1, groups, out * inputs), 0, 1)
+
+
+def is_representable(block: AnyBlock) -> bool:
+    """Whether functions of the block can be taken."""
+    return not isinstance(block, Sum) or len(block.parts) == 1 or size_of(block) <= DENSE
+
+
+def has_exact_functions(block: AnyBlock) -> bool:
+    """Whether its functions are not those of a single Kronecker product that is near it."""
+    return size_of(block) <= DENSE or not any(isinstance(part, Kronecker) and len(part.a) > 1 for part in _parts(block))
+
+
+def spectra_of(blocks: Sequence[AnyBlock]) -> list[Spectrum]:
+    """`spectra` of sums, too."""
+    undamped = [
+        (block.parts[0] if len(block.parts) == 1 else Dense(matrix_of(Sum(block.parts, 0 * block.damping))))
+        if isinstance(block, Sum)
+        else block
+        for block in blocks
+    ]
+    found = spectra(undamped)
+    return [
+        apply(spectrum, block.damping, "shift") if isinstance(block, Sum) else spectrum
+        for block, spectrum in zip(blocks, found, strict=True)
+    ]
+
+
+# Inner products.
+
+
+def _forms(part: Part) -> list[Kronecker | Spectral]:
+    """The part as a sum of Kronecker products and such with other eigenvalues."""
+    if isinstance(part, Kronecker):
+        return [Kronecker((a,), (b,)) for a, b in zip(part.a, part.b, strict=True)]
+    if isinstance(part, MatrixFunction):
+        return [Spectral(part.qa, part.qb, part.values)]
+    if isinstance(part, Spectral):
+        return [part]
+    own = part.matrix if isinstance(part, Dense) else part.values
+    return [Kronecker((own,), (jnp.ones((len(own), 1), own.dtype),))]
+
+
+def _unit(form: Kronecker | Spectral) -> Any:
+    """Divided by its norm."""
+    if isinstance(form, Kronecker):
+        return Kronecker(tuple(units(form.a)[0]), tuple(units(form.b)[0]))
+    size = form.norms()
+    return form.replace_values(form.values / jnp.where(size > 0, size, 1)[:, None, None])
+
+
+def _inner(x: Kronecker | Spectral, y: Kronecker | Spectral) -> Float[Array, " G"]:
+    if isinstance(x, Kronecker) and isinstance(y, Kronecker):
+        return inner(x.a[0], y.a[0]) * inner(x.b[0], y.b[0])
+    if isinstance(x, Kronecker):
+        return _inner(y, x)
+    if isinstance(y, Kronecker):
+        a, b = _diagonal_in(y.a[0], x.qa), _diagonal_in(y.b[0], x.qb)
+        return jnp.einsum("goi,go,gi->g", x.values, b, a)
+    right, left = _overlap(x.qa, y.qa), _overlap(x.qb, y.qb)
+    values = x.values if left is None else jnp.einsum("gop,goi->gpi", left, x.values)
+    values = values if right is None else jnp.einsum("gij,goi->goj", right, values)
+    return jnp.sum(values * y.values, axis=(1, 2))
+
+
+def _diagonal_in(factor: Factor, q: Float[Array, "G d d"] | None) -> Float[Array, "G d"]:
+    """The diagonal of `Q^T X Q`."""
+    if q is None:
+        return diagonal_of(factor)
+    if is_diagonal(factor):
+        return jnp.einsum("gki,gk->gi", q**2, factor)
+    return jnp.einsum("gki,gkl,gli->gi", q, factor, q)
+
+
+def _overlap(x: Array | None, y: Array | None) -> Float[Array, "G d d"] | None:
+    """`(Q_x^T Q_y)^2`, entry by entry; None where that is the identity."""
+    if x is None:
+        return None if y is None else y**2
+    return (jnp.swapaxes(x, 1, 2) if y is None else jnp.einsum("gki,gkj->gij", x, y)) ** 2

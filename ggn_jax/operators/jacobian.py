@@ -1,0 +1,60 @@
+"""Products with the Jacobian of a model's outputs in its parameters, and with its transpose."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax._sharding import vary_like
+from ggn_jax.operators.problem import Problem
+
+
+class Jacobian(eqx.Module):
+    """`J` at a problem's parameters, for some inputs: one linearisation, forward or reverse."""
+
+    outputs: Array
+    params: PyTree[Array]
+    linear: Callable[..., Any]
+    """`v -> J v`, or `u -> (J^T u,)` for a model that has reverse-mode derivatives only."""
+    reverse_only: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: PyTree) -> "Jacobian":
+        make = jax.vjp if problem.reverse_only else jax.linearize
+        outputs, linear = make(lambda params: problem.model_fn(params, inputs), problem.params)
+        return cls(outputs, problem.params, linear, problem.reverse_only)
+
+    def jvp(self, v: PyTree[Array]) -> Array:
+        """`J v`; `v -> J v` is the derivative of the linear map `u -> J^T u`, transposed.
+
+        That of a rule written by hand need not be known at 0, where it may skip a division.
+        """
+        if not self.reverse_only:
+            return self.linear(v)
+        somewhere = vary_like(jnp.ones_like(self.outputs), self.outputs)
+        with differentiated_twice():
+            return jax.vjp(self.vjp, somewhere)[1](v)[0]
+
+    def vjp(self, u: Array) -> PyTree[Array]:
+        """`J^T u`."""
+        transpose = self.linear if self.reverse_only else jax.linear_transpose(self.linear, self.params)
+        return transpose(u)[0]
+
+
+@contextmanager
+def differentiated_twice() -> Iterator[None]:
+    """Say what to use where the derivative rule that a user wrote has no derivatives itself."""
+    try:
+        yield
+    except Exception as error:
+        raise NotImplementedError(
+            f"model_fn has a jax.custom_vjp whose bwd rule cannot be differentiated itself ({error}), which products"
+            " with the GGN and the Hessian need. KFACLinearOperator, EKFACLinearOperator, GGNDiagonalLinearOperator and"
+            " EFLinearOperator do not, nor does kfac with a number or a schedule as learning rate and without"
+            " adapt_damping. Or use a function that JAX can differentiate twice: with a rule of jax.custom_jvp, or as"
+            " jax.nn.dot_product_attention(..., implementation='xla')."
+        ) from error

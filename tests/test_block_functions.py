@@ -1,0 +1,347 @@
+"""Functions of operators with blocks: against dense algebra in float64, with derivatives, sums and multiples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ggn_jax
+from ggn_jax.kronecker.algebra import Kronecker, Spectral, split_inverses
+from ggn_jax.kronecker.functions import spectra
+from ggn_jax.kronecker.linalg import norm, resolved
+from ggn_jax.operators.blocks import BlockLinearOperator
+
+RNG = np.random.default_rng(0)
+N, DAMPING = 9, 0.3
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape))
+
+
+def model_fn(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]
+
+
+# Orthonormal columns and squared error: the second layer's output factor is a multiple of the identity, and the first's
+# is nearly one; an input that is always 0 makes a factor singular.
+PARAMS = {"w": normal(3, 4), "b": normal(4), "v": jnp.asarray(np.linalg.qr(RNG.normal(size=(4, 3)))[0])}
+INPUTS = [normal(N, 3).at[:, 0].set(0), normal(N, 3)]
+TARGETS, LOSS = normal(N, 3), ggn_jax.MSELoss()
+VECTOR = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 3)}
+SIZE = 28
+SHARES = {"w": 0.1, "b": 0.1, "v": 0.7}  # a damping for each layer
+DAMPINGS = np.diag(np.asarray(ravel_pytree(jax.tree.map(lambda d, p: jnp.full(p.shape, d), SHARES, PARAMS))[0]))
+
+
+def flat(tree: Any) -> jax.Array:
+    return ravel_pytree(tree)[0]
+
+
+def make(cls: Any, params: Any = PARAMS, inputs: Any = INPUTS[0]) -> Any:
+    return cls(model_fn, LOSS, params, (inputs, TARGETS), fisher_type="type-2")
+
+
+KFACS = [make(ggn_jax.KFACLinearOperator, inputs=x) for x in INPUTS]
+EKFACS = [make(ggn_jax.EKFACLinearOperator, inputs=x) for x in INPUTS]
+A, B, C, D = (np.asarray(operator.as_matrix()) for operator in (*KFACS, *EKFACS))
+EYE = np.eye(SIZE)
+
+# How an operator is made of others, and the matrix that it is.
+MADE: dict[str, tuple[Callable[[], Any], np.ndarray]] = {
+    "damped": (lambda: KFACS[0].damped(0.3), A + 0.3 * EYE),
+    "damped, EKFAC": (lambda: EKFACS[0].damped(0.3), C + 0.3 * EYE),
+    "damped by layers": (lambda: KFACS[0].damped(SHARES), A + DAMPINGS),
+    "sum": (lambda: KFACS[0] + KFACS[1], A + B),
+    "sum of EKFACs": (lambda: EKFACS[0] + EKFACS[1], C + D),
+    "multiple": (lambda: 3 * KFACS[0], 3 * A),
+    "mixed": (lambda: 2.0 * KFACS[0].damped(0.1) + EKFACS[0] / 4, 2 * A + 0.2 * EYE + C / 4),
+    "inverse and sum": (lambda: KFACS[0].inverse(0.3) * 2 + KFACS[1], 2 * np.linalg.inv(A + 0.3 * EYE) + B),
+    "damped inverse": (lambda: KFACS[0].inverse(0.3).damped(0.5), np.linalg.inv(A + 0.3 * EYE) + 0.5 * EYE),
+    "mean": (lambda: ggn_jax.average_operators(KFACS, [1, 3.0]), A / 4 + 3 * B / 4),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_operators_made_of_others(name: str) -> None:
+    operator, want = MADE[name][0](), MADE[name][1]
+    assert isinstance(operator, BlockLinearOperator)
+    assert lx.is_positive_semidefinite(operator)
+    assert operator.is_exact()
+    np.testing.assert_allclose(operator.as_matrix(), want, atol=1e-13)
+    np.testing.assert_allclose(operator.trace(), np.trace(want), rtol=1e-13)
+    np.testing.assert_allclose(operator.frobenius_norm(), np.linalg.norm(want), rtol=1e-13)
+    np.testing.assert_allclose(flat(operator.diagonal()), np.diag(want), atol=1e-13)
+    damped = want + 0.2 * EYE
+    np.testing.assert_allclose(operator.logdet(0.2), np.linalg.slogdet(damped)[1], rtol=1e-12)
+    np.testing.assert_allclose(flat(operator.solve(VECTOR, 0.2)), np.linalg.solve(damped, flat(VECTOR)), atol=1e-12)
+    root = operator.sqrt(0.2)
+    np.testing.assert_allclose(flat(root.mv(root.mv(VECTOR))), damped @ flat(VECTOR), atol=1e-12)
+    np.testing.assert_allclose(operator.block("v"), want[np.ix_(ROWS, ROWS)], atol=1e-13)
+
+
+ROWS = 4 + np.arange(12).reshape(4, 3).T.reshape(-1)  # of `v`, as [out, in]
+
+
+def test_tags_of_multiples() -> None:
+    for operator in (KFACS[0], ggn_jax.GGNLinearOperator(model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS))):
+        for number in (2, 0.5, np.float32(2), jnp.asarray(2.0), 0):
+            assert lx.is_positive_semidefinite(number * operator)
+        for number in (-2, -0.5, jnp.asarray(-2.0)):
+            assert not lx.is_positive_semidefinite(number * operator)
+            assert not lx.is_positive_semidefinite(operator / number)
+        assert not lx.is_positive_semidefinite(-operator)
+        assert lx.is_positive_semidefinite(operator / 2)
+        unknown = jax.jit(lambda x, operator=operator: int(lx.is_positive_semidefinite(x * operator)))(1.0)
+        assert not unknown
+
+
+def test_average_of_factors() -> None:
+    """Of batches of one size it is KFAC of all data, which the mean of operators is not."""
+    both = ggn_jax.KFACLinearOperator(
+        model_fn,
+        LOSS,
+        PARAMS,
+        (jnp.concatenate(INPUTS), jnp.concatenate([TARGETS, TARGETS])),
+        fisher_type="type-2",
+    )
+    mean = ggn_jax.average_factors(KFACS)
+    np.testing.assert_allclose(mean.as_matrix(), both.as_matrix(), atol=1e-14)
+    assert np.abs(mean.as_matrix() - (A + B) / 2).max() > 1e-4
+    with pytest.raises(TypeError, match=r"\['w'\], \['b'\] is a Spectral: use average_operators"):
+        ggn_jax.average_factors(EKFACS)
+    with pytest.raises(ValueError, match="2 numbers"):
+        ggn_jax.average_factors(KFACS, [1.0])
+    with pytest.raises(ValueError, match="at least 0"):
+        ggn_jax.average_operators(KFACS, [1.0, -1.0])
+    other = ggn_jax.KFACLinearOperator(
+        model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS), fisher_type="type-2", bias="separate"
+    )
+    with pytest.raises(ValueError, match=r"operators\[1\] has other blocks"):
+        ggn_jax.average_operators([KFACS[0], other])
+
+
+def test_damping_by_layers_that_a_block_does_not_have() -> None:
+    with pytest.raises(ValueError, match=r"\['w'\], \['b'\] are one, with damping 0.1, 0.2"):
+        KFACS[0].damped({"w": 0.1, "b": 0.2, "v": 0.7})
+    with pytest.raises(ValueError, match="must be a number, or a pytree of numbers that is a prefix"):
+        KFACS[0].logdet({"w": 0.1, "b": 0.2})
+    with pytest.raises(ValueError, match=r"damping\['v'\] must not be negative"):
+        KFACS[0].inverse({"w": 0.1, "b": 0.1, "v": -1.0})
+    with pytest.raises(ValueError, match="unknown under jit"):
+        jax.jit(lambda d: KFACS[0].logdet(d))(SHARES)
+    ggn = ggn_jax.GGNLinearOperator(model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS))
+    want = ggn.mv(VECTOR)["v"] + 0.7 * VECTOR["v"]
+    np.testing.assert_allclose(ggn.damped({"w": 0.1, "b": 0.2, "v": 0.7}).mv(VECTOR)["v"], want, rtol=1e-14)
+
+
+def test_solves_by_lineax() -> None:
+    """By blocks, with the derivative in the damping `-(K + x)^-2 v`."""
+
+    def solve(x: jax.Array) -> jax.Array:
+        return flat(lx.linear_solve(KFACS[0].damped(x), VECTOR, ggn_jax.BlockSolver()).value)
+
+    solution, change = jax.jvp(solve, (jnp.asarray(0.3),), (jnp.asarray(1.0),))
+    inverse = np.linalg.inv(A + 0.3 * EYE)
+    np.testing.assert_allclose(solution, inverse @ flat(VECTOR), atol=1e-13)
+    np.testing.assert_allclose(change, -inverse @ inverse @ flat(VECTOR), atol=1e-12)
+    np.testing.assert_allclose(flat(lx.linear_solve(KFACS[0].damped(0.3), VECTOR).value), solution, atol=1e-12)
+    with pytest.raises(ValueError, match="operators that have blocks"):
+        ggn_jax.BlockSolver().init(lx.IdentityLinearOperator(KFACS[0].in_structure()), {})
+
+
+# Derivatives.
+
+
+def dense_kfac(params: Any, inputs: jax.Array) -> list[jax.Array]:
+    """The two blocks, by formula."""
+    hidden = jnp.tanh(inputs @ params["w"] + params["b"][None])
+    rows = jnp.concatenate([inputs, jnp.ones((N, 1))], 1)
+    jacobian = params["v"].T[None] * (1 - hidden**2)[:, None]
+    size = 2 / (3 * N)
+    return [
+        jnp.kron(size * jnp.einsum("noi,noj->ij", jacobian, jacobian), rows.T @ rows / N),
+        jnp.kron(size * N * jnp.eye(3), hidden.T @ hidden / N),
+    ]
+
+
+PARTS = [jnp.concatenate([VECTOR["w"].T, VECTOR["b"][:, None]], 1).reshape(-1), VECTOR["v"].T.reshape(-1)]
+
+
+@jax.custom_jvp
+def dense_root(x: jax.Array) -> jax.Array:
+    values, q = jnp.linalg.eigh(x)
+    return (q * jnp.sqrt(values)[None]) @ q.T
+
+
+@dense_root.defjvp
+def _dense_root_jvp(primals: Any, tangents: Any) -> Any:
+    """By the Sylvester equation `R dR + dR R = dX`."""
+    root = dense_root(primals[0])
+    eye = jnp.eye(len(root))
+    solution = jnp.linalg.solve(jnp.kron(root, eye) + jnp.kron(eye, root), tangents[0].reshape(-1))
+    return root, solution.reshape(root.shape)
+
+
+DENSE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "logdet": lambda x, v: jnp.linalg.slogdet(x)[1],
+    "solve": lambda x, v: v @ jnp.linalg.solve(x, v),
+    "sqrt": lambda x, v: v @ dense_root(x) @ v,
+    "inverse_sqrt": lambda x, v: v @ jnp.linalg.inv(dense_root(x)) @ v,
+    "diagonal": lambda x, v: v @ jnp.diag(jnp.linalg.inv(x)),
+    "norm": lambda x, v: jnp.sum(jnp.linalg.inv(x) ** 2),
+}
+OURS: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
+    "logdet": lambda x, d: x.logdet(d),
+    "solve": lambda x, d: flat(VECTOR) @ flat(x.solve(VECTOR, d)),
+    "sqrt": lambda x, d: flat(VECTOR) @ flat(x.sqrt(d).mv(VECTOR)),
+    "inverse_sqrt": lambda x, d: flat(VECTOR) @ flat(x.inverse_sqrt(d).mv(VECTOR)),
+    "diagonal": lambda x, d: flat(VECTOR) @ flat(x.inverse(d).diagonal()),
+    "norm": lambda x, d: x.inverse(d).frobenius_norm() ** 2,
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_derivatives(name: str) -> None:
+    """In parameters, data and damping, forward and reverse, where eigenvalues are equal and factors are singular."""
+
+    def dense(params: Any, inputs: jax.Array, damping: jax.Array) -> jax.Array:
+        blocks = [block + damping * jnp.eye(len(block)) for block in dense_kfac(params, inputs)]
+        return sum(DENSE[name](block, v) for block, v in zip(blocks, PARTS, strict=True))
+
+    def ours(params: Any, inputs: jax.Array, damping: jax.Array) -> jax.Array:
+        return OURS[name](make(ggn_jax.KFACLinearOperator, params, inputs), damping)
+
+    point = PARAMS, INPUTS[0], jnp.asarray(DAMPING)
+    value, gradient = jax.jit(jax.value_and_grad(dense, (0, 1, 2)))(*point)
+    got, slopes = jax.value_and_grad(ours, (0, 1, 2))(*point)
+    np.testing.assert_allclose(got, value, rtol=1e-12)
+    np.testing.assert_allclose(flat(slopes), flat(gradient), rtol=0, atol=1e-11 * np.abs(flat(gradient)).max())
+    direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), point)
+    change = jax.jit(lambda *t: jax.jvp(ours, point, t)[1])(*direction)
+    np.testing.assert_allclose(change, flat(gradient) @ flat(direction), rtol=1e-10)
+
+
+def test_derivatives_of_ekfac_and_heuristic_inverses() -> None:
+    """Against finite differences, in the parameters and in class weights, at eigenvalues that differ."""
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS)
+
+    def values(params: Any, weight: jax.Array) -> jax.Array:
+        args = model_fn, ggn_jax.CrossEntropyLoss(weight), params, (INPUTS[1], jnp.arange(N) % 3)
+        ekfac = ggn_jax.EKFACLinearOperator(*args, fisher_type="type-2")
+        kfac = ggn_jax.KFACLinearOperator(*args, fisher_type="type-2")
+        heuristic = flat(VECTOR) @ flat(kfac.solve(VECTOR, DAMPING, "heuristic"))
+        return jnp.stack([ekfac.logdet(0.01), flat(VECTOR) @ flat(ekfac.solve(VECTOR, 0.1)), heuristic])
+
+    point = params, jnp.asarray([0.5, 1.0, 2.0])
+    jacobian = jax.jit(jax.jacrev(values, (0, 1)))(*point)
+    direction = jax.tree.map(lambda x: jnp.sin(1 + jnp.arange(x.size, dtype=float)).reshape(x.shape), point)
+    got = sum(
+        jnp.tensordot(j, t, t.ndim) for j, t in zip(jax.tree.leaves(jacobian), jax.tree.leaves(direction), strict=True)
+    )
+    fn, step = jax.jit(values), 1e-5
+    up, down = (fn(*jax.tree.map(lambda p, t, s=s: p + s * t, point, direction)) for s in (step, -step))
+    np.testing.assert_allclose(got, (up - down) / (2 * step), rtol=1e-6)
+
+
+# Resolution and scale.
+
+
+@pytest.mark.parametrize("operator", [KFACS[0], EKFACS[0]], ids=["kfac", "ekfac"])
+def test_singular_operators(operator: Any) -> None:
+    """An input that is always 0."""
+    assert operator.logdet() == -jnp.inf
+    assert operator.det() == 0
+    with pytest.raises(FloatingPointError, match=r"\['w'\], \['b'\]"):
+        operator.inverse()
+
+
+def test_float32_factors_of_few_data() -> None:
+    """Rounding puts eigenvalues of a null space anywhere up to `eps * largest`: 1e-2 of this damping."""
+    rng = np.random.default_rng(0)
+    x, g = np.abs(rng.normal(size=(30, 120))), rng.normal(size=(200, 5))
+    x[:, ::7] = 0  # dead pixels
+    a, b = 50 * x.T @ x / 30, g.T @ g / 200
+    block = Kronecker((jnp.asarray(a, jnp.float32)[None],), (jnp.asarray(b, jnp.float32)[None],))
+    damping = jnp.full(1, 1e-3, jnp.float32)
+    (spectrum,) = spectra([block])
+    inverse = spectrum.map("inverse", damping)
+    dense = np.kron(b, a) + 1e-3 * np.eye(600)
+    m = rng.normal(size=(1, 5, 120))
+    want = np.linalg.solve(dense, m.reshape(-1))
+    got = np.asarray(inverse.mv(jnp.asarray(m, jnp.float32)), float).reshape(-1)
+    assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
+    logdet = jnp.sum(jnp.log(spectrum.map("shift", damping).values))
+    np.testing.assert_allclose(logdet, np.linalg.slogdet(dense)[1], rtol=1e-5)
+    values = np.asarray(resolved(jnp.asarray([[-1e-9, 1e-8, 4e-7, 1e-6, 1.0], [0.0, 0, 0, 0, np.nan]], jnp.float32)))
+    np.testing.assert_array_equal(values[0], np.asarray([0, 0, 0, 1e-6, 1], np.float32))
+    assert np.isnan(values[1]).any()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-10, 1.0, 1e10, 1e18])
+def test_scales_in_float32(size: float) -> None:
+    """Squares of what float32 holds are out of its range."""
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 4, 4))
+    a, b = (np.stack([r @ r.T for r in root]) for root in roots)
+    a[0] *= 1e3
+    low = [[jnp.asarray(x * s, jnp.float32)[None] for x in xs] for xs, s in ((a, size), (b, 1 / size))]
+    block, exact = Kronecker(*map(tuple, low)), sum(np.kron(y, x) for x, y in zip(a, b, strict=True))
+    np.testing.assert_allclose(block.norms()[0], np.linalg.norm(exact), rtol=1e-5)
+    np.testing.assert_allclose(norm(low[0][0]), np.linalg.norm(low[0][0].astype(float)), rtol=1e-5)
+    rearranged = sum(np.outer(y, x) for x, y in zip(a, b, strict=True))
+    u, s, vt = np.linalg.svd(rearranged)
+    near = block.nearest()
+    got = np.outer(np.asarray(near.b[0][0], float), np.asarray(near.a[0][0], float))
+    np.testing.assert_allclose(got, s[0] * np.outer(u[:, 0], vt[0]), rtol=0, atol=1e-5 * s[0])
+    (inverse,) = split_inverses([block], [jnp.asarray(0.5, jnp.float32)])
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(inverse))
+    other = Spectral(None, None, jnp.full((1, 4, 3), 1e-25, jnp.float32))
+    np.testing.assert_allclose(other.norms()[0], 1e-25 * 12**0.5, rtol=1e-6)
+
+
+def test_kfoc_of_small_outputs_in_float32() -> None:
+    """Entries of 1e-10 have fourth powers below float32's range."""
+    inputs, targets, size = INPUTS[1].astype("float32"), TARGETS.astype("float32"), jnp.asarray(1e-10, "float32")
+    params = {name: PARAMS[name].astype("float32") for name in "wbv"}
+
+    def kfoc(by: jax.Array) -> jax.Array:
+        def scaled(p: Any, x: jax.Array) -> jax.Array:
+            return by * model_fn(p, x)
+
+        args = scaled, LOSS, params, (inputs, targets)
+        return ggn_jax.KFOCLinearOperator(*args, fisher_type="type-2").block("v")
+
+    fn = jax.jit(kfoc)
+    whole = fn(jnp.asarray(1.0, "float32"))
+    np.testing.assert_allclose(fn(size) / size**2, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_preconditioned_conjugate_gradients_in_float32() -> None:
+    """To the accuracy that float32 allows, with the residual as the recurrence has it (`KFACLinearOperator`)."""
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((9, 20), (20, 10))]
+    inputs, labels = jnp.asarray(rng.normal(size=(60, 9)), jnp.float32), jnp.asarray(rng.integers(10, size=60))
+
+    def net(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p[0]) @ p[1]
+
+    loss, damping = ggn_jax.CrossEntropyLoss(), 1e-4
+    args = net, loss, params, (inputs, labels)
+    ggn = ggn_jax.GGNLinearOperator(*args).damped(damping)
+    preconditioner = 1e3 * ggn_jax.KFACLinearOperator(*args, fisher_type="type-2").inverse(damping)
+    gradient = jax.grad(lambda p: loss(net(p, inputs), labels))(params)
+    with jax.numpy_dtype_promotion("standard"):
+        solver = lx.CG(rtol=1e-6, atol=1e-7, stabilise_every=None, max_steps=2000)
+        solution = lx.linear_solve(ggn, gradient, solver, options={"preconditioner": preconditioner}, throw=False)
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jax.tree.map(lambda x: x.astype(float), (params, gradient))
+        exact = ggn_jax.GGNLinearOperator(net, loss, wide[0], (inputs.astype(float), labels)).as_matrix()
+    want = np.linalg.solve(exact + damping * np.eye(len(exact)), flat(wide[1]))
+    assert np.linalg.norm(np.asarray(flat(solution.value), float) - want) < 1e-3 * np.linalg.norm(want)

@@ -1,0 +1,202 @@
+"""Layers whose weight is read row by row, scaled, or multiplied with a constant."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ggn_jax
+
+KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
+CE, MSE = ggn_jax.CrossEntropyLoss(), ggn_jax.MSELoss()
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+
+
+def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
+    """The dense GGN from Jacobians and JAX's Hessian of the loss."""
+    flat, unravel = ravel_pytree(params)
+    outputs = model_fn(params, batch[0])
+    jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
+    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
+    return np.array(jacobian.T @ hessian @ jacobian)
+
+
+def kinds(model_fn: Any, params: Any, inputs: Any) -> dict[str, tuple[str, str, int]]:
+    found = ggn_jax.report(model_fn, params, inputs)
+    assert found.passed, str(found)
+    return {row.parameter: (row.kind, row.curvature, row.uses) for row in found.rows}
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (6, 4)))
+
+ROWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "one index": lambda w, x: jax.vmap(jax.vmap(lambda i: w[i]))(x),
+    "dynamic index": lambda w, x: jax.vmap(jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False)))(x),
+    "equinox": lambda w, x: jax.vmap(jax.vmap(eqx.nn.Embedding(weight=w)))(x),
+    "columns": lambda w, x: jax.vmap(jax.vmap(lambda i: w.T[:, i]))(x),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_read_one_by_one_are_an_embedding(name: str) -> None:
+    def model_fn(p: Any, x: jax.Array, read: Any = ROWS[name]) -> jax.Array:
+        return jnp.tanh(read(p["table"], x)).sum(1) @ p["w"]
+
+    params, batch = {"table": normal(5, 3), "w": normal(3, 2)}, (TOKENS, jnp.arange(6) % 2)
+    assert kinds(model_fn, params, TOKENS)["['table']"] == ("embedding", "Kronecker", 1)
+    found = KFAC(model_fn, CE, params, batch, fisher_type="type-2")
+    like = KFAC(
+        lambda p, x: model_fn(p, x, lambda w, x: jnp.take(w, x, axis=0)), CE, params, batch, fisher_type="type-2"
+    )
+    np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_several_tables_in_one_array(mode: str) -> None:
+    """The table's number is data as well; an index that is out of range reads nothing, or the last row."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        rows = p["tables"].at[x[..., 0], :, x[..., 1]].get(mode=mode, fill_value=0)
+        return jnp.tanh(rows).sum(1)
+
+    def apart(p: Any, x: jax.Array) -> jax.Array:
+        flat = jnp.swapaxes(p["tables"], 1, 2).reshape(-1, 3)
+        number = jnp.clip(x[..., 0], 0, 1) * 5 + jnp.clip(x[..., 1], 0, 4)
+        outside = (x < 0) | (x >= jnp.array([2, 5])[None, None])
+        number = jnp.where(outside.any(-1) & (mode == "fill"), 10, number)
+        return jnp.tanh(jnp.take(flat, number, axis=0, mode=mode, fill_value=0)).sum(1)
+
+    x = jnp.stack([TOKENS % 3, TOKENS + 1], axis=-1)
+    params, batch = {"tables": normal(2, 3, 5)}, (x, normal(6, 3))
+    assert kinds(model_fn, params, x)["['tables']"] == ("embedding", "Kronecker", 1)
+    found, like = (KFAC(f, MSE, params, batch, fisher_type="type-2") for f in (model_fn, apart))
+    np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-15)
+
+
+SCALED: dict[str, tuple[float, Callable[[jax.Array], jax.Array]]] = {
+    "equalised rate": (math.sqrt(2 / 3), lambda w: w * math.sqrt(2 / 3)),
+    "muP": (1 / 3, lambda w: w / 3),
+    "negative": (-1.0, lambda w: -w),
+    "array": (0.25, lambda w: jnp.full((3, 2), 0.5) * w * jnp.asarray(0.5)),
+    "transposed": (2.0, lambda w: (2 * w.T.reshape(-1)).reshape(2, 3).T),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
+    scale, weight = SCALED[name]
+
+    def model_fn(p: Any, x: jax.Array, weight: Any = weight) -> jax.Array:
+        return jnp.tanh(x @ weight(p["w"]) + p["b"][None]) @ p["v"]
+
+    params = {"b": normal(2), "v": normal(2, 2), "w": normal(3, 2)}
+    batch = normal(6, 3), jnp.arange(6) % 2
+    assert kinds(model_fn, params, batch[0])["['w']"] == ("linear", "Kronecker", 1)
+    found = KFAC(model_fn, CE, params, batch, fisher_type="type-2").as_matrix()
+    plain = {**params, "w": scale * params["w"]}
+    like = KFAC(lambda p, x: model_fn(p, x, lambda w: w), CE, plain, batch, fisher_type="type-2").as_matrix()
+    jacobian = jnp.concatenate([jnp.ones(6), jnp.full(6, scale)])
+    np.testing.assert_allclose(found, jacobian[:, None] * like * jacobian[None], atol=1e-15)
+
+
+def test_scales_that_are_no_number() -> None:
+    """A mask, another parameter, a number that depends on the loop, and 0."""
+    params, x = {"w": normal(3, 3), "s": jnp.ones(())}, normal(4, 3)
+    for weight in (lambda p: p["w"] * jnp.eye(3), lambda p: p["w"] * p["s"], lambda p: p["w"] * 0.0):
+        found = kinds(lambda p, x, weight=weight: jnp.tanh(x @ weight(p)) * p["s"], params, x)
+        assert found["['w']"][0] == "uncovered"
+
+    def looped(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(1, 3, lambda i, h: jnp.tanh(h @ (p["w"] / i.astype(float))), x)
+
+    assert kinds(looped, {"w": params["w"]}, x)["['w']"][0] == "uncovered"
+
+
+def test_a_scaled_convolution_and_a_tied_weight_of_two_scales() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        x = jax.lax.conv_general_dilated(x, p["kernel"] / 3, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+        return jnp.tanh(jnp.tanh(x).sum(1) @ (2 * p["w"])) @ p["w"]
+
+    params, batch = {"kernel": normal(3, 2, 3), "w": normal(3, 3)}, (normal(5, 4, 2), normal(5, 3))
+    found = kinds(model_fn, params, batch[0])
+    assert found["['kernel']"] == ("convolution", "Kronecker", 1)
+    assert found["['w']"] == ("linear", "Kronecker", 2)
+    exact = np.diag(ggn(model_fn, MSE, params, batch))
+    diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
+    np.testing.assert_allclose(ravel_pytree(diagonal.mv(jax.tree.map(jnp.ones_like, params)))[0], exact, atol=1e-14)
+
+
+def net(p: Any, x: jax.Array) -> jax.Array:
+    return (jnp.tanh(jnp.tanh(x @ p["1"] + p["b"]) @ p["2"]) @ p["3"])[0]
+
+
+def laplacian(p: Any, x: jax.Array) -> jax.Array:
+    def second(direction: jax.Array) -> jax.Array:
+        def slope(x: jax.Array) -> jax.Array:
+            return jax.jvp(lambda x: net(p, x), (x,), (direction,))[1]
+
+        return jax.jvp(slope, (x,), (direction,))[1]
+
+    return jax.vmap(second)(jnp.eye(2)).sum()
+
+
+DERIVATIVES: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
+    "Laplacian": lambda p, x: laplacian(p, x)[None],
+    "Hessian": lambda p, x: jnp.trace(jax.hessian(lambda x: net(p, x))(x))[None],
+    "force": lambda p, x: -jax.grad(lambda x: net(p, x))(x),
+    "value and force": lambda p, x: jnp.concatenate([net(p, x)[None], jax.grad(lambda x: net(p, x))(x)]),
+    "Jacobian": lambda p, x: jax.jacfwd(lambda x: net(p, x))(x),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_in_the_inputs_have_layers_with_constant_inputs(name: str) -> None:
+    """Energy models and physics-informed networks: a weight meets a unit tangent, or a seed of ones, before data."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x: DERIVATIVES[name](p, x))(x)
+
+    params = {"1": normal(2, 3), "2": normal(3, 4), "3": normal(4, 1), "b": normal(3)}
+    x = normal(5, 2)
+    found = kinds(model_fn, params, x)
+    for weight in "123":
+        assert found[f"['{weight}']"][:2] == ("linear", "Kronecker"), found
+    batch = x, normal(*model_fn(params, x).shape, seed=1)
+    exact = ggn(model_fn, MSE, params, batch)
+    ones = jax.tree.map(jnp.ones_like, params)
+    diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
+    np.testing.assert_allclose(ravel_pytree(diagonal.mv(ones))[0], np.diag(exact), atol=1e-14)
+    ekfac = EKFAC(model_fn, MSE, params, batch, fisher_type="type-2")
+    np.testing.assert_allclose(ekfac.trace(), np.trace(exact), rtol=1e-12)
+    step = KFAC(model_fn, MSE, params, batch, fisher_type="type-2").solve(ones, 1e-2)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(step))
+
+
+def test_the_factors_of_a_weight_that_meets_a_constant() -> None:
+    """`d/dx tanh(x w) v` along `e`: the inputs of `w` are `x`, and `e`."""
+    direction = jnp.array([1.0, -2.0])
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: jnp.tanh(x @ p["w"]), (x,), (jnp.broadcast_to(direction, x.shape),))[1] @ p["v"]
+
+    params, x = {"v": normal(3, 2), "w": normal(2, 3)}, normal(5, 2)
+    found = KFAC(model_fn, MSE, params, (x, normal(5, 2)), fisher_type="type-2").factors()["['w']"]
+    slopes = 1 - jnp.tanh(x @ params["w"]) ** 2
+    curved = -2 * jnp.tanh(x @ params["w"]) * slopes * (direction @ params["w"])[None]
+    inputs = jnp.stack([jnp.broadcast_to(direction, x.shape), x])  # [use, N, in]
+    scale = math.sqrt(2 / x.shape[0] / 2)  # of the mean squared error over 2 outputs
+    grads = scale * jnp.stack([slopes, curved])[:, :, :, None] * params["v"][None, None]  # [use, N, out, outputs]
+    expected = [(a.T @ a / len(a), jnp.einsum("noc,npc->op", g, g)) for a, g in zip(inputs, grads, strict=True)]
+    pairs = list(zip(found.a, found.b, strict=True))
+    assert len(pairs) == 2
+    for a, b in expected:
+        assert any(np.allclose(a, f[0], atol=1e-14) and np.allclose(b, g[0], atol=1e-14) for f, g in pairs)
