@@ -45,7 +45,13 @@ class Plan:
 
 
 class UncoveredParametersWarning(UserWarning):
-    """Some parameters have no Kronecker form, and only the GGN's diagonal for curvature."""
+    """Some parameters have no Kronecker form, and are too large for a dense block: they have the GGN's exact diagonal.
+
+    Given by the Kronecker operators and by an optimizer's `init`, with `on_uncovered="auto"`; it names the parameters.
+
+    >>> import warnings, ggn_jax
+    >>> warnings.simplefilter("ignore", ggn_jax.UncoveredParametersWarning)  # or pass on_uncovered="diagonal"
+    """
 
 
 MAX_SMALL_SIZE = 1024
