@@ -1,6 +1,7 @@
 """Curvature for deep learning in JAX: exact Gauss-Newton / Fisher vectors, and matrix-free operators on them."""
 
 from ggn_jax._version import find_version as _find_version
+from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.grad_output import (
     loss_hessian_matrix_sqrt,
@@ -13,7 +14,7 @@ from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
-from ggn_jax.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
 from ggn_jax.operators import (
     BatchesLinearOperator,

@@ -75,6 +75,15 @@ def wide_dtype(tree: PyTree[Array]) -> Any:
     return jnp.dtype(jnp.float64) if jnp.dtype(jnp.float64) in dtypes else jnp.dtype(jnp.float32)
 
 
+def check_weight(name: str, value: Array) -> Array:
+    check_real(name, value)
+    if is_concrete(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) < np.inf)):
+        raise ValueError(
+            f"{name} must be finite and not negative (a negative weight has no real square root); got {value}."
+        )
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
+
+
 def check_count(name: str, value: Any) -> int:
     """`value` as a Python int of at least 1."""
     try:

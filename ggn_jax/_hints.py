@@ -85,6 +85,13 @@ def batch_hint(batch: Any) -> str:
     return " Pass (inputs, targets)." if is_array(batch) else ""
 
 
+def unit_axis_hint(wanted: tuple[int, ...], got: tuple[int, ...]) -> str:
+    """For a last axis of length 1 too many or too few."""
+    if got == (*wanted, 1):
+        return " Pass targets[..., 0]."
+    return " Pass targets[..., None]." if (*got, 1) == wanted else ""
+
+
 def loss_hint(loss: Any) -> str:
     """For a loss of another library, or a function."""
     if isinstance(loss, type):

@@ -8,10 +8,13 @@ from jaxtyping import Array
 
 from ggn_jax._checks import Shaped
 from ggn_jax._hints import loss_hint
+from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.likelihood import LikelihoodLoss, missing_fisher_sqrt
 from ggn_jax.loss import Loss
-from ggn_jax.losses import BUILT_IN
+from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
+
+BUILT_IN: tuple[type[Loss], ...] = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss)
 
 
 def check_supported(loss: Any) -> Loss:

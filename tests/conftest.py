@@ -23,7 +23,7 @@ if jax.config.jax_compilation_cache_dir is None:
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes are checked in all modules but those whose functions check their arguments themselves.
-CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "losses", "models"]
+CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "cross_entropy", "losses", "models"]
 HOOK = install_import_hook([f"ggn_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import hypothesis

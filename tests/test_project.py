@@ -24,7 +24,7 @@ GGN_JAX = [
     {"_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "terms"},
     {"layers.convolution", "layers.uses", "loss"},
-    {"layers.run", "layers.trace", "losses", "likelihood"},
+    {"layers.run", "layers.trace", "cross_entropy", "losses", "likelihood"},
     {"layers.axes", "layers.capture", "layers.plan", "_supported"},
     {"layers.check"},
     {"layers.report"},

@@ -1,8 +1,7 @@
-"""What is called again with other values of the same shapes is not compiled again."""
+"""A training step is compiled once for each size of batch; and what to do with a smaller last one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import ggn_jax
 
@@ -45,44 +43,6 @@ def data(seed: int, size: int = 8) -> tuple[Any, Any]:
     """Parameters and a batch."""
     targets = jnp.asarray(np.random.default_rng(seed).integers(2, size=size))
     return {"w": values(seed, 3, 4), "v": values(seed, 4, 2)}, (values(seed, size, 3), targets)
-
-
-def of_operator(make: Any, seed: int) -> Any:
-    params, batch = data(seed)
-    return make(model, LOSS, params, batch, key=jax.random.key(seed)).mv(params)
-
-
-def vectors(kind: str, seed: int) -> Any:
-    outputs, targets = values(seed, 8, 2), data(seed)[1][1]
-    return ggn_jax.make_batch_grad_output_fn(ggn_jax.CrossEntropyLoss(), kind)(outputs, targets, jax.random.key(seed))
-
-
-def from_batches(seed: int) -> Any:
-    params, batch = data(seed)
-    made = ggn_jax.KFACLinearOperator.from_batches(model, LOSS, params, [batch] * 2, key=jax.random.key(seed))
-    return made.solve(params, damping=0.1 * (seed + 1))
-
-
-CALLS: dict[str, Callable[[int], Any]] = {
-    "type-2": partial(vectors, "type-2"),
-    "mc": partial(vectors, "mc"),
-    "loss": lambda seed: ggn_jax.CrossEntropyLoss()(values(seed, 8, 2), data(seed)[1][1]),
-    "ggn": partial(of_operator, ggn_jax.GGNLinearOperator),
-    "ef": partial(of_operator, lambda *args, key: ggn_jax.EFLinearOperator(*args)),
-    "hessian": partial(of_operator, lambda *args, key: ggn_jax.HessianLinearOperator(*args)),
-    "diagonal": partial(of_operator, ggn_jax.GGNDiagonalLinearOperator),
-    "kfac": partial(of_operator, ggn_jax.KFACLinearOperator),
-    "ekfac": partial(of_operator, ggn_jax.EKFACLinearOperator),
-    "from_batches": from_batches,
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_calls(name: str) -> None:
-    jax.block_until_ready(CALLS[name](0))
-    with compilations() as found:
-        jax.block_until_ready(CALLS[name](1))
-    assert not found
 
 
 def test_steps() -> None:
