@@ -16,9 +16,23 @@ class ModelFn(eqx.Module):
     Two of the same model compare equal but for their leaves, so that nothing is traced anew.
     """
 
-    @abc.abstractmethod
+    size: int = eqx.field(static=True)
+    """How many arrays its parameters are."""
+
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         """The outputs of a batch, `[N, *out]`."""
+        found = len(jax.tree.leaves(params))
+        if found != self.size:
+            raise ValueError(
+                f"params must hold all {self.size} arrays that came with model_fn; got {found}. To vary some of them"
+                " only, close over the others: pass the params 'some' and a model_fn like"
+                " lambda some, inputs: model_fn({**params, 'head': some}, inputs)."
+            )
+        return self._run(params, inputs)
+
+    @abc.abstractmethod
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        """The outputs at all parameters."""
 
 
 def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[Array]]:
@@ -46,7 +60,7 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # its overloads hide the length
     # Plain dicts of arrays: the states hold the module's own variables, which change with it.
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    return _NNX(graph, rest, method), params
+    return _NNX(_size(params), graph, rest, method), params
 
 
 class _NNX(ModelFn):
@@ -54,7 +68,7 @@ class _NNX(ModelFn):
     rest: PyTree[Array]
     method: str = eqx.field(static=True)
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         from flax import nnx
 
         return getattr(nnx.merge(self.graph, params, self.rest), self.method)(inputs)
@@ -86,7 +100,7 @@ def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyT
     if "params" not in variables:
         raise ValueError(f"variables must have a collection 'params'; got {sorted(variables)}.")
     rest = {name: collection for name, collection in variables.items() if name != "params"}
-    return _Linen(module, rest, Frozen(kwargs)), variables["params"]
+    return _Linen(_size(variables["params"]), module, rest, Frozen(kwargs)), variables["params"]
 
 
 class _Linen(ModelFn):
@@ -94,7 +108,7 @@ class _Linen(ModelFn):
     rest: PyTree[Array]
     kwargs: Frozen
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         return self.module.apply({"params": params, **self.rest}, inputs, **self.kwargs.thaw())
 
 
@@ -114,13 +128,17 @@ def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree
     if not isinstance(module, eqx.Module):
         raise TypeError(f"module must be an equinox.Module; got {type(module).__name__}.")
     params, rest = eqx.partition(module, eqx.is_inexact_array)
-    return _Equinox(Frozen(rest), batched), params
+    return _Equinox(_size(params), Frozen(rest), batched), params
 
 
 class _Equinox(ModelFn):
     rest: Frozen
     batched: bool = eqx.field(static=True)
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         module = eqx.combine(params, self.rest.thaw())
         return module(inputs) if self.batched else jax.vmap(module)(inputs)
+
+
+def _size(params: PyTree[Array]) -> int:
+    return len(jax.tree.leaves(params))
