@@ -22,6 +22,9 @@ class ModelFn(eqx.Module):
     ModelFn(Linear)
     """
 
+    size: int = eqx.field(static=True)
+    """How many arrays its parameters are."""
+
     def __repr__(self) -> str:
         return f"ModelFn({self._name()})"
 
@@ -29,9 +32,20 @@ class ModelFn(eqx.Module):
     def _name(self) -> str:
         """The class of the module."""
 
-    @abc.abstractmethod
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
         """The outputs of a batch, `[N, *out]`."""
+        found = len(jax.tree.leaves(params))
+        if found != self.size:
+            raise ValueError(
+                f"params must hold all {self.size} arrays that came with model_fn; got {found}. To vary some of them"
+                " only, close over the others: pass the params 'some' and a model_fn like"
+                " lambda some, inputs: model_fn({**params, 'head': some}, inputs)."
+            )
+        return self._run(params, inputs)
+
+    @abc.abstractmethod
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        """The outputs at all parameters."""
 
 
 def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[Array]]:
@@ -59,7 +73,7 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # its overloads hide the length
     # Plain dicts of arrays: the states hold the module's own variables, which change with it.
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    return _NNX(graph, rest, method, type(module).__name__), params
+    return _NNX(_size(params), graph, rest, method, type(module).__name__), params
 
 
 class _NNX(ModelFn):
@@ -71,7 +85,7 @@ class _NNX(ModelFn):
     def _name(self) -> str:
         return self.name
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         from flax import nnx
 
         return getattr(nnx.merge(self.graph, params, self.rest), self.method)(inputs)
@@ -103,7 +117,7 @@ def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyT
     if "params" not in variables:
         raise ValueError(f"variables must have a collection 'params'; got {sorted(variables)}.")
     rest = {name: collection for name, collection in variables.items() if name != "params"}
-    return _Linen(module, rest, Frozen(kwargs)), variables["params"]
+    return _Linen(_size(variables["params"]), module, rest, Frozen(kwargs)), variables["params"]
 
 
 class _Linen(ModelFn):
@@ -114,7 +128,7 @@ class _Linen(ModelFn):
     def _name(self) -> str:
         return type(self.module).__name__
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         return self.module.apply({"params": params, **self.rest}, inputs, **self.kwargs.thaw())
 
 
@@ -134,7 +148,7 @@ def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree
     if not isinstance(module, eqx.Module):
         raise TypeError(f"module must be an equinox.Module; got {type(module).__name__}.")
     params, rest = eqx.partition(module, eqx.is_inexact_array)
-    return _Equinox(Frozen(rest), batched), params
+    return _Equinox(_size(params), Frozen(rest), batched), params
 
 
 class _Equinox(ModelFn):
@@ -144,6 +158,10 @@ class _Equinox(ModelFn):
     def _name(self) -> str:
         return type(self.rest.thaw()).__name__
 
-    def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         module = eqx.combine(params, self.rest.thaw())
         return module(inputs) if self.batched else jax.vmap(module)(inputs)
+
+
+def _size(params: PyTree[Array]) -> int:
+    return len(jax.tree.leaves(params))

@@ -3,6 +3,10 @@
 import os
 import tempfile
 
+# OpenBLAS is JAX's LAPACK on CPUs, and its threads wait for each other where other processes use the same cores: small
+# factorisations take a hundred times longer. It is read when the library is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 from compiling import flags
 

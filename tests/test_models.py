@@ -333,6 +333,17 @@ def test_float32_modules() -> None:
 # Errors. -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_part_of_the_parameters_is_refused() -> None:
+    module = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+    chain = linen.Sequential([linen.Dense(4), linen.Dense(2)])
+    mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    made = [from_nnx(module), from_linen(chain, chain.init(jax.random.key(0), X)), from_equinox(mlp)]
+    parts = [lambda p: {"layers": {1: p["layers"][1]}}, lambda p: {"layers_1": p["layers_1"]}, lambda p: p.layers[1]]
+    for (model_fn, params), part in zip(made, parts, strict=True):
+        with pytest.raises(ValueError, match=r"all 4 arrays that came with model_fn; got 2.*close over the others"):
+            GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), part(params), (X, TARGETS))
+
+
 def test_wrong_types() -> None:
     dense, variables = linen.Dense(2, **F64), linen.Dense(2, **F64).init(jax.random.key(0), X)
     with pytest.raises(TypeError, match=r"must be a flax\.nnx\.Module; got Dense"):
