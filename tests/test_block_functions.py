@@ -363,3 +363,32 @@ def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.Mo
     np.testing.assert_allclose(got.reshape(-1), np.linalg.solve(nearest + 0.1 * np.eye(12), m.reshape(-1)), atol=1e-10)
     assert not sums.has_exact_functions(block)
     assert not sums.is_representable(sums.add(block, Spectral(None, None, jnp.ones((1, 4, 3)))))
+
+
+def test_diagonal_operators() -> None:
+    """All that operators with blocks have."""
+    one, two = (ggn_jax.GGNDiagonalLinearOperator(model_fn, LOSS, PARAMS, (x, TARGETS)) for x in INPUTS)
+    d, e = (np.asarray(flat(operator.entries)) for operator in (one, two))
+    damped = d + np.diag(DAMPINGS)
+    for operator, want in (
+        (one.damped(SHARES), damped),
+        (one.inverse(SHARES), 1 / damped),
+        (one.inverse(SHARES, scale=10.0), 10 / damped),
+        (one.sqrt(SHARES), damped**0.5),
+        (one.inverse_sqrt(SHARES), damped**-0.5),
+        (one + two, d + e),
+        (3 * one / 2, 1.5 * d),
+    ):
+        assert lx.is_positive_semidefinite(operator)
+        assert lx.is_diagonal(operator)
+        np.testing.assert_allclose(flat(operator.mv(VECTOR)), want * flat(VECTOR), rtol=1e-13)
+    np.testing.assert_allclose(flat(one.solve(VECTOR, SHARES)), flat(VECTOR) / damped, rtol=1e-13)
+    np.testing.assert_allclose(one.trace(), d.sum(), rtol=1e-13)
+    np.testing.assert_allclose(one.frobenius_norm(), np.linalg.norm(d), rtol=1e-13)
+    np.testing.assert_allclose(one.logdet(SHARES), np.log(damped).sum(), rtol=1e-13)
+    np.testing.assert_allclose(one.det(SHARES), damped.prod(), rtol=1e-12)
+    assert one.logdet() == -jnp.inf  # of the weights of an input that is always 0
+    np.testing.assert_array_equal(one.block("v"), np.diag(d[4:16]))
+    assert one.diagonal() is one.entries
+    with pytest.raises(KeyError, match="no parameter 'u'"):
+        one.block("u")
