@@ -11,8 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import ggn_jax
+from ggn_jax.kronecker import functions, sums
 from ggn_jax.kronecker.algebra import Kronecker, Spectral, split_inverses
-from ggn_jax.kronecker.functions import spectra
 from ggn_jax.kronecker.linalg import norm, resolved
 from ggn_jax.operators.blocks import BlockLinearOperator
 
@@ -270,7 +270,7 @@ def test_float32_factors_of_few_data() -> None:
     a, b = 50 * x.T @ x / 30, g.T @ g / 200
     block = Kronecker((jnp.asarray(a, jnp.float32)[None],), (jnp.asarray(b, jnp.float32)[None],))
     damping = jnp.full(1, 1e-3, jnp.float32)
-    (spectrum,) = spectra([block])
+    (spectrum,) = functions.spectra([block])
     inverse = spectrum.map("inverse", damping)
     dense = np.kron(b, a) + 1e-3 * np.eye(600)
     m = rng.normal(size=(1, 5, 120))
@@ -345,3 +345,50 @@ def test_preconditioned_conjugate_gradients_in_float32() -> None:
         exact = ggn_jax.GGNLinearOperator(net, loss, wide[0], (inputs.astype(float), labels)).as_matrix()
     want = np.linalg.solve(exact + damping * np.eye(len(exact)), flat(wide[1]))
     assert np.linalg.norm(np.asarray(flat(solution.value), float) - want) < 1e-3 * np.linalg.norm(want)
+
+
+def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the dense matrix would be too large."""
+    monkeypatch.setattr(functions, "DENSE", 11)
+    monkeypatch.setattr(sums, "DENSE", 11)
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 4, 4))
+    a, b = ([r @ r.T for r in root] for root in roots)
+    block = Kronecker(*(tuple(jnp.asarray(x)[None] for x in xs) for xs in (a, b)))
+    u, s, vt = np.linalg.svd(sum(np.outer(y, x) for x, y in zip(a, b, strict=True)))
+    nearest = s[0] * np.kron(u[:, 0].reshape(4, 4), vt[0].reshape(3, 3))
+    m = rng.normal(size=(1, 4, 3))
+    (spectrum,) = functions.spectra([block])
+    got = spectrum.map("inverse", jnp.asarray([0.1])).mv(jnp.asarray(m))
+    np.testing.assert_allclose(got.reshape(-1), np.linalg.solve(nearest + 0.1 * np.eye(12), m.reshape(-1)), atol=1e-10)
+    assert not sums.has_exact_functions(block)
+    assert not sums.is_representable(sums.add(block, Spectral(None, None, jnp.ones((1, 4, 3)))))
+
+
+def test_diagonal_operators() -> None:
+    """All that operators with blocks have."""
+    one, two = (ggn_jax.GGNDiagonalLinearOperator(model_fn, LOSS, PARAMS, (x, TARGETS)) for x in INPUTS)
+    d, e = (np.asarray(flat(operator.entries)) for operator in (one, two))
+    damped = d + np.diag(DAMPINGS)
+    for operator, want in (
+        (one.damped(SHARES), damped),
+        (one.inverse(SHARES), 1 / damped),
+        (one.inverse(SHARES, scale=10.0), 10 / damped),
+        (one.sqrt(SHARES), damped**0.5),
+        (one.inverse_sqrt(SHARES), damped**-0.5),
+        (one + two, d + e),
+        (3 * one / 2, 1.5 * d),
+    ):
+        assert lx.is_positive_semidefinite(operator)
+        assert lx.is_diagonal(operator)
+        np.testing.assert_allclose(flat(operator.mv(VECTOR)), want * flat(VECTOR), rtol=1e-13)
+    np.testing.assert_allclose(flat(one.solve(VECTOR, SHARES)), flat(VECTOR) / damped, rtol=1e-13)
+    np.testing.assert_allclose(one.trace(), d.sum(), rtol=1e-13)
+    np.testing.assert_allclose(one.frobenius_norm(), np.linalg.norm(d), rtol=1e-13)
+    np.testing.assert_allclose(one.logdet(SHARES), np.log(damped).sum(), rtol=1e-13)
+    np.testing.assert_allclose(one.det(SHARES), damped.prod(), rtol=1e-12)
+    assert one.logdet() == -jnp.inf  # of the weights of an input that is always 0
+    np.testing.assert_array_equal(one.block("v"), np.diag(d[4:16]))
+    assert one.diagonal() is one.entries
+    with pytest.raises(KeyError, match="no parameter 'u'"):
+        one.block("u")

@@ -102,7 +102,7 @@ def test_diagonal_operator() -> None:
     assert isinstance(damped, GGNDiagonalLinearOperator)
     assert_close(lx.diagonal(damped), want + DAMPING)
     with pytest.raises(ValueError, match="scale must not be negative"):
-        damped.inverse(-1.0)
+        damped.inverse(scale=-1.0)
     inverse = damped.inverse()
     assert lx.is_positive_semidefinite(inverse)
     assert lx.is_diagonal(inverse)

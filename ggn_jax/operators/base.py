@@ -2,6 +2,7 @@
 
 import abc
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -183,6 +184,12 @@ def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct
             f" {jax.tree.structure(structure)}, got {jax.tree.structure(damping)}."
         ) from error
     return jax.tree.leaves(spread)
+
+
+def simple_path(name: str) -> str:
+    """`a/0/b` for `['a'][0].b`."""
+    parts = re.findall(r"""\[(['"])(.*?)\1\]|\[(.*?)\]|\.(\w+)""", name)
+    return "/".join(next(filter(None, part[1:]), "") for part in parts)
 
 
 def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:

@@ -1,7 +1,6 @@
 """Block-diagonal operators: products, inverses, roots, determinants and dense blocks."""
 
 import math
-import re
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any, Literal, Self
@@ -37,6 +36,7 @@ from ggn_jax.operators.base import (
     check_vector,
     leaf_dampings,
     register,
+    simple_path,
 )
 
 HEURISTIC = "heuristic inverse"
@@ -210,7 +210,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         found = {
             name: (block, spec.shape)
             for name, (spec, block) in self._named()
-            if path in (name, *spec.names, *map(_simple, spec.names))
+            if path in (name, *spec.names, *map(simple_path, spec.names))
         }
         if len(found) == 1:
             return _dense(*next(iter(found.values())))
@@ -368,9 +368,3 @@ def _map_blocks(
 def _dense(block: AnyBlock, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
     eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
     return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMNS_AT_ONCE)
-
-
-def _simple(name: str) -> str:
-    """`a/0/b` for `['a'][0].b`."""
-    parts = re.findall(r"""\[(['"])(.*?)\1\]|\[(.*?)\]|\.(\w+)""", name)
-    return "/".join(next(filter(None, part[1:]), "") for part in parts)

@@ -12,22 +12,24 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import check_count, check_sampling, compute_dtype
+from ggn_jax._checks import check_count, check_sampling, compute_dtype, wide_dtype
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
+from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
-    DampedLinearOperator,
     SymmetricLinearOperator,
+    check_damping,
     check_number,
     check_vector,
     leaf_dampings,
     register,
+    simple_path,
     vectors_like,
 )
 from ggn_jax.operators.batches import add_up, check_unbatched, with_progress, with_reduction, without_reduction
@@ -146,23 +148,96 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return vectors_like(self.entries)
 
     def damped(self, damping: Any) -> "GGNDiagonalLinearOperator":
-        """`self + damping * I`, a diagonal operator again."""
-        numbers = leaf_dampings(DampedLinearOperator(self, damping).damping, self.entries)
-        leaves, tree = jax.tree.flatten(self.entries)
-        entries = jax.tree.unflatten(tree, [d + n.astype(d.dtype) for d, n in zip(leaves, numbers, strict=True)])
-        return eqx.tree_at(lambda operator: operator.entries, self, entries)
+        """`self + damping * I`, a diagonal operator again; `damping` is a number, or a prefix of the parameters."""
+        return self._map(damping, lambda d: d)
 
-    def inverse(self, scale: float = 1.0) -> lx.AbstractLinearOperator:
-        """`scale` times the inverse, tagged as positive semi-definite: a preconditioner.
+    def inverse(self, damping: Any = 0.0, *, scale: float = 1.0) -> "GGNDiagonalLinearOperator":
+        """`scale` times the inverse of `self + damping * I`, a diagonal operator again: a preconditioner.
 
         The scale cancels in conjugate gradients, but not in lineax's check for a breakdown: see `GGNLinearOperator`.
-        Entries that are 0 give infinity: damp first.
+        Entries that are 0 give infinity: damp.
 
-        **Raises:** ValueError for a scale that is not a number, or negative.
+        **Raises:** ValueError for a damping or a scale that is not a number, or negative.
         """
         number = check_number("scale", scale)
-        inverse = lx.DiagonalLinearOperator(jax.tree.map(lambda d: number.astype(d.dtype) / d, self.entries))
-        return lx.TaggedLinearOperator(inverse, lx.positive_semidefinite_tag)
+        return self._map(damping, lambda d: number.astype(d.dtype) / d)
+
+    def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
+        """`inverse(damping).mv(vector)`."""
+        return self.inverse(damping).mv(vector)
+
+    def sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
+        """The square root of `self + damping * I`."""
+        return self._map(damping, jnp.sqrt)
+
+    def inverse_sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
+        """The inverse of `sqrt(damping)`."""
+        return self._map(damping, jax.lax.rsqrt)
+
+    def trace(self) -> Float[Array, ""]:
+        """The trace."""
+        return _total(self.entries, jnp.sum)
+
+    def frobenius_norm(self) -> Float[Array, ""]:
+        """The Frobenius norm."""
+        return _norm(self.entries)
+
+    def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
+        """The logarithm of the determinant of `self + damping * I`; minus infinity where an entry is 0."""
+        return _total(self.damped(damping).entries, _sum_of_logs)
+
+    def det(self, damping: Any = 0.0) -> Float[Array, ""]:
+        """The determinant of `self + damping * I`; `logdet` does not overflow."""
+        return jnp.exp(self.logdet(damping))
+
+    def diagonal(self) -> PyTree[Array]:
+        """The diagonal, as a pytree like the parameters."""
+        return self.entries
+
+    def block(self, path: str) -> Float[Array, "d d"]:
+        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`."""
+        found = {jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)}
+        for name, leaf in found.items():
+            if path in (name, simple_path(name)):
+                return jnp.diag(leaf.reshape(-1))
+        raise KeyError(f"no parameter {path!r}; there are {', '.join(found)}.")
+
+    def __add__(self, other: Any) -> lx.AbstractLinearOperator:
+        """The sum; of two diagonal operators on the same parameters, a diagonal operator."""
+        if isinstance(other, GGNDiagonalLinearOperator) and other.in_structure() == self.in_structure():
+            return self._replace(jax.tree.map(jnp.add, self.entries, other.entries))
+        return super().__add__(other)
+
+    def _scaled(self, number: float) -> "GGNDiagonalLinearOperator":
+        return self._replace(jax.tree.map(lambda d: number * d, self.entries))
+
+    def _map(self, damping: Any, fn: Callable[[Array], Array]) -> "GGNDiagonalLinearOperator":
+        """A function of the damped entries."""
+        numbers = leaf_dampings(check_damping(damping, self.in_structure()), self.entries)
+        leaves, tree = jax.tree.flatten(self.entries)
+        made = [fn(d + n.astype(d.dtype)) for d, n in zip(leaves, numbers, strict=True)]
+        return self._replace(jax.tree.unflatten(tree, made))
+
+    def _replace(self, entries: PyTree[Array]) -> "GGNDiagonalLinearOperator":
+        return eqx.tree_at(lambda operator: operator.entries, self, entries)
+
+
+def _sum_of_logs(x: Array) -> Array:
+    return jnp.sum(jnp.log(x))
+
+
+@partial(jax.jit, static_argnames="fn")
+@compiler_sharded
+def _total(entries: PyTree[Array], fn: Callable[[Array], Array]) -> Float[Array, ""]:
+    wide, leaves = wide_dtype(entries), jax.tree.leaves(entries)
+    return jnp.sum(jnp.stack([fn(leaf.astype(wide)) for leaf in leaves])) if leaves else jnp.zeros(())
+
+
+@jax.jit
+@compiler_sharded
+def _norm(entries: PyTree[Array]) -> Float[Array, ""]:
+    wide, leaves = wide_dtype(entries), jax.tree.leaves(entries)
+    return norm(jnp.stack([norm(leaf.astype(wide)) for leaf in leaves])) if leaves else jnp.zeros(())
 
 
 register(GGNDiagonalLinearOperator, positive_semidefinite=True, diagonal=True)
