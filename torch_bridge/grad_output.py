@@ -58,7 +58,8 @@ def make_grad_output_fn(
     **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
     They are computed in the dtype to which torch promotes output, target and the tensors of the loss, at least float32,
     and rounded once.
-    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace).
+    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace; one
+    state then gives one result again, but from torch 2.14 on not that of the function that is not compiled).
 
     **Raises:** NotImplementedError for a loss that is not supported, or may compute something else than its class says
     (hooks, a replaced `forward`), and for tensors that are not dense; ValueError for an unknown fisher type,
