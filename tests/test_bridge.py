@@ -1,6 +1,7 @@
 """`torch_bridge` against PyTorch's own losses: autodiff Hessians of every option, and curvlinops."""
 
 import copy
+import pickle
 from typing import Any
 
 import cases
@@ -247,6 +248,25 @@ def test_confident_logits_keep_their_curvature() -> None:
     root = torch_bridge.loss_hessian_matrix_sqrt(logit, torch.ones(1, dtype=torch.bfloat16), BCEWithLogitsLoss())
     exact = (logit.double().sigmoid() * (-logit.double()).sigmoid()).sqrt()
     torch.testing.assert_close(root[0].double(), exact, rtol=2**-8, atol=0)
+
+
+def test_functions_can_be_pickled_and_copied() -> None:
+    loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    outputs, targets = torch.zeros(2, 3), torch.tensor([1, 2])
+    functions = [
+        (torch_bridge.make_grad_output_fn(loss, "mc", 4), (outputs[0], targets[0])),
+        (torch_bridge.make_batch_grad_output_fn(loss, "type-2"), (outputs, targets)),
+        (torch_bridge.make_grad_output_sampler(loss), (outputs[0], 4, targets[0])),
+    ]
+    for fn, args in functions:
+        for again in (pickle.loads(pickle.dumps(fn)), copy.deepcopy(fn)):
+            expected = fn(*args, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(again(*args, generator=torch.Generator().manual_seed(0)), expected)
+    own, shared = copy.deepcopy(functions[1][0]), copy.copy(functions[1][0])
+    before = own(outputs, targets)
+    loss.reduction = "sum"  # a deep copy has a loss of its own
+    assert torch.equal(own(outputs, targets), before)
+    assert not torch.equal(shared(outputs, targets), before)
 
 
 def test_options_are_read_at_each_call() -> None:

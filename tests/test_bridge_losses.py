@@ -11,6 +11,7 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 import ggn_jax
 import torch_bridge
+from torch_bridge.unsupported import WAYS_OUT
 
 MAKERS = [
     lambda loss: torch_bridge.make_grad_output_fn(loss, "type-2"),
@@ -73,6 +74,36 @@ def test_unsupported_losses(make: Any, loss: Any, names: list[str]) -> None:
     assert all(name in str(info.value) for name in names)
 
 
+NO_ENTRY = {
+    "NLLLoss": ["log-probabilities", "pass logits to CrossEntropyLoss"],
+    "KLDivLoss": ["log-probabilities", "pass logits to CrossEntropyLoss"],
+    "BCELoss": ["probabilities", "BCEWithLogitsLoss"],
+    "SoftMarginLoss": ["BCEWithLogitsLoss"],
+    "MultiLabelSoftMarginLoss": ["BCEWithLogitsLoss"],
+    "PoissonNLLLoss": ["LikelihoodLoss"],
+    "GaussianNLLLoss": ["LikelihoodLoss", "MSELoss"],
+    "SmoothL1Loss": ["LikelihoodLoss"],
+    "HuberLoss": ["LikelihoodLoss"],
+    "L1Loss": ["piecewise linear"],
+    "MultiMarginLoss": ["CrossEntropyLoss"],
+    "CTCLoss": ["alignments"],
+    "TripletMarginLoss": ["compares outputs"],
+}
+
+
+@pytest.mark.parametrize("name", NO_ENTRY)
+def test_other_losses_of_torch_are_refused_with_a_way_out(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"got {name}\. About {name}: .*register_loss") as info:
+        torch_bridge.make_grad_output_fn(getattr(torch.nn, name)(), "type-2")
+    assert all(words in str(info.value) for words in NO_ENTRY[name])
+
+
+def test_all_losses_of_torch_are_known() -> None:
+    """Each is taken, or has a way out."""
+    names = {name for name in dir(torch.nn) if name.endswith("Loss")} - {"NLLLoss2d"}  # an alias
+    assert names <= {"MSELoss", "CrossEntropyLoss", "BCEWithLogitsLoss", *WAYS_OUT}
+
+
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("cls", [MSELoss, CrossEntropyLoss, BCEWithLogitsLoss])
 def test_no_reduction_is_refused(make: Any, cls: Any) -> None:
@@ -96,6 +127,55 @@ def test_changed_modules_are_refused(name: str) -> None:
     for call in (lambda: fn(X, Y), lambda: torch_bridge.make_grad_output_fn(loss, "mc")):
         with pytest.raises(NotImplementedError, match="hooks, or a forward of its own"):
             call()
+
+
+GLOBAL_HOOKS = [
+    torch.nn.modules.module.register_module_forward_hook,
+    torch.nn.modules.module.register_module_forward_pre_hook,
+    torch.nn.modules.module.register_module_full_backward_pre_hook,
+    torch.nn.modules.module.register_module_full_backward_hook,
+]
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS, ids=lambda register: register.__name__)
+def test_hooks_of_all_modules_are_refused(register: Any) -> None:
+    loss = CrossEntropyLoss()
+    fn = torch_bridge.make_grad_output_fn(loss, "type-2")
+    handle = register(lambda *args: None)
+    try:
+        for call in (lambda: fn(X, Y), lambda: torch_bridge.make_grad_output_fn(loss, "mc")):
+            with pytest.raises(NotImplementedError, match="hooks for all modules"):
+                call()
+    finally:
+        handle.remove()
+    fn(X, Y)
+
+
+def test_a_replaced_forward_of_the_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn = torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "type-2")
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossEntropyLoss, "forward", lambda self, output, target: output.sum())
+        for call in (lambda: fn(X, Y), lambda: torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "mc")):
+            with pytest.raises(NotImplementedError, match="CrossEntropyLoss, whose forward was replaced"):
+                call()
+    fn(X, Y)
+
+
+def test_binary_targets_are_floating() -> None:
+    """Torch refuses others in the loss itself."""
+    for dtype in (torch.bool, torch.int64):
+        with pytest.raises(TypeError, match=rf"target must be floating .*got {dtype}: cast it, target\.to\(output"):
+            torch_bridge.make_grad_output_fn(BCEWithLogitsLoss(), "mc")(X, X.to(dtype))
+        assert torch_bridge.make_grad_output_fn(MSELoss(), "mc")(X, X.to(dtype)).shape == (1, 3)  # as torch's
+
+
+def test_no_samples() -> None:
+    for loss in (MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()):
+        sampler = torch_bridge.make_grad_output_sampler(loss)
+        generator = torch.Generator().manual_seed(0)
+        state = generator.get_state()
+        assert sampler(X, 0, Y if isinstance(loss, CrossEntropyLoss) else X, generator).shape == (0, 3)
+        assert torch.equal(generator.get_state(), state)
 
 
 def test_options_from_numpy() -> None:
@@ -125,7 +205,9 @@ def test_bad_fisher_types(fisher_type: Any) -> None:
 def test_bad_numbers_of_samples(mc_samples: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="mc_samples must be an integer of at least 1"):
         torch_bridge.make_grad_output_fn(MSELoss(), "mc", mc_samples)
-    with pytest.raises(error, match="num_samples must be an integer of at least 1"):
+    if mc_samples == 0 and error is ValueError:
+        return  # of the sampler, as in curvlinops, no draws
+    with pytest.raises(error, match="num_samples must be an integer of at least 0"):
         torch_bridge.make_grad_output_sampler(MSELoss())(torch.zeros(2), mc_samples, torch.zeros(2))
 
 

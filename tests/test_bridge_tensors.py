@@ -93,13 +93,58 @@ def test_lifetimes_are_independent() -> None:
         (np.zeros(3), TypeError, "tensor must be a torch.Tensor; got ndarray"),
         (torch.zeros(3).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn, which JAX does not have"),
         (torch.zeros(3, device="meta"), NotImplementedError, "on the CPU or a CUDA device; got one on meta"),
-        (torch.eye(3).to_sparse(), NotImplementedError, "ordinary one"),
+        (torch.eye(3).to_sparse(), NotImplementedError, "kind torch.sparse_coo: pass tensor.to_dense()"),
     ],
     ids=["not a tensor", "dtype", "meta", "sparse"],
 )
 def test_what_to_jax_refuses(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         to_jax(value)
+
+
+def masked() -> Any:
+    return torch.masked.masked_tensor(torch.eye(3), torch.eye(3) > 0)
+
+
+def nested() -> Any:
+    return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)])
+
+
+def jagged() -> Any:
+    return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=torch.jagged)
+
+
+class DTensor(torch.Tensor):
+    """Takes the place of torch's, which needs a process group."""
+
+
+NOT_DENSE = {
+    "coo": (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo", "to_dense()"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), "torch.sparse_csr", "to_dense()"),
+    "mkldnn": (lambda: torch.eye(3).to_mkldnn(), "mkldnn", "to_dense()"),
+    "nested": (nested, "nested", "unbind()"),
+    "jagged": (jagged, "nested", "unbind()"),
+    "masked": (masked, "MaskedTensor", "to_tensor(value)"),
+    "distributed": (lambda: torch.eye(3).as_subclass(DTensor), "DTensor", "to_local()"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of prototypes
+@pytest.mark.parametrize("name", NOT_DENSE)
+def test_tensors_that_are_not_dense_are_refused_by_name(name: str) -> None:
+    make, kind, way_out = NOT_DENSE[name]
+    bad, dense = make(), torch.eye(3)
+    calls = {
+        "tensor": lambda: to_jax(bad),
+        "outputs": lambda: torch_bridge.make_batch_grad_output_fn(torch.nn.MSELoss(), "forward-only")(bad, None),
+        "targets": lambda: torch_bridge.make_batch_grad_output_fn(torch.nn.MSELoss(), "type-2")(dense, bad),
+        "loss_func.weight": lambda: torch_bridge.make_grad_output_fn(torch.nn.BCEWithLogitsLoss(weight=bad), "mc"),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"^{argument} must be an ordinary, dense tensor; got") as info:
+            call()
+        assert kind in str(info.value)
+        assert f"{argument}.{way_out}" in str(info.value)
 
 
 def test_to_jax_inside_of_a_transformation() -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from torch.utils.checkpoint import checkpoint
@@ -171,7 +171,8 @@ def test_the_sampler_as_curvlinops_calls_it() -> None:
     drawn = mapped(outputs, 7, targets, torch.Generator().manual_seed(0))
     assert drawn.shape == (7, 5, 3)
     drawn.div_(7**0.5)
-    assert sampler(output=outputs[0], num_samples=2, target=targets[0], generator=None).shape == (2, 3)
+    one = sampler(output_one_datum=outputs[0], num_samples=2, target_one_datum=targets[0], generator=None)
+    assert one.shape == (2, 3)
 
 
 # Graphs
@@ -203,16 +204,82 @@ def test_make_fx(mode: str, fisher_type: str) -> None:
         assert not torch.equal(graph(other, labels, weight), expected), "drawn once and for all"
 
 
+def doubled(fn: Any, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return fn(outputs, targets, None).mul_(2)
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_functionalize(fisher_type: str) -> None:
+    loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double())
+    outputs, targets = batch(loss)
+    for fn in (as_curvlinops(loss, fisher_type, 2), torch_bridge.make_batch_grad_output_fn(loss, fisher_type, 2)):
+        expected = seeded(fn, outputs, targets, None)
+        mutating = functionalize(partial(doubled, fn))
+        assert torch.equal(seeded(mutating, outputs, targets), 2 * expected)
+        assert torch.equal(seeded(make_fx(mutating)(outputs, targets), outputs, targets), 2 * expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda of: functionalize(grad(of)),
+        lambda of: grad(functionalize(of)),
+        lambda of: grad(lambda f: functionalize(lambda s: s * of(f))(torch.tensor(1.0))),
+        lambda of: lambda f: jvp(functionalize(of), (f,), (f,)),
+        lambda of: lambda f: functionalize(of)(f.clone().requires_grad_()),
+    ],
+)
+def test_functionalized_derivatives_raise(wrap: Any) -> None:
+    fn = torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "type-2")
+    with pytest.raises(NotImplementedError, match="functionalize"):
+        wrap(lambda f: fn(f, LABEL).square().sum())(torch.randn(3))
+
+
+def test_make_fx_of_defaults_and_keywords() -> None:
+    fn = torch_bridge.make_grad_output_fn(CrossEntropyLoss(), "type-2")
+    outputs, targets = batch(CrossEntropyLoss())
+    for function, args in ((fn, (outputs[0], targets[0])), (vmap(fn), (outputs, targets))):
+        assert torch.equal(make_fx(function)(*args)(*args), function(*args))
+    graph = make_fx(lambda f, y: fn(target=y, output=f))(outputs[0], targets[0])
+    assert torch.equal(graph(outputs[1], targets[1]), fn(outputs[1], targets[1]))
+
+
+def keeps_the_stream(backend: Any) -> bool:
+    """Whether compiled graphs draw what torch itself draws; inductor's do not from torch 2.14 on."""
+    mean = torch.zeros(1, dtype=torch.float64)
+
+    def draw(mean: torch.Tensor) -> torch.Tensor:
+        return torch.normal(mean, 1.0)
+
+    return torch.equal(seeded(torch.compile(draw, backend=backend), mean), seeded(draw, mean))
+
+
+def assert_would_be_gradients(drawn: torch.Tensor, loss: Any, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """Each is `sqrt(a) (p - onehot(k))` for some class k, `a` the weight of the datum's term over its count."""
+    e, weight = loss.label_smoothing, loss.weight
+    scale = (((1 - e) * weight[targets] + e * weight.mean()) / weight[targets]).sqrt()
+    labels = outputs.softmax(1) - drawn / scale[:, None]
+    expected = torch.nn.functional.one_hot(labels.argmax(2), 3).double()
+    torch.testing.assert_close(labels, expected, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_compile(backend: Any, fisher_type: str) -> None:
     loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double(), label_smoothing=0.1)
     fn = as_curvlinops(loss, fisher_type, 2)
     compiled = torch.compile(lambda outputs, targets: fn(outputs, targets, None) * 2, backend=backend, fullgraph=True)
+    same_stream = fisher_type != "mc" or keeps_the_stream(backend)
     for size in (5, 6, 7):  # the second size makes it dynamic
         outputs, targets = batch(loss, size)
-        expected = seeded(fn, outputs, targets, None) * 2
-        torch.testing.assert_close(seeded(compiled, outputs, targets), expected, rtol=0, atol=1e-15)
+        vectors = seeded(compiled, outputs, targets)
+        if same_stream:
+            expected = seeded(fn, outputs, targets, None) * 2
+            torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-15)
+        else:
+            assert torch.equal(vectors, seeded(compiled, outputs, targets))
+            assert not torch.equal(vectors, compiled(outputs, targets))
+            assert_would_be_gradients(vectors * 2**0.5 / 2, loss, outputs, targets)
 
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
@@ -239,6 +306,35 @@ def test_compile_of_everything(fisher_type: str) -> None:
     outputs, targets = batch(loss)
     compiled = torch.compile(product, backend="eager", fullgraph=True)
     torch.testing.assert_close(seeded(compiled, outputs, targets), seeded(product, outputs, targets))
+
+
+def test_losses_made_in_a_compiled_region() -> None:
+    def vectors(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = MSELoss(reduction="sum") if targets.is_floating_point() else CrossEntropyLoss()
+        return torch_bridge.make_batch_grad_output_fn(loss, "empirical")(outputs, targets)
+
+    outputs, targets = batch(MSELoss())
+    compiled = torch.compile(vectors, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(outputs, targets), 2 * (outputs - targets)[None])
+    # Torch replaces this one by a function while it traces.
+    with pytest.raises(RuntimeError, match="make it outside of it"):
+        compiled(*batch(CrossEntropyLoss()))
+
+
+def test_compile_sees_hooks_of_all_modules() -> None:
+    """Those of one module it sees while it traces only: torch does not guard them."""
+    loss = CrossEntropyLoss()
+    fn = torch_bridge.make_batch_grad_output_fn(loss, "empirical")
+    compiled = torch.compile(lambda f, y: fn(f, y), backend="eager")
+    args = batch(loss)
+    compiled(*args)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(NotImplementedError, match="hooks for all modules"):
+            compiled(*args)
+    finally:
+        handle.remove()
+    compiled(*args)
 
 
 def pseudo_loss_product(fn: Any, outputs: torch.Tensor, targets: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -269,12 +365,15 @@ def test_nested_derivatives_of_a_pseudo_loss(fisher_type: str) -> None:
     torch.testing.assert_close(seeded(traced, outputs, targets, directions[0]), expected[0], rtol=1e-13, atol=1e-13)
 
 
-def test_export() -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_export(mapped: bool) -> None:
     class Vectors(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double())
-            self.fn = torch_bridge.make_batch_grad_output_fn(self.loss, "type-2")
+            make = torch_bridge.make_grad_output_fn if mapped else torch_bridge.make_batch_grad_output_fn
+            fn = make(self.loss, "type-2")
+            self.fn = vmap(fn) if mapped else fn
 
         def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return self.fn(outputs, targets)

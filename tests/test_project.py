@@ -60,8 +60,9 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork"},
-    {"tensors", "generators", "losses"},
+    {"_cuda", "_fork", "unsupported"},
+    {"tensors", "generators"},
+    {"losses"},
     {"_compute"},
     {"_op"},
     {"grad_output"},

@@ -119,7 +119,8 @@ def _fold_all(
 def _(info: Any, in_dims: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *request: Any) -> Any:
     size, dims = info.batch_size, (*in_dims[:3], *in_dims[3])
     items, (outputs, targets, seeds, *weights) = _fold_all(size, dims, outputs, targets, seeds, *weights)
-    return vectors_op(outputs, targets, seeds, weights, *request).unflatten(1, (size, items)), 1
+    # Not at its own place: torch would not export that.
+    return vectors_op(outputs, targets, seeds, weights, *request).unflatten(1, (size, items)).movedim(1, 0), 0
 
 
 @vjp_op.register_vmap
@@ -237,12 +238,26 @@ def grad_output_vectors(
     Compiled graphs cannot hold that class; there the operator has its own formula for the backward pass, and forward
     mode, which `torch.compile` cannot be asked about under `vmap`, gives zeros.
     """
-    if not torch.compiler.is_compiling() and any(map(_may_be_differentiated, [outputs, targets, *weights])):
-        return GradOutputVectors.apply(request, outputs, targets, seeds, *weights)
+    tensors = [outputs, targets, *weights]
+    if not torch.compiler.is_compiling() and any(map(_may_be_differentiated, tensors)):
+        try:
+            return GradOutputVectors.apply(request, outputs, targets, seeds, *weights)
+        except RuntimeError as error:
+            if "Functionalize" not in str(error):
+                raise
+        # `torch.func.functionalize` does not know such classes, and wraps tensors as `grad` does, but only once.
+        if any(_may_be_differentiated(tensor, functionalized=True) for tensor in tensors):
+            raise NotImplementedError(
+                "gradient output vectors cannot be differentiated inside of torch.func.functionalize, nor be told apart"
+                " from those that are where it meets grad, vjp or jvp: leave functionalize out (these functions mutate"
+                " nothing), or call them outside of it."
+            )
     return vectors_op(outputs, targets, seeds, weights, *request)
 
 
-def _may_be_differentiated(tensor: Tensor) -> bool:
+def _may_be_differentiated(tensor: Tensor, functionalized: bool = False) -> bool:
+    """Whether somebody may ask for a derivative in the tensor; `functionalized` says that one wrapper does not."""
+    innocent = int(functionalized)
     while True:
         if tensor.requires_grad or _is_dual(tensor):
             return True
@@ -250,7 +265,9 @@ def _may_be_differentiated(tensor: Tensor) -> bool:
         if inside is tensor:
             return False
         if inside.ndim == tensor.ndim:  # `torch.func.grad` or `jvp`; `vmap` hides an axis
-            return True
+            if not innocent:
+                return True
+            innocent -= 1
         tensor = inside
 
 

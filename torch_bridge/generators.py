@@ -6,7 +6,9 @@ operator, outside of everything that JAX does, gives torch's semantics for free:
 * one state gives one result, be it that of a `torch.Generator` or, without one, of `torch.manual_seed`, and each call
   advances it;
 * `torch.vmap` draws one seed for each datum (`randomness="different"`), one for all (`"same"`) or raises (`"error"`);
-* traced graphs (`make_fx`, `torch.compile`) hold the draw, not its result.
+* traced graphs (`make_fx`, `torch.compile`) hold the draw, not its result. The backend inductor may draw other numbers
+  for a state than torch does elsewhere, as it does for all random functions: `torch.normal` of float64 keeps its stream
+  there until torch 2.13. In any version one state gives one result, and each call advances it.
 """
 
 import jax
@@ -16,7 +18,7 @@ import torch
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
     """A seed `[1]` from the generator, or from the global one of the device."""
-    # Compiled graphs keep the stream of `normal` in float64; those of `randint` and `bernoulli` change.
+    # Of what gives enough bits in one cheap call, compiled graphs kept the stream of this one for longest.
     if generator is None:
         return torch.normal(torch.zeros(1, dtype=torch.float64, device=device), 1.0)
     mean = torch.zeros(1, dtype=torch.float64, device=generator.device)

@@ -12,7 +12,10 @@ from torch_bridge._compute import Request
 from torch_bridge._cuda import refuse_capture
 from torch_bridge._op import grad_output_vectors
 from torch_bridge.generators import draw_seed
-from torch_bridge.losses import LossEntry, check_loss, find_loss
+from torch_bridge.losses import check_loss, find_loss
+from torch_bridge.tensors import check_tensor
+
+OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def make_grad_output_fn(
@@ -36,10 +39,11 @@ def make_grad_output_fn(
     where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`; see
     `ggn_jax.make_grad_output_fn`, which computes them.
 
-    It works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx` and `torch.compile`,
-    and is differentiable once in `output`, by reverse mode; other derivatives raise NotImplementedError. *Inside* of a
-    compiled region there is `backward` only: `torch.func.grad` raises, and forward mode, which cannot be seen there,
-    gives zeros, so detach outputs first.
+    It works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx`, `torch.compile` and
+    `torch.export` (which, of any function, exports `vmap` with `out_dims=0` only, unless `strict=True`), and is
+    differentiable once in `output`, by reverse mode; other derivatives, and derivatives under `functionalize`, raise
+    NotImplementedError. *Inside* of a compiled region there is `backward` only: `torch.func.grad` raises, and forward
+    mode, which cannot be seen there, gives zeros, so detach outputs first. It can be pickled, and copied with its loss.
 
     Under `vmap` with random vectors, `randomness="different"` gives each datum draws of its own. For a whole batch,
     `make_batch_grad_output_fn` is faster, and knows the batch's reduction.
@@ -54,9 +58,11 @@ def make_grad_output_fn(
     **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
     They are computed in the dtype to which torch promotes output, target and the tensors of the loss, at least float32,
     and rounded once.
-    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace).
+    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace; one
+    state then gives one result again, but from torch 2.14 on not that of the function that is not compiled).
 
-    **Raises:** NotImplementedError for a loss that is not supported; ValueError for an unknown fisher type,
+    **Raises:** NotImplementedError for a loss that is not supported, or may compute something else than its class says
+    (hooks, a replaced `forward`), and for tensors that are not dense; ValueError for an unknown fisher type,
     `mc_samples` below 1 with `"mc"`, options such as `reduction="none"`, shapes that do not fit, and targets that are
     not of the loss's domain (on the CPU; on a GPU they give NaN); TypeError for a dtype that does not fit.
 
@@ -66,12 +72,7 @@ def make_grad_output_fn(
     >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
     torch.Size([2, 5, 3])
     """
-    fisher_type, entry, mc_samples = _check_request(loss_func, fisher_type, mc_samples)
-
-    def fn(output: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
-        return _vectors(loss_func, entry, output, target, generator, fisher_type.value, mc_samples, batch=False)
-
-    return fn
+    return ExampleGradOutputFn(loss_func, fisher_type, mc_samples)
 
 
 def make_batch_grad_output_fn(
@@ -90,32 +91,22 @@ def make_batch_grad_output_fn(
     >>> fn(outputs, targets).shape
     torch.Size([3, 5, 3])
     """
-    fisher_type, entry, mc_samples = _check_request(loss_func, fisher_type, mc_samples)
-
-    def fn(outputs: Tensor, targets: Tensor, generator: Generator | None = None) -> Tensor:
-        return _vectors(loss_func, entry, outputs, targets, generator, fisher_type.value, mc_samples, batch=True)
-
-    return fn
+    return BatchGradOutputFn(loss_func, fisher_type, mc_samples)
 
 
 def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor]:
     r"""A function that draws would-be gradients of one datum.
 
-    `fn(output [*out], num_samples, target, generator=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the
-    loss of a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
+    `fn(output_one_datum [*out], num_samples, target_one_datum, generator=None) -> [num_samples, *out]` with `E[g g^T]`
+    the Hessian of the loss of a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by
+    `sqrt(num_samples)`. With `num_samples=0` nothing is drawn, and the target is not looked at.
 
     >>> import torch
     >>> sample = make_grad_output_sampler(torch.nn.MSELoss(reduction="sum"))
     >>> sample(torch.zeros(3), 10, torch.ones(3), torch.Generator().manual_seed(0)).shape
     torch.Size([10, 3])
     """
-    _, entry, _ = _check_request(loss_func, FisherType.MC, 1)
-
-    def sampler(output: Tensor, num_samples: int, target: Tensor, generator: Generator | None = None) -> Tensor:
-        num_samples = _check_count("num_samples", num_samples)
-        return _vectors(loss_func, entry, output, target, generator, "samples", num_samples, batch=False)
-
-    return sampler
+    return GradOutputSampler(loss_func)
 
 
 def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor, loss_func: torch.nn.Module) -> Tensor:
@@ -134,7 +125,60 @@ def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor,
     return columns.reshape(size, size).T.contiguous().reshape((*shape, *shape))
 
 
-def _check_count(name: str, value: Any) -> int:
+class _Function:
+    """What the makers above return: objects, so that they can be pickled, and copied with their loss."""
+
+    def __init__(self, loss_func: torch.nn.Module, fisher_type: Any, mc_samples: Any = 1):
+        self.fisher_type = FisherType(fisher_type)
+        # Callers that choose the vectors later pass 0 for exact ones.
+        draws = self.fisher_type is FisherType.MC
+        self.mc_samples = _check_count("mc_samples", mc_samples, 1) if draws else 1
+        self.loss_func = loss_func
+        self.entry = find_loss(loss_func)
+        # JAX is not to be traced into a graph, where the operator checks the same.
+        if not torch.compiler.is_compiling():
+            check_loss(self.entry, loss_func, self.fisher_type)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The entry is that of the process, and of the time, in which the copy is made.
+        return type(self), (self.loss_func, self.fisher_type.value, self.mc_samples)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.loss_func}, {self.fisher_type.value!r}, {self.mc_samples})"
+
+
+class ExampleGradOutputFn(_Function):
+    """What `make_grad_output_fn` returns."""
+
+    def __call__(self, output: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
+        return _vectors(self, output, target, generator, self.fisher_type.value, self.mc_samples)
+
+
+class BatchGradOutputFn(_Function):
+    """What `make_batch_grad_output_fn` returns."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor, generator: Generator | None = None) -> Tensor:
+        return _vectors(self, outputs, targets, generator, self.fisher_type.value, self.mc_samples, batch=True)
+
+
+class GradOutputSampler(_Function):
+    """What `make_grad_output_sampler` returns."""
+
+    def __init__(self, loss_func: torch.nn.Module):
+        super().__init__(loss_func, FisherType.MC)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.loss_func,)
+
+    def __call__(
+        self, output_one_datum: Tensor, num_samples: int, target_one_datum: Tensor, generator: Generator | None = None
+    ) -> Tensor:
+        num_samples = _check_count("num_samples", num_samples, 0)
+        vectors = "samples" if num_samples else "forward-only"
+        return _vectors(self, output_one_datum, target_one_datum, generator, vectors, num_samples)
+
+
+def _check_count(name: str, value: Any, least: int) -> int:
     if torch.compiler.is_compiling():
         return value
     try:
@@ -142,47 +186,44 @@ def _check_count(name: str, value: Any) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer of at least 1; got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
+        raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {number}.")
     return number
 
 
-def _check_request(loss_func: Any, fisher_type: Any, mc_samples: Any) -> tuple[FisherType, LossEntry, int]:
-    fisher_type = FisherType(fisher_type)
-    # Callers that choose the vectors later pass 0 for exact ones.
-    mc_samples = _check_count("mc_samples", mc_samples) if fisher_type is FisherType.MC else 1
-    entry = find_loss(loss_func)
-    # JAX is not to be traced into a graph, where the operator checks the same.
-    if not torch.compiler.is_compiling():
-        check_loss(entry, loss_func, fisher_type)
-    return fisher_type, entry, mc_samples
-
-
 def _vectors(
-    loss_func: torch.nn.Module,
-    entry: LossEntry,
+    fn: _Function,
     output: Tensor,
     target: Tensor,
     generator: Generator | None,
     vectors: str,
     num: int,
     *,
-    batch: bool,
+    batch: bool = False,
 ) -> Tensor:
-    name = "outputs" if batch else "output"
-    _check_tensor(name, output)
-    if not output.is_floating_point():
-        raise TypeError(f"{name} must be floating; got {output.dtype}.")
+    name, target_name = ("outputs", "targets") if batch else ("output", "target")
+    check_tensor(name, output)
+    if output.dtype not in OUTPUT_DTYPES:
+        raise TypeError(
+            f"{name} must be floating; got {output.dtype}: cast it to float16, bfloat16, float32 or float64."
+        )
     if vectors == "forward-only":
         return output.new_empty((0, *output.shape))
     if output.is_cuda and not torch.compiler.is_compiling():
         refuse_capture()  # before the generator is touched
-    _check_tensor("targets" if batch else "target", target)
+    check_tensor(target_name, target)
+    if fn.entry.floating_targets and not target.is_floating_point():
+        raise TypeError(
+            f"{target_name} must be floating for {type(fn.loss_func).__name__}, as in torch; got {target.dtype}: cast"
+            f" it, {target_name}.to({name}.dtype)."
+        )
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}.")
-    loss, weights = entry.take_apart(loss_func)
-    for other, what in [(target, "the target"), *[(weight, "a tensor of loss_func") for weight in weights]]:
+    loss, weights = fn.entry.take_apart(fn.loss_func)
+    for what, weight in weights.items():
+        check_tensor(f"loss_func.{what}", weight)
+    for what, other in [(target_name, target), *[(f"loss_func.{what}", weight) for what, weight in weights.items()]]:
         if other.device != output.device:
             raise ValueError(f"{what} is on {other.device}, but {name} on {output.device}: move one of them.")
     seed = draw_seed(output.device, generator) if vectors in ("mc", "samples") else None
@@ -191,11 +232,6 @@ def _vectors(
         output.unsqueeze(0),
         target.unsqueeze(0),
         seed,
-        [weight.unsqueeze(0) for weight in weights],
+        [weight.unsqueeze(0) for weight in weights.values()],
     )
     return result.squeeze(1)
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}.")

@@ -15,9 +15,31 @@ import numpy as np
 import torch
 
 import ggn_jax
+from torch_bridge.tensors import check_tensor, jax_dtype
+from torch_bridge.unsupported import way_out
 
 # What `torch.nn.Module` has no public names for; without them nothing is refused.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooks_of_all_modules() -> list[Any]:
+    """The dictionaries that `torch` keeps them in, which the handle of a hook refers to."""
+    module = torch.nn.modules.module
+    registers = (
+        module.register_module_forward_hook,
+        module.register_module_forward_pre_hook,
+        module.register_module_full_backward_pre_hook,
+    )
+    found = []
+    for register in registers:
+        handle = register(lambda *_: None)
+        found.append(handle.hooks_dict_ref())
+        handle.remove()
+    # To register one of these would forbid those of the older kind from then on.
+    return [*found, getattr(module, "_global_backward_hooks", {})]
+
+
+GLOBAL_HOOKS = _hooks_of_all_modules()
 
 
 @dataclass(frozen=True)
@@ -28,17 +50,36 @@ class LossEntry:
     convert: Callable[..., Any]
     tensors: tuple[str, ...]
     options: tuple[str, ...]
+    floating_targets: bool
+    forward: Any  # of the class when it was registered
 
-    def take_apart(self, module: torch.nn.Module) -> tuple[str, list[torch.Tensor]]:
-        """The module's options as text, and its tensors."""
-        if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
-            raise NotImplementedError(
-                f"loss_func has hooks, or a forward of its own, and so need not be {type(module).__name__}: remove"
-                " them, or make it a class of its own and add that with torch_bridge.register_loss."
-            )
+    def take_apart(self, module: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
+        """The module's options as text, and its tensors by name."""
+        self._check_unchanged(module)
         names = [name for name in self.tensors if getattr(module, name) is not None]
         options = ", ".join([f"{name!r}: {_literal(getattr(module, name))!r}" for name in self.options])
-        return f"({self.name!r}, {{{options}}}, {names!r})", [getattr(module, name) for name in names]
+        return f"({self.name!r}, {{{options}}}, {names!r})", {name: getattr(module, name) for name in names}
+
+    def _check_unchanged(self, module: torch.nn.Module) -> None:
+        """Refuse a module that need not compute what its class did."""
+        cls = type(module)
+        # `torch.compile` compiles again if a length changes, but not if a dictionary becomes true.
+        if "forward" in vars(module) or any(len(getattr(module, hooks, ())) for hooks in HOOKS):
+            raise NotImplementedError(
+                f"loss_func has hooks, or a forward of its own, and so need not be {cls.__name__}: remove them, or make"
+                " it a class of its own and add that with torch_bridge.register_loss."
+            )
+        if cls.forward is not self.forward:
+            raise NotImplementedError(
+                f"loss_func is a {cls.__name__}, whose forward was replaced, so that it may compute something else: put"
+                " its own back, or replace it in a subclass and add that with torch_bridge.register_loss."
+            )
+        if any(len(hooks) for hooks in GLOBAL_HOOKS):
+            raise NotImplementedError(
+                f"loss_func need not be {cls.__name__} while there are hooks for all modules"
+                " (torch.nn.modules.module.register_module_forward_hook and its like): remove them before torch_bridge"
+                " is called."
+            )
 
 
 def _literal(value: Any) -> Any:
@@ -61,6 +102,7 @@ def register_loss(
     *,
     tensors: Sequence[str] = (),
     options: Sequence[str] = (),
+    floating_targets: bool = False,
 ) -> None:
     """Teach all functions of this package a class of loss modules.
 
@@ -74,6 +116,7 @@ def register_loss(
       class that is registered already, such as `torch.nn.CrossEntropyLoss`, if its mathematics is that of `cls`.
     - `tensors`: the names of attributes that are tensors, or None.
     - `options`: the names of attributes that are Python literals (numbers, strings, bools, None, tuples of such).
+    - `floating_targets`: whether to refuse targets that are not floating, as the loss itself does.
 
     Registering a class again replaces its entry for functions made from then on.
 
@@ -108,17 +151,25 @@ def register_loss(
     if isinstance(convert, type) and issubclass(convert, torch.nn.Module):
         if convert not in _REGISTERED:
             raise ValueError(f"convert must be a class that is registered, or a function; got {convert.__name__}.")
-        if tensors or options:
-            raise ValueError(f"tensors and options are those of {convert.__name__}: leave them out.")
+        if tensors or options or floating_targets:
+            raise ValueError(f"tensors, options and floating_targets are those of {convert.__name__}: leave them out.")
         like = _REGISTERED[convert]
-        convert, tensors, options = like.convert, like.tensors, like.options
+        convert, tensors, options, floating_targets = like.convert, like.tensors, like.options, like.floating_targets
     if not callable(convert):
         raise TypeError(f"convert must be a function or a registered class of modules; got {convert!r}.")
     for argument, names in (("tensors", tensors), ("options", options)):
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"{argument} must be a sequence of attributes' names; got {names!r}.")
     name = _new_name(cls)
-    _REGISTERED[cls] = _BY_NAME[name] = LossEntry(name, convert, tuple(tensors), tuple(options))
+    entry = LossEntry(name, convert, tuple(tensors), tuple(options), floating_targets, _own_forward(cls))
+    _REGISTERED[cls] = _BY_NAME[name] = entry
+
+
+def _own_forward(cls: type[torch.nn.Module]) -> Any:
+    """The forward of `cls`, and of one of torch's own classes only torch's: None if it was replaced before."""
+    forward = cls.forward
+    is_torchs = cls.__module__.startswith("torch.")
+    return None if is_torchs and forward.__module__ != cls.__module__ else forward
 
 
 def _new_name(cls: type) -> str:
@@ -140,9 +191,10 @@ def find_loss(module: Any) -> LossEntry:
         names = ", ".join(cls.__name__ for cls in _REGISTERED)
         bases = [cls.__name__ for cls in type(module).__mro__ if cls in _REGISTERED]
         hint = f" (a subclass of {bases[0]}, whose curvature need not be its own)" if bases else ""
+        got = f"{type(module).__name__}{hint}. {way_out(module)}".strip()
         raise NotImplementedError(
-            f"loss_func must be a module of one of the classes {names}; got {type(module).__name__}{hint}. Use"
-            " torch_bridge.register_loss to add a class."
+            f"loss_func must be a module of one of the classes {names}; got {got} Use torch_bridge.register_loss to add"
+            " a class."
         )
     return entry
 
@@ -159,8 +211,10 @@ def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
 def check_loss(entry: LossEntry, module: torch.nn.Module, fisher_type: str) -> None:
     """Refuse what can be refused without looking at values: options, and shapes and dtypes of tensors."""
     text, tensors = entry.take_apart(module)
+    for name, tensor in tensors.items():
+        check_tensor(f"loss_func.{name}", tensor)
     with jax.enable_x64(True):
-        shapes = [jax.ShapeDtypeStruct(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors]
+        shapes = [jax.ShapeDtypeStruct(t.shape, jax_dtype(f"loss_func.{name}", t)) for name, t in tensors.items()]
 
         def check(*arrays: jax.Array) -> tuple[()]:
             ggn_jax.make_grad_output_fn(build_loss(text, arrays), fisher_type)
@@ -194,4 +248,5 @@ register_loss(
     ggn_jax.BCEWithLogitsLoss,
     tensors=("weight", "pos_weight"),
     options=("reduction",),
+    floating_targets=True,
 )

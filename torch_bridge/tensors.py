@@ -15,6 +15,7 @@ What `to_jax` and `to_torch` guarantee:
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,9 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     What is guaranteed is listed at the top of this module.
 
     **Raises:** TypeError for what is not a tensor, or has a dtype that JAX does not have; RuntimeError for a CUDA
-    tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other devices and
-    for tensors without values (fake tensors, tensors inside of `torch.vmap`).
+    tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other devices, for
+    tensors that are not one dense array (sparse, nested, masked, distributed ones), and for tensors without values
+    (fake tensors, tensors inside of `torch.vmap`).
 
     >>> import torch
     >>> tensor = torch.arange(3)
@@ -63,8 +65,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     >>> print(array, array.dtype)
     [0 1 2] int64
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"tensor must be a torch.Tensor; got {type(tensor).__name__}.")
+    check_tensor("tensor", tensor)
     with jax_on(tensor.device):
         view = borrow(tensor)
         if isinstance(view, np.ndarray):
@@ -117,14 +118,43 @@ def to_torch(array: jax.Array) -> torch.Tensor:
     return hand_over(array)
 
 
+# From what is no dense array of its own, by the name of its class: that is imported by those who use it.
+WAYS_TO_DENSE = {
+    "nested": "pass its components one by one, {0}.unbind(), or a padded tensor",
+    "DTensor": "pass {0}.full_tensor(), or the part of this process, {0}.to_local()",
+    "MaskedTensor": "pass {0}.to_tensor(value), with a value for what is masked",
+}
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is not a tensor that stands for one dense array."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}.")
+    kind = "nested" if value.is_nested else type(value).__name__
+    way_out = WAYS_TO_DENSE.get(kind)
+    if way_out is None:
+        if value.layout is torch.strided:
+            return
+        kind, way_out = str(value.layout), "pass {0}.to_dense()"
+    raise NotImplementedError(
+        f"{name} must be an ordinary, dense tensor; got one of kind {kind}: {way_out.format(name)}."
+    )
+
+
+def jax_dtype(name: str, tensor: torch.Tensor) -> np.dtype[Any]:
+    """JAX's name of the tensor's dtype."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, which JAX does not have: cast it first.")
+    return DTYPES[tensor.dtype]
+
+
 def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
     """What JAX can read of the tensor without a copy, where there is one: only good until the tensor changes.
 
     To be used inside `jax_on(tensor.device)`, and with all work on it done, or ordered before whatever torch does next,
     when the caller returns.
     """
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"tensor has dtype {tensor.dtype}, which JAX does not have: cast it first.")
+    jax_dtype("tensor", tensor)
     if tensor.device.type == "cuda":
         # DLPack refuses strides, and drops the bits of lazy negation and conjugation.
         return jax.dlpack.from_dlpack(Readable(tensor.detach().resolve_conj().resolve_neg().contiguous()))
