@@ -24,7 +24,8 @@ GGN_JAX = [
     {"_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "terms"},
     {"layers.convolution", "layers.uses", "loss"},
-    {"layers.run", "layers.trace", "cross_entropy", "losses", "likelihood"},
+    {"layers.run", "layers.labels", "cross_entropy", "losses", "likelihood"},
+    {"layers.trace"},
     {"layers.axes", "layers.capture", "layers.plan", "_supported"},
     {"layers.check"},
     {"layers.report"},
@@ -76,7 +77,7 @@ LEVEL = {
     for name in names
 }
 LIBRARIES = {
-    "ggn_jax": {"jax", "numpy", "equinox", "lineax", "jaxtyping", "optax"},
+    "ggn_jax": {"jax", "numpy", "scipy", "equinox", "lineax", "jaxtyping", "optax"},
     "torch_bridge": {"jax", "numpy", "torch"},
 }
 # Nothing below these (parts, so that this file does not name them).

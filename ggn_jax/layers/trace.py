@@ -2,14 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import explained, explicit_mesh
@@ -19,7 +17,6 @@ from ggn_jax.layers.jaxprs import (
     INLINED,
     REMAT,
     SCAN,
-    bind,
     inner_jaxpr,
     is_literal,
     module_of,
@@ -27,6 +24,7 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
     source_of,
 )
+from ggn_jax.layers.labels import Data, Derived, Entries, Known, Value, constants, join, known, scale_of
 from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
 
 ADDITIONS = frozenset({"add", "add_any"})
@@ -34,49 +32,7 @@ GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
-CASTS = frozenset({"pvary"})  # of types, inside `jax.shard_map`
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
-
-
-@dataclass(frozen=True)
-class Entries:
-    """A value that is parameters moved about; loop axes first."""
-
-    entries: IndexMap
-    rows: frozenset[tuple[int, ...]] = frozenset()  # the paths of the gathers it went through
-    factor: float = 1.0  # it is these entries times this
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A value computed from parameters and no data."""
-
-    leaves: frozenset[int]
-    how: str
-    rows: frozenset[tuple[int, ...]] = frozenset()
-    pending: tuple[Use, ...] = ()  # products of other parameters with constants: layers, once they meet data
-
-
-@dataclass(frozen=True)
-class Data:
-    """A value that depends on the inputs; if it is a layer's output, moved about: of which, and how."""
-
-    use: int | None = None
-    entries: IndexMap | None = None
-
-
-@dataclass(eq=False)
-class Known:
-    """A constant that can be computed while tracing, which is done where something depends on its value."""
-
-    compute: Callable[[], Any]
-
-    @cached_property
-    def value(self) -> Any:
-        return self.compute()
-
-
-Value = Entries | Derived | Data | Known | None  # None: a constant that changes in a loop
 
 
 @dataclass(frozen=True)
@@ -145,7 +101,7 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
             analysis = _Analysis([leaf.shape for _, leaf in leaves], embeddings)
             labels: list[Value] = [Entries(entries) for entries in analysis.maps]
             labels += [Data()] * len(jax.tree.leaves(one))
-            results = analysis.run(jaxpr, _known(consts), labels, (), ())
+            results = analysis.run(jaxpr, known(consts), labels, (), ())
             # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
             more = analysis.rows - analysis.weights
             if not more:
@@ -240,7 +196,7 @@ class _Analysis:
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
         if not has_params and not has_data:
-            return _constants(eqn, labels)
+            return constants(eqn, labels)
         if name in WITHOUT_DERIVATIVE:
             return [Data() if isinstance(label, Data) else None for label in labels]
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
@@ -265,7 +221,7 @@ class _Analysis:
     def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """A call of another jaxpr, which is walked in place."""
         jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
-        return self.run(jaxpr, _known(consts), labels, path, loops)
+        return self.run(jaxpr, known(consts), labels, path, loops)
 
     def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
         if isinstance(label, Derived):
@@ -314,7 +270,7 @@ class _Analysis:
                 maps = [m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps]
             return Entries(concatenate(maps, axis), rows, *factors)
         if name in SCALES and len(params) == len(entries) == 1:
-            factor = _factor(eqn, labels)
+            factor = scale_of(eqn, labels)
             if factor:
                 return replace(entries[0], factor=entries[0].factor * factor)
         if name in LAYERS and len(params) == len(entries) == 1 and not _is_complex(eqn):
@@ -409,8 +365,8 @@ class _Analysis:
         carried = slice(num_consts, num_consts + num_carry)
         saved = len(self.uses), len(self.small), len(self.blocked)
         while True:
-            results = self.run(jaxpr, _known(consts), list(inner), path, (*loops, length))
-            joined = [_join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
+            results = self.run(jaxpr, known(consts), list(inner), path, (*loops, length))
+            joined = [join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
             if joined == inner[carried]:
                 break
             inner[carried] = joined
@@ -432,69 +388,6 @@ class _Analysis:
         outer = labels[carried] + [None] * (len(results) - num_carry)
         final = [*joined, *results[num_carry:]]
         return [leave(label, i < num_carry, outer[i]) for i, label in enumerate(final)]
-
-
-def _known(values: Sequence[Any]) -> list[Value]:
-    """The labels of values that are there."""
-    return [Known(lambda value=value: value) for value in values]  # type: ignore[misc]
-
-
-def _constants(eqn: Any, labels: list[Value]) -> list[Value]:
-    """The labels of an equation of constants."""
-    if eqn.primitive.name in CASTS:
-        return labels
-    known = [label for label in labels if isinstance(label, Known)]
-    if len(known) < len(labels):
-        return [None] * len(eqn.outvars)
-    results = Known(lambda: bind(eqn, [label.value for label in known]))
-    return [Known(lambda i=i: results.value[i]) for i in range(len(eqn.outvars))]  # type: ignore[misc]
-
-
-def _join(a: Value, b: Value) -> Value:
-    """The label of a value that is one or the other."""
-    if a == b:
-        return a
-    if isinstance(a, Data) or isinstance(b, Data):
-        return Data()
-    if not isinstance(a, Entries | Derived) and not isinstance(b, Entries | Derived):
-        return None
-    leaves: frozenset[int] = frozenset()
-    pending: dict[tuple[int, ...], Use] = {}
-    for label in (a, b):
-        if isinstance(label, Derived):
-            leaves |= label.leaves
-            pending |= {use.path: use for use in label.pending}
-        elif isinstance(label, Entries):
-            return Data()  # moved about by the loop: whatever it meets there has no fixed entries
-    return Derived(leaves, "a loop's carry", pending=tuple(pending.values()))
-
-
-LARGE = 2**20  # entries of a constant that are not looked at
-
-
-def _factor(eqn: Any, labels: list[Value]) -> float | None:
-    """The known number with which an equation multiplies parameters; None if it does something else."""
-    name, numbers = eqn.primitive.name, [label for label in labels if not isinstance(label, Entries)]
-    if name == "neg":
-        return -1.0
-    large = any(math.prod(var.aval.shape) > LARGE for var in eqn.invars)
-    if (
-        large
-        or len(labels) != 2
-        or not isinstance(numbers[0], Known)
-        or (name == "div" and isinstance(labels[1], Entries))
-    ):
-        return None
-    try:
-        value = np.asarray(numbers[0].value)
-    except jax.errors.TracerArrayConversionError:
-        return None
-    if value.size == 0 or value.dtype.kind not in "fV" or not (value == value.flat[0]).all():
-        return None
-    number = float(value.flat[0])
-    if not math.isfinite(number) or number == 0:
-        return None
-    return 1 / number if name == "div" else number
 
 
 def _is_complex(eqn: Any) -> bool:

@@ -162,6 +162,13 @@ class BatchesLinearOperator(SymmetricLinearOperator):
     """A curvature matrix of many batches, whose products go over all of them; made by `from_batches`.
 
     Outside of `jit` only: see `GGNLinearOperator.from_batches`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
+    >>> loss = ggn_jax.CrossEntropyLoss()
+    >>> hessian = ggn_jax.HessianLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+    >>> type(hessian).__name__, hessian.as_matrix().shape
+    ('BatchesLinearOperator', (6, 6))
     """
 
     passes: _Passes = eqx.field(static=True)
