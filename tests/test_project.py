@@ -67,6 +67,14 @@ TORCH_BRIDGE = [
     {"_compute"},
     {"_op"},
     {"grad_output"},
+    {"aten.dtypes", "aten.registry"},
+    {"aten.activations", "aten.attention", "aten.elementwise", "aten.factories", "aten.indexing"},
+    {"aten.linear", "aten.norms", "aten.reductions", "aten.shapes"},
+    {"aten.pooling", "aten.recurrent"},
+    {"aten"},
+    {"_export"},
+    {"_interpret"},
+    {"modules"},
     {""},
 ]
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}
@@ -205,9 +213,11 @@ def f(x):
 
 
 # JAX's memory is set once, as it starts, and by nothing else than the environment.
+# torch.export warns of torch's own modules.
 ALLOWED = {
     "ggn_jax.kronecker.layout": {"warnings.warn"},
     "torch_bridge._cuda": {"os.environ", "warnings.warn"},
+    "torch_bridge._export": {"warnings.catch_warnings", "warnings.simplefilter"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import ggn_jax as _ggn_jax
 from ggn_jax import FisherType
+from torch_bridge.aten import register_operator
 from torch_bridge.grad_output import (
     loss_hessian_matrix_sqrt,
     make_batch_grad_output_fn,
@@ -9,15 +10,18 @@ from torch_bridge.grad_output import (
     make_grad_output_sampler,
 )
 from torch_bridge.losses import register_loss
+from torch_bridge.modules import from_module
 from torch_bridge.tensors import to_jax, to_torch
 
 __all__ = [
     "FisherType",
+    "from_module",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
     "make_grad_output_sampler",
     "register_loss",
+    "register_operator",
     "to_jax",
     "to_torch",
 ]

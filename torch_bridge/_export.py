@@ -1,0 +1,181 @@
+"""A module as a graph of ATen operators without writes in place, by `torch.export`."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.export.graph_signature import InputKind, OutputKind
+
+from torch_bridge.tensors import borrow, jax_on
+
+# What makes a new tensor, which a write in place right after it does not show anywhere else.
+FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
+NO_GRAD = "wrap_with_set_grad_enabled"
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported module."""
+
+    graph: torch.fx.GraphModule
+    parameters: dict[str, str]  # by placeholder: the parameter's name
+    constants: dict[str, np.ndarray]  # by placeholder: buffers, and tensors that are neither
+    inputs: tuple[str, ...]  # placeholders, in the order of the inputs' leaves
+    outputs: Any  # a pytree of numbers: which of the graph's outputs
+    sizes: tuple[tuple[int | None, ...], ...]  # of each input; None is the batch's
+
+
+class Flat(torch.nn.Module):
+    """A module as a function of the leaves of its inputs, that notes how its outputs are put together."""
+
+    def __init__(self, module: torch.nn.Module, structure: Any, kind: str, note: Callable[[Any], None]):
+        super().__init__()
+        # What is assigned while torch.export runs the module is lost, so that the note is taken elsewhere.
+        self.module, self.structure, self.kind, self.note = module, structure, kind, note
+
+    def forward(self, *leaves: Any) -> Any:
+        inputs = jax.tree.unflatten(self.structure, leaves)
+        if self.kind == "dict":
+            outputs = self.module(**inputs)
+        else:
+            outputs = self.module(*inputs) if self.kind == "tuple" else self.module(inputs)
+        flat, structure = jax.tree.flatten(_plain(outputs))
+        self.note(jax.tree.unflatten(structure, range(len(flat))))
+        return tuple(flat)
+
+
+def _plain(outputs: Any) -> Any:
+    """Mappings and sequences of a library's own classes as dicts and tuples."""
+    if isinstance(outputs, Mapping):
+        return {key: _plain(value) for key, value in outputs.items()}
+    if isinstance(outputs, list | tuple):
+        parts = map(_plain, outputs)
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)
+    if outputs is None or isinstance(outputs, torch.Tensor | torch.SymInt | int | float):
+        return outputs
+    raise NotImplementedError(
+        f"module must return tensors, in tuples and dicts; got {type(outputs).__name__}: return what is in it."
+    )
+
+
+def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool) -> Program:
+    """The module's graph for these inputs, for any size of batch if `dynamic`.
+
+    Everything of the module is left as it was.
+    """
+    size = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
+    batched = [bool(leaf.ndim) and leaf.shape[0] == size for leaf in leaves]
+    free = [b and dynamic for b in batched]
+    sizes = tuple((None, *x.shape[1:]) if f else tuple(x.shape) for x, f in zip(leaves, free, strict=True))
+    if dynamic and size == 1:  # torch would take an axis of length 1 for one of that length
+        leaves = [torch.cat([leaf, leaf]) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+    axis = torch.export.Dim("batch")
+    shapes = tuple({0: axis} if b else None for b in batched)
+    outputs: list[Any] = []
+    flat = Flat(module, structure, kind, outputs.append)
+    with _quietly(), torch.enable_grad():
+        exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+        if _writes(exported.graph_module):
+            if _calls(exported.graph_module, NO_GRAD):
+                raise NotImplementedError(
+                    "module uses both torch.no_grad() and operators in place, which torch.export cannot untangle with"
+                    " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
+                )
+            exported = exported.run_decompositions({})
+    return _program(exported, module, outputs[-1], sizes)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warnings on its own modules, and without its operators that fuse whole layers of attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def operators(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    """All calls, those in nested graphs as well."""
+    for part in graph.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from (node for node in part.graph.nodes if node.op == "call_function")
+
+
+def _calls(graph: torch.fx.GraphModule, name: str) -> bool:
+    return any(str(node.target) == name for node in operators(graph))
+
+
+def packet_name(node: torch.fx.Node) -> str:
+    """`add_` for `aten.add_.Tensor`."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def writes_in_place(node: torch.fx.Node) -> bool:
+    """Whether an operator writes into its first argument, by torch's naming."""
+    name = packet_name(node)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _writes(graph: torch.fx.GraphModule) -> bool:
+    """Whether there are writes in place that something else may see."""
+    return any(writes_in_place(node) and not _unseen(node) for node in operators(graph))
+
+
+def _unseen(node: torch.fx.Node) -> bool:
+    """Whether what is written into is a new tensor that nothing else reads."""
+    target = node.args[0]
+    if not isinstance(target, torch.fx.Node) or target.op != "call_function" or len(target.users) != 1:
+        return False
+    if writes_in_place(target):
+        return _unseen(target)
+    name = packet_name(target)
+    return name in FRESH or name.startswith("conv")
+
+
+def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any) -> Program:
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            what = (
+                "its inputs"
+                if spec.kind is OutputKind.USER_INPUT_MUTATION
+                else (spec.target or "").removeprefix("module.")
+            )
+            raise NotImplementedError(
+                f"module writes into {what} when it is called, which a pure function cannot: use train=False, or a"
+                " module that returns what is new."
+            )
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    parameters, constants = {}, {}
+    inputs = []
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+            continue
+        target = (spec.target or "").removeprefix("module.")
+        if spec.kind is InputKind.PARAMETER and module.get_parameter(target).is_floating_point():
+            parameters[name] = first[id(module.get_parameter(target))]
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            value = exported.state_dict.get(spec.target)
+            constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
+        else:
+            raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
+    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes)
+
+
+def as_constant(tensor: torch.Tensor) -> np.ndarray:
+    """A copy in the host's memory."""
+    host = tensor.detach().cpu()
+    with jax_on(host.device):
+        return np.array(borrow(host), copy=True)

@@ -1,0 +1,196 @@
+"""Sums and other reductions over axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from torch_bridge.aten.dtypes import as_floating, is_floating, safe_sqrt, wide, widened
+from torch_bridge.aten.registry import aten
+
+# The names and defaults of arguments are those of the operators' schemas.
+
+Dims = int | Sequence[int] | None
+
+
+def axes_of(x: Array, dim: Dims) -> tuple[int, ...]:
+    """The axes of an argument `dim`; none given are all."""
+    if not x.ndim:
+        return ()
+    dims = [dim] if isinstance(dim, int) else list(dim or range(x.ndim))
+    return tuple(d % x.ndim for d in dims)
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    return x if dtype is None else x.astype(dtype)
+
+
+@aten("sum")
+def sum_(x: Array, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    x = _cast(x, dtype)
+    x = x.astype(int) if not is_floating(x.dtype) and dtype is None else x
+    return jnp.sum(wide(x), axis=axes_of(x, dim), keepdims=keepdim).astype(x.dtype)
+
+
+@aten("mean")
+def mean(x: Array, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    x = _cast(x, dtype)
+    return jnp.mean(wide(x), axis=axes_of(x, dim), keepdims=keepdim).astype(x.dtype)
+
+
+@aten("prod")
+def prod(x: Array, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    x = _cast(x, dtype)
+    return jnp.prod(wide(x), axis=axes_of(x, dim), keepdims=keepdim).astype(x.dtype)
+
+
+@aten("cumsum")
+def cumsum(x: Array, dim: int, *, dtype: Any = None) -> Array:
+    x = _cast(x, dtype)
+    return jnp.cumsum(x, axis=dim, dtype=x.dtype) if x.ndim else x
+
+
+@aten("cumprod")
+def cumprod(x: Array, dim: int, *, dtype: Any = None) -> Array:
+    x = _cast(x, dtype)
+    return jnp.cumprod(x, axis=dim, dtype=x.dtype) if x.ndim else x
+
+
+@aten("diff")
+def diff(x: Array, n: int = 1, dim: int = -1, prepend: Array | None = None, append: Array | None = None) -> Array:
+    return jnp.diff(x, n, dim, prepend, append)
+
+
+@aten("all")
+def all_(x: Array, dim: Dims = None, keepdim: bool = False) -> Array:
+    return jnp.all(x, axis=axes_of(x, dim), keepdims=keepdim)
+
+
+@aten("any")
+def any_(x: Array, dim: Dims = None, keepdim: bool = False) -> Array:
+    return jnp.any(x, axis=axes_of(x, dim), keepdims=keepdim)
+
+
+@aten("count_nonzero")
+def count_nonzero(x: Array, dim: Dims = None) -> Array:
+    return jnp.count_nonzero(x, axis=axes_of(x, dim)).astype(int)
+
+
+@aten("amax")
+def amax(x: Array, dim: Dims = (), keepdim: bool = False) -> Array:
+    """Entries that are equal share the derivative."""
+    return jnp.max(x, axis=axes_of(x, dim), keepdims=keepdim)
+
+
+@aten("amin")
+def amin(x: Array, dim: Dims = (), keepdim: bool = False) -> Array:
+    return jnp.min(x, axis=axes_of(x, dim), keepdims=keepdim)
+
+
+@aten("argmax")
+def argmax(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
+    return jnp.argmax(x, axis=dim, keepdims=keepdim).astype(int)
+
+
+@aten("argmin")
+def argmin(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
+    return jnp.argmin(x, axis=dim, keepdims=keepdim).astype(int)
+
+
+@aten("max")
+def max_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
+    """Along an axis, the first of equal entries has the derivative; they share it of the whole's maximum."""
+    if dim is None:
+        return jnp.max(x)
+    places = argmax(x, dim, keepdim=True)
+    return _picked(x, places, dim, keepdim)
+
+
+@aten("min")
+def min_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        return jnp.min(x)
+    places = argmin(x, dim, keepdim=True)
+    return _picked(x, places, dim, keepdim)
+
+
+def _picked(x: Array, places: Array, dim: int, keepdim: bool) -> tuple[Array, Array]:
+    values = jnp.take_along_axis(x, places, axis=dim)
+    return (values, places) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(places, dim))
+
+
+def _variance(x: Array, first: Any, second: Any, correction: Any, keepdim: bool) -> Array:
+    """The overloads are `(unbiased)`, `(dim, unbiased, keepdim)` and `(dim, *, correction, keepdim)`."""
+    if isinstance(first, bool):
+        first, second = None, first
+    if isinstance(second, bool):
+        correction = int(second)
+    axes = axes_of(x, first)
+    number = math.prod(x.shape[axis] for axis in axes)
+    centred = x - jnp.mean(x, axis=axes, keepdims=True)
+    divisor = max(number - (1 if correction is None else correction), 0)
+    return jnp.sum(jnp.abs(centred) ** 2, axis=axes, keepdims=keepdim) / divisor
+
+
+@aten("var")
+def var(x: Array, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None) -> Array:
+    return _variance(wide(x), dim, unbiased, correction, keepdim).astype(x.dtype)
+
+
+@aten("std")
+def std(x: Array, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None) -> Array:
+    return safe_sqrt(_variance(wide(x), dim, unbiased, correction, keepdim)).astype(x.dtype)
+
+
+def _mean_over(x: Array, dim: Any, keepdim: bool) -> Array:
+    return mean(x, None if isinstance(dim, bool) else dim, keepdim)
+
+
+@aten("var_mean")
+def var_mean(
+    x: Array, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> tuple[Array, Array]:
+    return var(x, dim, unbiased, keepdim, correction=correction), _mean_over(x, dim, keepdim)
+
+
+@aten("std_mean")
+def std_mean(
+    x: Array, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> tuple[Array, Array]:
+    return std(x, dim, unbiased, keepdim, correction=correction), _mean_over(x, dim, keepdim)
+
+
+@aten("logsumexp", "special_logsumexp")
+@widened
+def logsumexp(x: Array, dim: Dims, keepdim: bool = False) -> Array:
+    return jax.scipy.special.logsumexp(x, axis=axes_of(x, dim), keepdims=keepdim)
+
+
+@aten("norm")
+def norm(x: Array, p: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+@aten("linalg_vector_norm")
+def vector_norm(x: Array, ord: Any = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    """With derivative 0 at 0."""
+    x = as_floating(_cast(x, dtype))
+    size, axes = jnp.abs(wide(x)), axes_of(x, dim)
+    if ord == math.inf:
+        result = jnp.max(size, axis=axes, keepdims=keepdim)
+    elif ord == -math.inf:
+        result = jnp.min(size, axis=axes, keepdims=keepdim)
+    elif ord == 0:
+        result = jnp.sum(size != 0, axis=axes, keepdims=keepdim)
+    elif ord == 1:
+        result = jnp.sum(size, axis=axes, keepdims=keepdim)
+    elif ord == 2:
+        result = safe_sqrt(jnp.sum(size * size, axis=axes, keepdims=keepdim))
+    else:
+        total = jnp.sum(size**ord, axis=axes, keepdims=keepdim)
+        zero = total == 0
+        result = jnp.where(zero, 0, jnp.where(zero, 1, total) ** (1 / ord))
+    return result.astype(x.dtype)

@@ -1,0 +1,146 @@
+"""Modules of PyTorch as functions of JAX."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from torch_bridge._export import Program, export
+from torch_bridge._interpret import check_dtypes, check_operators, run
+from torch_bridge.aten.dtypes import to_dtype
+from torch_bridge.tensors import to_jax
+
+ModelFn = Callable[[dict[str, jax.Array], Any], Any]
+
+
+def from_module(
+    module: torch.nn.Module, example_inputs: Any, *, train: bool | None = False, dynamic_batch: bool = True
+) -> tuple[ModelFn, dict[str, jax.Array]]:
+    """A module as a pure JAX function of its parameters and inputs, and its parameters as JAX arrays.
+
+    `model_fn(params, inputs)` can be compiled, mapped and differentiated; `ggn_jax` finds its layers. The module is
+    exported (`torch.export`, before any decomposition) and each operator runs as its JAX function. Shapes and dtypes
+    are compared with torch's at each.
+
+    **Arguments:**
+
+    - `module`: it is left as it was.
+    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
+      and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
+      with arrays. Their values do not matter. All whose first axis is as long as the first tensor's have a batch axis
+      there.
+    - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in. What is
+      random then, or changes buffers, is refused.
+    - `dynamic_batch`: one graph for all sizes of batch. A batch of one runs the graph of larger ones. Where `forward`
+      depends on the size, torch.export refuses: pass False, and a graph is made for each size as it is met, from a copy
+      of the module.
+
+    **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
+    of copies: later changes of the module are not seen. Buffers are constants of `model_fn`. Its outputs are as the
+    module's, with classes of mappings as dicts. Integers of 64 bits are of 32 bits where JAX has no others. Places out
+    of range give NaN, not an error. A `torch.autograd.Function` is what its forward computes.
+
+    **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
+    them and their modules, and for what is random or writes into buffers; TypeError for inputs that are not tensors,
+    and for float64 where JAX has 64-bit types switched off; RuntimeError where torch.export fails.
+
+    >>> import torch, jax, ggn_jax
+    >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
+    >>> model_fn, params = from_module(module, torch.ones(2, 2))
+    >>> list(params)
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    >>> batch = jax.numpy.ones((8, 2)), jax.numpy.arange(8) % 4
+    >>> kfac = ggn_jax.KFACLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch, fisher_type="type-2")
+    >>> kfac.solve(params, damping=0.1)["0.weight"].shape
+    (3, 2)
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
+    kind = (
+        "dict" if isinstance(example_inputs, dict) else "tuple" if isinstance(example_inputs, tuple | list) else "one"
+    )
+    leaves, structure = jax.tree.flatten(example_inputs)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(
+                f"example_inputs must hold tensors only; got {type(leaf).__name__}. Fix other arguments in a module"
+                " around this one."
+            )
+    leaves = [leaf.detach() for leaf in leaves]
+    programs: dict[Any, Program] = {}
+    source = module if dynamic_batch else copy.deepcopy(module)
+
+    def program_for(shapes: tuple[tuple[int, ...], ...]) -> Program:
+        key = None if dynamic_batch else shapes
+        if key not in programs:
+            examples = leaves
+            if not dynamic_batch:
+                examples = [leaf.new_zeros(shape) for leaf, shape in zip(leaves, shapes, strict=True)]
+            program = _export(source, examples, structure, kind, train, dynamic_batch)
+            check_operators(program)
+            check_dtypes(program)
+            programs[key] = program
+        return programs[key]
+
+    def model_fn(params: dict[str, jax.Array], inputs: Any) -> Any:
+        arrays, given = jax.tree.flatten(inputs)
+        if given != structure:  # type: ignore[operator]  # untyped in jaxlib
+            raise ValueError(f"inputs must have the structure of example_inputs, {structure}; got {given}.")
+        arrays = [jnp.asarray(array) for array in arrays]
+        program = program_for(tuple(array.shape for array in arrays))
+        _check_inputs(arrays, program, leaves)
+        absent = [name for name in program.parameters.values() if name not in params]
+        if absent:
+            raise KeyError(f"params must hold all of the module's parameters; {', '.join(absent)} are missing.")
+        return run(program, params, arrays)
+
+    shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+    program_for(shapes)
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    like = [jax.ShapeDtypeStruct(shape, to_dtype(leaf.dtype)) for shape, leaf in zip(shapes, leaves, strict=True)]
+    structs = {name: jax.ShapeDtypeStruct(tuple(p.shape), to_dtype(p.dtype)) for name, p in parameters.items()}
+    jax.eval_shape(model_fn, structs, jax.tree.unflatten(structure, like))
+    return model_fn, {name: to_jax(parameter) for name, parameter in parameters.items()}
+
+
+def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.Tensor]) -> None:
+    """Refuse inputs of other shapes, but for the batch's size, or dtypes than the module was exported for."""
+    batch = {array.shape[0] for array, sizes in zip(arrays, program.sizes, strict=True) if None in sizes and array.ndim}
+    for array, sizes, leaf in zip(arrays, program.sizes, leaves, strict=True):
+        fits = array.ndim == len(sizes) and all(w in (None, s) for w, s in zip(sizes, array.shape, strict=True))
+        if not fits or array.dtype != to_dtype(leaf.dtype) or len(batch) > 1:
+            shape = ", ".join("N" if size is None else str(size) for size in sizes)
+            raise ValueError(
+                f"inputs must be like example_inputs: wanted {to_dtype(leaf.dtype)} of shape [{shape}], got"
+                f" {array.dtype} of shape {array.shape}. For other sizes than the batch's, convert the module again."
+            )
+
+
+def _export(
+    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, train: bool | None, dynamic: bool
+) -> Program:
+    with _in_mode(module, train):
+        try:
+            return export(module, leaves, structure, kind, dynamic=dynamic)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
+            raise RuntimeError(f"torch.export could not export module. {way_out}It says: {error}") from error
+
+
+@contextlib.contextmanager
+def _in_mode(module: torch.nn.Module, train: bool | None) -> Iterator[None]:
+    """The module in evaluation or training mode; each submodule is put back into its own."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        if train is not None:
+            module.train(train)
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
