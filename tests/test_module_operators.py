@@ -188,10 +188,28 @@ ELEMENTWISE: dict[str, Case] = {
 
 ACTIVATIONS: dict[str, Case] = {
     name: on("e", getattr(nn, name)())
-    for name in (
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU"
-        " Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink"
-    ).split()
+    for name in [
+        "CELU",
+        "ELU",
+        "GELU",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardswish",
+        "Hardtanh",
+        "LeakyReLU",
+        "LogSigmoid",
+        "Mish",
+        "ReLU",
+        "ReLU6",
+        "SELU",
+        "SiLU",
+        "Sigmoid",
+        "Softplus",
+        "Softshrink",
+        "Softsign",
+        "Tanh",
+        "Tanhshrink",
+    ]
 } | {
     "GELU tanh": on("e", nn.GELU("tanh")),
     "Threshold": on("e", nn.Threshold(0.5, 2.0)),

@@ -1,6 +1,6 @@
 """Kronecker factors of a model's layers, summed over a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,16 +14,15 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker, Spectral, combine, decompose
 from ggn_jax.kronecker.head import find_head, head_factor
-from ggn_jax.kronecker.inputs import Inputs, second_moment
 from ggn_jax.kronecker.layout import Cuts, Layout, Run, cut, join
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.kronecker.sides import Sides, find_sides, find_taps, groups_of_steps
 from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.kronecker.vectors import count_vectors, vector_maker
-from ggn_jax.layers import Captured, Layer, Trace, Use, capture
+from ggn_jax.layers import Captured, Layer, Trace, capture
 from ggn_jax.operators.problem import Problem
-from ggn_jax.terms import Terms
 
 Bases = list[list[Spectral]]  # of each layer's weight, and of its bias where that is separate
 
@@ -172,38 +171,43 @@ def _factor_sums(
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """`captured_sums` of a chunk."""
-    captured = capture(layout.trace, params, inputs, layout.leaves if leftovers else ())
-    return captured_sums(layout, captured, terms_at, operand, extra["keys"], extra["mask"], bases, leftovers)
+    leaves = layout.leaves if leftovers else ()
+    sides = find_sides(layout, extra["mask"])
+    captured = capture(layout.trace, params, inputs, leaves, taps=find_taps(sides) if bases is None else {})
+    return captured_sums(layout, sides, captured, terms_at, operand, extra["keys"], bases, leftovers)
 
 
 def captured_sums(
     layout: Layout,
+    sides: Mapping[int, Sides],
     captured: Captured,
     terms_at: Any,
     operand: Any,
     keys: Array | None,
-    mask: Array | None,
     bases: Bases | None = None,
     leftovers: bool = True,
 ) -> dict[str, Any]:
-    """Unnormalised input factors, their counts, output factors, and what leftovers need; or EKFAC's corrections."""
+    """Input factors, with their counts unless they are weighted, output factors, and what leftovers need.
+
+    With EKFAC's bases, its corrections.
+    """
     trace, plan, options = layout.trace, layout.plan, layout.options
     wide = compute_dtype(captured.outputs.dtype)
-    uses = [[(n, trace.uses[n]) for n in layer.uses] for layer in plan.layers]
-    masks = arrange_masks(trace, mask)
-    rows = [[Inputs(use, captured.inputs[n], masks[n], options, wide) for n, use in members] for members in uses]
+
+    def of_uses(fn: Callable[[int], Any]) -> list[list[Any]]:
+        return [[fn(n) for n in layer.uses] for layer in plan.layers]
+
+    def input_factors(n: int) -> tuple[Factor, ...]:
+        x = captured.inputs[n]
+        return groups_of_steps(x, trace.uses[n]) if n in captured.tapped else sides[n].inputs(x)
+
     result: dict[str, Any] = {}
     if bases is None:
-        result["a"] = [
-            [
-                x.factors(layout.joint(layer), layout.cuts(layer)[0 if swapped else 1])
-                for x, swapped in zip(members, layer.swapped, strict=True)
-            ]
-            for layer, members in zip(plan.layers, rows, strict=True)
-        ]
-        result["count"] = [[x.count for x in members] for members in rows]
+        result["a"] = of_uses(input_factors)
+        if all(side.weights is None for side in sides.values()):
+            result["count"] = of_uses(lambda n: sides[n].count(captured.outputs.shape[0]))
     else:
-        raw = [[x.raw_rows(layout.joint(layer)) for x in xs] for layer, xs in zip(plan.layers, rows, strict=True)]
+        raw = of_uses(lambda n: sides[n].rows(captured.inputs[n]).raw_rows(sides[n].joint))
     kind = options.fisher_type, options.mc_samples, options.positions
     num = count_vectors(layout.loss, trace.outputs, *kind)
     if options.fisher_type is FisherType.FORWARD_ONLY:
@@ -212,28 +216,21 @@ def captured_sums(
     make = vector_maker(terms, *kind, keys)
     head = None if bases is not None else find_head(layout)
 
-    def output_factors(n: int, swapped: bool, g: Array, cuts: tuple[Cuts, Cuts]) -> tuple[Factor, ...] | None:
-        if n == head:
-            return None
-        return tuple(_output_factor(part, options) for part in cut(g, cuts[1 if swapped else 0], 1))
-
     def part(indices: Array) -> dict[str, Any]:
         grads, own = jax.vmap(captured.pull_back)(make(indices).astype(captured.outputs.dtype))
 
-        def arranged(n: int, use: Use) -> Array:  # [V, G, N, S, out]
-            return jax.vmap(use.arrange_output_grads)(grads[n]).astype(wide)
+        def output_factors(n: int) -> tuple[Factor, ...] | None:
+            if n == head:
+                return None
+            if n in captured.tapped:
+                return groups_of_steps([jnp.sum(x, axis=0) for x in grads[n]], trace.uses[n])
+            return sides[n].output_grads(grads[n].reshape(-1, *grads[n].shape[2:]))
 
         sums: dict[str, Any] = {}
-        gs = [[arranged(n, use) for n, use in members] for members in uses]
         if bases is None:
-            sums["b"] = [
-                [
-                    output_factors(n, swapped, g, layout.cuts(layer))
-                    for n, swapped, g in zip(layer.uses, layer.swapped, members, strict=True)
-                ]
-                for layer, members in zip(plan.layers, gs, strict=True)
-            ]
+            sums["b"] = of_uses(output_factors)
         else:
+            gs = of_uses(lambda n: jax.vmap(trace.uses[n].arrange_output_grads)(grads[n]).astype(wide))
             sums["corrected"] = [
                 _corrected(layout, layer, xs, g, basis)
                 for layer, xs, g, basis in zip(plan.layers, raw, gs, bases, strict=True)
@@ -248,29 +245,14 @@ def captured_sums(
     needed = head is None or len(trace.uses) > 1 or (leftovers and bool(layout.leaves))
     sums = sum_in_parts(part, num if needed else 0, options.vector_chunk_size)
     if head is not None:
-        sums["b"] = _with_head(layout, sums["b"], head, terms)
+        side = sides[head]
+        known = side.weighted_outputs(head_factor(terms, side.cuts[0], options.max_dense_size))
+        pairs = zip(plan.layers, sums["b"], strict=True)
+        sums["b"] = [
+            [known if n == head else found for n, found in zip(layer.uses, members, strict=True)]
+            for layer, members in pairs
+        ]
     return {**result, **sums}
-
-
-def _with_head(layout: Layout, b: list[list[Any]], head: int, terms: Terms) -> list[list[tuple[Factor, ...]]]:
-    """The output factors, with that of the head filled in."""
-
-    def one(layer: Layer, n: int, swapped: bool, found: Any) -> tuple[Factor, ...]:
-        cuts = layout.cuts(layer)[1 if swapped else 0]
-        return head_factor(terms, cuts, layout.options.max_dense_size) if n == head else found
-
-    return [
-        [one(layer, *term) for term in zip(layer.uses, layer.swapped, members, strict=True)]
-        for layer, members in zip(layout.plan.layers, b, strict=True)
-    ]
-
-
-def _output_factor(g: Array, options: Options) -> Factor:
-    """`sum g g^T` over vectors, data and positions; `[V, G, N, S, out]`."""
-    if options.sharing == "reduce":
-        g = jnp.sum(g, axis=3, keepdims=True)
-    g = jnp.moveaxis(g, 1, 0)
-    return second_moment(g.reshape(g.shape[0], -1, *g.shape[3:]), options)
 
 
 def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array], bases: list[Spectral]) -> list[Array]:
@@ -322,7 +304,7 @@ def _corrected_part(
 
 
 class _Totals(eqx.Module):
-    """A block before the sums over inputs are divided by how many there were."""
+    """A block before the sums over inputs are divided by how many there were, if they are not means already."""
 
     a: tuple[Factor, ...]
     b: tuple[Factor, ...]
@@ -330,7 +312,7 @@ class _Totals(eqx.Module):
     swapped: tuple[bool, ...] = eqx.field(static=True)
 
     def block(self) -> Kronecker:
-        a = [_divide(x, n) for x, n in zip(self.a, self.count, strict=True)]
+        a = [_divide(x, n) for x, n in zip(self.a, self.count, strict=True)] if self.count else self.a
         terms = list(zip(a, self.b, self.swapped, strict=True))
         return Kronecker(tuple(y if s else x for x, y, s in terms), tuple(x if s else y for x, y, s in terms))
 
@@ -340,7 +322,7 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
     layer = layout.plan.layers[number]
     outs, ins = layout.cuts(layer)
     groups, swapped = layer.weight.shape[0], layer.swapped
-    a, counts = sums["a"][number], sums["count"][number]
+    a, counts = sums["a"][number], sums["count"][number] if "count" in sums else []
     dtype = a[0][0].dtype
     ones = [tuple(jnp.ones((groups * run.count, run.size), dtype) for run in (ins if s else outs)) for s in swapped]
     b = sums["b"][number] if "b" in sums else ones
@@ -351,7 +333,7 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
                 " as one has inputs where the other has outputs: pass tied='sum'."
             )
         a, b = ([tuple(map(_sum, zip(*parts, strict=True)))] for parts in (a, b))
-        counts, swapped = [sum(counts)], (False,)
+        counts, swapped = [sum(counts)] if counts else [], (False,)
 
     def member(o: int, i: int) -> _Totals:
         split = outs[o].count, ins[i].count

@@ -20,7 +20,6 @@ class Inputs:
 
     def __init__(self, use: Use, captured: Array, mask: Array | None, options: Options, wide: Any):
         self.use, self.captured, self.options, self.wide = use, captured, options, wide
-        size, positions = captured.shape[0], use.num_positions
         self.mask = None if mask is None else mask.astype(wide)  # [N, S]
         self.embedding = use.kind == "embedding"
         if self.embedding:
@@ -30,13 +29,6 @@ class Inputs:
             weight = ((index == x) | (not use.fills)).astype(wide)
             self.index = index
             self.weight = weight if self.mask is None else weight * self.mask[None]
-        reduce = options.sharing == "reduce"
-        if self.mask is None:
-            self.count: Any = jnp.asarray(size * (1 if reduce else positions), wide)
-        elif reduce:
-            self.count = jnp.sum(jnp.any(self.mask > 0, axis=1)).astype(wide)
-        else:
-            self.count = jnp.sum(self.mask)
 
     @property
     def x(self) -> Float[Array, "G N S in"]:

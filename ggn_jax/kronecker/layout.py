@@ -17,7 +17,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import BlockSpec, Stack, layout_of, unstack
-from ggn_jax.layers import Layer, Leftover, Plan, Trace, make_plan, trace_model
+from ggn_jax.layers import Layer, Leftover, Plan, Trace, Use, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import UncoveredParametersWarning, is_dense
 from ggn_jax.layers.uses import View
@@ -152,7 +152,9 @@ class Layout:
 
     def _layer_members(self, layer: Layer) -> list[Member]:
         kind = "+".join(dict.fromkeys(self.trace.uses[n].kind for n in layer.uses))
-        made = self.roles(layer)
+        # What loops make of their own steps is a stack already: to put it together with others', it would be copied.
+        alone = layer.uses if any(has_own_steps(self.trace.uses[n]) for n in layer.uses) else ()
+        made = self.roles(layer), alone
         outs, ins = self.cuts(layer)
         size_in = layer.weight.shape[2]
         result = []
@@ -245,6 +247,12 @@ def _part(view: View, out: tuple[int, int], inputs: tuple[int, int]) -> View:
     entries = view.entries.reshape(view.shape)
     cut = entries.slice((0, out[0], inputs[0]), (groups, out[1], inputs[1]), (1, 1, 1))
     return View(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
+
+
+def has_own_steps(use: Use) -> bool:
+    """Whether a use is in loops, and each of their steps has a weight of its own."""
+    lead = len(use.loops)
+    return lead > 0 and use.input_axes.groups[:lead] == tuple(range(lead))
 
 
 def is_whole(runs: Cuts) -> bool:

@@ -3,6 +3,7 @@
 from ggn_jax.layers.capture import Captured, capture
 from ggn_jax.layers.plan import Layer, Leftover, Plan, UncoveredParametersWarning, make_plan
 from ggn_jax.layers.report import Report, ReportRow, report
+from ggn_jax.layers.taps import Tap
 from ggn_jax.layers.trace import Trace, trace_model
 from ggn_jax.layers.uses import Use
 
@@ -13,6 +14,7 @@ __all__ = [
     "Plan",
     "Report",
     "ReportRow",
+    "Tap",
     "Trace",
     "UncoveredParametersWarning",
     "Use",

@@ -1,6 +1,6 @@
 """Run a traced model: each layer's inputs, and its output gradients for any vectors at the outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,27 +11,41 @@ from jaxtyping import Array, PyTree
 from ggn_jax._sharding import vary_like
 from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
 from ggn_jax.layers.run import run_equation, run_of_example
+from ggn_jax.layers.taps import Tap, give_grads, of_batch
 from ggn_jax.layers.trace import Trace
+from ggn_jax.layers.uses import Use
 
 
 class Captured(NamedTuple):
     """What one forward pass over a batch gives; arrays are in the equations' own layouts, see `Use`."""
 
     outputs: Array  # [N, *out]
-    inputs: tuple[Array, ...]  # for each use, [N, *loops, *operand]
-    pull_back: Callable[[Array], tuple[tuple[Array, ...], tuple[Array, ...]]]
-    """Vectors `[N, *out]` to each use's output gradients, `[N, *loops, *output]`, and to the gradients of each datum in
-    the parameters asked for, `[N, *shape]`."""
+    inputs: tuple[PyTree[Array], ...]
+    """For each use, `[N, *loops, *operand]`; of one that is tapped, what its tap makes of them, `[*loops, ...]`."""
+    pull_back: Callable[[Array], tuple[tuple[PyTree[Array], ...], tuple[Array, ...]]]
+    """Vectors `[N, *out]` to each use's output gradients, `[N, *loops, *output]`, or to what its tap makes of them,
+    `[*loops, ...]`, and to the gradients of each example in the parameters asked for, `[N, *shape]`."""
     gradient: Callable[[Array], PyTree[Array]]
     """A vector `[N, *out]` to the parameters' gradient, if that was asked for."""
+    tapped: frozenset[int]
+    """The numbers of the uses that are."""
+
+
+NO_TAPS: Mapping[int, Tap] = {}
 
 
 def capture(
-    trace: Trace, params: PyTree, inputs: PyTree, leaves: Sequence[int] = (), gradient: bool = False
+    trace: Trace,
+    params: PyTree,
+    inputs: PyTree,
+    leaves: Sequence[int] = (),
+    gradient: bool = False,
+    taps: Mapping[int, Tap] = NO_TAPS,
 ) -> Captured:
     """Run the model on a batch, mapped over examples.
 
-    `leaves` are parameters wanted with a gradient per datum; `gradient` asks for the batch's in all parameters.
+    `leaves` are parameters wanted with a gradient per datum; `gradient` asks for the batch's in all parameters; `taps`
+    are of the uses, by their numbers, whose arrays are not wanted themselves.
     """
     jaxpr, consts = open_jaxpr(trace.closed)
     given, tree = jax.tree.flatten(params)
@@ -40,37 +54,46 @@ def capture(
     containers = {path[:i] for path in paths for i in range(1, len(path))}
     run = run_of_example if leaves else run_equation
 
-    def one(
-        flat: list[Array], perturbations: dict[int, Array], own: list[Array], x: PyTree
-    ) -> tuple[Array, dict[int, Array]]:
+    def one(flat: list[Array], receivers: dict[int, Any], own: list[Array], x: PyTree) -> tuple[Array, dict[int, Any]]:
         values = list(flat)
         for leaf, value in zip(leaves, own, strict=True):
             values[leaf] = value
         values += [leaf[None] for leaf in jax.tree.leaves(x)]
-        (outputs,), captured = _evaluate(jaxpr, consts, values, (), perturbations)
+        (outputs,), captured = _evaluate(jaxpr, consts, values, (), receivers)
         return outputs[0], captured
 
-    def batch(flat: list[Array], perturbations: dict[int, Array], own: list[Array]) -> tuple[Array, dict[int, Array]]:
-        return jax.vmap(one, in_axes=(None, 0, 0, 0))(flat, perturbations, own, inputs)
+    mapped = {n: None if n in taps else 0 for n in range(len(trace.uses))}
+
+    def batch(flat: list[Array], receivers: dict[int, Any], own: list[Array]) -> tuple[Array, dict[int, Any]]:
+        return jax.vmap(one, (None, mapped, 0, 0), (0, mapped))(flat, receivers, own, inputs)
 
     def _evaluate(
-        jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], perturbations: dict[int, Array]
-    ) -> tuple[list[Any], dict[int, Array]]:
-        captured: dict[int, Array] = {}
+        jaxpr: Any,
+        consts: Sequence[Any],
+        values: Sequence[Any],
+        path: tuple[int, ...],
+        receivers: dict[int, Any],
+    ) -> tuple[list[Any], dict[int, Any]]:
+        captured: dict[int, Any] = {}
 
         def step(eqn: Any, at: tuple[int, ...], values: list[Any]) -> list[Any]:
             if at in paths:
                 number = paths[at]
-                captured[number] = _scaled(values[trace.uses[number].operand], trace.uses[number].factor)
+                operand = _scaled(values[trace.uses[number].operand], trace.uses[number].factor)
                 (output,) = run(eqn, values)
-                return [output + perturbations[number]]
+                if number not in taps:
+                    captured[number] = operand
+                    return [output + receivers[number]]
+                tap = taps[number]
+                captured[number] = of_batch(tap.inputs, tap.given, size, operand)
+                return [give_grads(tap.output_grads, tap.given, size, output, receivers[number])]
             if at not in containers:
                 return run(eqn, values)
-            own = {n: perturbations[n] for p, n in paths.items() if p[: len(at)] == at}
+            own = {n: receivers[n] for p, n in paths.items() if p[: len(at)] == at}
             inner, inner_consts = open_jaxpr(inner_jaxpr(eqn))
 
-            def evaluate(values: Sequence[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
-                return _evaluate(inner, inner_consts, values, at, perturbations)
+            def evaluate(values: Sequence[Any], receivers: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+                return _evaluate(inner, inner_consts, values, at, receivers)
 
             name = eqn.primitive.name
             if name in SCAN:
@@ -84,7 +107,7 @@ def capture(
 
         return run_jaxpr(jaxpr, consts, values, path, step), captured
 
-    zeros = {n: jnp.zeros((size, *use.output_shape), use.output_dtype) for n, use in enumerate(trace.uses)}
+    zeros = {n: _receiver(use, size, taps.get(n)) for n, use in enumerate(trace.uses)}
     zeros = vary_like(zeros, (params, inputs))
     copies = [jnp.broadcast_to(given[leaf], (size, *given[leaf].shape)) for leaf in leaves]
     if gradient:
@@ -92,7 +115,7 @@ def capture(
     else:
         outputs, vjp, captured = jax.vjp(partial(batch, given), zeros, copies, has_aux=True)
 
-    def pull_back(vectors: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def pull_back(vectors: Array) -> tuple[tuple[PyTree[Array], ...], tuple[Array, ...]]:
         gradients, per_datum = vjp(vectors)[-2:]
         return tuple(gradients[n] for n in range(len(trace.uses))), tuple(per_datum)
 
@@ -104,7 +127,16 @@ def capture(
             shared[leaf] = jnp.sum(rest, axis=0)  # its copies, and not itself, are what was used
         return jax.tree.unflatten(tree, shared)
 
-    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back, total)
+    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back, total, frozenset(taps))
+
+
+def _receiver(use: Use, size: int, tap: Tap | None) -> PyTree[Array]:
+    """Zeros whose cotangent is the output gradient of a use for each example, or what its tap makes of it."""
+    if tap is None:
+        return jnp.zeros((size, *use.output_shape), use.output_dtype)
+    step = jax.ShapeDtypeStruct((size, *use.output_shape[len(use.loops) :]), use.output_dtype)
+    wanted = jax.eval_shape(tap.output_grads, tap.given, step)
+    return jax.tree.map(lambda s: jnp.zeros((*use.loops, *s.shape), s.dtype), wanted)
 
 
 def _scaled(x: Array, factor: float) -> Array:

@@ -1,6 +1,7 @@
 """One pass over a batch: the loss, its gradient, and the factors; and where a model's blocks are."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
 from ggn_jax.kronecker.stacks import Stack, structure
 from ggn_jax.layers import capture, trace_model
 from ggn_jax.layers.check import EXAMPLES, check_independent
@@ -177,25 +179,32 @@ class Core:
         self._check_layers(layout, problem)
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
+        always, counts = settings.factor_interval == 1, problem.counts()
+        weights = mean_weights(layout, mask, problem.targets.shape[0], counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
+            sides = find_sides(layout, extra["mask"], weights)
+            # EKFAC's corrections need the gradient of each example.
+            taps = {} if settings.ekfac else find_taps(sides)
+            shared = always or not taps  # taps make factors in the forward pass, where they might not be due
+            look = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
             captured = value = grads = None
 
             def factors() -> Sums:
-                seen = captured or capture(layout.trace, problem.params, inputs, layout.leaves)
-                args = (layout, seen, terms_at, operand, extra["keys"], extra["mask"])
+                seen = captured if captured is not None and shared else look(taps=taps)
+                args = (layout, sides, seen, terms_at, operand, extra["keys"])
                 sums, corrected = captured_sums(*args), ()
                 if bases is not None:
                     corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
                 return vary_like((sums, corrected), problem)
 
             if gradient:
-                captured = capture(layout.trace, problem.params, inputs, layout.leaves, gradient=True)
+                captured = look(gradient=True, taps=taps if shared else {})
                 value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(
                     captured.outputs
                 )
                 grads = captured.gradient(vector)
-            if settings.factor_interval == 1:
+            if always:
                 return value, grads, factors()
             return (
                 value,
@@ -207,11 +216,10 @@ class Core:
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
-        counts = problem.counts()
+        sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]  # as the weights: it may be added to others'
         blocks = assemble_blocks(layout, sums).blocks
-        blocks = jax.tree.map(lambda x: jnp.where(counts, x, 0), blocks)  # may be added to others'
         batches = counts.astype(jnp.float32)
-        weight = batches if settings.factor_interval == 1 else jnp.where(due, batches, 0)
+        weight = batches if always else jnp.where(due, batches, 0)
         factors: Factors = as_plain(Factors(batches, weight, blocks, _stacked_corrections(layout, corrected)))
         return value, grads, factors
 
