@@ -56,6 +56,7 @@ GGN_JAX = [
     {"optimizer.masked", "optimizer.settings"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.core", "optimizer.step", "optimizer.summary"},
+    {"optimizer.methods"},
     {"optimizer.transformation"},
     {"optimizer.multi_steps"},
     {"optimizer"},

@@ -11,9 +11,9 @@ from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_type, fitted
 from ggn_jax.optimizer.curvature import Factors
+from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import all_finite, choose, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.storage import as_plain
-from ggn_jax.optimizer.transformation import KFACTransformation
 
 
 class MultiStepsState(NamedTuple):

@@ -1,14 +1,12 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ggn_jax._fusion import seal
 from ggn_jax._repr import fields
@@ -21,11 +19,11 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, fitted
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made, follow, precondition
+from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
-from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
 class ScaleByKFACState(NamedTuple):
@@ -64,90 +62,6 @@ class KFACState(NamedTuple):
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())
-
-
-class KFACTransformation(optax.GradientTransformationExtraArgs):
-    """An `optax.GradientTransformationExtraArgs` that also has a report, and shares a pass with the gradient.
-
-    Made by `kfac`, `scale_by_kfac` and `multi_steps`. These methods stay where one of `init` and `update` is replaced
-    (`optimizer._replace(update=...)`), and where it is mapped over as a pytree. `optax.chain` and other transformations
-    of optax return one without them: keep the `kfac` that you pass to them, whose methods find its state in theirs.
-
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> print(optimizer.report(params))
-    parameter  shape  kind    curvature
-    ---------  -----  ------  -----------------------------
-    ['w']      2 x 3  linear  Kronecker (3 x 3) (x) (2 x 2)
-    State: 22 entries, 3.7 per parameter; 88 bytes.
-    """
-
-    @classmethod
-    def make(cls, core: Core, init: Any, update: Any, needs_batch: bool) -> Self:
-        # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
-        init.made_of = update.made_of = core, needs_batch
-        return cls(init, update)
-
-    def _made_of(self) -> tuple[Core, bool]:
-        found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
-        if not found:
-            raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")
-        return found[0]
-
-    @property
-    def core(self) -> Core:
-        return self._made_of()[0]
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether updates look at the batch's loss, also where they are given its factors."""
-        return self._made_of()[1]
-
-    def report(self, params: PyTree[Array]) -> CurvatureReport:
-        """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""
-        return summarise(*self.core.blank(params))
-
-    def factors(
-        self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
-    ) -> Factors:
-        """What a batch says of the curvature at this step: a pytree to pass to `update(..., factors=...)`.
-
-        Factors of several batches or processes may be added or averaged, leaf by leaf. `state` is the optimizer's,
-        however wrapped; `batch`, `key` and `full_params` as for `update`.
-        """
-        return self._look(params, batch, state, key, full_params, gradient=False)[2]
-
-    def value_and_grad_and_factors(
-        self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
-    ) -> tuple[Float[Array, ""], PyTree[Array], Factors]:
-        """The loss, its gradient, and the batch's factors, from one forward pass.
-
-        Without it, the gradient and the factors each run the model. With masked parameters and `full_params`, it is the
-        gradient of those that are not masked. Use it inside of `jit`, with the update:
-
-        >>> import jax, jax.numpy as jnp, optax, ggn_jax
-        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-        >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=batch[0])
-        >>> @jax.jit
-        ... def step(params, state, batch, key):
-        ...     value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
-        ...     updates, state = optimizer.update(grads, state, params, factors=factors)
-        ...     return optax.apply_updates(params, updates), state, value
-        >>> params, state, value = step(params, optimizer.init(params), batch, jax.random.key(0))
-        """
-        return self._look(params, batch, state, key, full_params, gradient=True)
-
-    def _look(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
-        look = partial(self._look_inside, gradient=gradient)
-        like = NOT_SHARDED, params if gradient else NOT_SHARDED, NOT_SHARDED
-        return on_mesh(look, lambda *_: like)(params, batch, state, key, full_params)
-
-    def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
-        curvature = self.core.curvature_in(state, params)
-        problem, mask = self.core.problem(params, batch, full_params, value=gradient)
-        return self.core.look(problem, mask, key, curvature, gradient=gradient)
 
 
 def scale_by_kfac(
