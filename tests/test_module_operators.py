@@ -186,31 +186,12 @@ ELEMENTWISE: dict[str, Case] = {
     "to": lambda t: (t["x"].long(), t["x"].bool(), t["i"].to(t["x"]), t["b"].type_as(t["i"]), t["x"].to(torch.int8)),
 }
 
-ACTIVATIONS: dict[str, Case] = {
-    name: on("e", getattr(nn, name)())
-    for name in [
-        "CELU",
-        "ELU",
-        "GELU",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "LeakyReLU",
-        "LogSigmoid",
-        "Mish",
-        "ReLU",
-        "ReLU6",
-        "SELU",
-        "SiLU",
-        "Sigmoid",
-        "Softplus",
-        "Softshrink",
-        "Softsign",
-        "Tanh",
-        "Tanhshrink",
-    ]
-} | {
+NONLINEAR = (
+    "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid"
+    " Softplus Softshrink Softsign Tanh Tanhshrink"
+)
+
+ACTIVATIONS: dict[str, Case] = {name: on("e", getattr(nn, name)()) for name in NONLINEAR.split()} | {
     "GELU tanh": on("e", nn.GELU("tanh")),
     "Threshold": on("e", nn.Threshold(0.5, 2.0)),
     "options": lambda t: (F.softplus(t["e"], 2, 1), F.elu(t["e"], 0.5), F.celu(t["e"], 0.5), F.hardtanh(t["e"], -1, 3)),
@@ -307,15 +288,40 @@ SHAPES: dict[str, Case] = {
 }
 
 REDUCTIONS: dict[str, Case] = {
-    "sum": lambda t: (t["x"].sum(), t["x"].sum((1, 2)), t["x"].sum(-1, keepdim=True), t["i"].sum(1), t["b"].sum(), t["i"].sum(dtype=torch.float64)),
+    "sum": lambda t: (
+        t["x"].sum(),
+        t["x"].sum((1, 2)),
+        t["x"].sum(-1, keepdim=True),
+        t["i"].sum(1),
+        t["b"].sum(),
+        t["i"].sum(dtype=torch.float64),
+    ),
     "mean": lambda t: (t["x"].mean(), t["x"].mean(1), t["x"].mean((1, -1), keepdim=True)),
     "prod": lambda t: (t["x"].prod(1), t["i"].prod(-1)),
-    "var": lambda t: (t["x"].var(1), t["x"].var(unbiased=False), t["x"].std((1, 2), correction=0), t["x"].std(-1), torch.var_mean(t["x"], 1)),
+    "var": lambda t: (
+        t["x"].var(1),
+        t["x"].var(unbiased=False),
+        t["x"].std((1, 2), correction=0),
+        t["x"].std(-1),
+        torch.var_mean(t["x"], 1),
+    ),
     "std of equal entries": lambda t: (t["x"][:, :1] - t["x"][:, :1]).expand(-1, 3, -1).std(1),
     "amax": lambda t: (t["e"].relu().amax(-1), t["x"].amin((1, 2), keepdim=True), t["x"].max(), t["x"].min(1)),
-    "max": lambda t: (t["e"].relu().max(-1), t["x"].max(1, keepdim=True), t["x"].argmax(1), t["x"].argmin(), t["i"].max(2)),
+    "max": lambda t: (
+        t["e"].relu().max(-1),
+        t["x"].max(1, keepdim=True),
+        t["x"].argmax(1),
+        t["x"].argmin(),
+        t["i"].max(2),
+    ),
     "any": lambda t: (t["b"].any(), t["b"].all(1), t["i"].any(-1), torch.count_nonzero(t["i"], 1)),
-    "cumsum": lambda t: (t["x"].cumsum(1), t["i"].cumsum(-1), t["b"].cumsum(1), t["p"].cumprod(1), torch.diff(t["x"], dim=1)),
+    "cumsum": lambda t: (
+        t["x"].cumsum(1),
+        t["i"].cumsum(-1),
+        t["b"].cumsum(1),
+        t["p"].cumprod(1),
+        torch.diff(t["x"], dim=1),
+    ),
     "logsumexp": lambda t: (torch.logsumexp(t["x"], 1), torch.logsumexp(t["x"], (1, 2), keepdim=True)),
     "norm": lambda t: (
         t["x"].norm(dim=1),
@@ -354,10 +360,12 @@ REDUCTIONS: dict[str, Case] = {
         torch.eye(3),
         torch.arange(t["x"].shape[0]) + t["x"].shape[1] // 2,
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("cases", [ELEMENTWISE, ACTIVATIONS, SHAPES, REDUCTIONS], ids=["elementwise", "activations", "shapes", "reductions"])  # fmt: skip
+@pytest.mark.parametrize(
+    "cases", [ELEMENTWISE, ACTIVATIONS, SHAPES, REDUCTIONS], ids=["elementwise", "activations", "shapes", "reductions"]
+)
 def test_operators(cases: dict[str, Case]) -> None:
     check(cases, INPUTS, dynamic=False)
 

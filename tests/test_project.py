@@ -77,6 +77,7 @@ TORCH_BRIDGE = [
     {"_export"},
     {"_interpret"},
     {"modules"},
+    {"operators"},
     {""},
 ]
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}
@@ -88,7 +89,7 @@ LEVEL = {
 }
 LIBRARIES = {
     "ggn_jax": {"jax", "numpy", "scipy", "equinox", "lineax", "jaxtyping", "optax"},
-    "torch_bridge": {"jax", "numpy", "torch"},
+    "torch_bridge": {"jax", "numpy", "torch", "scipy"},
 }
 # Nothing below these (parts, so that this file does not name them).
 PRIVATE = [("jax", "core"), ("jax", "interpreters"), ("jaxlib",), ("equinox", "internal"), ("torch", "_functorch")]

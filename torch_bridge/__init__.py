@@ -11,10 +11,24 @@ from torch_bridge.grad_output import (
 )
 from torch_bridge.losses import register_loss
 from torch_bridge.modules import from_module
+from torch_bridge.operators import (
+    EFLinearOperator,
+    EKFACLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+)
 from torch_bridge.tensors import to_jax, to_torch
 
 __all__ = [
+    "EFLinearOperator",
+    "EKFACLinearOperator",
     "FisherType",
+    "GGNDiagonalLinearOperator",
+    "GGNLinearOperator",
+    "HessianLinearOperator",
+    "KFACLinearOperator",
     "from_module",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",

@@ -1,0 +1,107 @@
+"""Curvature operators of PyTorch modules, against curvlinops and torch's own derivatives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import curvlinops
+import pytest
+import torch
+from torch import nn
+
+import torch_bridge
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+
+
+def setting(build: Callable[[], nn.Module], loss: nn.Module) -> tuple[Any, ...]:
+    """The arguments of an operator: with two batches of different sizes."""
+    torch.manual_seed(0)
+    module = build().double()
+    x = torch.randn(5, 1, 3, 3, dtype=torch.float64) if build is cnn else torch.randn(5, 4, dtype=torch.float64)
+    y = (
+        torch.randint(0, 2, (5,))
+        if isinstance(loss, nn.CrossEntropyLoss)
+        else torch.rand(5, 2, dtype=torch.float64).round()
+    )
+    return module, loss, list(module.parameters()), [(x[:3], y[:3]), (x[3:], y[3:])]
+
+
+def dense(operator: Any) -> torch.Tensor:
+    return (operator @ torch.eye(operator.shape[1], dtype=torch.float64)).detach()
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(reduction="sum")])
+@pytest.mark.parametrize("name", ["GGNLinearOperator", "HessianLinearOperator"])
+def test_products(name: str, loss: nn.Module) -> None:
+    args = setting(mlp, loss)
+    ours, theirs = getattr(torch_bridge, name)(*args), getattr(curvlinops, name)(*args)
+    torch.testing.assert_close(dense(ours), dense(theirs), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("build", [mlp, cnn])
+@pytest.mark.parametrize("joint", [True, False])
+def test_kfac(build: Callable[[], nn.Module], joint: bool) -> None:
+    """Values, inverses and numbers."""
+    args = setting(build, nn.CrossEntropyLoss())
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": not joint}
+    ours, theirs = torch_bridge.KFACLinearOperator(*args, **options), curvlinops.KFACLinearOperator(*args, **options)
+    matrix = dense(theirs)
+    torch.testing.assert_close(dense(ours), matrix, rtol=1e-8, atol=1e-10)
+    damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+    torch.testing.assert_close(dense(ours.inverse(damping=0.1)), damped.inverse(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours.trace(), matrix.trace(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(ours.frobenius_norm(), matrix.norm(), rtol=1e-8, atol=1e-10)
+
+
+def test_ekfac() -> None:
+    args = setting(mlp, nn.MSELoss())
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": False}
+    ours, theirs = torch_bridge.EKFACLinearOperator(*args, **options), curvlinops.EKFACLinearOperator(*args, **options)
+    torch.testing.assert_close(dense(ours), dense(theirs), rtol=1e-8, atol=1e-10)
+
+
+def test_diagonals_and_the_empirical_fisher() -> None:
+    args = setting(mlp, nn.CrossEntropyLoss())
+    diagonal = torch_bridge.GGNDiagonalLinearOperator(*args)
+    wanted = dense(curvlinops.GGNLinearOperator(*args)).diag()
+    torch.testing.assert_close(dense(diagonal), wanted.diag(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(diagonal.trace(), wanted.sum(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(dense(diagonal.inverse(0.1)), (1 / (wanted + 0.1)).diag(), rtol=1e-8, atol=1e-10)
+    ef, peer = torch_bridge.EFLinearOperator(*args), curvlinops.EFLinearOperator(*args)
+    torch.testing.assert_close(dense(ef), dense(peer), rtol=1e-8, atol=1e-10)
+
+
+def test_a_part_of_the_parameters() -> None:
+    """Lists, columns, SciPy, and changed parameters."""
+    module, loss, params, data = setting(mlp, nn.MSELoss())
+    whole = dense(torch_bridge.GGNLinearOperator(module, loss, params, data))
+    part = torch_bridge.GGNLinearOperator(module, loss, {"any": params[2], "name": params[0]}, data)
+    order = torch.cat([torch.arange(15, 21), torch.arange(12)])
+    wanted = whole[order][:, order]
+    torch.testing.assert_close(dense(part), wanted, rtol=1e-8, atol=1e-10)
+    vector = torch.randn(18, 2, dtype=torch.float64)
+    lists = [vector[:6].reshape(2, 3, 2), vector[6:].reshape(3, 4, 2)]
+    torch.testing.assert_close((part @ lists)[1], (wanted @ vector)[6:].reshape(3, 4, 2), rtol=1e-8, atol=1e-10)
+    scipy = part.to_scipy() @ vector[:, 0].numpy()
+    torch.testing.assert_close(torch.from_numpy(scipy), wanted @ vector[:, 0], rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"shape \(18,\) or \(18, K\)"):
+        part @ torch.ones(7)
+    params[0].data.mul_(2)
+    with pytest.raises(RuntimeError, match=r"0.weight have changed"):
+        part @ vector
+
+
+def test_arguments() -> None:
+    module, loss, params, data = setting(mlp, nn.MSELoss())
+    with pytest.raises(ValueError, match=r"numbers \[1\] are not"):
+        torch_bridge.GGNLinearOperator(module, loss, [params[0], nn.Parameter(torch.ones(2))], data)
+    with pytest.raises(ValueError, match="at least one batch"):
+        torch_bridge.GGNLinearOperator(module, loss, params, [])
+    with pytest.raises(TypeError, match="batch 0 is none"):
+        torch_bridge.GGNLinearOperator(module, loss, params, [torch.ones(2)])

@@ -1,0 +1,383 @@
+"""Curvature operators of PyTorch modules: torch tensors go in and come out, jitted JAX does the work."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+import ggn_jax
+from torch_bridge.losses import build_loss, find_loss
+from torch_bridge.modules import from_module
+from torch_bridge.tensors import jax_on, to_jax, to_torch
+
+SEED = 2147483647
+Params = Sequence[Tensor] | dict[str, Tensor]
+
+
+class Setting:
+    """A module, its loss, and all data as one batch, in JAX; and which of the parameters the curvature is in."""
+
+    def __init__(self, module: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"model_func must be a torch.nn.Module; got {type(module).__name__}.")
+        self.params = list(params.values()) if isinstance(params, dict) else list(params)
+        if not self.params:
+            raise ValueError("params must hold at least one parameter of the module.")
+        found = {id(parameter): name for name, parameter in module.named_parameters()}
+        foreign = [i for i, parameter in enumerate(self.params) if id(parameter) not in found]
+        if foreign or len({id(parameter) for parameter in self.params}) < len(self.params):
+            raise ValueError(f"params must be different parameters of model_func; numbers {foreign} are not.")
+        self.names = [found[id(parameter)] for parameter in self.params]
+        kinds = {(p.dtype, p.device) for p in self.params}
+        if len(kinds) > 1:
+            raise ValueError(f"params must have one dtype and one device; got {sorted(map(str, kinds))}.")
+        ((self.dtype, self.device),) = kinds
+        self.before = [parameter.detach().clone() for parameter in self.params]
+        batches = [_pair(number, batch) for number, batch in enumerate(data)]
+        if not batches:
+            raise ValueError("data must yield at least one batch.")
+        entry = find_loss(loss_func)
+        text, tensors = entry.take_apart(loss_func)
+        with jax_on(self.device):
+            model_fn, values = from_module(module, batches[0][0])
+            self.values = {name: values[name] for name in self.names}
+            fixed = {name: value for name, value in values.items() if name not in self.values}
+            self.model_fn = lambda params, inputs: model_fn({**fixed, **params}, inputs)
+            self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors])
+            self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
+            self.size = max(len(batch[1]) for batch in batches)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.model_fn, self.loss, self.values, self.batch
+
+    def to_jax(self, tensor: Tensor) -> jax.Array:
+        return to_jax(tensor.to(self.device))
+
+    def check_unchanged(self) -> None:
+        """Refuse to work with parameters that are not those of the module any more."""
+        changed = [n for n, p, b in zip(self.names, self.params, self.before, strict=True) if not torch.equal(p, b)]
+        if changed:
+            raise RuntimeError(
+                f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
+            )
+
+
+def _sampling(mc_samples: int, seed: int) -> dict[str, Any]:
+    return {"mc_samples": mc_samples, "key": jax.random.key(seed) if mc_samples else None}
+
+
+def _pair(number: int, batch: Any) -> tuple[Any, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise TypeError(f"data must yield pairs of inputs and a tensor of targets; batch {number} is none.")
+    return batch[0], batch[1]
+
+
+def _joined(batches: list[Any]) -> Any:
+    """The batches as one."""
+    try:
+        return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts), *batches)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+            f" operator for each ({error})."
+        ) from error
+
+
+class TorchLinearOperator:
+    """A symmetric linear operator on lists of tensors like the parameters; what all operators here share."""
+
+    def __init__(self, setting: Setting, operator: Any, *, follows: bool = False):
+        self._setting, self._operator, self._follows = setting, operator, follows
+        self._shapes = [parameter.shape for parameter in setting.params]
+        self._sizes = [parameter.numel() for parameter in setting.params]
+        self.shape = (sum(self._sizes), sum(self._sizes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return self._setting.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return self._setting.device
+
+    def __matmul__(self, other: Any) -> Any:
+        """The product with tensors like the parameters, with or without a last axis of columns, or `[P]`, `[P, K]`.
+
+        **Raises:** ValueError for other shapes; RuntimeError where a product is one of derivatives of the module, whose
+        parameters have changed since the operator was made.
+        """
+        if self._follows:
+            self._setting.check_unchanged()
+        if isinstance(other, Tensor):
+            if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+                raise ValueError(
+                    f"the tensor must have shape ({self.shape[1]},) or ({self.shape[1]}, K); got {tuple(other.shape)}."
+                )
+            parts = other.split(self._sizes)
+            tensors = [part.reshape(*shape, *other.shape[1:]) for part, shape in zip(parts, self._shapes, strict=True)]
+            results = self._product(tensors, columns=other.ndim == 2)
+            return torch.cat([result.reshape(-1, *other.shape[1:]) for result in results])
+        tensors = list(other)
+        extra = {t.ndim - len(shape) for t, shape in zip(tensors, self._shapes, strict=False)}
+        fits = len(tensors) == len(self._shapes) and extra <= {0, 1} and len(extra) == 1
+        if not fits or any(t.shape[: len(s)] != s for t, s in zip(tensors, self._shapes, strict=True)):
+            raise ValueError(
+                f"the tensors must have shapes {[tuple(s) for s in self._shapes]}, with one axis more for columns; got"
+                f" {[tuple(t.shape) for t in tensors]}."
+            )
+        return self._product(tensors, columns=extra == {1})
+
+    def _product(self, tensors: list[Tensor], *, columns: bool) -> list[Tensor]:
+        if not columns:
+            return self._times(tensors)
+        number = tensors[0].shape[-1]
+        results = [self._times([tensor[..., k] for tensor in tensors]) for k in range(number)]
+        return [torch.stack(parts, dim=-1) for parts in zip(*results, strict=True)]
+
+    def _times(self, tensors: list[Tensor]) -> list[Tensor]:
+        with jax_on(self.device):
+            names = self._setting.names
+            vector = {n: to_jax(t.to(self.device, self.dtype)) for n, t in zip(names, tensors, strict=True)}
+            product = self._operator.mv(vector)
+            return [to_torch(product[name]) for name in names]
+
+    def to_scipy(self, dtype: Any = None) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` with the same products."""
+        from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
+
+        def product(x: Any) -> Any:
+            result = self @ torch.as_tensor(np.asarray(x), device=self.device, dtype=self.dtype)
+            return result.cpu().numpy().astype(x.dtype)
+
+        return LinearOperator(
+            self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=np.dtype(dtype)
+        )
+
+
+class GGNLinearOperator(TorchLinearOperator):
+    r"""The generalized Gauss-Newton matrix of a module's loss: `ggn_jax.GGNLinearOperator` for PyTorch.
+
+    **Arguments**, named and ordered as curvlinops':
+
+    - `model_func`: a `torch.nn.Module`, converted by `from_module`, in evaluation mode.
+    - `loss_func`: a loss module as `make_grad_output_fn` takes it.
+    - `params`: a list or dict of parameters of the module; all others are constants.
+    - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of
+      all, also where class weights or ignored targets make a mean one over something else than examples.
+    - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
+
+    Products are those at the parameters' values when it was made, and refused once these have changed.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> ggn = GGNLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> (ggn @ torch.ones(9)).shape
+    torch.Size([9])
+    """
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        seed: int = SEED,
+    ):
+        setting = Setting(model_func, loss_func, params, data)
+        with jax_on(setting.device):
+            options = _sampling(mc_samples, seed) | {"chunk_size": setting.size}
+            super().__init__(setting, ggn_jax.GGNLinearOperator(*setting.args, **options), follows=True)
+
+
+class EFLinearOperator(TorchLinearOperator):
+    """The empirical Fisher matrix of a module's loss: `ggn_jax.EFLinearOperator` for PyTorch.
+
+    **Arguments:** as for `GGNLinearOperator`, without those of sampling.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> ef = EFLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> ef.shape
+    (9, 9)
+    """
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        setting = Setting(model_func, loss_func, params, data)
+        with jax_on(setting.device):
+            operator = ggn_jax.EFLinearOperator(*setting.args, chunk_size=setting.size)
+        super().__init__(setting, operator, follows=True)
+
+
+class HessianLinearOperator(TorchLinearOperator):
+    """The Hessian of a module's loss: `ggn_jax.HessianLinearOperator` for PyTorch.
+
+    **Arguments:** as for `GGNLinearOperator`, without those of sampling.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> hessian = HessianLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> hessian.shape
+    (9, 9)
+    """
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        setting = Setting(model_func, loss_func, params, data)
+        with jax_on(setting.device):
+            operator = ggn_jax.HessianLinearOperator(*setting.args, chunk_size=setting.size)
+        super().__init__(setting, operator, follows=True)
+
+
+class BlockTorchLinearOperator(TorchLinearOperator):
+    """A block-diagonal operator: what KFAC, EKFAC and their inverses share."""
+
+    def _number(self, name: str) -> Tensor:
+        with jax_on(self.device):
+            return to_torch(getattr(self._operator, name)())
+
+    def trace(self) -> Tensor:
+        """The trace."""
+        return self._number("trace")
+
+    def det(self) -> Tensor:
+        """The determinant; `logdet` does not overflow."""
+        return self._number("det")
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant."""
+        return self._number("logdet")
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm."""
+        return self._number("frobenius_norm")
+
+    def inverse(self, damping: float = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
+        """The inverse of `self + damping * I`; `heuristic` splits the damping between the factors."""
+        method = "heuristic" if heuristic else "exact"
+        with jax_on(self.device):
+            return BlockTorchLinearOperator(self._setting, self._operator.inverse(damping, method))
+
+
+class KFACLinearOperator(BlockTorchLinearOperator):
+    """KFAC of a module's loss: `ggn_jax.KFACLinearOperator` for PyTorch.
+
+    **Arguments:** `model_func`, `loss_func`, `params`, `data` as for `GGNLinearOperator`, and, named as curvlinops',
+
+    - `seed`, `fisher_type`, `mc_samples`: as for `ggn_jax.KFACLinearOperator`.
+    - `kfac_approx`: `"expand"` or `"reduce"`.
+    - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
+    - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
+
+    It is computed when it is made, at the parameters' values then.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> kfac = KFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = kfac.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind: Any = ggn_jax.KFACLinearOperator
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        seed: int = SEED,
+        fisher_type: ggn_jax.FisherType | str = "mc",
+        mc_samples: int = 1,
+        kfac_approx: str = "expand",
+        separate_weight_and_bias: bool = True,
+        **options: Any,
+    ):
+        setting = Setting(model_func, loss_func, params, data)
+        options = {"positions": "exact"} | options
+        drawn = ggn_jax.FisherType(fisher_type) is ggn_jax.FisherType.MC or options["positions"] == "signs"
+        options |= {"fisher_type": fisher_type, "mc_samples": mc_samples, "sharing": kfac_approx}
+        options |= {"bias": "separate" if separate_weight_and_bias else "joint", "chunk_size": setting.size}
+        with jax_on(setting.device):
+            key = jax.random.key(seed) if drawn else None
+            super().__init__(setting, self._kind(*setting.args, key=key, **options))
+
+
+class EKFACLinearOperator(KFACLinearOperator):
+    """EKFAC of a module's loss: `ggn_jax.EKFACLinearOperator` for PyTorch.
+
+    **Arguments:** as for `KFACLinearOperator`.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> ekfac = EKFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = ekfac.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind = ggn_jax.EKFACLinearOperator
+
+
+class GGNDiagonalLinearOperator(TorchLinearOperator):
+    """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
+
+    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        seed: int = SEED,
+    ):
+        setting = Setting(model_func, loss_func, params, data)
+        with jax_on(setting.device):
+            options = _sampling(mc_samples, seed) | {"chunk_size": setting.size}
+            super().__init__(setting, ggn_jax.GGNDiagonalLinearOperator(*setting.args, **options))
+
+    def diagonal(self) -> list[Tensor]:
+        """The diagonal, as tensors like the parameters."""
+        with jax_on(self.device):
+            return [to_torch(self._operator.entries[name]) for name in self._setting.names]
+
+    def trace(self) -> Tensor:
+        """The trace."""
+        return torch.stack([entries.sum() for entries in self.diagonal()]).sum()
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant."""
+        return torch.stack([entries.log().sum() for entries in self.diagonal()]).sum()
+
+    def det(self) -> Tensor:
+        """The determinant; `logdet` does not overflow."""
+        return self.logdet().exp()
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm."""
+        return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
+
+    def inverse(self, damping: float = 0.0) -> TorchLinearOperator:
+        """The inverse of `self + damping * I`."""
+        with jax_on(self.device):
+            return TorchLinearOperator(self._setting, self._operator.damped(damping).inverse())
