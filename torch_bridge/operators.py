@@ -47,7 +47,7 @@ class Setting:
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
             self.model_fn = lambda params, inputs: model_fn({**fixed, **params}, inputs)
-            self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors])
+            self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
             self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
             self.size = max(len(batch[1]) for batch in batches)
 
