@@ -1,4 +1,4 @@
-"""Gradient output vectors of PyTorch's losses, computed by jitted JAX: torch tensors in, torch tensors out."""
+"""Curvature for PyTorch by jitted JAX: gradient output vectors; modules as JAX functions and curvature operators."""
 
 from ggn_jax import FisherType
 from torch_bridge.aten import register_operator
