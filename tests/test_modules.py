@@ -256,6 +256,21 @@ def test_arguments() -> None:
         model_fn({"weight": params["weight"]}, jnp.ones((3, 2), jnp.float32))
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def test_derivatives_of_ones_own_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"Function \(StraightThrough\)"):
+        torch_bridge.from_module(Function(lambda m, x: StraightThrough.apply(m.linear(x)).sin()), torch.ones(3, 2))
+
+
 @torch.library.custom_op("ggn_jax_tests::cube", mutates_args=())
 def cube(x: torch.Tensor) -> torch.Tensor:
     return x**3

@@ -1,4 +1,4 @@
-"""Gradient output vectors of PyTorch's losses, computed by jitted JAX: torch tensors in, torch tensors out."""
+"""Curvature for PyTorch by jitted JAX: gradient output vectors; modules as JAX functions and curvature operators."""
 
 import ggn_jax as _ggn_jax
 from ggn_jax import FisherType

@@ -42,7 +42,8 @@ def from_module(
     **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
     of copies: later changes of the module are not seen. Buffers are constants of `model_fn`. Its outputs are as the
     module's, with classes of mappings as dicts. Integers of 64 bits are of 32 bits where JAX has no others. Places out
-    of range give NaN, not an error. A `torch.autograd.Function` is what its forward computes.
+    of range give NaN, not an error. A `torch.autograd.Function` is refused in evaluation mode, and
+    what its forward computes in training mode.
 
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
     them and their modules, and for what is random or writes into buffers; TypeError for inputs that are not tensors,
