@@ -205,7 +205,7 @@ class KFACLinearOperator(BlockLinearOperator):
             found, layout = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
             layouts.add(layout)
             if len(layouts) > 1:
-                raise ValueError("its sizes bring the model's layers in another order than batch 0's do.")
+                raise ValueError("the model's layers are others than for batch 0, or in another order.")
             return problem, found
 
         problem, total, seen = add_up(with_progress(batches, progress, "factors"), partial(sums, None))
