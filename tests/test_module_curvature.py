@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import curvlinops
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,5 +104,21 @@ def test_arguments() -> None:
         torch_bridge.GGNLinearOperator(module, loss, [params[0], nn.Parameter(torch.ones(2))], data)
     with pytest.raises(ValueError, match="at least one batch"):
         torch_bridge.GGNLinearOperator(module, loss, params, [])
-    with pytest.raises(TypeError, match="batch 0 is none"):
+    with pytest.raises(TypeError, match="batch 0 is a Tensor"):
         torch_bridge.GGNLinearOperator(module, loss, params, [torch.ones(2)])
+
+
+@pytest.mark.parametrize("part", [torch.nn.BatchNorm1d(3), torch.nn.Dropout()])
+def test_modules_in_training_mode_are_refused(part: torch.nn.Module) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), part).train()
+    data = [(torch.ones(4, 2), torch.ones(4, 3))]
+    args = module, torch.nn.MSELoss(), list(module.parameters()), data
+    with pytest.raises(NotImplementedError, match=r"training mode: call its eval\(\)"):
+        torch_bridge.KFACLinearOperator(*args)
+    assert module.training
+    module.eval()
+    torch_bridge.EFLinearOperator(*args)
+    with pytest.raises(TypeError, match=r"torch tensors.*got ndarray"):
+        torch_bridge.EFLinearOperator(*args) @ np.ones(9)
+    with pytest.raises(TypeError, match=r"\[\(X, y\)\]"):
+        torch_bridge.EFLinearOperator(*args[:3], data[0])

@@ -43,7 +43,7 @@ class Setting:
         entry = find_loss(loss_func)
         text, tensors = entry.take_apart(loss_func)
         with jax_on(self.device):
-            model_fn, values = from_module(module, batches[0][0])
+            model_fn, values = _converted(module, batches[0][0])
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
             self.model_fn = lambda params, inputs: model_fn({**fixed, **params}, inputs)
@@ -67,13 +67,26 @@ class Setting:
             )
 
 
+def _converted(module: torch.nn.Module, inputs: Any) -> Any:
+    """The module as a function, in the mode that it is in."""
+    try:
+        return from_module(module, inputs, train=None)
+    except NotImplementedError as error:
+        if not any(part.training for part in module.modules()):
+            raise
+        raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
+
+
 def _sampling(mc_samples: int, seed: int) -> dict[str, Any]:
     return {"mc_samples": mc_samples, "key": jax.random.key(seed) if mc_samples else None}
 
 
 def _pair(number: int, batch: Any) -> tuple[Any, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise TypeError(f"data must yield pairs of inputs and a tensor of targets; batch {number} is none.")
+        raise TypeError(
+            "data must yield pairs of inputs and a tensor of targets, as a DataLoader or a list [(X, y)] does;"
+            f" batch {number} is a {type(batch).__name__} that is no such pair."
+        )
     return batch[0], batch[1]
 
 
@@ -125,6 +138,11 @@ class TorchLinearOperator:
             results = self._product(tensors, columns=other.ndim == 2)
             return torch.cat([result.reshape(-1, *other.shape[1:]) for result in results])
         tensors = list(other)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise TypeError(
+                "an operator is multiplied with torch tensors: a list of them like params, a flat vector, or a matrix;"
+                f" got {type(other).__name__}. For NumPy and SciPy there is to_scipy()."
+            )
         extra = {t.ndim - len(shape) for t, shape in zip(tensors, self._shapes, strict=False)}
         fits = len(tensors) == len(self._shapes) and extra <= {0, 1} and len(extra) == 1
         if not fits or any(t.shape[: len(s)] != s for t, s in zip(tensors, self._shapes, strict=True)):
@@ -166,7 +184,9 @@ class GGNLinearOperator(TorchLinearOperator):
 
     **Arguments**, named and ordered as curvlinops':
 
-    - `model_func`: a `torch.nn.Module`, converted by `from_module`, in evaluation mode.
+    - `model_func`: a `torch.nn.Module`, converted by `from_module` in the mode that it is in: one in training mode with
+      dropout or batch normalisation is refused. Converting and compiling takes seconds, each time: for a training loop
+      convert once, and use `ggn_jax`'s operators of `model_fn` inside of `jax.jit`.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
     - `params`: a list or dict of parameters of the module; all others are constants.
     - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of

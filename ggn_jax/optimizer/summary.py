@@ -91,7 +91,10 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
             if not why and wide > options.max_dense_size:
                 why = f"a factor of size {wide} is more than max_dense_size = {options.max_dense_size}: diagonal"
         elif isinstance(block, Diagonal) and not unused and spec.kind != "uncovered" and options.small == "full":
-            why = f"size {block.values.shape[1]} is more than max_small_size = {options.max_small_size}: diagonal"
+            size = block.values.shape[1]
+            why = f"size {size} is more than max_small_size = {options.max_small_size}: diagonal"
+            if size <= options.max_small_size:
+                why = f"{size} x {size} is more than the {sum(layout.sizes):,} parameters of the model: diagonal"
         for name in spec.names:
             reason = reasons.get(name, "")
             rows.append(
