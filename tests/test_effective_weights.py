@@ -200,3 +200,72 @@ def test_the_factors_of_a_weight_that_meets_a_constant() -> None:
     assert len(pairs) == 2
     for a, b in expected:
         assert any(np.allclose(a, f[0], atol=1e-14) and np.allclose(b, g[0], atol=1e-14) for f, g in pairs)
+
+
+def test_constant_inputs_inside_loops() -> None:
+    """Each step has a weight of its own, whose inputs are the same for all examples: a constant, or known rows."""
+    constant = jnp.ones(3)
+
+    def looped(p: Any, x: jax.Array) -> jax.Array:
+        def step(h: jax.Array, q: Any) -> Any:
+            return jnp.tanh(h + constant @ q["w"] + q["rows"][jnp.array([1, 1, 0])].sum(0)), None
+
+        return jax.lax.scan(step, x, p)[0]
+
+    def written_out(p: Any, x: jax.Array) -> jax.Array:
+        for i in range(2):
+            x = jnp.tanh(x + constant @ p["w"][i] + p["rows"][i][jnp.array([1, 1, 0])].sum(0))
+        return x
+
+    params = {"w": normal(2, 3, 2), "rows": normal(2, 2, 2)}
+    batch = normal(4, 2), normal(4, 2, seed=1)
+    with jax.numpy_rank_promotion("allow"):
+        found = [KFAC(f, MSE, params, batch, fisher_type="type-2") for f in (looped, written_out)]
+        like = [EKFAC(f, MSE, params, batch, fisher_type="type-2") for f in (looped, written_out)]
+        exact = np.trace(ggn(written_out, MSE, params, batch))
+    for pair in (found, like):
+        vector = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+        products = [ravel_pytree(operator.mv(vector))[0] for operator in pair]
+        np.testing.assert_allclose(*products, atol=1e-14)
+    np.testing.assert_allclose(like[0].trace(), exact, rtol=1e-12)
+
+
+def test_a_derivative_of_its_own_around_a_product_with_a_constant() -> None:
+    @jax.custom_jvp
+    def rounded(w: jax.Array) -> jax.Array:
+        return jnp.sign(jnp.ones(2) @ w)
+
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), jnp.ones(2) @ tangents[0]))
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x + rounded(p["w"])[None])
+
+    params, batch = {"w": normal(2, 2)}, (normal(4, 2), normal(4, 2, seed=1))
+    exact = ggn(model_fn, MSE, params, batch)
+    np.testing.assert_allclose(KFAC(model_fn, MSE, params, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-15)
+
+
+def test_a_scale_that_repeats_the_weight() -> None:
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return x @ (p["w"] * jnp.full((2, 2), 0.5))
+
+    params, batch = {"w": normal(1, 2)}, (normal(4, 2), normal(4, 2, seed=1))
+    exact = ggn(model_fn, MSE, params, batch)
+    np.testing.assert_allclose(KFAC(model_fn, MSE, params, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-15)
+    assert ggn_jax.report(model_fn, params, batch[0]).passed
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_indices_that_cannot_hold_the_rows_numbers(dtype: Any) -> None:
+    numbers = jax.lax.GatherDimensionNumbers((1,), (0, 1), (0, 1))
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(jax.lax.gather(p["table"], x, numbers, (1, 1, 2), mode="clip"))
+
+    x = jnp.array([[0, 7], [2, 99], [1, 120], [2, 3]], dtype)
+    params = {"table": normal(3, 100, 2)}
+    batch = x, normal(4, 2, seed=1)
+    assert kinds(model_fn, params, x)["['table']"][0] == "embedding"
+    diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
+    wide = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, (x.astype(jnp.int32), batch[1]), method="data")
+    np.testing.assert_allclose(diagonal.entries["table"], wide.entries["table"], atol=1e-15)

@@ -71,7 +71,8 @@ class Sides:
 
         Where steps share a weight, they are positions, which are summed over.
         """
-        if not has_own_steps(self.use):
+        # What is the same for all examples is not mapped over them: cotangents would come in summed already.
+        if self.use.constant or not has_own_steps(self.use):
             return None
         use = _of_one_step(self.use)
 

@@ -100,13 +100,14 @@ def scale_of(eqn: Any, labels: list[Value]) -> float | None:
     name, numbers = eqn.primitive.name, [label for label in labels if not isinstance(label, Entries)]
     if name == "neg":
         return -1.0
-    large = any(math.prod(var.aval.shape) > LARGE for var in eqn.invars)
-    if (
-        large
-        or len(labels) != 2
-        or not isinstance(numbers[0], Known)
-        or (name == "div" and isinstance(labels[1], Entries))
-    ):
+    shapes = [var.aval.shape for var, label in zip(eqn.invars, labels, strict=True) if isinstance(label, Entries)]
+    if shapes != [eqn.outvars[0].aval.shape]:
+        return None  # primitives may repeat an axis of length 1
+    inverted = name == "div" and isinstance(labels[-1], Entries)
+    if inverted or len(labels) != 2 or not isinstance(numbers[0], Known):
+        return None
+    constant = next(var for var, label in zip(eqn.invars, labels, strict=True) if not isinstance(label, Entries))
+    if math.prod(constant.aval.shape) > LARGE:
         return None
     try:
         value = np.asarray(numbers[0].value)

@@ -161,13 +161,16 @@ class _Analysis:
         paths = {use.path for use in self.uses}
         self.uses += [use for use in label.pending if use.path not in paths]
 
-    def layer(self, eqn: Any, path: tuple[int, ...], operand: int, label: Entries, loops: tuple[int, ...]) -> Use:
+    def layer(self, eqn: Any, path: tuple[int, ...], labels: list[Value], operand: int, loops: tuple[int, ...]) -> Use:
         """The layer whose weight is this operand; raises NotALayerError if it is none."""
+        label = labels[operand]
+        assert isinstance(label, Entries)
         parts = LAYERS[eqn.primitive.name](eqn, operand, label.entries, loops)
         if parts["kind"] == "embedding" and label.factor != 1:
             raise NotALayerError("its rows are scaled before they are read")
         rest = {"bias": None, "patches": None, "lookup": (), "fills": False, "loops": loops, "path": path, **parts}
         shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
+        rest |= {"constant": not isinstance(labels[parts["operand"]], Data)}
         rest |= {"factor": label.factor, "source": source_of(eqn), "module": module_of(eqn)}
         return Use(**rest, output_shape=shape, output_dtype=dtype)
 
@@ -205,6 +208,8 @@ class _Analysis:
             why = f"it meets data inside {name}, which has a derivative of its own"
             self.block(labels, why, source_of(eqn), module_of(eqn))
             return [Data()] * count
+        if name in CUSTOM_JVP and has_params:
+            return [self.derive(eqn, path, labels, loops)] * count
         if followed and name in INLINED | REMAT:
             return self.call(eqn, path, labels, loops)
         if has_params and name in SCAN:
@@ -275,7 +280,7 @@ class _Analysis:
                 return replace(entries[0], factor=entries[0].factor * factor)
         if name in LAYERS and len(params) == len(entries) == 1 and not _is_complex(eqn):
             try:
-                use = self.layer(eqn, path, labels.index(entries[0]), entries[0], loops)
+                use = self.layer(eqn, path, labels, labels.index(entries[0]), loops)
                 return Derived(frozenset(), f"{name} ({source_of(eqn)})", rows, (use,))
             except NotALayerError:
                 pass
@@ -310,7 +315,7 @@ class _Analysis:
             return [Data()] * len(eqn.outvars)
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
             try:
-                use = self.layer(eqn, path, params[0], label, loops)
+                use = self.layer(eqn, path, labels, params[0], loops)
             except NotALayerError as error:
                 self.block([label], str(error), *where)
                 return [Data()] * len(eqn.outvars)

@@ -135,6 +135,7 @@ class Use:
     lookup: tuple["Lookup", ...]  # embedding: which row is read
     fills: bool  # embedding: rows out of range are not read (but for `clip`)
     factor: float  # the equation's operand is the weight times this
+    constant: bool  # whether the operand is the same for all examples
     source: str
     module: str
 
@@ -160,6 +161,8 @@ class Use:
 
     def _rows(self, indices: Array) -> Array:
         """The rows' numbers from an index for each axis of the table's rows; one that is out of range past the last."""
+        if indices.dtype.itemsize < 4:  # which may not hold the rows' numbers
+            indices = indices.astype(jnp.int32)
         number = jnp.zeros(indices.shape[:-1], indices.dtype)
         outside = jnp.zeros(number.shape, bool)
         for axis in self.lookup:

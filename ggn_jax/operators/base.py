@@ -15,7 +15,7 @@ import scipy.sparse.linalg  # type: ignore[import-untyped]
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_real, is_concrete
+from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 
@@ -62,11 +62,17 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
             flat, unravel = ravel_pytree(zeros)
 
         def product(vector: np.ndarray) -> np.ndarray:
+            if np.iscomplexobj(vector):
+                raise TypeError(
+                    f"the operator is real; got a vector of dtype {vector.dtype}: pass its parts one by one."
+                )
             with jax.numpy_dtype_promotion("standard"):
-                return np.asarray(ravel_pytree(self.mv(unravel(jnp.asarray(vector.reshape(-1), flat.dtype))))[0])
+                result = ravel_pytree(self.mv(unravel(jnp.asarray(vector.reshape(-1), flat.dtype))))[0]
+            return np.asarray(result, dtype)
 
+        dtype = np.dtype(compute_dtype(flat.dtype))  # SciPy knows none of 16 bits
         shape = flat.size, flat.size
-        return scipy.sparse.linalg.LinearOperator(shape, product, rmatvec=product, dtype=np.dtype(flat.dtype))
+        return scipy.sparse.linalg.LinearOperator(shape, product, rmatvec=product, dtype=dtype)
 
     def damped(self, damping: Any) -> "SymmetricLinearOperator":
         """`self + damping * I`, which is still known to be positive semi-definite where `self` is.
