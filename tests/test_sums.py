@@ -135,7 +135,7 @@ def test_means_over_micro_batches() -> None:
 
     state, _ = jax.lax.scan(step, optimizer.init(params), grads)
     np.testing.assert_allclose(state.gradient["w"][0, 0], np.asarray(grads, np.float64).mean(), rtol=1e-5)
-    np.testing.assert_allclose(state.factors.blocks[0].b[0][0, 0, 0], 999 * 2, rtol=1e-5)
+    np.testing.assert_allclose(state.factors.blocks[0]["b"][0][0, 0, 0], 999 * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
