@@ -30,7 +30,7 @@ def compute_diagonal(problem: Problem, keys: Array | None, mc_samples: int, vect
     layout = Layout.of(problem, options)
     own = Spectral(None, None, None)  # type: ignore[arg-type]  # no rotation, and no eigenvalues needed
     bases = [[own] * len(members) for members in layout.by_layer(layout.members)]
-    sums = factor_sums(problem, keys, None, options, bases)
+    sums = factor_sums(problem, layout, keys, None, bases)
     layers: list[Block] = [Spectral(None, None, value) for group in sums["corrected"] for value in group]
     made = in_places(layout, layers, sums)
     return write(made.stacks, structure(problem.params), [block.diagonal() for block in made.blocks])

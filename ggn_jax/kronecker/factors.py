@@ -16,7 +16,6 @@ from ggn_jax.kronecker.algebra import Block, Dense, Diagonal, Factor, Kronecker,
 from ggn_jax.kronecker.head import find_head, head_factor
 from ggn_jax.kronecker.layout import Cuts, Layout, Run, cut, join
 from ggn_jax.kronecker.masks import arrange_masks
-from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.kronecker.sides import Sides, find_sides, find_taps, groups_of_steps
 from ggn_jax.kronecker.stacks import Blocks
@@ -28,21 +27,21 @@ Bases = list[list[Spectral]]  # of each layer's weight, and of its bias where th
 
 
 def compute_blocks(
-    problem: Problem, keys: Array | None, mask: Array | None, options: Options, correct: bool = False
+    problem: Problem, layout: Layout, keys: Array | None, mask: Array | None, correct: bool = False
 ) -> Blocks:
     """KFAC's blocks of the loss at a batch; with `correct`, EKFAC's."""
-    sums = factor_sums(problem, keys, mask, options)
+    sums = factor_sums(problem, layout, keys, mask)
     if not correct:
-        return assemble(problem, options, sums)
-    bases = eigenbases(problem, options, sums)
-    return assemble(problem, options, sums, bases, factor_sums(problem, keys, mask, options, bases, leftovers=False))
+        return assemble_blocks(layout, sums)
+    bases = eigenbases(layout, sums)
+    return assemble_blocks(layout, sums, bases, factor_sums(problem, layout, keys, mask, bases, leftovers=False))
 
 
 def factor_sums(
     problem: Problem,
+    layout: Layout,
     keys: Array | None,
     mask: Array | None,
-    options: Options,
     bases: Bases | None = None,
     leftovers: bool = True,
 ) -> dict[str, Any]:
@@ -50,7 +49,6 @@ def factor_sums(
 
     `leftovers` asks for the blocks of parameters that have no layer as well.
     """
-    layout = Layout.of(problem, options)
     if leftovers:
         layout.warn()
     check_mask_fits(layout.trace, mask)
@@ -69,13 +67,13 @@ def check_mask_fits(trace: Trace, mask: Array | None) -> None:
 
 
 def batch_sums(
-    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Bases | None = None
+    problem: Problem, layout: Layout, keys: Array | None, mask: Array | None, bases: Bases | None = None
 ) -> dict[str, Any]:
     """`factor_sums` that add up over batches: those of the *sum-reduced* loss, and what its mean divides by.
 
     All but the input factors and their counts are proportional to the reduction.
     """
-    sums, r = factor_sums(problem, keys, mask, options, bases, bases is None), problem.reduction()
+    sums, r = factor_sums(problem, layout, keys, mask, bases, bases is None), problem.reduction()
     for name in {"b", "own", "corrected"} & set(sums):
         # Where nothing counts, r is infinite and the sums are 0.
         sums[name] = jax.tree.map(lambda x: jnp.where(jnp.isinf(r), x, x / r.astype(x.dtype)), sums[name])
@@ -120,21 +118,9 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
     return sums
 
 
-def eigenbases(problem: Problem, options: Options, sums: dict[str, Any]) -> Bases:
+def eigenbases(layout: Layout, sums: dict[str, Any]) -> Bases:
     """EKFAC's: the eigenvectors of KFAC's factors."""
-    layout = Layout.of(problem, options)
     return layout.by_layer(layout.each(decompose(assemble_blocks(layout, sums).blocks)))
-
-
-def assemble(
-    problem: Problem,
-    options: Options,
-    sums: dict[str, Any],
-    bases: Bases | None = None,
-    corrections: dict[str, Any] | None = None,
-) -> Blocks:
-    """The blocks from sums over all data."""
-    return assemble_blocks(Layout.of(problem, options), sums, bases, corrections)
 
 
 def assemble_blocks(

@@ -27,7 +27,7 @@ POWER_ITERATIONS = 1000
 def compute_optimal_blocks(problem: Problem, keys: Array | None, mask: Array | None, options: Options) -> Blocks:
     """KFOC's blocks: for each layer the Kronecker product that is nearest to the GGN's own block."""
     layout = Layout.of(problem, options)
-    blocks = compute_blocks(problem, keys, mask, options)
+    blocks = compute_blocks(problem, layout, keys, mask)
     fn = partial(_optimal_factors, layout, problem.params)
     nearest = problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})  # one chunk: all data at once
     flat = [Kronecker((a,), (b,)) for group in nearest for a, b in group]

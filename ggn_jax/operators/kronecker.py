@@ -13,7 +13,7 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
-from ggn_jax.kronecker.factors import assemble, batch_sums, compute_blocks, eigenbases, reduce_sums
+from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
@@ -303,7 +303,7 @@ register(EKFACLinearOperator, positive_semidefinite=True)
 def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
     if method == "kfoc":
         return compute_optimal_blocks(problem, keys, mask, options)
-    return compute_blocks(problem, keys, mask, options, method == "ekfac")
+    return compute_blocks(problem, Layout.of(problem, options), keys, mask, method == "ekfac")
 
 
 @eqx.filter_jit
@@ -312,14 +312,15 @@ def _batch_sums(
     problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
 ) -> tuple[dict[str, Any], Frozen]:
     """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
-    members = Layout.of(problem, options).members
-    return batch_sums(problem, keys, mask, options, bases), Frozen(tuple((m.spec, m.key) for m in members))
+    layout = Layout.of(problem, options)
+    places = Frozen(tuple((member.spec, member.key) for member in layout.members))
+    return batch_sums(problem, layout, keys, mask, bases), places
 
 
 @eqx.filter_jit
 @compiler_sharded
 def _bases(problem: Problem, options: Options, total: dict[str, Any]) -> Any:
-    return eigenbases(problem, options, reduce_sums(problem, total))
+    return eigenbases(Layout.of(problem, options), reduce_sums(problem, total))
 
 
 @eqx.filter_jit
@@ -327,4 +328,4 @@ def _bases(problem: Problem, options: Options, total: dict[str, Any]) -> Any:
 def _finish(problem: Problem, options: Options, total: Any, bases: Any, corrections: Any) -> Blocks:
     if corrections is not None:
         corrections = reduce_sums(problem, corrections)
-    return assemble(problem, options, reduce_sums(problem, total), bases, corrections)
+    return assemble_blocks(Layout.of(problem, options), reduce_sums(problem, total), bases, corrections)
