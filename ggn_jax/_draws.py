@@ -6,13 +6,21 @@ are exact, so that every class is drawn with its probability to within 2^-32, an
 search descends a binary tree of partial sums: O(C) to build (cheaper than a cumulative sum) and O(log C) per label.
 """
 
+from functools import partial
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 UNIT = 2.0**31  # a sum of probabilities stays below 2^32 even if they add up to a little over 1
 LARGE, FOLDS = 256, 4  # with more classes than LARGE, FOLDS levels are skipped
+
+
+@partial(jax.jit, static_argnames="size")
+def example_keys(key: Array, start: int | Array, size: int) -> Array:
+    """A key for each example, of its number from `start` on alone: it does not matter how data are cut into batches."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, start + jnp.arange(size, dtype=jnp.int32))
 
 
 def masses(p: Float[Array, "..."]) -> UInt32[Array, "..."]:

@@ -219,7 +219,19 @@ class GGNLinearOperator(TorchLinearOperator):
             super().__init__(setting, ggn_jax.GGNLinearOperator(*setting.args, **options), follows=True)
 
 
-class EFLinearOperator(TorchLinearOperator):
+class DerivativeLinearOperator(TorchLinearOperator):
+    """Products of derivatives of the module, without options: what the empirical Fisher and the Hessian share."""
+
+    _kind: Any
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        setting = Setting(model_func, loss_func, params, data)
+        with jax_on(setting.device):
+            operator = self._kind(*setting.args, chunk_size=setting.size)
+        super().__init__(setting, operator, follows=True)
+
+
+class EFLinearOperator(DerivativeLinearOperator):
     """The empirical Fisher matrix of a module's loss: `ggn_jax.EFLinearOperator` for PyTorch.
 
     **Arguments:** as for `GGNLinearOperator`, without those of sampling.
@@ -232,14 +244,10 @@ class EFLinearOperator(TorchLinearOperator):
     (9, 9)
     """
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
-        setting = Setting(model_func, loss_func, params, data)
-        with jax_on(setting.device):
-            operator = ggn_jax.EFLinearOperator(*setting.args, chunk_size=setting.size)
-        super().__init__(setting, operator, follows=True)
+    _kind = ggn_jax.EFLinearOperator
 
 
-class HessianLinearOperator(TorchLinearOperator):
+class HessianLinearOperator(DerivativeLinearOperator):
     """The Hessian of a module's loss: `ggn_jax.HessianLinearOperator` for PyTorch.
 
     **Arguments:** as for `GGNLinearOperator`, without those of sampling.
@@ -252,11 +260,7 @@ class HessianLinearOperator(TorchLinearOperator):
     (9, 9)
     """
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
-        setting = Setting(model_func, loss_func, params, data)
-        with jax_on(setting.device):
-            operator = ggn_jax.HessianLinearOperator(*setting.args, chunk_size=setting.size)
-        super().__init__(setting, operator, follows=True)
+    _kind = ggn_jax.HessianLinearOperator
 
 
 class BlockTorchLinearOperator(TorchLinearOperator):

@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ggn_jax._checks import as_array, check_key, is_concrete
+from ggn_jax._draws import example_keys
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.vectors import draws_signs
@@ -23,11 +23,7 @@ def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Arr
     wanted_by = "fisher_type 'mc'"
     if signs:
         wanted_by = "fisher_type 'type-2' with several loss positions (or pass positions='exact')"
-    numbers = jnp.arange(start, start + problem.targets.shape[0])
-    return _fold_in(check_key(key, wanted_by=wanted_by, batch=True), numbers)
-
-
-_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+    return example_keys(check_key(key, wanted_by=wanted_by, batch=True), start, problem.targets.shape[0])
 
 
 def check_mask(mask: Any, problem: Problem) -> Array | None:

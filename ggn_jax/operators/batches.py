@@ -1,6 +1,6 @@
 """Sums over an iterable of batches, each checked against the first."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +13,23 @@ from ggn_jax.operators.problem import Problem, as_batch, take_apart
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
+
+
+def check_iterable(batches: Any, again: str = "") -> None:
+    """Refuse what yields no batches; and what does so only once, if `again` says who goes over them several times."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+    if again and isinstance(batches, Iterator):
+        raise TypeError(
+            f"{again}, but {type(batches).__name__} is an iterator that is empty after one pass: pass a list, or a"
+            " loader that starts anew."
+        )
+
+
+def no_batches(batches: Any) -> ValueError:
+    """The error for an iterable that yielded none."""
+    used = ", as an iterator does that was used before" if isinstance(batches, Iterator) else ""
+    return ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none{used}.")
 
 
 def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:

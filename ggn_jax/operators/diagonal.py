@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_count, check_sampling, compute_dtype, wide_dtype
+from ggn_jax._draws import example_keys
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
@@ -32,7 +33,15 @@ from ggn_jax.operators.base import (
     simple_path,
     vectors_like,
 )
-from ggn_jax.operators.batches import add_up, check_unbatched, with_progress, with_reduction, without_reduction
+from ggn_jax.operators.batches import (
+    add_up,
+    check_iterable,
+    check_unbatched,
+    no_batches,
+    with_progress,
+    with_reduction,
+    without_reduction,
+)
 from ggn_jax.operators.problem import Problem, pose
 
 
@@ -119,8 +128,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         (2, 3)
         """
         compute = _Compute(mc_samples, key, vector_chunk_size, method)
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        check_iterable(batches)
 
         def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
             if mask is not None:
@@ -133,7 +141,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
         problem, total, _ = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
-            raise ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none.")
+            raise no_batches(batches)
         made = cls.__new__(cls)
         entries, divisor = total
         object.__setattr__(made, "entries", with_reduction(problem, entries, divisor, params))
@@ -269,13 +277,9 @@ class _Compute:
 
     def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
         """The entries for a batch whose first example is number `start` of all."""
-        numbers = jnp.arange(start, start + problem.targets.shape[0])
-        keys = None if self._key is None else _fold_in(self._key, numbers)
+        keys = None if self._key is None else example_keys(self._key, start, problem.targets.shape[0])
         entries: PyTree[Array] = self._compute(problem, keys, self._mc_samples, self._chunk_size)
         return entries
-
-
-_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 @jax.jit

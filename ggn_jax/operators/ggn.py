@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_sampling
+from ggn_jax._draws import example_keys
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import explicit_mesh, vary_like
 from ggn_jax._supported import check_exact
@@ -126,9 +127,7 @@ class GGNLinearOperator(DataLinearOperator):
     def _keys(self) -> tuple[Array, ...]:
         if self.key is None:
             return ()
-        # Of the example's number alone, so that it does not matter how data are cut into batches.
-        numbers = self.start + jnp.arange(self.problem.targets.shape[0], dtype=jnp.int32)
-        return (jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.key, numbers),)
+        return (example_keys(self.key, self.start, self.problem.targets.shape[0]),)
 
     def _curve(self, terms: Terms, keys: tuple[Array, ...], tangent: Array) -> Array:
         """The loss Hessian times `tangent`."""

@@ -1,6 +1,6 @@
 """Kronecker-factored approximations of the generalized Gauss-Newton matrix."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -22,7 +22,7 @@ from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register
-from ggn_jax.operators.batches import add_up, check_unbatched, with_progress
+from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.problem import Problem, pose
 
@@ -185,13 +185,7 @@ class KFACLinearOperator(BlockLinearOperator):
         made, twice = Options(**options), cls._method == "ekfac"
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-        if twice and isinstance(batches, Iterator):
-            raise TypeError(
-                f"EKFAC goes over the batches twice, but {type(batches).__name__} is an iterator that is empty after"
-                " one pass: pass a list, or a loader that starts anew."
-            )
+        check_iterable(batches, "EKFAC goes over the batches twice" if twice else "")
 
         layouts: set[Any] = set()  # of the batches: one
 
@@ -210,10 +204,7 @@ class KFACLinearOperator(BlockLinearOperator):
 
         problem, total, seen = add_up(with_progress(batches, progress, "factors"), partial(sums, None))
         if problem is None:
-            raise ValueError(
-                f"batches must yield at least one batch; {type(batches).__name__} yielded none"
-                f"{', as an iterator does that was used before' if isinstance(batches, Iterator) else ''}."
-            )
+            raise no_batches(batches)
         bases = corrections = None
         if twice:
             bases = _bases(problem, made, total)

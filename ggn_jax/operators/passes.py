@@ -1,6 +1,6 @@
 """Curvature of data that do not fit in memory: products that go over an iterable of batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import equinox as eqx
@@ -22,7 +22,15 @@ from ggn_jax.operators.base import (
     register,
     vectors_like,
 )
-from ggn_jax.operators.batches import add_up, check_unbatched, with_progress, with_reduction, without_reduction
+from ggn_jax.operators.batches import (
+    add_up,
+    check_iterable,
+    check_unbatched,
+    no_batches,
+    with_progress,
+    with_reduction,
+    without_reduction,
+)
 from ggn_jax.operators.problem import Problem
 from ggn_jax.terms import check_values
 
@@ -77,13 +85,7 @@ class DataLinearOperator(CurvatureLinearOperator):
         >>> ggn.mv(params)["w"].shape
         (2, 3)
         """
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-        if isinstance(batches, Iterator):
-            raise TypeError(
-                f"each product goes over the batches, but {type(batches).__name__} is an iterator that is empty after"
-                " one pass: pass a list, or a loader that starts anew."
-            )
+        check_iterable(batches, "each product goes over the batches")
 
         def make(inputs: PyTree, targets: Any) -> DataLinearOperator:
             return cls(model_fn, loss, params, (inputs, targets), **options)  # type: ignore[call-arg, arg-type]
@@ -112,7 +114,7 @@ class _Passes:
 
         add_up((batch for batch, _ in zip(self._batches, range(1), strict=False)), take)
         if not found:
-            raise ValueError(f"batches must yield at least one batch; {type(self._batches).__name__} yielded none.")
+            raise no_batches(self._batches)
         return found[0]
 
     def product(self, vectors: PyTree[Float[Array, "K ..."]]) -> PyTree[Float[Array, "K ..."]]:
