@@ -155,7 +155,7 @@ class LikelihoodLoss(Loss):
     def _check_nll(self, outputs: Shaped, sample: jax.ShapeDtypeStruct, batch: bool) -> None:
         term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
         f = jax.ShapeDtypeStruct(term, compute_dtype(outputs.dtype))
-        found = jax.eval_shape(lambda f, y: self.nll(f, y), f, sample)
+        found = jax.eval_shape(_nll, self, f, sample)
         if getattr(found, "shape", None) != ():
             got = f"shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
             raise ValueError(
@@ -167,13 +167,24 @@ class LikelihoodLoss(Loss):
     def _sample_structure(self, outputs: Shaped, batch: bool) -> jax.ShapeDtypeStruct:
         term = tuple(outputs.shape[axis] for axis in term_axes(self, outputs, batch))
         f = jax.ShapeDtypeStruct(term, outputs.dtype)
-        sample = jax.eval_shape(lambda key, f: self.sample(key, f), jax.random.key(0), f)
+        sample = jax.eval_shape(_sample, self, jax.random.key(0), f)
         if sample.shape not in ((), term):
             raise ValueError(
                 f"{type(self).__name__}.sample must return one number or an array of the term's shape {term}; got shape"
                 f" {sample.shape}."
             )
         return sample
+
+
+# Shapes are asked for at every call: these are traced once for losses and shapes that are equal.
+@jax.jit
+def _nll(loss: LikelihoodLoss, f: Array, y: Array) -> Any:
+    return loss.nll(f, y)
+
+
+@jax.jit
+def _sample(loss: LikelihoodLoss, key: PRNGKeyArray, f: Array) -> Any:
+    return loss.sample(key, f)
 
 
 def missing_fisher_sqrt(loss: LikelihoodLoss) -> NotImplementedError:

@@ -216,7 +216,8 @@ class Core:
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
-        sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]  # as the weights: it may be added to others'
+        if "own" in sums:  # as the weights: it may be added to others'
+            sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]
         blocks = assemble_blocks(layout, sums).blocks
         batches = counts.astype(jnp.float32)
         weight = batches if always else jnp.where(due, batches, 0)
