@@ -90,12 +90,31 @@ def report(i: int) -> None:
     ggn_jax.report(model_fn, PARAMS, INPUTS)
 
 
+OPTIMIZERS = {
+    name: ggn_jax.kfac(*ARGS[:2], rate, example_inputs=INPUTS, momentum=momentum, **options)
+    for name, rate, momentum, options in [
+        ("kfac", 0.1, 0.9, {"inverse_interval": 2, "factor_interval": 2}),
+        ("quadratic", "quadratic", "quadratic", {"adapt_damping": 2, "ekfac": True}),
+    ]
+}
+
+
+def steps(optimizer: ggn_jax.KFACTransformation, i: int) -> None:
+    """Outside of `jit`, with steps of which some renew factors and inverses."""
+    del i
+    state = optimizer.init(PARAMS)
+    for _ in range(3):
+        _, grads, factors = optimizer.value_and_grad_and_factors(PARAMS, ARGS[3], state, key=KEY)
+        _, state = optimizer.update(grads, state, PARAMS, batch=ARGS[3], factors=factors)
+
+
 CALLS: dict[str, Callable[[int], None]] = {
     "vectors": vectors,
     "report": report,
     "GGNDiagonalLinearOperator": diagonal,
     **{cls.__name__: lambda i, cls=cls: products(cls, i) for cls in PRODUCTS},
     **{cls.__name__: lambda i, cls=cls: blocks(cls, i) for cls in KRONECKER},
+    **{name: lambda i, made=made: steps(made, i) for name, made in OPTIMIZERS.items()},
 }
 
 

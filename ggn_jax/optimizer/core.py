@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
+from ggn_jax._eager import compiled
 from ggn_jax._hints import called_with, check_model_fn
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
@@ -49,6 +50,9 @@ TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
 """What a chunk adds to the factors, and to EKFAC's eigenvalues."""
 
+Look = tuple[Float[Array, ""] | None, PyTree[Array] | None, Factors]
+"""The loss, its gradient, and the factors."""
+
 
 class Known(NamedTuple):
     """What follows from the shapes of parameters and of example inputs."""
@@ -83,6 +87,7 @@ class Core:
         full_params = as_arrays("full_params", full_params)
         self.full_params = structure_of(full_params)
         self._known: dict[Any, Known] = {}
+        self._look = compiled(self._look_at)
         if full_params is not None:
             # Later on, parameters have values for a part of the model only.
             part = floating_part(full_params)
@@ -169,10 +174,12 @@ class Core:
             trace = trace_model(model_fn, structure_of(params), self.example_inputs)
         return Layout(self.loss, trace, self.settings.options)
 
-    def look(
-        self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool
-    ) -> tuple[Float[Array, ""] | None, PyTree[Array] | None, Factors]:
+    def look(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
         """The loss, its gradient, and the factors if they are due: from one forward pass."""
+        keys = check_draws(problem, self.settings.options, key, 0)
+        return self._look(problem, mask, keys, curvature, gradient)
+
+    def _look_at(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:
         settings = self.settings
         layout = Layout.of(problem, settings.options)
         check_mask_fits(layout.trace, mask)
@@ -212,7 +219,7 @@ class Core:
                 jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
             )
 
-        extra = {"keys": check_draws(problem, settings.options, key, 0), "mask": mask}
+        extra = {"keys": keys, "mask": mask}
         value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)

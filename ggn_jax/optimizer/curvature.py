@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ggn_jax._eager import compiled
 from ggn_jax._fusion import largest, stack_scalars
 from ggn_jax._repr import fields
 from ggn_jax._sharding import vary_alike
@@ -139,12 +140,13 @@ def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
     return layout.by_layer(layout.each(real_ones))
 
 
-def follow(curvature: Curvature, seen: Factors, damping: Array, settings: Settings) -> Curvature:
+@compiled
+def follow(curvature: Curvature, seen: Factors, damping: Array, decay: Any, settings: Settings) -> Curvature:
     """Take a batch's factors into the averages, and renew the inverses that are due."""
     finite = all_finite((seen.blocks, seen.corrections))
     present = seen.weight > 0
     good = present & finite
-    decay = jnp.asarray(settings.decay, jnp.float32)
+    decay = jnp.asarray(decay, jnp.float32)
     weight = jnp.where(good, decay * curvature.weight + (1 - decay), curvature.weight)
     weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # the first batch's, for ever
     gain = jnp.where(good, jnp.where(curvature.weight == 0, 1, (1 - decay) / jnp.where(good, weight, 1)), 0)
@@ -275,6 +277,7 @@ class Direction(NamedTuple):
     """Whether it is, and the gradient too, which no product makes finite again."""
 
 
+@compiled
 def precondition(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> Direction:
@@ -297,6 +300,7 @@ def precondition(
     return Direction(write(stacks, structure(gradient), made), slope, finite)
 
 
+@compiled
 def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
     """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
 

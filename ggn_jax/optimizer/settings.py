@@ -1,7 +1,7 @@
 """How the curvature is followed; which of a function's arguments belong where."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_args
 
 from jax.sharding import Mesh
@@ -60,6 +60,11 @@ class Settings:
         check_mesh(self.mesh)
         if self.ekfac and self.options.fisher_type is FisherType.FORWARD_ONLY:
             raise NotImplementedError("ekfac corrects with gradients, of which fisher_type 'forward-only' has none.")
+
+    @property
+    def fixed(self) -> Self:
+        """All but the decay, which may be an array: hashable."""
+        return replace(self, decay=1.0)
 
     @property
     def spread(self) -> Spread:

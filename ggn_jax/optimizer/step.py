@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ggn_jax._checks import check_count, wide_dtype
+from ggn_jax._eager import compiled
 from ggn_jax._fusion import seal
 from ggn_jax._sharding import vary_alike
 from ggn_jax.operators.problem import Problem
@@ -134,16 +135,30 @@ class StepRule:
     ) -> Array:
         """The damping after a step, by Levenberg and Marquardt's rule where it is due."""
         assert self.adapt_damping is not None
-        factor = jnp.asarray((19 / 20) ** self.adapt_damping, damping.dtype)
-
-        def adapted(problem: Problem, grads: PyTree[Array], step: PyTree[Array], damping: Array) -> Array:
-            model = quadratic_model(problem, grads, [step], damping)
-            ratio = reduction_ratio(problem, model, jnp.ones(1, model.b.dtype), step)
-            changed = jnp.where(ratio > 3 / 4, damping * factor, jnp.where(ratio < 1 / 4, damping / factor, damping))
-            return jnp.clip(changed, jnp.asarray(self.min_damping).astype(damping.dtype), MOST_DAMPING)
-
         due = moves & ((count + 1) % self.adapt_damping == 0)
-        return jax.lax.cond(due, adapted, lambda *args: args[-1], *vary_alike(problem, grads, step, damping))
+        least = jnp.asarray(self.min_damping).astype(damping.dtype)
+        return _adapt(due, problem, grads, step, damping, least, (19 / 20) ** self.adapt_damping)
+
+
+@compiled
+def _adapt(
+    due: Bool[Array, ""],
+    problem: Problem,
+    grads: PyTree[Array],
+    step: PyTree[Array],
+    damping: Array,
+    least: Array,
+    factor: float,
+) -> Array:
+    def adapted(problem: Problem, grads: PyTree[Array], step: PyTree[Array], damping: Array) -> Array:
+        model = quadratic_model(problem, grads, [step], damping)
+        ratio = reduction_ratio(problem, model, jnp.ones(1, model.b.dtype), step)
+        by = jnp.asarray(factor, damping.dtype)
+        changed = jnp.where(ratio > 3 / 4, damping * by, jnp.where(ratio < 1 / 4, damping / by, damping))
+        return jnp.clip(changed, least, MOST_DAMPING)
+
+    result: Array = jax.lax.cond(due, adapted, lambda *args: args[-1], *vary_alike(problem, grads, step, damping))
+    return result
 
 
 def _is(value: Any, word: str) -> bool:

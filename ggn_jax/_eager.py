@@ -1,0 +1,28 @@
+"""Functions of arrays with values, compiled; JAX compiles loops and branches at each call outside of `jit` anew."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+
+from ggn_jax._checks import is_concrete
+
+T = TypeVar("T")
+
+
+def compiled(fn: Callable[..., T]) -> Callable[..., T]:
+    """`fn`, compiled where it is called outside of all transformations. What is no array must be hashable.
+
+    Inside of one it is `fn` itself, which need not be traced for a program of its own first.
+    """
+    jitted = eqx.filter_jit(fn)
+
+    @wraps(fn)
+    def run(*args: Any) -> T:
+        arrays = [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array)]
+        result: T = (jitted if all(map(is_concrete, arrays)) else fn)(*args)
+        return result
+
+    return run
