@@ -21,7 +21,9 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
         return value
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
-        raise TypeError(f"{name} must be a JAX or NumPy array; got {type(value).__name__}.{tensor_hint(value)}")
+        raise TypeError(
+            f"{name} must be a JAX or NumPy array, or a number; got {type(value).__name__}.{tensor_hint(value)}"
+        )
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):

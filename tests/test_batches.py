@@ -121,7 +121,7 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
     x, y = INPUTS[3:], LABELS[3:]
     with pytest.raises(ValueError, match="batch 1: targets must be class indices from 0 to 1"):
         make((x, y + 5))
-    with pytest.raises(TypeError, match=r"batch 1: inputs\['a'\] must be a JAX or NumPy array; got str"):
+    with pytest.raises(TypeError, match=r"batch 1: inputs\['a'\] must be a JAX or NumPy array, or a number; got str"):
         make(({"a": "text"}, y))
     with pytest.raises(ValueError, match=r"batch 1: inputs must be like batch 0's, PyTreeDef\(\*\)"):
         make(({"a": x}, y))

@@ -33,8 +33,14 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
     mask = as_array("mask", mask)
     size = problem.targets.shape[0]
     if mask.ndim < 2 or mask.shape[0] != size or mask.dtype != bool:
+        way_out = (
+            " To leave out whole examples, make them the positions of one: inputs[None], targets[None], mask[None]."
+            if mask.shape == (size,)
+            else ""
+        )
         raise ValueError(
-            f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape {mask.shape}."
+            f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape"
+            f" {mask.shape}.{way_out}"
         )
     single = mask.size == size  # one position for each datum: layers that have it look like layers that have none
     return None if single and is_concrete(mask) and np.asarray(mask).all() else mask

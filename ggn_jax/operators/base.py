@@ -39,6 +39,15 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         """What else `repr` shows."""
         return {}
 
+    def __hash__(self) -> int:
+        try:
+            return super().__hash__()
+        except TypeError:
+            raise TypeError(
+                f"{type(self).__name__} holds arrays, and has no hash as jax.jit wants it of a function: instead of"
+                " jax.jit(operator.mv), use equinox.filter_jit(operator.mv), or pass the operator as an argument."
+            ) from None
+
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.in_structure()
 
