@@ -304,28 +304,30 @@ def precondition(
 def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
     """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
 
-    A damped inverse has no row of zeros, nor have its eigenvectors; eigenvalues before damping may be 0.
+    The diagonal of a damped inverse is positive, and eigenvectors have no row of zeros; eigenvalues before damping may
+    be 0.
     """
 
-    def kept(block: Any) -> PyTree[Array]:
-        if isinstance(block, Spectral):
-            return block.qa, block.qb
-        if isinstance(block, DenseSpectral):
-            return block.q
-        return () if settings.keeps_spectra else block
+    def first(x: Array) -> Float[Array, "G ..."]:
+        return x.reshape(x.shape[0], -1)[:, 0]
 
-    pairs = [
-        (kept(block), stack.shape[0])
+    def first_row(x: Array) -> Float[Array, " G"]:
+        return largest(x[:, 0], axis=1)
+
+    def entries(block: Any) -> list[Array]:
+        if isinstance(block, Spectral):
+            return [first_row(q) for q in (block.qa, block.qb) if q is not None]
+        if isinstance(block, DenseSpectral):
+            return [first_row(block.q)]
+        return [] if settings.keeps_spectra else list(map(first, jax.tree.leaves(block)))
+
+    missing = [
+        entry[: stack.shape[0]] == 0
         for block, stack in zip(curvature.inverses, stacks, strict=True)
         if not stack.unused
+        for entry in entries(block)
     ]
-    rows = [
-        leaf[:groups].reshape(groups, -1, leaf.shape[-1])[:, 0]
-        for tree, groups in pairs
-        for leaf in jax.tree.leaves(tree)
-    ]
-    missing = [jnp.any(largest(row, axis=1) == 0) for row in rows]
-    return (curvature.weight == 0) | ~jnp.any(stack_scalars([jnp.asarray(False), *missing]))
+    return (curvature.weight == 0) | ~jnp.any(jnp.concatenate([jnp.zeros(1, bool), *missing]))
 
 
 def describe(block: Block) -> str:
