@@ -35,7 +35,7 @@ import doctest, json, sys, traceback
 
 failed = 0
 for line, block in json.load(sys.stdin):
-    name, namespace = f"README.md from line {line}", {"__name__": "__main__"}
+    name, namespace = f"the block from line {line}", {"__name__": "__main__"}
     try:
         if block.startswith(">>>"):
             test = doctest.DocTestParser().get_doctest(block, namespace, name, name, line)
@@ -76,9 +76,30 @@ def test_docstrings(tmp_path: Path) -> None:
 
 
 def blocks_of(text: str) -> list[tuple[int, str]]:
-    """The examples of a page, with their lines."""
-    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, fence.start()) + 2, fence[1]) for fence in fences]
+    """The examples of a page, with their lines; "python continued" goes on from the block before."""
+    found: list[tuple[int, str]] = []
+    for fence in re.finditer(r"^```python( continued)?\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        if fence[1]:
+            line, block = found.pop()
+            found.append((line, f"{block}\n{fence[2]}"))
+        else:
+            found.append((text.count("\n", 0, fence.start()) + 2, fence[2]))
+    return found
+
+
+def test_pages(tmp_path: Path) -> None:
+    """All that have no test of their own, in one process."""
+    others = {"scaling", "recipes", "gpus", "training"}
+    pages = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in others]
+    blocks = [block for path in pages for block in blocks_of(path.read_text(encoding="utf-8"))]
+    assert len(blocks) > 5
+    run(BLOCKS, tmp_path, json.dumps(blocks))
+
+
+def test_every_page_is_in_the_contents() -> None:
+    contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^(\w+)$", contents, flags=re.MULTILINE))
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == listed
 
 
 def test_figures_of_large_models(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import torch
+from errors_page import PAGE, page
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from test_errors import raises
@@ -260,3 +261,7 @@ def test_what_looks_like_a_mistake_and_is_none() -> None:
 
     inputs = SimpleNamespace(pair=(X, X)).pair
     assert ggn_jax.GGNLinearOperator(Function(jnp.ones(3)), CE, PARAMS, (inputs, Y)).mv(PARAMS)["w"].shape == (2, 3)
+
+
+def test_page() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/errors_page.py"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._eager import compiled
-from ggn_jax._fusion import largest, stack_scalars
+from ggn_jax._fusion import largest
 from ggn_jax._repr import fields
 from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (

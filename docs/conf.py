@@ -1,0 +1,85 @@
+"""The site: Markdown pages, and one page for each public object, made from the docstrings."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PACKAGES = ("ggn_jax", "torch_bridge")
+
+project = "ggn_jax"
+author = "The ggn_jax authors"
+project_copyright = f"2026, {author}"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "training/*.json"]
+html_theme = "furo"
+html_title = "ggn_jax"
+html_static_path = ["_static"]
+html_copy_source = False
+default_role = "code"  # docstrings are Markdown, where this is a single backtick
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist", "fieldlist"]
+nitpicky = False  # types of JAX and PyTorch are not looked up: the build needs no network
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures with jaxtyping's shapes are longer than what they say
+autodoc_default_options = {"members": True, "show-inheritance": True}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are Markdown of few forms: fences, lists, bold words and code."""
+    del app, what, name, obj, options
+
+    def block(match: re.Match[str]) -> str:
+        body = "".join(f"   {line}\n" for line in match[2].splitlines())
+        return f".. code-block:: {match[1] or 'text'}\n\n{body}"
+
+    text = FENCE.sub(block, "\n".join(lines))
+    text = re.sub(r"^( *)\* ", r"\1- ", text, flags=re.MULTILINE)
+    # A list begins after an empty line.
+    text = re.sub(r"^((?! *- )\S.*)\n(- )", r"\1\n\n\2", text, flags=re.MULTILINE)
+    # A letter after code would be part of it.
+    text = re.sub(r"`([^`]+)`(?=(\w?))", lambda m: f"`{m[1]}`" + ("\\ " if m[2] else ""), text)
+    lines[:] = text.split("\n")
+
+
+def short(obj: Any) -> str:
+    """The first sentence of a docstring."""
+    first = (inspect.getdoc(obj) or "").partition("\n\n")[0].replace("\n", " ")
+    return first.partition(". ")[0].rstrip(".")
+
+
+def page(package: str, name: str, obj: Any) -> str:
+    kind = "autoclass" if inspect.isclass(obj) else "autofunction"
+    # What both packages have is one object, with one entry in the index.
+    again = "" if obj.__module__.startswith(package) else "   :no-index:\n"
+    return f"# {name}\n\n```{{eval-rst}}\n.. currentmodule:: {package}\n.. {kind}:: {name}\n{again}```\n"
+
+
+def write_api() -> None:
+    """The pages of `docs/api`, anew where they differ."""
+    for package in PACKAGES:
+        module, folder = importlib.import_module(package), DOCS / "api" / package
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for name in sorted(module.__all__, key=str.lower):
+            obj = getattr(module, name)
+            put(folder / f"{name}.md", page(package, name, obj))
+            rows.append(f"| [`{name}`]({package}/{name}.md) | {short(obj)} |")
+        names = "\n".join(f"{package}/{name}" for name in sorted(module.__all__, key=str.lower))
+        text = f"# {package}\n\n| | |\n|---|---|\n" + "\n".join(rows)
+        put(DOCS / "api" / f"{package}.md", f"{text}\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
+
+
+def put(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def setup(app: Any) -> None:
+    write_api()
+    app.connect("autodoc-process-docstring", as_rst)
