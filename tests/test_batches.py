@@ -178,15 +178,15 @@ PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_over_batches_are_those_of_one_batch(name: str) -> None:
+@covering(1, name=PRODUCTS, ignored=[True, False])
+def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) -> None:
     """Of NumPy arrays, uneven sizes, and a batch where all is ignored."""
     cls, options = PRODUCTS[name]
     batches = [tuple(map(np.asarray, batch)) for batch in as_batches(1, 3, 3)]
-    for loss in (ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), ignore_index=0), ggn_jax.CrossEntropyLoss()):
-        whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
-        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
-        np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
+    loss = ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), ignore_index=0) if ignored else CE
+    whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
+    operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
+    np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
     np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
     assert lx.is_positive_semidefinite(operator) == lx.is_positive_semidefinite(whole)
 
