@@ -16,11 +16,18 @@ def covering(strength: int, ids: Callable[[Any], str | None] | None = None, **va
     """
     places = list(product(*(range(len(each)) for each in values.values())))
     chosen = cover(places, strength)
-    cases = [
-        pytest.param(*case, marks=[] if place in chosen else [pytest.mark.sweep])
-        for place, case in zip(places, product(*values.values()), strict=True)
-    ]
+    cases = [_marked(case, place in chosen) for place, case in zip(places, product(*values.values()), strict=True)]
     return pytest.mark.parametrize(tuple(values), cases, ids=ids)
+
+
+def thinned(cases: Sequence[tuple[Hashable, ...]], strength: int) -> list[Any]:
+    """The same for cases which are not all combinations."""
+    chosen = cover(cases, strength)
+    return [_marked(case, case in chosen) for case in cases]
+
+
+def _marked(case: tuple[Any, ...], by_default: bool) -> Any:
+    return pytest.param(*case, marks=[] if by_default else [pytest.mark.sweep])
 
 
 def cover(cases: Sequence[tuple[Hashable, ...]], strength: int) -> set[tuple[Hashable, ...]]:
