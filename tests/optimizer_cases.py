@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,12 +45,12 @@ def batch_of(size: int = 12, seed: int = 5, dtype: Any = jnp.float64) -> tuple[j
     return normal(seed, size, 3, dtype=dtype), jax.random.randint(jax.random.key(seed), (size,), 0, 2)
 
 
-@partial(jax.jit, static_argnums=0)
+@eqx.filter_jit
 def objective(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     return loss(model_fn(params, batch[0]), batch[1])
 
 
-@partial(jax.jit, static_argnums=0)
+@eqx.filter_jit
 def gradient(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     return jax.grad(partial(objective, model_fn, loss))(params, batch)
 
@@ -59,7 +60,7 @@ def dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
     return np.asarray(_dense_ggn(model_fn, loss, params, batch))
 
 
-@partial(jax.jit, static_argnums=0)
+@eqx.filter_jit
 def _dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     flat, unravel = ravel_pytree(params)
     outputs = model_fn(params, batch[0])
