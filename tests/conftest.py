@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 # OpenBLAS is JAX's LAPACK on CPUs, and its threads wait for each other where other processes use the same cores: small
 # factorisations take a hundred times longer. It is read when the library is loaded.
@@ -35,7 +36,7 @@ import hypothesis
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")
 
-FORGET_EVERY = 100
+LOOK_EVERY, MOST = 20, 30_000
 finished = 0
 
 
@@ -43,8 +44,14 @@ def pytest_runtest_teardown() -> None:
     """Free compiled functions now and then: each maps memory, of which a process may have 65,530 pieces on Linux."""
     global finished
     finished += 1
-    if finished % FORGET_EVERY == 0:
+    if finished % LOOK_EVERY == 0 and pieces_of_memory() > MOST:
         jax.clear_caches()
+
+
+def pieces_of_memory() -> int:
+    """How many this process has mapped; without a count of them, too many."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else MOST + 1
 
 
 def pytest_unconfigure() -> None:

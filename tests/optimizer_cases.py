@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,21 +45,28 @@ def batch_of(size: int = 12, seed: int = 5, dtype: Any = jnp.float64) -> tuple[j
     return normal(seed, size, 3, dtype=dtype), jax.random.randint(jax.random.key(seed), (size,), 0, 2)
 
 
+@eqx.filter_jit
 def objective(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     return loss(model_fn(params, batch[0]), batch[1])
 
 
+@eqx.filter_jit
 def gradient(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     return jax.grad(partial(objective, model_fn, loss))(params, batch)
 
 
 def dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
     """`J^T H J` of the whole batch from automatic differentiation."""
+    return np.asarray(_dense_ggn(model_fn, loss, params, batch))
+
+
+@eqx.filter_jit
+def _dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     flat, unravel = ravel_pytree(params)
     outputs = model_fn(params, batch[0])
     jacobian = jax.jacobian(lambda p: model_fn(unravel(p), batch[0]).reshape(-1))(flat)
     hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
-    return np.asarray(jacobian.T @ hessian @ jacobian)
+    return jacobian.T @ hessian @ jacobian
 
 
 def assert_close(a: Any, b: Any, rtol: float = 1e-9) -> None:

@@ -103,12 +103,12 @@ class Problem:
 
     @cache  # noqa: B019 (a handful of module-level constants)
     def outputs(self) -> np.ndarray:
-        return np.asarray(self.model_fn(self.params, self.inputs))
+        return np.asarray(jax.jit(self.model_fn)(self.params, self.inputs))
 
     @cache  # noqa: B019
     def jacobian(self) -> np.ndarray:
         theta, unravel = ravel_pytree(self.params)
-        jacobian = jax.jacobian(lambda theta: self.model_fn(unravel(theta), self.inputs))(theta)
+        jacobian = jax.jit(jax.jacobian(lambda theta: self.model_fn(unravel(theta), self.inputs)))(theta)
         return np.asarray(jacobian).reshape(-1, theta.size)
 
     def torch_value(self, outputs: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Problem:
     def hessian(self) -> np.ndarray:
         theta, unravel = ravel_pytree(self.params)
         value = lambda theta: self.loss(self.model_fn(unravel(theta), self.inputs), self.targets)  # noqa: E731
-        return np.asarray(jax.hessian(value)(theta))
+        return np.asarray(jax.jit(jax.hessian(value))(theta))
 
     @cache  # noqa: B019
     def ef(self, per: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import lineax as lx
 import numpy as np
 import pytest
 import scipy.sparse.linalg
+from designs import covering
 
 import ggn_jax
 
@@ -33,25 +34,23 @@ def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
     return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
 
 
-@BOTH
-@pytest.mark.parametrize(
-    "loss",
-    [
-        CE,
-        ggn_jax.CrossEntropyLoss(reduction="sum"),
-        ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
-        ggn_jax.CrossEntropyLoss(ignore_index=1),
-    ],
-    ids=["mean", "sum", "weights", "ignored"],
-)
-@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
-def test_batches_are_one_batch(cls: Any, loss: Any, fisher_type: str) -> None:
+LOSSES = {
+    "mean": CE,
+    "sum": ggn_jax.CrossEntropyLoss(reduction="sum"),
+    "weights": ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), label_smoothing=0.2),
+    "ignored": ggn_jax.CrossEntropyLoss(ignore_index=1),
+}
+
+
+@covering(2, cls=[KFAC, EKFAC], name=LOSSES, fisher_type=["type-2", "mc", "empirical"])
+def test_batches_are_one_batch(cls: Any, name: str, fisher_type: str) -> None:
     """Of any sizes, and one where all that it holds is ignored; with the same draws."""
+    loss = LOSSES[name]
     options: dict[str, Any] = {"fisher_type": fisher_type, "bias": "separate"}
     if fisher_type == "mc":
         options |= {"key": jax.random.key(1), "mc_samples": 2}
     whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
-    for batches in as_batches(1, 1, 3, 2), as_batches(7):
+    for batches in as_batches(3, 1, 3), as_batches(7):
         operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
         assert jax.tree.structure(operator) == jax.tree.structure(whole)
         np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
@@ -179,15 +178,15 @@ PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_over_batches_are_those_of_one_batch(name: str) -> None:
+@covering(1, name=PRODUCTS, ignored=[True, False])
+def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) -> None:
     """Of NumPy arrays, uneven sizes, and a batch where all is ignored."""
     cls, options = PRODUCTS[name]
     batches = [tuple(map(np.asarray, batch)) for batch in as_batches(1, 3, 3)]
-    for loss in (ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), ignore_index=0), ggn_jax.CrossEntropyLoss()):
-        whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
-        operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
-        np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
+    loss = ggn_jax.CrossEntropyLoss(weight=jnp.array([1.0, 3.0]), ignore_index=0) if ignored else CE
+    whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
+    operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
+    np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
     np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
     assert lx.is_positive_semidefinite(operator) == lx.is_positive_semidefinite(whole)
 

@@ -219,7 +219,7 @@ def test_derivatives(name: str) -> None:
 
     point = PARAMS, INPUTS[0], jnp.asarray(DAMPING)
     value, gradient = jax.jit(jax.value_and_grad(dense, (0, 1, 2)))(*point)
-    got, slopes = jax.value_and_grad(ours, (0, 1, 2))(*point)
+    got, slopes = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*point)
     np.testing.assert_allclose(got, value, rtol=1e-12)
     np.testing.assert_allclose(flat(slopes), flat(gradient), rtol=0, atol=1e-11 * np.abs(flat(gradient)).max())
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), point)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from designs import covering
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,14 +21,7 @@ import torch_bridge
 from torch_bridge._compute import Request
 from torch_bridge._compute import vectors as compute
 
-BACKENDS = [
-    "eager",
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++, and there is no g++"),
-    ),
-]
+BACKENDS = ["eager", "inductor", "aot_eager"]
 LOSSES = [CrossEntropyLoss(), MSELoss(), BCEWithLogitsLoss()]
 TYPES = ["type-2", "mc", "empirical", "forward-only"]
 
@@ -244,7 +238,7 @@ def test_make_fx_of_defaults_and_keywords() -> None:
     assert torch.equal(graph(outputs[1], targets[1]), fn(outputs[1], targets[1]))
 
 
-def keeps_the_stream(backend: Any) -> bool:
+def keeps_the_stream(backend: str) -> bool:
     """Whether compiled graphs draw what torch itself draws; inductor's do not from torch 2.14 on."""
     mean = torch.zeros(1, dtype=torch.float64)
 
@@ -263,9 +257,10 @@ def assert_would_be_gradients(drawn: torch.Tensor, loss: Any, outputs: torch.Ten
     torch.testing.assert_close(labels, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("fisher_type", TYPES)
-def test_compile(backend: Any, fisher_type: str) -> None:
+@covering(1, fisher_type=TYPES, backend=BACKENDS)
+def test_compile(fisher_type: str, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles C++, and there is no g++")
     loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double(), label_smoothing=0.1)
     fn = as_curvlinops(loss, fisher_type, 2)
     compiled = torch.compile(lambda outputs, targets: fn(outputs, targets, None) * 2, backend=backend, fullgraph=True)

@@ -7,6 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from designs import covering
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ggn_jax
@@ -64,10 +65,14 @@ def conv(name: str) -> tuple[Any, jax.Array, jax.Array]:
 def test_convolutions_and_their_derivatives(name: str) -> None:
     run, x, kernel = conv(name)
     eqn = jax.make_jaxpr(run)(x, kernel).eqns[-1]
-    y, pull_back = jax.vjp(run, x, kernel)
-    ours, pull_ours_back = jax.vjp(lambda *values: run_equation(eqn, values)[0], x, kernel)
-    np.testing.assert_allclose(ours, y, rtol=1e-12, atol=1e-12)
-    for got, want in zip(pull_ours_back(y), pull_back(y), strict=True):
+
+    @jax.jit
+    def both(x: jax.Array, kernel: jax.Array) -> Any:
+        y, pull_back = jax.vjp(run, x, kernel)
+        ours, pull_ours_back = jax.vjp(lambda *values: run_equation(eqn, values)[0], x, kernel)
+        return (ours, *pull_ours_back(y)), (y, *pull_back(y))
+
+    for got, want in zip(*both(x, kernel), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -75,14 +80,13 @@ def test_forward_derivatives_of_gradients() -> None:
     run, x, kernel = conv("2d")
     eqn = jax.make_jaxpr(run)(x, kernel).eqns[-1]
     hessian = [
-        jax.jvp(jax.grad(lambda k, fn=fn: jnp.sum(fn(x, k) ** 3)), (kernel,), (kernel,))[1]
+        jax.jit(lambda k, fn=fn: jax.jvp(jax.grad(lambda k: jnp.sum(fn(x, k) ** 3)), (k,), (k,))[1])(kernel)
         for fn in (run, lambda *values: run_equation(eqn, values)[0])
     ]
     np.testing.assert_allclose(hessian[1], hessian[0], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("entries", [1, 60, None])
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@covering(1, name=CONVOLUTIONS, entries=[1, 60, None])
 def test_input_factors_are_those_of_patches(name: str, entries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of the batch, which need not divide it."""
     if entries is not None:
@@ -94,10 +98,10 @@ def test_input_factors_are_those_of_patches(name: str, entries: int | None, monk
     (use,) = trace.uses
     inputs = Inputs(use, capture(trace, params, x).inputs[0], None, Options(), jnp.float64)
     factor = jax.jit(lambda joint: inputs.factors(joint, (Run(0, inputs.width(joint), 1),))[0], static_argnums=0)
-    patches = inputs.raw_rows(True)
+    patches = np.asarray(jax.jit(lambda: inputs.raw_rows(True))())
     patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
     got = factor(True)
-    np.testing.assert_allclose(got, jnp.einsum("gmi,gmj->gij", patches, patches), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got, np.einsum("gmi,gmj->gij", patches, patches), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(factor(False), got[:, :-1, :-1], rtol=1e-14)
 
 
@@ -123,17 +127,23 @@ def test_max_pools_and_their_derivatives(case: Any, dtype: Any) -> None:
     def pool(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
-    (eqn,) = jax.make_jaxpr(pool)(x).eqns
-    y, pull_back = jax.vjp(pool, x)
-    ours, pull_ours_back = jax.vjp(lambda x: run_equation(eqn, [x])[0], x)
-    np.testing.assert_array_equal(ours.astype(float), y.astype(float))
-    g = jnp.asarray(np.random.default_rng(1).integers(-4, 5, y.shape), dtype)  # sums of these are exact
-    np.testing.assert_array_equal(pull_ours_back(g)[0].astype(float), pull_back(g)[0].astype(float))
+    closed = jax.make_jaxpr(pool)(x)
+    (eqn,), (out,) = closed.eqns, closed.out_avals
+    g = jnp.asarray(np.random.default_rng(1).integers(-4, 5, out.shape), dtype)  # sums of these are exact
     dx = jnp.asarray(np.random.default_rng(2).integers(-4, 5, shape), dtype)
-    dy = jax.jvp(lambda x: run_equation(eqn, [x])[0], (x,), (dx,))[1]  # at ties, JAX's own differs from its transpose
-    taken = jax.vmap(pull_back)(jnp.eye(y.size, dtype=dtype).reshape(y.size, *y.shape))[0]
-    want = jnp.sum(taken * dx[None], range(1, taken.ndim))
-    np.testing.assert_array_equal(dy.astype(float).ravel(), want.astype(float))
+
+    @jax.jit
+    def both(x: jax.Array) -> Any:
+        y, pull_back = jax.vjp(pool, x)
+        ours, pull_ours_back = jax.vjp(lambda x: run_equation(eqn, [x])[0], x)
+        # At ties, JAX's own derivative in forward mode differs from its transpose.
+        dy = jax.jvp(lambda x: run_equation(eqn, [x])[0], (x,), (dx,))[1]
+        taken = jax.vmap(pull_back)(jnp.eye(y.size, dtype=dtype).reshape(y.size, *y.shape))[0]
+        want = jnp.sum(taken * dx[None], range(1, taken.ndim)).reshape(y.shape)
+        return (ours, pull_ours_back(g)[0], dy), (y, pull_back(g)[0], want)
+
+    for got, want in zip(*both(x), strict=True):
+        np.testing.assert_array_equal(got.astype(float), want.astype(float))
 
 
 def network() -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:

@@ -10,6 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from designs import covering
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 from optimizer_cases import assert_close, mlp, mlp_params, normal
@@ -36,14 +37,13 @@ def alone(model: str, name: str) -> Any:
     return jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
 
 
-@pytest.mark.parametrize("is_set", [False, True])
-@pytest.mark.parametrize(("model", "name"), CASES)
-def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) -> None:
-    model_fn, loss, params, batch = MODELS[model]
+@covering(1, case=CASES, is_set=[False, True], ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
+def test_results_are_those_of_one_device(case: tuple[str, str], is_set: bool) -> None:
+    model_fn, loss, params, batch = MODELS[case[0]]
     params, batch = place(params), place(batch, "data")
     with jax.set_mesh(mesh()) if is_set else nullcontext():
-        got = jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
-    assert_close(got, alone(model, name), 1e-7)
+        got = jax.jit(partial(FUNCTIONS[case[1]], model_fn, loss))(params, batch)
+    assert_close(got, alone(*case), 1e-7)
 
 
 @pytest.mark.parametrize("name", ["ggn-chunked", "diagonal", "ekfac", "losses", "kfac", "multi-steps"])
@@ -95,8 +95,7 @@ def keys() -> jax.Array:
     return jax.random.split(KEY, 4)
 
 
-@pytest.mark.parametrize("is_set", [False, True])
-@pytest.mark.parametrize("sharded", [False, True])
+@covering(1, is_set=[False, True], sharded=[False, True])
 def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
     start = over_features(params) if sharded else place(params)
@@ -107,8 +106,7 @@ def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
     assert_close((found, values), train(params, batch)[0], 1e-9)
 
 
-@pytest.mark.parametrize("is_set", [False, True])
-@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], ids=str)
+@covering(1, options=[{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], is_set=[False, True], ids=str)
 def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: bool) -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
     with jax.set_mesh(mesh()) if is_set else nullcontext():
@@ -196,7 +194,7 @@ def test_models_that_constrain_shardings_of_auto_axes() -> None:
         )
 
     found = jax.jit(partial(run, constrained))(params, jax.device_put(batch, auto))
-    assert_close(found, run(mlp, params, batch), 1e-9)
+    assert_close(found, jax.jit(partial(run, mlp))(params, batch), 1e-9)
 
 
 def test_report_of_a_sharded_batch() -> None:

@@ -1,11 +1,13 @@
 """The head's output factor in closed form: against dense loss Hessians, and where there is no such form."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from designs import thinned
 from optimizer_cases import normal
 
 import ggn_jax
@@ -72,19 +74,23 @@ def make_case(name: str, cls: Any, options: Any, positions: bool) -> tuple[Any, 
 
 def loss_hessian_sum(loss: Any, outputs: jax.Array, targets: jax.Array, axis: int) -> np.ndarray:
     """The sum of the blocks `[C, C]` of the loss's own Hessian, by automatic differentiation."""
-    hessian = jax.hessian(lambda outputs: loss(outputs, targets))(outputs)
+    hessian = np.asarray(jax.jit(jax.hessian(lambda outputs: loss(outputs, targets)))(outputs))
     axis = axis % outputs.ndim
     size = outputs.size // outputs.shape[axis]
-    moved = jnp.moveaxis(hessian, (axis, outputs.ndim + axis), (-2, -1)).reshape(size, size, C, C)
-    return np.asarray(jnp.einsum("ssab->ab", moved))
+    moved = np.moveaxis(hessian, (axis, outputs.ndim + axis), (-2, -1)).reshape(size, size, C, C)
+    return np.einsum("ssab->ab", moved)
 
 
-@pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("cls", "options"), LOSSES)
-def test_the_heads_factor_is_the_sum_of_loss_hessians(cls: Any, options: Any, name: str, positions: bool) -> None:
-    if name == "classes first" and (cls is not ggn_jax.CrossEntropyLoss or not positions):
-        pytest.skip("with a term per entry, the last axis are the features")
+HEADS = [  # with a term per entry, the last axis are the features
+    (number, name, positions)
+    for number, name, positions in itertools.product(range(len(LOSSES)), MODELS, [False, True])
+    if name != "classes first" or (LOSSES[number][0] is ggn_jax.CrossEntropyLoss and positions)
+]
+
+
+@pytest.mark.parametrize(("number", "name", "positions"), thinned(HEADS, 2))
+def test_the_heads_factor_is_the_sum_of_loss_hessians(number: int, name: str, positions: bool) -> None:
+    cls, options = LOSSES[number]
     model_fn, loss, batch = make_case(name, cls, options, positions)
     layout = Layout(loss, trace_model(model_fn, PARAMS, batch[0]), TYPE2)
     head = find_head(layout)
@@ -92,7 +98,7 @@ def test_the_heads_factor_is_the_sum_of_loss_hessians(cls: Any, options: Any, na
     assert layout.trace.uses[head].weight.shape == (1, C, 3)
     made = ggn_jax.KFACLinearOperator(model_fn, loss, PARAMS, batch, fisher_type="type-2", key=_key(layout))
     block = made.factors()["['w']"]
-    wanted = loss_hessian_sum(loss, model_fn(PARAMS, batch[0]), batch[1], 1 if name == "classes first" else -1)
+    wanted = loss_hessian_sum(loss, jax.jit(model_fn)(PARAMS, batch[0]), batch[1], 1 if name == "classes first" else -1)
     np.testing.assert_allclose(block.b[0][0], wanted, atol=1e-7 if name == "cast" else 1e-14)
 
 

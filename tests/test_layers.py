@@ -37,7 +37,7 @@ def flax_promotes(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def linen(module: nn.Module, inputs: Any, **kwargs: Any) -> Model:
-    variables = module.init(jax.random.key(0), inputs, **kwargs)
+    variables = jax.jit(partial(module.init, **kwargs))(jax.random.key(0), inputs)
     # Biases start at 0 and scales at 1, where mistakes do not show.
     variables = jax.tree.map(lambda x: x + 0.3 * normal(*x.shape, seed=1).astype(x.dtype), variables)
     return (*ggn_jax.from_linen(module, variables, **kwargs), inputs)
@@ -387,29 +387,41 @@ def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     """Against one datum's gradient by automatic differentiation, of each weight."""
     model_fn, params, inputs = MODELS[name]()
     trace = trace_model(model_fn, params, inputs)
-    captured = capture(trace, params, inputs)
-    np.testing.assert_allclose(captured.outputs, model_fn(params, inputs), atol=1e-14)
-    vectors = normal(*captured.outputs.shape, seed=5)
-    grads, _ = captured.pull_back(vectors)
-
-    def datum(params: Any, n: int) -> jax.Array:
-        one = jax.tree.map(lambda x: x[n : n + 1], inputs)
-        return jnp.sum(model_fn(params, one) * vectors[n : n + 1])
-
-    flat = [jax.flatten_util.ravel_pytree(jax.grad(datum)(params, n))[0] for n in range(vectors.shape[0])]
     plan = make_plan(trace)
-    for layer in plan.layers:
-        total = 0
-        for number, swapped in zip(layer.uses, layer.swapped, strict=True):
-            use = trace.uses[number]
-            a = use.arrange_inputs(captured.inputs[number])
-            if use.kind == "embedding":
-                a = jax.nn.one_hot(a, use.weight.shape[2], dtype=jnp.float64)
-            product = jnp.einsum("gnso,gnsi->ngoi", use.arrange_output_grads(grads[number]), a)
-            total = total + (jnp.swapaxes(product, -1, -2) if swapped else product)
+    outputs = jax.jit(lambda *args: model_fn(*args))(params, inputs)
+    vectors = normal(*outputs.shape, seed=5)
+
+    def gradient(use: Any, a: jax.Array, grads: jax.Array) -> jax.Array:
+        """Of each datum, `[n, group, out, in]`."""
+        a = use.arrange_inputs(a)
+        if use.kind == "embedding":
+            a = jax.nn.one_hot(a, use.weight.shape[2], dtype=jnp.float64)
+        return jnp.einsum("gnso,gnsi->ngoi", use.arrange_output_grads(grads), a)
+
+    @jax.jit
+    def captured(params: Any, inputs: Any) -> Any:
+        found = capture(trace, params, inputs)
+        grads, _ = found.pull_back(vectors)
+        products = [[gradient(trace.uses[i], found.inputs[i], grads[i]) for i in layer.uses] for layer in plan.layers]
+        return found.outputs, products
+
+    @jax.jit
+    def flat(params: Any) -> list[jax.Array]:
+        def datum(params: Any, n: int) -> jax.Array:
+            one = jax.tree.map(lambda x: x[n : n + 1], inputs)
+            return jnp.sum(model_fn(params, one) * vectors[n : n + 1])
+
+        return [jax.flatten_util.ravel_pytree(jax.grad(datum)(params, n))[0] for n in range(len(vectors))]
+
+    got, products = captured(params, inputs)
+    np.testing.assert_allclose(got, outputs, atol=1e-14)
+    wanted = [np.asarray(x) for x in flat(params)]
+    for layer, of_uses in zip(plan.layers, products, strict=True):
+        pairs = zip(map(np.asarray, of_uses), layer.swapped, strict=True)
+        total = sum(np.swapaxes(product, -1, -2) if swapped else product for product, swapped in pairs)
         numbers = layer.weight.entries.numbers().reshape(layer.weight.shape)
-        for n, gradient in enumerate(flat):
-            np.testing.assert_allclose(total[n], gradient[numbers], atol=1e-13)
+        for n, want in enumerate(wanted):
+            np.testing.assert_allclose(total[n], want[numbers], atol=1e-13)
 
 
 def test_the_trace_is_the_same_in_every_process() -> None:

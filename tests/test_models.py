@@ -182,8 +182,8 @@ def test_operators(make: Any) -> None:
         return model_fn(treedef.unflatten([p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]), X)
 
     theta = jnp.concatenate([leaf.ravel() for leaf in leaves])
-    jacobian = np.asarray(jax.jacobian(of_flat)(theta)).reshape(outputs.size, theta.size)
-    hessian = jax.hessian(lambda f: ggn_jax.CrossEntropyLoss()(f, TARGETS))(outputs)
+    jacobian = np.asarray(jax.jit(jax.jacobian(of_flat))(theta)).reshape(outputs.size, theta.size)
+    hessian = jax.jit(jax.hessian(lambda f: ggn_jax.CrossEntropyLoss()(f, TARGETS)))(outputs)
     want = jacobian.T @ np.asarray(hessian).reshape(outputs.size, outputs.size) @ jacobian
     ggn = GGNLinearOperator(*args)
     np.testing.assert_allclose(ggn.as_matrix(), want, rtol=1e-11, atol=1e-12)

@@ -11,6 +11,7 @@ import lineax as lx
 import numpy as np
 import pytest
 import torch
+from designs import covering
 from jax.flatten_util import ravel_pytree
 from problems import (
     CE,
@@ -43,11 +44,14 @@ with warnings.catch_warnings():
 # Exact matrices. -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+NAMES = lambda value: value.name if isinstance(value, Problem) else None  # noqa: E731
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
 @every_problem
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
-    if chunk_size != 3:
+    if chunk_size is None:
         assert_close(ggn.as_matrix(), problem.ggn())
         return
     product = ggn.mv(problem.vector)
@@ -55,9 +59,9 @@ def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     assert_close(flat(product), problem.ggn() @ flat(problem.vector))
 
 
-@pytest.mark.parametrize("chunk_size", [N - 1, N, N + 2])
+@pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 2])
 def test_other_chunk_sizes(chunk_size: int) -> None:
-    """One less than, equal to and more than the batch."""
+    """One; one less than, equal to and more than the batch."""
     for operator, want in (
         (GGNLinearOperator(*CE.args, chunk_size=chunk_size), CE.ggn()),
         (EFLinearOperator(*CE.args, chunk_size=chunk_size), CE.ef("term")),
@@ -68,20 +72,19 @@ def test_other_chunk_sizes(chunk_size: int) -> None:
 @every_problem
 def test_oracle_in_jax_agrees(problem: Problem) -> None:
     """The dense GGN from torch's loss is the one from `jax.hessian` of our loss."""
-    hessian = jax.hessian(lambda f: problem.loss(f, problem.targets))(problem.outputs())
+    hessian = jax.jit(jax.hessian(lambda f: problem.loss(f, problem.targets)))(problem.outputs())
     size = problem.outputs().size
     assert_close(problem.jacobian().T @ np.asarray(hessian).reshape(size, size) @ problem.jacobian(), problem.ggn())
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
-@every_problem
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3], ids=NAMES)
 def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     hessian = HessianLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
-@pytest.mark.parametrize(("per", "chunk_size"), [("term", None), ("term", 3), ("datum", 1)])
-@every_problem
+@pytest.mark.parametrize("per", ["term", "datum"])
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], ids=NAMES)
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -108,11 +111,10 @@ def test_ef_of_terms_and_of_data_differ() -> None:
     assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
 
 
-@pytest.mark.parametrize(("chunk_size", "vector_chunk_size"), [(None, 1), (3, 2), (N + 2, 100)])
 @pytest.mark.parametrize("method", ["layers", "data"])
-@every_problem
-def test_diagonal(problem: Problem, chunk_size: int | None, vector_chunk_size: int, method: Any) -> None:
-    options = {"chunk_size": chunk_size, "vector_chunk_size": vector_chunk_size}
+@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], ids=NAMES)
+def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
+    options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
     assert jax.tree.structure(diagonal.entries) == jax.tree.structure(problem.params)
     assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))

@@ -16,6 +16,7 @@ from optimizer_cases import assert_close, mlp, mlp_params, normal
 from problems import PoissonLoss
 
 import ggn_jax
+from ggn_jax._sharding import vary_like
 
 DEVICES, N = 2, 8
 KEY = jax.random.key(3)
@@ -99,8 +100,11 @@ def losses(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     return found
 
 
-def training(*, shared: bool = True, every: int = 0, scale: bool = False, **options: Any) -> Fn:
-    """Some steps, with one pass for gradient and factors or without."""
+def training(*, shared: bool = True, loop: bool = True, every: int = 0, scale: bool = False, **options: Any) -> Fn:
+    """Some steps, with one pass for gradient and factors or without.
+
+    A loop is half as long to compile, but needs a state that varies over devices from the start.
+    """
 
     def run(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
         given = {"example_inputs": jax.ShapeDtypeStruct(batch[0].shape, batch[0].dtype), "damping": 0.1} | options
@@ -110,19 +114,27 @@ def training(*, shared: bool = True, every: int = 0, scale: bool = False, **opti
             else ggn_jax.kfac(model_fn, loss, given.pop("learning_rate", 0.1), **given)
         )
         optimizer: Any = ggn_jax.multi_steps(made, every) if every else made
-        state, results = optimizer.init(params), []
-        for number in range(every + 1 if every else 2):
-            key = jax.random.fold_in(KEY, number)
+
+        def step(carry: Any, key: jax.Array) -> Any:
+            params, state = carry
             if shared:
-                value, grads, factors = made.value_and_grad_and_factors(params, batch, state, key=key)
+                looked = made.value_and_grad_and_factors(params, batch, state, key=key)
                 more = {"batch": batch} if made.needs_batch else {}
-                results.append((value, grads, factors))
-                updates, state = optimizer.update(grads, state, params, factors=factors, **more)
+                updates, state = optimizer.update(looked[1], state, params, factors=looked[2], **more)
             else:
+                looked = ()
                 updates, state = optimizer.update(params, state, params, batch=batch, key=key)
-            results.append(updates)
-            params = optax.apply_updates(params, updates)
-        return results, state
+            return (optax.apply_updates(params, updates), state), (looked, updates)
+
+        def alike(carry: Any, key: jax.Array) -> Any:
+            carry, results = step(carry, key)
+            return vary_like(carry, batch), results
+
+        keys, start = jax.random.split(KEY, every + 1 if every else 2), (params, optimizer.init(params))
+        if loop:
+            return jax.lax.scan(alike, vary_like(start, batch), keys)
+        first = step(start, keys[0])
+        return first, step(first[0], keys[1])
 
     return run
 
@@ -147,7 +159,7 @@ FUNCTIONS: dict[str, Fn] = {
     "vectors-mc": vectors("mc"),
     "vectors-empirical": vectors("empirical"),
     "losses": losses,
-    "kfac": training(),
+    "kfac": training(loop=False),
     "scale-by-kfac": training(shared=False, scale=True),
     "training-ekfac": training(ekfac=True),
     "training-staggered": training(staggered=True, factor_interval=2, damping_method="exact"),

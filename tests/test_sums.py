@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from designs import covering
 
 import ggn_jax
 from ggn_jax._sums import sum_one_by_one
@@ -34,8 +35,7 @@ def product(operator: str, dtype: str, chunk_size: int | None) -> np.ndarray:
     return np.asarray(made.mv(jnp.ones_like(params)), np.float64)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@covering(1, operator=OPERATORS, dtype=["bfloat16", "float16"])
 def test_one_example_at_a_time(operator: str, dtype: str) -> None:
     """Added in bfloat16, 2048 examples stop at about 256 of their terms."""
     if operator == "GGN, Monte-Carlo":  # draws differ between dtypes
@@ -68,8 +68,7 @@ KRONECKER: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("operator", [*(name for name in OPERATORS if "Monte" not in name), *KRONECKER])
+@covering(1, operator=[*(name for name in OPERATORS if "Monte" not in name), *KRONECKER], dtype=["bfloat16", "float16"])
 def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
     """The whole batch in float64 is the oracle."""
     rng = np.random.default_rng(0)

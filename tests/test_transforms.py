@@ -76,24 +76,46 @@ def operator_functions(loss):
     yield "hessian and diagonal", products
 
 
+def together(*named):
+    """Functions with names as one function, which is one program to compile."""
+    return lambda *args: {label: fn(*args) for label, fn in named}
+
+
+@functools.cache
+def compiled(name: str):
+    loss = PROBLEMS[name][0]
+    return jax.jit(together(*functions(loss), *operator_functions(loss)))
+
+
+def assert_close(got, want, tol: float) -> None:
+    """Of two pytrees; the error says where."""
+
+    def check(path, got, want):
+        np.testing.assert_allclose(got, want, rtol=tol, atol=tol, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, got, want)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_jit_and_vmap(name: str) -> None:
+    """Compiled and mapped over, functions are what they are eagerly."""
     loss, outputs, targets = problem(name)
     key = jax.random.key(0)
-    for label, fn in functions(loss):
-        want = fn(outputs, targets, key)
-        np.testing.assert_allclose(jax.jit(fn)(outputs, targets, key), want, rtol=2e-6, atol=1e-6, err_msg=label)
-        stacked = jax.vmap(fn)(
-            jnp.stack([outputs, outputs + 1]), jnp.stack([targets, targets]), jax.random.split(key, 2)
-        )
-        assert stacked.shape == (2, *want.shape), label
-        np.testing.assert_allclose(stacked[0], fn(outputs, targets, jax.random.split(key, 2)[0]), rtol=2e-6, atol=1e-6)
-    for kind in ("type-2", "mc", "empirical", "forward-only"):
-        fn = ggn_jax.make_grad_output_fn(loss, kind, 2)
-        keys = jax.random.split(key, N)
-        got = jax.vmap(fn, out_axes=1)(outputs, targets, keys)
-        want = jnp.stack([fn(*args) for args in zip(outputs, targets, keys, strict=True)], axis=1)
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+    eager = together(*functions(loss))
+    want = eager(outputs, targets, key)
+    got = compiled(name)(outputs, targets, key)
+    assert_close({label: got[label] for label in want}, want, 2e-6)
+    keys = jax.random.split(key, 2)
+    stacked = jax.jit(jax.vmap(eager))(jnp.stack([outputs, outputs + 1]), jnp.stack([targets, targets]), keys)
+    for label, mapped in stacked.items():
+        assert mapped.shape == (2, *want[label].shape), label
+    assert_close(jax.tree.map(lambda x: x[0], stacked), eager(outputs, targets, keys[0]), 2e-6)
+    kinds = ("type-2", "mc", "empirical", "forward-only")
+    single = together(*((kind, ggn_jax.make_grad_output_fn(loss, kind, 2)) for kind in kinds))
+    keys = jax.random.split(key, N)
+    got = jax.jit(jax.vmap(single, out_axes=1))(outputs, targets, keys)
+    want = [single(*args) for args in zip(outputs, targets, keys, strict=True)]
+    assert_close(got, jax.tree.map(lambda *each: np.stack(each, axis=1), *want), 2e-6)
 
 
 def test_losses_are_pytrees() -> None:
@@ -121,7 +143,7 @@ def test_losses_are_pytrees() -> None:
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_no_retrace_for_new_values(name: str) -> None:
-    loss, outputs, targets = problem(name)
+    _, outputs, targets = problem(name)
     # A user's loss, so that its methods can count how often they are traced.
     traces = []
 
@@ -144,25 +166,25 @@ def test_no_retrace_for_new_values(name: str) -> None:
             make(Counted(), kind)(outputs32 + 1, outputs32 - 1, jax.random.key(1))
             assert len(traces) == before, kind
 
-    for label, fn in (*functions(loss), *operator_functions(loss)):
-        jitted = jax.jit(fn)
-        for seed in range(3):
-            jitted(outputs + seed, targets, jax.random.key(seed))
-        assert jitted._cache_size() == 1, label
+    jitted, sizes = compiled(name), []
+    for seed in range(3):
+        jitted(outputs + seed, targets, jax.random.key(seed))
+        sizes.append(jitted._cache_size())
+    assert sizes[0] == sizes[2]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_cross_lowering(name: str) -> None:
     """All public functions lower for CPU, CUDA and TPU, with nothing that only one of them has."""
     loss, outputs, targets = problem(name)
-    for _, fn in (*functions(loss), *operator_functions(loss)):
-        # Raw key data: exported functions take no typed keys.
-        wrapped = lambda f, y, data, fn=fn: fn(f, y, jax.random.wrap_key_data(data))  # noqa: E731
-        args = (outputs, targets, jax.random.key_data(jax.random.key(0)))
-        exported = jax.export.export(jax.jit(wrapped), platforms=("cpu", "cuda", "tpu"))(*args)
-        assert exported.platforms == ("cpu", "cuda", "tpu")
-        got, want = exported.call(*args), jax.jit(wrapped)(*args)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
+    everything = together(*functions(loss), *operator_functions(loss))
+    key = jax.random.key(0)
+    # Raw key data: exported functions take no typed keys.
+    wrapped = jax.jit(lambda f, y, data: everything(f, y, jax.random.wrap_key_data(data)))
+    args = outputs, targets, jax.random.key_data(key)
+    exported = jax.export.export(wrapped, platforms=("cpu", "cuda", "tpu"))(*args)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert_close(exported.call(*args), compiled(name)(outputs, targets, key), 1e-6)
 
 
 def test_export_with_a_symbolic_batch() -> None:
@@ -185,11 +207,7 @@ def test_sharded_batch_is_the_same(name: str) -> None:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     shard = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
     key = jax.random.key(0)
-    for label, fn in (*functions(loss), *operator_functions(loss)):
-        want = jax.jit(fn)(outputs, targets, key)
-        got = jax.jit(fn)(shard(outputs), shard(targets), key)
-        check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5, err_msg=label)
-        jax.tree.map(check, got, want)
+    assert_close(compiled(name)(shard(outputs), shard(targets), key), compiled(name)(outputs, targets, key), 1e-5)
     eager = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(shard(outputs), shard(targets))
     np.testing.assert_allclose(
         eager, ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets), rtol=1e-6, atol=1e-7
