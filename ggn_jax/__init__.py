@@ -10,6 +10,10 @@ from ggn_jax.grad_output import (
     make_grad_output_sampler,
 )
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
+from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
+from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
+from ggn_jax.layerwise.matrices import from_matrices, to_matrices
+from ggn_jax.layerwise.run import layer_io, sum_layer_io
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_check import check_loss
@@ -66,6 +70,10 @@ __all__ = [
     "KFACState",
     "KFACTransformation",
     "KFOCLinearOperator",
+    "LayerIO",
+    "LayerInfo",
+    "Layers",
+    "LayersIO",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",
@@ -76,13 +84,17 @@ __all__ = [
     "ReportRow",
     "ScaleByKFACState",
     "UncoveredParametersWarning",
+    "UseIO",
     "average_factors",
     "average_operators",
     "check_loss",
+    "find_layers",
     "from_equinox",
     "from_linen",
+    "from_matrices",
     "from_nnx",
     "kfac",
+    "layer_io",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
@@ -90,6 +102,8 @@ __all__ = [
     "multi_steps",
     "report",
     "scale_by_kfac",
+    "sum_layer_io",
+    "to_matrices",
 ]
 
 
