@@ -44,9 +44,11 @@ from ggn_jax.optimizer import (
     KFACTransformation,
     MultiStepsState,
     ScaleByKFACState,
+    ScaleByLayersState,
     kfac,
     multi_steps,
     scale_by_kfac,
+    scale_by_layers,
 )
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "Report",
     "ReportRow",
     "ScaleByKFACState",
+    "ScaleByLayersState",
     "UncoveredParametersWarning",
     "UseIO",
     "average_factors",
@@ -102,6 +105,7 @@ __all__ = [
     "multi_steps",
     "report",
     "scale_by_kfac",
+    "scale_by_layers",
     "sum_layer_io",
     "to_matrices",
 ]

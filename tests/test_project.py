@@ -57,6 +57,7 @@ GGN_JAX = [
     {"optimizer.numbers", "optimizer.spread", "optimizer.storage"},
     {"optimizer.checks"},
     {"optimizer.masked", "optimizer.settings"},
+    {"optimizer.by_layer"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.core", "optimizer.step", "optimizer.summary"},
     {"optimizer.methods"},
