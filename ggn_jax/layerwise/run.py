@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax._eager import compiled
 from ggn_jax._sharding import compiler_sharded, explicit_mesh
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
@@ -51,8 +52,8 @@ def layer_io(
       gradient of the loss, and `io.reduction` 1 for `reduction="sum"`.
     - forward-only: no vectors, V = 0.
 
-    Call it under `jit`, with `layers` closed over. All vectors are back-propagated at once: V copies of the output
-    gradients are held unless a function of them is all that is used. `sum_layer_io` bounds the memory.
+    Call it under `jit`, with `layers` closed over: what is not used is not computed then. All vectors are
+    back-propagated at once, and V output gradients are held where they are used; `sum_layer_io` bounds the memory.
 
     Args:
         layers: what `find_layers` found; `batch` and `params` have the shapes that it was called with, but for the
@@ -93,10 +94,13 @@ def layer_io(
             "layer_io would gather what layers take in from a mesh with explicit axes: use sum_layer_io, which returns"
             " sums, or a mesh with axes of AxisType.Auto."
         )
-    problem, extra, look = _prepare(
-        layers, loss, params, batch, None, fisher_type, mc_samples, key, positions, mask, grads
-    )
-    io: LayersIO = problem.sum_over_chunks(look, extra)
+    given = _prepare(layers, loss, params, batch, None, fisher_type, mc_samples, key, positions, mask, grads)
+    return _whole(*given)
+
+
+@compiled
+def _whole(problem: Problem, extra: dict[str, Any], view: "_View") -> LayersIO:
+    io: LayersIO = problem.sum_over_chunks(partial(_look, view, problem), extra)
     return io
 
 
@@ -142,14 +146,23 @@ def sum_layer_io(
      [5. 5. 5.]
      [5. 5. 5.]]
     """
-    problem, extra, look = _prepare(
+    problem, extra, view = _prepare(
         layers, loss, params, batch, chunk_size, fisher_type, mc_samples, key, positions, mask, grads
     )
 
     def run(problem: Problem, extra: Any) -> PyTree[Array]:
-        return problem.sum_over_chunks(lambda *args: fn(partial(look, problem=problem)(*args)), extra)
+        return problem.sum_over_chunks(lambda *args: fn(_look(view, problem, *args)), extra)
 
     return compiler_sharded(run)(problem, extra)
+
+
+class _View(NamedTuple):
+    """What is wanted of a pass: static."""
+
+    layers: Layers
+    options: Options
+    grads: bool
+    valued: bool
 
 
 def _prepare(
@@ -164,8 +177,8 @@ def _prepare(
     positions: Positions,
     mask: Any,
     grads: bool,
-) -> tuple[Problem, dict[str, Any], Callable[..., LayersIO]]:
-    """The checked batch, what belongs to its examples, and a function of a chunk for `Problem.sum_over_chunks`."""
+) -> tuple[Problem, dict[str, Any], _View]:
+    """The checked batch, what belongs to its examples, and what is wanted."""
     if not isinstance(layers, Layers):
         raise TypeError(f"layers must be what find_layers returned; got {type(layers).__name__}.")
     options = Options(fisher_type=fisher_type, mc_samples=mc_samples, positions=positions)  # type: ignore[arg-type]
@@ -176,7 +189,7 @@ def _prepare(
     check_fits(layers, problem)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
-    return problem, extra, partial(_look, layers, options, grads, not without, problem=problem)
+    return problem, extra, _View(layers, options, grads, not without)
 
 
 def check_fits(layers: Layers, problem: Problem) -> None:
@@ -208,18 +221,10 @@ def check_fits(layers: Layers, problem: Problem) -> None:
 
 
 def _look(
-    layers: Layers,
-    options: Options,
-    grads: bool,
-    valued: bool,
-    terms_at: Any,
-    inputs: PyTree,
-    operand: Any,
-    extra: dict[str, Any],
-    *,
-    problem: Problem,
+    view: _View, problem: Problem, terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]
 ) -> LayersIO:
     """`layer_io` of a chunk."""
+    layers, options, grads, valued = view
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
     kind = options.fisher_type, options.mc_samples, options.positions

@@ -109,7 +109,9 @@ def scale_by_layers(
     Options(**vectors)  # checked before the first step
     inputs = as_arrays("example_inputs", example_inputs)
     full = structure_of(as_arrays("full_params", full_params))
-    others = optax.with_extra_args_support(optax.scale_by_adam() if rest is None else rest)
+    others = optax.with_extra_args_support(  # type: ignore[attr-defined]
+        optax.scale_by_adam() if rest is None else rest
+    )
 
     def find(params: PyTree[Array], inputs: PyTree, full_params: PyTree | None) -> Layers:
         return find_layers(model_of_part(model_fn, params, full_params), params, inputs, bias=bias)
