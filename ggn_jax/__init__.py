@@ -11,6 +11,7 @@ from ggn_jax.grad_output import (
 )
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
+from ggn_jax.layerwise.gram import GramLinearOperator
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.layerwise.matrices import from_matrices, to_matrices
 from ggn_jax.layerwise.run import layer_io, sum_layer_io
@@ -30,6 +31,8 @@ from ggn_jax.operators import (
     GGNDiagonalLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
+    JacobianTransposeLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
     average_factors,
@@ -67,7 +70,10 @@ __all__ = [
     "FisherType",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
+    "GramLinearOperator",
     "HessianLinearOperator",
+    "JacobianLinearOperator",
+    "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFACState",
     "KFACTransformation",
