@@ -10,6 +10,11 @@ from ggn_jax.grad_output import (
     make_grad_output_sampler,
 )
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
+from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
+from ggn_jax.layerwise.gram import GramLinearOperator
+from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
+from ggn_jax.layerwise.matrices import from_matrices, to_matrices
+from ggn_jax.layerwise.run import layer_io, sum_layer_io
 from ggn_jax.likelihood import LikelihoodLoss
 from ggn_jax.loss import Loss
 from ggn_jax.loss_check import check_loss
@@ -26,6 +31,8 @@ from ggn_jax.operators import (
     GGNDiagonalLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
+    JacobianTransposeLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
     average_factors,
@@ -40,9 +47,11 @@ from ggn_jax.optimizer import (
     KFACTransformation,
     MultiStepsState,
     ScaleByKFACState,
+    ScaleByLayersState,
     kfac,
     multi_steps,
     scale_by_kfac,
+    scale_by_layers,
 )
 
 __all__ = [
@@ -61,11 +70,18 @@ __all__ = [
     "FisherType",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
+    "GramLinearOperator",
     "HessianLinearOperator",
+    "JacobianLinearOperator",
+    "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFACState",
     "KFACTransformation",
     "KFOCLinearOperator",
+    "LayerIO",
+    "LayerInfo",
+    "Layers",
+    "LayersIO",
     "LikelihoodLoss",
     "Loss",
     "LossHessian",
@@ -75,14 +91,19 @@ __all__ = [
     "Report",
     "ReportRow",
     "ScaleByKFACState",
+    "ScaleByLayersState",
     "UncoveredParametersWarning",
+    "UseIO",
     "average_factors",
     "average_operators",
     "check_loss",
+    "find_layers",
     "from_equinox",
     "from_linen",
+    "from_matrices",
     "from_nnx",
     "kfac",
+    "layer_io",
     "loss_hessian_matrix_sqrt",
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
@@ -90,6 +111,9 @@ __all__ = [
     "multi_steps",
     "report",
     "scale_by_kfac",
+    "scale_by_layers",
+    "sum_layer_io",
+    "to_matrices",
 ]
 
 

@@ -8,6 +8,7 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from ggn_jax.operators.outputs import JacobianLinearOperator, JacobianTransposeLinearOperator
 from ggn_jax.operators.passes import BatchesLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 
@@ -21,6 +22,8 @@ __all__ = [
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "JacobianLinearOperator",
+    "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
     "average_factors",

@@ -207,12 +207,12 @@ def simple_path(name: str) -> str:
     return "/".join(next(filter(None, part[1:]), "") for part in parts)
 
 
-def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> None:
-    """Refuse a vector that is not like the parameters, naming the first leaf that differs."""
+def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any], like: str = "parameter") -> None:
+    """Refuse a vector that is not like the parameters, or the outputs, naming the first leaf that differs."""
     wanted = operator.in_structure()
     if jax.tree.structure(vector) != jax.tree.structure(wanted):  # type: ignore[operator]  # untyped in jaxlib
         raise ValueError(
-            "vector must be a pytree like the parameters:"
+            f"vector must be a pytree like the {like}s:"
             f" wanted {jax.tree.structure(wanted)}, got {jax.tree.structure(vector)}."
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(vector), strict=True)
@@ -221,7 +221,7 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any]) -> No
         if jnp.shape(leaf) != want.shape or jnp.result_type(leaf) != want.dtype:
             raise ValueError(
                 f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the"
-                f" parameter; got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
+                f" {like}; got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
             )
 
 

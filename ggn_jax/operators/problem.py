@@ -74,7 +74,7 @@ class Problem(eqx.Module):
         size = self.targets.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
             return fn(*data)
-        runs, each = _runs(size, self.chunk_size)
+        runs, each = runs_of(size, self.chunk_size)
         data = jax.tree.map(lambda x: x.reshape(runs, -1, *x.shape[1:]), data)
         length = size // runs
         even = length - length % each
@@ -118,7 +118,7 @@ def _count_indefinite(problem: Problem) -> Array:
     return problem.sum_over_chunks(count)
 
 
-def _runs(size: int, chunk_size: int) -> tuple[int, int]:
+def runs_of(size: int, chunk_size: int) -> tuple[int, int]:
     """Of how many runs a batch is made, and how many examples of each are in a chunk.
 
     Tracing does not tell how a batch is sharded. Each run is on one device if the batch is cut along its examples, over
@@ -133,7 +133,7 @@ def _chunk_sizes(size: int, chunk_size: int | None) -> set[int]:
     """The sizes of the chunks of a batch."""
     if chunk_size is None or chunk_size >= size:
         return {size}
-    runs, each = _runs(size, chunk_size)
+    runs, each = runs_of(size, chunk_size)
     return {runs * each, size % (runs * each)} - {0}
 
 

@@ -1,5 +1,6 @@
 """KFAC and EKFAC as optax transformations."""
 
+from ggn_jax.optimizer.by_layer import ScaleByLayersState, scale_by_layers
 from ggn_jax.optimizer.curvature import Curvature, Factors
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.multi_steps import MultiStepsState, multi_steps
@@ -15,7 +16,9 @@ __all__ = [
     "KFACTransformation",
     "MultiStepsState",
     "ScaleByKFACState",
+    "ScaleByLayersState",
     "kfac",
     "multi_steps",
     "scale_by_kfac",
+    "scale_by_layers",
 ]

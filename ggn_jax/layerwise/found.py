@@ -1,0 +1,231 @@
+"""The layers of a model as static values: which there are, their sizes, and the parameters that they own."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ggn_jax._checks import is_concrete
+from ggn_jax._hints import called_with
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax.kronecker.options import CHOICES, Bias
+from ggn_jax.kronecker.stacks import BlockSpec, Stack
+from ggn_jax.layers import Layer, Plan, Trace, make_plan, trace_model
+from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.report import check_model
+from ggn_jax.layers.table import dimensions, table
+from ggn_jax.operators.base import simple_path, structure_of
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a model: static, and hashable; `find_layers` returns them.
+
+    Its weight is a matrix `[groups, out, in_]`; a bias that is joint is its last column, for an input that is 1.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    >>> (layer,) = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
+    >>> layer.name, layer.out, layer.in_, layer.has_bias
+    ('w', 2, 4, True)
+    """
+
+    name: str
+    """The path of the weight, as `"dense/kernel"`; with `#1`, `#2`, ... where one array has several layers' weights."""
+    kind: str
+    """"linear", "convolution" or "embedding"; joined by "+" where one weight is used in several ways."""
+    groups: int
+    """How many matrices that share nothing: of a grouped convolution, of a scan over stacked layers, of experts."""
+    out: int
+    in_: int
+    """The number of inputs; with a joint bias, of its constant 1 as well."""
+    positions: tuple[int, ...]
+    """For each use, how many sharing positions there are in one example: tokens, pixels."""
+    uses: int
+    """In how many places of the model the weight is used."""
+    paths: tuple[str, ...]
+    """The parameters that it owns entries of, the weight's first, as `jax.tree_util.keystr` writes them."""
+    has_bias: bool
+    """Whether the last column is a bias."""
+    _plan: Layer = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(groups, out, in_)`."""
+        return self.groups, self.out, self.in_
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The layers of a model: a sequence of `LayerInfo`, also by name; `print` it. Made by `find_layers`.
+
+    Static and hashable: close over it, pass it through `jax.jit`, or keep it as a static field.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
+    >>> print(layers)
+    layer  kind    groups x out x in  positions  uses  bias  parameters
+    -----  ------  -----------------  ---------  ----  ----  ----------
+    w      linear  1 x 2 x 3          1          1           ['w']
+    rest: ['s'] (scale)
+    >>> layers["w"].in_, [layer.name for layer in layers]
+    (3, ['w'])
+    """
+
+    model_fn: Callable[[PyTree, PyTree], Array]
+    trace: Trace
+    plan: Plan
+    bias: Bias
+    example: PyTree[jax.ShapeDtypeStruct]
+    """Inputs for which they were found; the number of examples does not matter."""
+    checked: bool
+    """Whether it was seen that the model's examples do not depend on each other."""
+
+    @cached_property
+    def all(self) -> tuple[LayerInfo, ...]:
+        return tuple(_infos(self))
+
+    def __iter__(self) -> Iterator[LayerInfo]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, key: str | int) -> LayerInfo:
+        if isinstance(key, int):
+            return self.all[key]
+        for layer in self.all:
+            if layer.name == key:
+                return layer
+        raise KeyError(f"no layer {key!r}; there are {', '.join(layer.name for layer in self.all) or 'none'}.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.all)
+
+    def __str__(self) -> str:
+        head = "layer", "kind", "groups x out x in", "positions", "uses", "bias", "parameters"
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                dimensions(layer.shape),
+                ", ".join(map(str, layer.positions)),
+                str(layer.uses),
+                "joint" if layer.has_bias else "",
+                " ".join(layer.paths),
+            )
+            for layer in self.all
+        ]
+        names = self.trace.names
+        left = [f"{names[left.leaf]} ({left.kind})" for left in self.plan.leftovers]
+        left += [
+            f"{names[leaf]} (bias)"
+            for layer, info in zip(self.plan.layers, self.all, strict=True)
+            if layer.bias is not None and not info.has_bias
+            for leaf in layer.bias.entries.owners(self.sizes)
+        ]
+        return "\n".join(table(head, rows) + ([f"rest: {', '.join(left)}"] if left else []))
+
+    def __repr__(self) -> str:
+        return f"Layers({', '.join(self.names)})"
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of entries of each parameter."""
+        return [math.prod(shape) for shape in self.trace.shapes]
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where each layer's matrix is among the parameters."""
+        stacks = []
+        for info in self.all:
+            layer = info._plan
+            views = (layer.weight, layer.bias) if info.has_bias and layer.bias is not None else (layer.weight,)
+            stacks.append(Stack((BlockSpec(info.paths, info.kind, views),)))
+        return tuple(stacks)
+
+
+def find_layers(
+    model_fn: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    example_inputs: PyTree,
+    *,
+    bias: Literal["joint", "separate"] = "joint",
+) -> Layers:
+    """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
+
+    A layer is a place where a parameter, however reshaped, sliced or stacked, first meets data in a matrix product, a
+    convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
+
+    Args:
+        model_fn: `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`; it treats examples independently.
+        params: a pytree of floating arrays, or of `jax.ShapeDtypeStruct`s.
+        example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
+        bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
+            leaves biases to the rest. A bias that is added to rows of a table is separate always.
+
+    Returns:
+        The layers, a static value.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming them, and for a model whose examples depend on each
+            other, where parameters and inputs have values (not under `jit`).
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)) / 3, "b": jnp.zeros(2), "v": jnp.ones((2, 4)) / 2}
+    >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+    >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
+    >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
+    >>> io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="type-2")
+    >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
+    ((1, 5, 1, 4), (4, 1, 5, 1, 2))
+    """
+    if bias not in CHOICES["bias"]:
+        raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
+    check_model(model_fn, params, example_inputs)
+    with called_with(params, example_inputs, one_example=True):
+        trace = trace_model(model_fn, params, example_inputs)
+    has_values = all(
+        isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
+        for leaf in jax.tree.leaves((params, example_inputs))
+    )
+    if has_values:
+        outputs = jax.eval_shape(compiler_sharded(model_fn), params, example_inputs)
+        check_independent(model_fn, params, example_inputs, outputs.dtype)
+    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values)
+
+
+def _infos(layers: Layers) -> Iterator[LayerInfo]:
+    trace, sizes = layers.trace, layers.sizes
+    first = [simple_path(trace.names[layer.leaves[0]]) for layer in layers.plan.layers]
+    for number, layer in enumerate(layers.plan.layers):
+        uses = [trace.uses[n] for n in layer.uses]
+        kinds = tuple(dict.fromkeys(use.kind for use in uses))
+        has_bias = layer.bias is not None and layers.bias == "joint" and "embedding" not in kinds
+        owned = layer.weight.entries.owners(sizes)
+        if has_bias and layer.bias is not None:
+            owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owners(sizes))))
+        groups, out, inputs = layer.weight.shape
+        name = first[number]
+        if first.count(name) > 1:
+            name += f"#{first[: number + 1].count(name)}"
+        yield LayerInfo(
+            name,
+            "+".join(kinds),
+            groups,
+            out,
+            inputs + has_bias,
+            tuple(use.num_positions for use in uses),
+            len(uses),
+            tuple(trace.names[leaf] for leaf in owned),
+            has_bias,
+            layer,
+        )

@@ -1,0 +1,158 @@
+"""A pytree like the parameters as one matrix for each layer, and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax.kronecker.stacks import read, write
+from ggn_jax.layerwise.found import Layers
+
+Matrices = dict[str, Float[Array, "G out in"]]
+
+
+def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
+    """A pytree like the parameters (a gradient, say) as a matrix `[G, out, in]` for each layer, and the rest.
+
+    A joint bias is the last column (`find_layers`). Kernels of convolutions have `in` in the order of the kernel's own
+    axes, channels first or last; the groups of a layer that is scanned over are its steps; rows of an embedding's table
+    are columns, one for each input. A fused weight, as that of queries, keys and values, is one matrix where it is used
+    once. `rest` is `tree` with `optax.MaskedNode()` in place of what layers own: what optax's transformations take for
+    a part of the parameters. Where layers own a part of an array, that part is 0 in it.
+
+    `from_matrices(layers, *to_matrices(layers, tree))` is `tree`, exactly.
+
+    Args:
+        layers: those of the model.
+        tree: a pytree like the parameters, of any dtypes.
+
+    Returns:
+        The matrices by the layers' names, and the rest.
+
+    Raises:
+        ValueError: for a pytree that is not like the parameters.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "s": jnp.ones(2)}
+    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
+    >>> matrices, rest = ggn_jax.to_matrices(layers, params)
+    >>> print(matrices["w"])
+    [[[1. 1. 1. 0.]
+      [1. 1. 1. 0.]]]
+    >>> rest
+    {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
+    """
+    leaves = _leaves(layers, tree)
+    matrices = dict(zip(layers.names, read(layers.stacks, tree), strict=True))
+    owned = _owned(layers)
+    rest: list[Any] = [
+        leaf if free is None else optax.MaskedNode() if not free.any() else jnp.where(jnp.asarray(free), leaf, 0)
+        for leaf, free in zip(leaves, owned, strict=True)
+    ]
+    return matrices, jax.tree.unflatten(layers.trace.structure, rest)
+
+
+def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -> PyTree[Array]:
+    """The pytree like the parameters that `to_matrices` made these of: its inverse.
+
+    A matrix whose dtype is what the layer's parameters have gives arrays of their dtypes, and any other matrix arrays
+    of its own: momentum in float32 of parameters in bfloat16 stays float32.
+
+    Args:
+        layers: those of the model.
+        matrices: for each layer's name, `[G, out, in]`.
+        rest: a pytree like the parameters, with anything in the place of what layers own.
+
+    Raises:
+        KeyError, ValueError: for matrices that are not the layers', and a rest that is not like the parameters.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    >>> layers = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
+    >>> matrices, rest = ggn_jax.to_matrices(layers, params)
+    >>> doubled = ggn_jax.from_matrices(layers, {name: 2 * m for name, m in matrices.items()}, rest)
+    >>> print(doubled["b"], doubled["w"][0])
+    [0. 0.] [2. 2.]
+    """
+    if set(matrices) != set(layers.names):
+        raise KeyError(f"matrices must be of the layers {', '.join(layers.names)}; got {', '.join(matrices)}.")
+    for layer in layers:
+        if jnp.shape(matrices[layer.name]) != layer.shape:
+            raise ValueError(
+                f"matrices[{layer.name!r}] must have shape {layer.shape} (groups, out, in); got"
+                f" {jnp.shape(matrices[layer.name])}."
+            )
+    trace, owned = layers.trace, _owned(layers)
+    parts = [jnp.asarray(matrices[name]) for name in layers.names]
+    dtypes: list[Any] = list(trace.dtypes)
+    for stack, part in zip(layers.stacks, parts, strict=True):
+        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owners(layers.sizes)]
+        with jax.numpy_dtype_promotion("standard"):
+            usual = jnp.result_type(*(trace.dtypes[leaf] for leaf in leaves))
+        if part.dtype != usual:
+            for leaf in leaves:
+                dtypes[leaf] = part.dtype
+    given = _rest_leaves(layers, rest)
+    shapes = trace.shapes
+    written = jax.tree.leaves(write(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
+    result = []
+    for leaf, free in enumerate(owned):
+        if free is not None and not free.any():
+            result.append(written[leaf])
+            continue
+        kept = given[leaf]
+        if not hasattr(kept, "shape") or kept.shape != shapes[leaf]:
+            got = getattr(kept, "shape", type(kept).__name__)
+            raise ValueError(f"rest{trace.names[leaf]} must be an array of shape {shapes[leaf]}; got {got}.")
+        kept = jnp.asarray(kept)
+        result.append(kept if free is None else jnp.where(jnp.asarray(free), kept, written[leaf].astype(kept.dtype)))
+    return jax.tree.unflatten(trace.structure, result)
+
+
+def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
+    if jax.tree.structure(tree) != layers.trace.structure:
+        raise ValueError(
+            f"tree must be like the parameters: wanted {layers.trace.structure}, got {jax.tree.structure(tree)}."
+        )
+    leaves = jax.tree.leaves(tree)
+    for leaf, shape, name in zip(leaves, layers.trace.shapes, layers.trace.names, strict=True):
+        if jnp.shape(leaf) != shape:
+            raise ValueError(f"tree{name} must have the parameter's shape {shape}; got {jnp.shape(leaf)}.")
+    return leaves
+
+
+def _rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
+    """What `rest` has in place of each parameter."""
+    try:
+        return layers.trace.structure.flatten_up_to(rest)
+    except ValueError as error:
+        raise ValueError(f"rest must be a pytree like the parameters, {layers.trace.structure}: {error}") from error
+
+
+def _owned(layers: Layers) -> list[np.ndarray | None]:
+    """For each parameter, which of its entries no layer owns; None where layers own none."""
+    sizes = layers.sizes
+    views = [view for stack in layers.stacks for view in stack.specs[0].views]
+    owners = {leaf for view in views for leaf in view.entries.owners(sizes)}
+    counts = dict.fromkeys(owners, 0)
+    whole = all(len(view.entries.owners(sizes)) == 1 for view in views)
+    if whole:  # without looking at entries one by one
+        for view in views:
+            counts[view.entries.owners(sizes)[0]] += view.entries.size
+    free: list[np.ndarray | None] = [None] * len(sizes)
+    for leaf in owners:
+        if whole and counts[leaf] == sizes[leaf]:
+            free[leaf] = np.zeros(layers.trace.shapes[leaf], bool)
+            continue
+        start = sum(sizes[:leaf])
+        mine = np.ones(math.prod(layers.trace.shapes[leaf]), bool)
+        for view in views:
+            numbers = view.entries.numbers().reshape(-1) - start
+            mine[numbers[(numbers >= 0) & (numbers < sizes[leaf])]] = False
+        free[leaf] = mine.reshape(layers.trace.shapes[leaf])
+    return free

@@ -1,0 +1,249 @@
+"""Linear maps between the parameters and a model's outputs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._repr import fields
+from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.losses import MSELoss
+from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, vectors_like
+from ggn_jax.operators.jacobian import Jacobian
+from ggn_jax.operators.problem import Problem, pose, runs_of
+
+
+class Linearised(eqx.Module):
+    """A model at a problem's parameters and inputs: its outputs, and products with its Jacobian, chunk by chunk."""
+
+    problem: Problem
+    kept: Jacobian | None
+    """The linearisation, where there are no chunks, which are there to save memory."""
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Linearised":
+        return cls(problem, None if is_chunked(problem) else Jacobian.of(problem, problem.inputs))
+
+    def outputs(self) -> Float[Array, "N *out"]:
+        if self.kept is not None:
+            return self.kept.outputs
+        return map_over_chunks(self.problem, partial(self.problem.model_fn, self.problem.params))
+
+    def jvp(self, v: PyTree[Array]) -> Float[Array, "N *out"]:
+        """`J v`."""
+        problem = self.problem
+        v = vary_like(v, problem.params)
+        if self.kept is not None:
+            return self.kept.jvp(v)
+        return map_over_chunks(problem, lambda inputs: Jacobian.of(problem, inputs).jvp(v))
+
+    def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
+        """`J^T u`."""
+        if self.kept is not None:
+            return self.kept.vjp(u)
+
+        def share(terms_at: Any, inputs: PyTree, operand: Any, u: Array) -> PyTree[Array]:
+            return Jacobian.of(self.problem, inputs).vjp(u)
+
+        return self.problem.sum_over_chunks(share, u)
+
+
+def is_chunked(problem: Problem) -> bool:
+    return problem.chunk_size is not None and problem.chunk_size < problem.targets.shape[0]
+
+
+def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
+    """`fn(inputs)` of chunks of the batch, whose arrays have examples as first axis, for the whole batch."""
+    if problem.chunk_size is None or not is_chunked(problem):
+        return fn(problem.inputs)
+    size = problem.targets.shape[0]
+    runs, each = runs_of(size, problem.chunk_size)
+    length = size // runs
+    even = length - length % each
+    data = jax.tree.map(lambda x: x.reshape(runs, length, *x.shape[1:]), problem.inputs)
+
+    def part(places: Array) -> PyTree[Array]:
+        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
+        found = fn(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
+        return jax.tree.map(lambda x: x.reshape(runs, len(places), *x.shape[1:]), found)
+
+    mapped = jax.lax.map(part, jnp.arange(even).reshape(-1, each))
+    whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(runs, even, *x.shape[3:]), mapped)
+    if even < length:
+        rest = part(jnp.arange(even, length))
+        whole = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), whole, rest)
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), whole)
+
+
+class JacobianLinearOperator(lx.AbstractLinearOperator):
+    r"""The Jacobian `J` of a model's outputs in its parameters, from pytrees like these to `[N, *out]`.
+
+    Products are those of forward-mode differentiation, and of reverse mode for the transpose, `jacobian.T`; a model
+    that has reverse-mode derivatives only is taken too. `lineax.linearise(jacobian)` keeps the linearisation for
+    several products. For least squares, as `lineax.linear_solve(jacobian, residuals, lineax.LSMR(...))`; for its
+    products with itself see `GramLinearOperator` (outputs) and `GGNLinearOperator` (parameters).
+
+    **Arguments:**
+
+    - `model_fn`: `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
+      independently, which is checked on two examples outside of `jit`.
+    - `params`: a pytree of floating arrays.
+    - `inputs`: a batch of inputs, perhaps a pytree.
+    - `chunk_size`: how many examples are worked on at once; `None` for all.
+
+    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> jacobian = JacobianLinearOperator(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+    >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((8, 3)))["w"].shape, jacobian.as_matrix().shape
+    ((8, 3), (2, 3), (24, 6))
+    """
+
+    problem: Problem
+    kept: Linearised | None
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        params: PyTree[Array],
+        inputs: PyTree[Array],
+        *,
+        chunk_size: int | None = None,
+    ):
+        self.problem = pose(model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2)
+        self.problem.check_chunks()
+        self.kept = None
+
+    def __repr__(self) -> str:
+        return fields(self, params=self.problem.params, outputs=self.problem.outputs)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return vectors_like(self.problem.params)
+
+    def out_structure(self) -> jax.ShapeDtypeStruct:
+        return self.problem.outputs
+
+    def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
+        """`J v` for `v`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return _jvp(self, vector)
+
+    def transpose(self) -> "JacobianTransposeLinearOperator":
+        return JacobianTransposeLinearOperator(self)
+
+    def as_matrix(self) -> Float[Array, "K P"]:
+        """The dense matrix: rows are outputs in C order, columns those of `jax.flatten_util.ravel_pytree(params)`."""
+        return _dense_jacobian(self)
+
+    def linearised(self) -> Linearised:
+        """The model's linearisation."""
+        return Linearised.of(self.problem) if self.kept is None else self.kept
+
+
+class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
+    """The transpose of a model's Jacobian; `JacobianLinearOperator(...).T`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.ones((8, 2)))
+    >>> jacobian.T.as_matrix().shape, jacobian.T.T is jacobian
+    ((6, 24), True)
+    """
+
+    jacobian: JacobianLinearOperator
+
+    def __repr__(self) -> str:
+        return fields(self, jacobian=self.jacobian)
+
+    def in_structure(self) -> jax.ShapeDtypeStruct:
+        return self.jacobian.out_structure()
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobian.in_structure()
+
+    def mv(self, vector: Float[Array, "N *out"]) -> PyTree[Array]:
+        """`J^T u` for `u` of the outputs' shape."""
+        check_vector(self, vector, "output")
+        return _vjp(self.jacobian, vector)
+
+    def transpose(self) -> JacobianLinearOperator:
+        return self.jacobian
+
+    def as_matrix(self) -> Float[Array, "P K"]:
+        """The dense matrix: rows in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        return self.jacobian.as_matrix().T
+
+
+@jax.jit
+@partial(compiler_sharded)
+def _jvp(operator: JacobianLinearOperator, v: PyTree[Array]) -> Array:
+    return operator.linearised().jvp(v)
+
+
+@jax.jit
+@partial(compiler_sharded, like=lambda operator, u: operator.in_structure())
+def _vjp(operator: JacobianLinearOperator, u: Array) -> PyTree[Array]:
+    return operator.linearised().vjp(u)
+
+
+@jax.jit
+@compiler_sharded
+def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
+    linearised, outputs = operator.linearised(), operator.problem.outputs
+    zeros = jax.tree.map(jnp.zeros_like, operator.problem.params)
+    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+        flat, unravel = ravel_pytree(zeros)
+        count = int(np.prod(outputs.shape))
+
+        def row(u: Array) -> Array:
+            return ravel_pytree(linearised.vjp(u.reshape(outputs.shape)))[0].astype(outputs.dtype)
+
+        def column(v: Array) -> Array:
+            return linearised.jvp(unravel(v)).reshape(-1)
+
+        if count <= flat.size:
+            return jax.lax.map(row, jnp.eye(count, dtype=outputs.dtype), batch_size=min(COLUMNS_AT_ONCE, count))
+        each = min(COLUMNS_AT_ONCE, flat.size)
+        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=each).T
+
+
+for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator):
+    for _question in (
+        lx.is_symmetric,
+        lx.is_diagonal,
+        lx.is_tridiagonal,
+        lx.is_lower_triangular,
+        lx.is_upper_triangular,
+        lx.has_unit_diagonal,
+        lx.is_positive_semidefinite,
+        lx.is_negative_semidefinite,
+    ):
+        _question.register(_cls, lambda operator: False)
+    lx.conj.register(_cls, lambda operator: operator)
+    lx.materialise.register(
+        _cls, lambda operator: lx.materialise(lx.FunctionLinearOperator(operator.mv, operator.in_structure()))
+    )
+    lx.diagonal.register(_cls, lambda operator: jnp.diagonal(operator.as_matrix()))
+
+
+def keeps_linearisation(problem: Problem) -> bool:
+    """Whether `lineax.linearise` keeps one: not with chunks, and not on a mesh with explicit axes."""
+    return not is_chunked(problem) and explicit_mesh(problem) is None
+
+
+@lx.linearise.register(JacobianLinearOperator)
+def _linearise(operator: JacobianLinearOperator) -> JacobianLinearOperator:
+    if operator.kept is not None or not keeps_linearisation(operator.problem):
+        return operator
+    return eqx.tree_at(lambda op: op.kept, operator, Linearised.of(operator.problem), is_leaf=lambda leaf: leaf is None)
+
+
+lx.linearise.register(JacobianTransposeLinearOperator, lambda operator: lx.linearise(operator.jacobian).T)
