@@ -1,5 +1,6 @@
 """Curvature for deep learning in JAX: exact Gauss-Newton / Fisher vectors, and matrix-free operators on them."""
 
+from ggn_jax._unbatched import Unbatched
 from ggn_jax._version import find_version as _find_version
 from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
@@ -75,6 +76,7 @@ __all__ = [
     "Report",
     "ReportRow",
     "ScaleByKFACState",
+    "Unbatched",
     "UncoveredParametersWarning",
     "average_factors",
     "average_operators",

@@ -356,7 +356,12 @@ class SubclassedCrossEntropyLoss(ggn_jax.CrossEntropyLoss):
         ((MODEL, LOSS, PARAMS, ([INPUTS, INPUTS[:2]], TARGETS)), {}, ValueError, "common leading batch axis"),
         ((MODEL, LOSS, PARAMS, (INPUTS[0, 0], TARGETS)), {}, ValueError, "common leading batch axis"),
         ((MODEL, LOSS, PARAMS, (INPUTS[:0], TARGETS[:0])), {}, ValueError, "at least one example"),
-        ((MODEL, LOSS, PARAMS, ("text", TARGETS)), {}, TypeError, "inputs must be a JAX or NumPy array, or a number; got str"),
+        (
+            (MODEL, LOSS, PARAMS, ("text", TARGETS)),
+            {},
+            TypeError,
+            "inputs must be a JAX or NumPy array, or a number; got str",
+        ),
         (
             (MODEL, LOSS, PARAMS, ([X, "text"], TARGETS)),
             {},
