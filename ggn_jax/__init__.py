@@ -1,5 +1,6 @@
 """Curvature for deep learning in JAX: exact Gauss-Newton / Fisher vectors, and matrix-free operators on them."""
 
+from ggn_jax._unbatched import Unbatched
 from ggn_jax._version import find_version as _find_version
 from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
@@ -92,6 +93,7 @@ __all__ = [
     "ReportRow",
     "ScaleByKFACState",
     "ScaleByLayersState",
+    "Unbatched",
     "UncoveredParametersWarning",
     "UseIO",
     "average_factors",

@@ -1,7 +1,7 @@
 """Checks of arguments: each names the argument, what came, what was wanted, and the way out."""
 
 import operator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from ggn_jax._hints import tensor_hint
 
 Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
+Examples = Literal["independent", "coupled"]
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -97,6 +98,16 @@ def check_count(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
     return number
+
+
+def check_coupled(examples: Any, chunk_size: Any = None) -> bool:
+    """Whether `examples` says that they depend on each other, so that a batch has no parts."""
+    if examples not in get_args(Examples):
+        raise ValueError(f"examples must be 'independent' or 'coupled'; got {examples!r}.")
+    coupled: bool = examples == "coupled"
+    if coupled and chunk_size is not None:
+        raise ValueError("chunk_size cuts the batch into parts, and examples='coupled' has none: leave chunk_size out.")
+    return coupled
 
 
 def check_sampling(mc_samples: Any, key: Any, *, wanted_by: str) -> tuple[int, Array | None]:

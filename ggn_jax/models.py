@@ -113,7 +113,10 @@ def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyT
     if not isinstance(module, linen.Module):
         raise TypeError(f"module must be a flax.linen.Module; got {type(module).__name__}.")
     if "mutable" in kwargs:
-        raise ValueError("mutable makes module.apply return a pair: leave it out; changed collections are not kept.")
+        raise ValueError(
+            "mutable makes module.apply return a pair: leave it out, as changed collections are not kept; or pass a"
+            " model_fn of your own that returns (outputs, collections), and has_aux=True."
+        )
     if "params" not in variables:
         raise ValueError(f"variables must have a collection 'params'; got {sorted(variables)}.")
     rest = {name: collection for name, collection in variables.items() if name != "params"}

@@ -17,12 +17,13 @@ from ggn_jax.operators.problem import Problem
 def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
     """A key per datum, where something is drawn: it depends on the datum's number alone, from `start` on."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-    signs = draws_signs(problem.loss, output, options.fisher_type, options.positions)
+    signs = draws_signs(problem.loss, output, options.fisher_type, options.positions, problem.together)
     if options.fisher_type is not FisherType.MC and not signs:
         return None  # a loop over Fisher types may pass a key to all of them
     wanted_by = "fisher_type 'mc'"
     if signs:
-        wanted_by = "fisher_type 'type-2' with several loss positions (or pass positions='exact')"
+        several = "coupled examples" if problem.coupled else "several loss positions"
+        wanted_by = f"fisher_type 'type-2' with {several} (or pass positions='exact')"
     return example_keys(check_key(key, wanted_by=wanted_by, batch=True), start, problem.targets.shape[0])
 
 

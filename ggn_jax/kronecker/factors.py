@@ -194,7 +194,7 @@ def captured_sums(
             result["count"] = of_uses(lambda n: sides[n].count(captured.outputs.shape[0]))
     else:
         raw = of_uses(lambda n: sides[n].rows(captured.inputs[n]).raw_rows(sides[n].joint))
-    kind = options.fisher_type, options.mc_samples, options.positions
+    kind = options.fisher_type, options.mc_samples, options.positions, trace.examples
     num = count_vectors(layout.loss, trace.outputs, *kind)
     if options.fisher_type is FisherType.FORWARD_ONLY:
         return result

@@ -24,7 +24,8 @@ def find_head(layout: Layout) -> int | None:
     if number is None or entries is None:
         return None
     axes = trace.uses[number].output_axes
-    ours = _by_features(entries.reshape(trace.outputs.shape), features(layout.loss, trace.outputs))
+    seeded = tuple(axis + 1 for axis in features(layout.loss, trace.outputs))
+    ours = _by_features(entries.reshape((trace.examples, *trace.outputs.shape)), seeded)
     theirs = _by_features(IndexMap.contiguous(axes.shape), axes.features)
     return number if axes.count(axes.groups) == 1 and _same_rows(ours, theirs) else None
 

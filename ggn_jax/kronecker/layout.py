@@ -76,7 +76,8 @@ class Layout:
 
     @classmethod
     def of(cls, problem: Problem, options: Options) -> Self:
-        return cls(problem.loss, trace_model(problem.model_fn, problem.params, problem.inputs), options)
+        trace = trace_model(problem.model_fn, problem.params, problem.inputs, coupled=problem.coupled)
+        return cls(problem.loss, trace, options)
 
     def joint(self, layer: Layer) -> bool:
         """Whether the bias is one more input; counts of rows stay diagonal, so an embedding's bias is apart."""

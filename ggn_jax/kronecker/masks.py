@@ -22,6 +22,8 @@ def arrange_masks(trace: Trace, mask: Array | None) -> list[Bool[Array, "N S"] |
     """
     if mask is None:
         return [None] * len(trace.uses)
+    if trace.examples > 1:  # together, they are positions
+        mask = mask.reshape(-1, trace.examples, *mask.shape[1:])
     result = []
     for use, axes in zip(trace.uses, origins(trace), strict=True):
         try:

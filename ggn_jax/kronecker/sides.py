@@ -30,6 +30,8 @@ class Sides:
     mask: Bool[Array, "N S"] | None
     options: Options
     wide: Any
+    together: int
+    """How many examples a row of the arrays is of."""
     weights: tuple[Array, Array] | None = None
     """What the sums over inputs and over output gradients are multiplied by; where that is 0, so are they."""
 
@@ -59,7 +61,8 @@ class Sides:
         return tuple(jnp.where(weight > 0, weight * x, 0) for x in factors)
 
     def count(self, size: int) -> Float[Array, ""]:
-        """How many rows of inputs a batch of this size has."""
+        """How many rows of inputs a batch of so many examples has."""
+        size //= self.together
         reduce = self.options.sharing == "reduce"
         if self.mask is None:
             return jnp.asarray(size * (1 if reduce else self.use.num_positions), self.wide)
@@ -93,7 +96,8 @@ def find_sides(layout: Layout, mask: Array | None, weights: Weights | None = Non
         for n, swapped in zip(layer.uses, layer.swapped, strict=True):
             cuts = (ins, outs) if swapped else (outs, ins)
             weight = None if weights is None else weights[n]
-            found[n] = Sides(trace.uses[n], layout.joint(layer), cuts, masks[n], layout.options, wide, weight)
+            how = layout.options, wide, trace.examples
+            found[n] = Sides(trace.uses[n], layout.joint(layer), cuts, masks[n], *how, weight)
     return found
 
 

@@ -23,26 +23,36 @@ def features(loss: Loss, output: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return axes if axes or not output.shape else (len(output.shape) - 1,)
 
 
-def draws_signs(loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions) -> bool:
-    """Whether type-2 vectors of several loss positions are added with random signs."""
+def draws_signs(
+    loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions, together: int
+) -> bool:
+    """Whether type-2 vectors of several loss positions, of so many examples together, are added with random signs."""
     axes = features(loss, output)
-    several = math.prod(size for axis, size in enumerate(output.shape) if axis not in axes) > 1
+    several = together * math.prod(size for axis, size in enumerate(output.shape) if axis not in axes) > 1
     return fisher_type is FisherType.TYPE2 and positions == "signs" and several
 
 
 def count_vectors(
-    loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, mc_samples: int, positions: Positions
+    loss: Loss,
+    output: jax.ShapeDtypeStruct,
+    fisher_type: FisherType,
+    mc_samples: int,
+    positions: Positions,
+    together: int,
 ) -> int:
-    """The number of vectors."""
+    """The number of vectors; `together` is that of the examples that share a backward pass."""
     if fisher_type is FisherType.FORWARD_ONLY:
         return 0
     if fisher_type is FisherType.TYPE2:
-        signs = draws_signs(loss, output, fisher_type, positions)
-        return math.prod(output.shape[axis] for axis in features(loss, output)) if signs else math.prod(output.shape)
+        if draws_signs(loss, output, fisher_type, positions, together):
+            return math.prod(output.shape[axis] for axis in features(loss, output))
+        return together * math.prod(output.shape)
     return mc_samples if fisher_type is FisherType.MC else 1
 
 
-def vector_maker(terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, keys: Any) -> Any:
+def vector_maker(
+    terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, together: int, keys: Any
+) -> Any:
     """A function of indices `[v]` that returns these of the stack's vectors, `[v, N, *out]`.
 
     `keys` holds one key per datum, where something is drawn.
@@ -62,16 +72,16 @@ def vector_maker(terms: Terms, fisher_type: FisherType, mc_samples: int, positio
         vector = jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)
         return lambda indices: jnp.broadcast_to(vector, (len(indices), *shape))
 
-    if draws_signs(terms.loss, one, fisher_type, positions):
+    if draws_signs(terms.loss, one, fisher_type, positions, together):
         axes = features(terms.loss, one)
-        seeded = tuple(size if axis in axes else 1 for axis, size in enumerate(one.shape))
+        seeded = (1, *(size if axis in axes else 1 for axis, size in enumerate(one.shape)))
         free = tuple(1 if axis in axes else size for axis, size in enumerate(one.shape))
         signs = jax.vmap(lambda key: jax.random.rademacher(key, free, dtype))(keys)
     else:
-        seeded, signs = one.shape, jnp.ones((1,) * len(shape), dtype)
+        seeded, signs = (together, *one.shape), jnp.ones((1,) * len(shape), dtype)
 
     def column(index: Array) -> Float[Array, "N *out"]:
         unit = (jnp.arange(math.prod(seeded)) == index).astype(dtype).reshape(seeded)
-        return terms.product("sqrt_mv", jnp.broadcast_to(unit[None] * signs, shape))
+        return terms.product("sqrt_mv", jnp.broadcast_to(unit * signs, shape))
 
     return jax.vmap(column)

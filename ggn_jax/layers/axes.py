@@ -11,7 +11,10 @@ from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Axes
 
 Label = int | None
-"""An axis of the inputs, from 1 on; 0 for the batch's, or one that a weight made; None where it is not told."""
+"""An axis of the inputs, from 1 on; 0 for the batch's, or one that a weight made; None where it is not told.
+
+Of coupled examples, the batch's is 1.
+"""
 Labels = tuple[Label, ...]
 WEIGHTS: Literal["weights"] = "weights"
 Value = Labels | Literal["weights"] | None  # what depends on inputs; on parameters only; on neither
@@ -22,8 +25,12 @@ def origins(trace: Trace) -> list[tuple[tuple[int, Label], ...]]:
     walk = _Walk(trace)
     jaxpr, consts = open_jaxpr(trace.closed)
     data = jaxpr.invars[len(trace.shapes) :]
+    first = int(trace.examples > 1)  # together, their axis is one of positions
     values: list[Value] = [WEIGHTS] * len(trace.shapes)
-    values += [tuple(range(len(var.aval.shape))) for var in data]
+    values += [
+        tuple(range(first, first + len(var.aval.shape))) if batched else None
+        for var, batched in zip(data, trace.batched, strict=True)
+    ]
     walk.run(jaxpr, [None] * len(consts), values, (), ())
     return [_positions(use.output_axes, walk.found[n]) for n, use in enumerate(trace.uses)]
 

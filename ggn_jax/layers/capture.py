@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import vary_like
+from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
 from ggn_jax.layers.run import run_equation, run_of_example
 from ggn_jax.layers.taps import Tap, give_grads, of_batch
@@ -17,9 +18,15 @@ from ggn_jax.layers.uses import Use
 
 
 class Captured(NamedTuple):
-    """What one forward pass over a batch gives; arrays are in the equations' own layouts, see `Use`."""
+    """What one forward pass over a batch gives; arrays are in the equations' own layouts, see `Use`.
 
-    outputs: Array  # [N, *out]
+    There, `N` counts data: examples, or one batch whose examples are coupled.
+    """
+
+    outputs: Array
+    """Of all examples, `[N, *out]`; so are vectors."""
+    aux: PyTree[Array]
+    """What a coupled model returns besides; None for others."""
     inputs: tuple[PyTree[Array], ...]
     """For each use, `[N, *loops, *operand]`; of one that is tapped, what its tap makes of them, `[*loops, ...]`."""
     pull_back: Callable[[Array], tuple[tuple[PyTree[Array], ...], tuple[Array, ...]]]
@@ -42,30 +49,34 @@ def capture(
     gradient: bool = False,
     taps: Mapping[int, Tap] = NO_TAPS,
 ) -> Captured:
-    """Run the model on a batch, mapped over examples.
+    """Run the model on a batch, mapped over examples, or on all of them together if it was traced so.
 
     `leaves` are parameters wanted with a gradient per datum; `gradient` asks for the batch's in all parameters; `taps`
     are of the uses, by their numbers, whose arrays are not wanted themselves.
     """
     jaxpr, consts = open_jaxpr(trace.closed)
     given, tree = jax.tree.flatten(params)
-    size = jax.tree.leaves(inputs)[0].shape[0]
+    together, count = trace.examples, batched_leaves(inputs)[0].shape[0]
+    size = count // together
+    data = map_batched(lambda x: x.reshape(size, together, *x.shape[1:]), inputs)
     paths = {use.path: number for number, use in enumerate(trace.uses)}
     containers = {path[:i] for path in paths for i in range(1, len(path))}
     run = run_of_example if leaves else run_equation
 
-    def one(flat: list[Array], receivers: dict[int, Any], own: list[Array], x: PyTree) -> tuple[Array, dict[int, Any]]:
+    def one(
+        flat: list[Array], receivers: dict[int, Any], own: list[Array], x: PyTree
+    ) -> tuple[list[Array], dict[int, Any]]:
         values = list(flat)
         for leaf, value in zip(leaves, own, strict=True):
             values[leaf] = value
-        values += [leaf[None] for leaf in jax.tree.leaves(x)]
-        (outputs,), captured = _evaluate(jaxpr, consts, values, (), receivers)
-        return outputs[0], captured
+        return _evaluate(jaxpr, consts, [*values, *jax.tree.leaves(x)], (), receivers)
 
     mapped = {n: None if n in taps else 0 for n in range(len(trace.uses))}
 
-    def batch(flat: list[Array], receivers: dict[int, Any], own: list[Array]) -> tuple[Array, dict[int, Any]]:
-        return jax.vmap(one, (None, mapped, 0, 0), (0, mapped))(flat, receivers, own, inputs)
+    def batch(flat: list[Array], receivers: dict[int, Any], own: list[Array]) -> tuple[Array, Any]:
+        axes = None, mapped, 0, batch_axes(inputs)
+        (outputs, *aux), captured = jax.vmap(one, axes, (0, mapped))(flat, receivers, own, data)
+        return outputs.reshape(count, *outputs.shape[2:]), ([x[0] for x in aux], captured)
 
     def _evaluate(
         jaxpr: Any,
@@ -111,9 +122,9 @@ def capture(
     zeros = vary_like(zeros, (params, inputs))
     copies = [jnp.broadcast_to(given[leaf], (size, *given[leaf].shape)) for leaf in leaves]
     if gradient:
-        outputs, vjp, captured = jax.vjp(batch, given, zeros, copies, has_aux=True)
+        outputs, vjp, (aux, captured) = jax.vjp(batch, given, zeros, copies, has_aux=True)
     else:
-        outputs, vjp, captured = jax.vjp(partial(batch, given), zeros, copies, has_aux=True)
+        outputs, vjp, (aux, captured) = jax.vjp(partial(batch, given), zeros, copies, has_aux=True)
 
     def pull_back(vectors: Array) -> tuple[tuple[PyTree[Array], ...], tuple[Array, ...]]:
         gradients, per_datum = vjp(vectors)[-2:]
@@ -127,7 +138,8 @@ def capture(
             shared[leaf] = jnp.sum(rest, axis=0)  # its copies, and not itself, are what was used
         return jax.tree.unflatten(tree, shared)
 
-    return Captured(outputs, tuple(captured[n] for n in range(len(trace.uses))), pull_back, total, frozenset(taps))
+    found = tuple(captured[n] for n in range(len(trace.uses)))
+    return Captured(outputs, jax.tree.unflatten(trace.aux, aux), found, pull_back, total, frozenset(taps))
 
 
 def _receiver(use: Use, size: int, tap: Tap | None) -> PyTree[Array]:

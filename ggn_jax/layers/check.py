@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ggn_jax._checks import compute_dtype, is_concrete, wide_dtype
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
+from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
@@ -26,12 +27,16 @@ def check_independent(
     params: PyTree[Array],
     inputs: PyTree[Array],
     dtype: Any,
+    way_out: str,
     *,
     examples: int = EXAMPLES,
     allow_nan: bool = False,
 ) -> None:
-    """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'."""
-    if not jax.tree.leaves(inputs):
+    """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
+
+    `way_out` is what can be done about one that is meant to.
+    """
+    if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
     leaves = jax.tree.leaves((params, inputs, model_fn))
     if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
@@ -49,7 +54,7 @@ def check_independent(
         gap, is_nan = measure(True)
     # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
     if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
-        raise ValueError(coupling_message(gap))
+        raise ValueError(coupling_message(gap, way_out))
     if is_nan and not allow_nan:
         raise ValueError(
             "the outputs of model_fn are NaN for the first examples, or their gradients: look at params and inputs."
@@ -82,7 +87,7 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
         few = jnp.asarray(x[:count])
         return few if len(few) == count else jnp.concatenate([few] * count)[:count]
 
-    return jax.tree.map(first, inputs)
+    return map_batched(first, inputs)
 
 
 def different(inputs: PyTree[Array]) -> PyTree[Array]:
@@ -91,9 +96,8 @@ def different(inputs: PyTree[Array]) -> PyTree[Array]:
     Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers and
     truth values are drawn from those that are there, or 0 and 1.
     """
-    leaves, tree = jax.tree.flatten(inputs)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    return jax.tree.unflatten(tree, [_varied(x, key) for x, key in zip(leaves, keys, strict=True)])
+    keys = iter(jax.random.split(jax.random.key(0), len(batched_leaves(inputs))))
+    return map_batched(lambda x: _varied(x, next(keys)), inputs)
 
 
 def _varied(x: Array, key: Array) -> Array:
@@ -112,12 +116,15 @@ def _varied(x: Array, key: Array) -> Array:
     return jnp.where(jnp.any(jnp.stack(alike)), other, x)
 
 
-def coupling_message(gap: float) -> str:
+MAY_BE_COUPLED = "pass examples='coupled'"
+
+
+def coupling_message(gap: float, way_out: str) -> str:
     """What to do about examples that depend on each other."""
     return (
         f"the outputs of a batch differ from those of its examples one by one (relative distance {gap:.1e}):"
         " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
-        " of them. Switch both to evaluation, or pass a key per example in the inputs."
+        f" of them. Switch both to evaluation, or pass a key per example in the inputs; or, if it is meant, {way_out}."
     )
 
 
@@ -132,7 +139,10 @@ def _both_ways(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inpu
     """A batch as it is, and its examples one by one."""
 
     def one_by_one(params: PyTree, inputs: PyTree) -> Array:
-        return jax.vmap(lambda x: model_fn(params, jax.tree.map(lambda leaf: leaf[None], x))[0])(inputs)
+        def one(x: PyTree) -> Array:
+            return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
+
+        return jax.vmap(one, [batch_axes(inputs)])(inputs)
 
     def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
         outputs, vjp = jax.vjp(lambda params: fn(params, inputs), params)

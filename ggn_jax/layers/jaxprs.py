@@ -1,6 +1,7 @@
 """Everything that handles JAX's intermediate representation: the one module to mend when it changes."""
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import jax
@@ -26,6 +27,17 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def live_equations(jaxpr: Any, outvars: Sequence[Any]) -> list[bool]:
+    """Whether each equation has a part in one of these values."""
+    needed = {atom for atom in outvars if not is_literal(atom)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        live.append(any(var in needed for var in eqn.outvars))
+        if live[-1]:
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    return live[::-1]
+
+
 def inner_jaxpr(eqn: Any) -> Any:
     """The jaxpr that an equation of `INLINED`, `CUSTOM_VJP`, `REMAT` or `SCAN` calls."""
     return next(eqn.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in eqn.params)
@@ -44,7 +56,7 @@ def is_reverse_only(jaxpr: Any) -> bool:
     JAX says so only when it compiles a forward-mode derivative.
     """
     opened, _ = open_jaxpr(jaxpr)
-    return any(holds(eqn, CUSTOM_VJP) for eqn in opened.eqns)
+    return any(holds(eqn, CUSTOM_VJP) for eqn in compress(opened.eqns, live_equations(opened, opened.outvars)))
 
 
 def source_of(eqn: Any) -> str:

@@ -54,7 +54,7 @@ class Known:
         return self.compute()
 
 
-Value = Entries | Derived | Data | Known | None  # None: a constant that changes in a loop
+Value = Entries | Derived | Data | Known | None  # None: a constant that changes, in a loop or from batch to batch
 
 
 def known(values: Sequence[Any]) -> list[Value]:

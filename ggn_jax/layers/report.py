@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import Examples, check_coupled, is_concrete
 from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
+from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.layers.check import EXAMPLES, coupling_message, dtypes_of, explain, tolerance
+from ggn_jax._unbatched import batched_leaves, map_batched
+from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, coupling_message, dtypes_of, explain, tolerance
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import Plan, is_dense, make_plan
 from ggn_jax.layers.table import dimensions, table
@@ -39,7 +41,7 @@ class ReportRow:
     layer: str
     """The sizes of its layer, `groups x out x in`; empty where there is none."""
     positions: tuple[int, ...]
-    """How many sharing positions each use has, in one example."""
+    """How many sharing positions each use has, in one example; in the batch, if examples are coupled."""
     uses: int
     curvature: str
     """What KFAC has for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
@@ -90,7 +92,7 @@ class Report:
         lines = table(head, cells)
         lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
         if self.coupled is not None and self.coupled > self.tolerance:
-            lines.append(f"Self-check FAILED: {coupling_message(self.coupled)}")
+            lines.append(f"Self-check FAILED: {coupling_message(self.coupled, MAY_BE_COUPLED)}")
         elif self.passed is None:
             lines.append("Self-check: not made, since parameters or inputs have no values here.")
         elif self.passed:
@@ -103,7 +105,14 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Report:
+def report(
+    model_fn: Callable[[PyTree, PyTree], Any],
+    params: PyTree,
+    inputs: PyTree,
+    *,
+    has_aux: bool = False,
+    examples: Examples = "independent",
+) -> Report:
     """Find the linear layers of a model, and check that they explain its gradient.
 
     A layer is an equation of the model's jaxpr in which a parameter, moved about or not (reshaped, sliced, transposed,
@@ -116,7 +125,8 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     parameters and inputs have values (not under `jit`, or for `jax.ShapeDtypeStruct`s).
 
     **Arguments:** `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`; `params`: a pytree of floating arrays;
-    `inputs`: a batch, perhaps a pytree.
+    `inputs`: a batch, perhaps a pytree; `has_aux`: whether `model_fn` returns `(outputs, aux)`; `examples`:
+    `"coupled"` for a model whose examples depend on each other, which is traced on the whole batch.
 
     **Raises:** TypeError or ValueError for a model that does not return one array with a batch axis, parameters that
     are not floating, or inputs without a common batch axis.
@@ -130,11 +140,12 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     True
     """
     check_model(model_fn, params, inputs)
-    size = jax.tree.leaves(inputs)[0].shape[0]
+    together, model_fn = check_coupled(examples), Model(model_fn, has_aux)
+    size = batched_leaves(inputs)[0].shape[0]
     with called_with(params, inputs):
         whole = jax.eval_shape(model_fn, params, inputs)
-    with called_with(params, inputs, one_example=True):
-        trace = trace_model(model_fn, params, inputs)
+    with called_with(params, inputs, one_example=not together):
+        trace = trace_model(model_fn, params, inputs, coupled=together)
     if whole.shape != (size, *trace.outputs.shape):
         raise ValueError(
             f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
@@ -145,16 +156,16 @@ def report(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: 
     coupled = None
     arrays = jax.tree.leaves((params, inputs))
     if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
-        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs)).tolist()
+        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, together)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     return Report(rows, most, coupled)
 
 
 @eqx.filter_jit
 @compiler_sharded
-def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array]) -> Array:
-    few = jax.tree.map(lambda x: jnp.asarray(x[:EXAMPLES]), inputs)
-    trace = trace_model(model_fn, params, few)
+def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], together: bool) -> Array:
+    few = map_batched(lambda x: jnp.asarray(x if together else x[:EXAMPLES]), inputs)
+    trace = trace_model(model_fn, params, few, coupled=together)
     return explain(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
 
 
@@ -178,11 +189,15 @@ def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
             raise TypeError(
                 f"inputs{jax.tree_util.keystr(path)} must be an array; got {type(leaf).__name__}.{tensor_hint(leaf)}"
             )
-    sizes = {tuple(leaf.shape[:1]) for _, leaf in batch}
+    shapes = [tuple(leaf.shape) for leaf in batched_leaves(inputs)]
+    sizes = {shape[:1] for shape in shapes}
     if len(sizes) != 1 or () in sizes or (0,) in sizes:
+        all_unbatched = (
+            " All inputs are Unbatched: one must have an entry for each example." if batch and not shapes else ""
+        )
         raise ValueError(
             "inputs must hold arrays with one common leading batch axis of at least 1; got shapes"
-            f" {[tuple(leaf.shape) for _, leaf in batch]}."
+            f" {shapes}.{all_unbatched}"
         )
 
 

@@ -37,10 +37,10 @@ def run_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return bind(eqn, values)
 
 
-def mapped(fn: Callable[..., PyTree[Array]]) -> Callable[..., PyTree[Array]]:
+def mapped(fn: Callable[..., PyTree[Array]], in_axes: Any = 0) -> Callable[..., PyTree[Array]]:
     """`jax.vmap(fn)`, also of gradients in a convolution's kernel for each example of a batch that is sharded."""
 
-    return jax.vmap(partial(_opened, fn))
+    return jax.vmap(partial(_opened, fn), in_axes)
 
 
 def _opened(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> PyTree[Array]:

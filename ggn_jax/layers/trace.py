@@ -4,13 +4,16 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ggn_jax._model import Model
 from ggn_jax._sharding import explained, explicit_mesh
+from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
 from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     CUSTOM_JVP,
@@ -19,6 +22,7 @@ from ggn_jax.layers.jaxprs import (
     SCAN,
     inner_jaxpr,
     is_literal,
+    live_equations,
     module_of,
     open_jaxpr,
     scan_sizes,
@@ -58,9 +62,9 @@ class Blocked:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A model's jaxpr for one example, and what was found in it."""
+    """A model's jaxpr for one example, or for a batch whose examples are coupled, and what was found in it."""
 
-    closed: Any
+    closed: Any  # of the outputs, and of what a coupled model returns besides
     structure: Any  # of the parameters
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
@@ -70,38 +74,52 @@ class Trace:
     blocked: tuple[Blocked, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
     head: Data  # the model's output: of a layer, and which of its entries, if it is that layer's output moved about
+    batched: tuple[bool, ...]  # whether each leaf of the inputs has a batch axis
+    examples: int  # that the model was traced on together: 1 where they are independent
+    aux: Any  # the structure of what a coupled model returns besides
 
 
-def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> Trace:
+def trace_model(
+    model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree, *, coupled: bool = False
+) -> Trace:
     """Trace `model_fn` on one example of `inputs` (a batch of one, its axis kept) and find the uses of `params`.
 
+    Coupled examples are traced together: the batch is one datum, whose positions are those of all of them.
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
 
     # Not of shapes and dtypes alone: inside `jax.shard_map`, types say over which axes values vary.
     def cut(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        return params, jax.tree.map(lambda x: x[:1], inputs)
+        return params, inputs if coupled else map_batched(lambda x: x[:1], inputs)
+
+    def run(params: PyTree, inputs: PyTree) -> tuple[Any, PyTree]:
+        if coupled and isinstance(model_fn, Model):
+            return model_fn.with_aux(params, inputs)
+        return model_fn(params, inputs), None
 
     if explicit_mesh((params, inputs)) is not None:
         params, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, inputs))
     with explained():
         like, one = jax.eval_shape(cut, params, inputs)
-        closed, outputs = jax.make_jaxpr(model_fn, return_shape=True)(like, one)
+        closed, (outputs, aux) = jax.make_jaxpr(run, return_shape=True)(like, one)
+    examples = batched_leaves(one)[0].shape[0] if coupled else 1
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}.")
-    if outputs.shape[:1] != (1,):
+    if outputs.shape[:1] != (examples,):
         raise ValueError(
-            f"model_fn must return an array [N, *out]; for a batch of one it returned shape {outputs.shape}."
+            f"model_fn must return an array [N, *out]; for a batch of {examples if coupled else 'one'} it returned"
+            f" shape {outputs.shape}."
         )
     leaves = jax.tree_util.tree_leaves_with_path(like)
     jaxpr, consts = open_jaxpr(closed)
+    batched = tuple(are_batched(one))
     embeddings: frozenset[tuple[int, ...]] = frozenset()
     with jax.ensure_compile_time_eval():
         while True:
             analysis = _Analysis([leaf.shape for _, leaf in leaves], embeddings)
             labels: list[Value] = [Entries(entries) for entries in analysis.maps]
-            labels += [Data()] * len(jax.tree.leaves(one))
-            results = analysis.run(jaxpr, known(consts), labels, (), ())
+            labels += [Data() if is_batched else None for is_batched in batched]
+            results = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
             # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
             more = analysis.rows - analysis.weights
             if not more:
@@ -121,6 +139,9 @@ def trace_model(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inp
         tuple(analysis.blocked),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
         results[0] if isinstance(results[0], Data) else Data(),
+        batched,
+        examples,
+        jax.tree.structure(aux),
     )
 
 
@@ -175,9 +196,18 @@ class _Analysis:
         return Use(**rest, output_shape=shape, output_dtype=dtype)
 
     def run(
-        self, jaxpr: Any, consts: list[Value], labels: list[Value], path: tuple[int, ...], loops: tuple[int, ...]
+        self,
+        jaxpr: Any,
+        consts: list[Value],
+        labels: list[Value],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+        outputs: int | None = None,
     ) -> list[Value]:
-        atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + list(jaxpr.outvars)
+        """The labels of a jaxpr's results, or of the first few; what these do not depend on is not looked at."""
+        wanted = jaxpr.outvars[:outputs]
+        live = live_equations(jaxpr, wanted)
+        atoms = [atom for eqn in compress(jaxpr.eqns, live) for atom in eqn.invars] + list(wanted)
         reads = Counter(atom for atom in atoms if not is_literal(atom))
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *labels], strict=True))
 
@@ -188,10 +218,10 @@ class _Analysis:
             # What is read twice has two gradients: a bias added to one of the copies sees only its own.
             return Data() if isinstance(label, Data) and reads[atom] > 1 else label
 
-        for index, eqn in enumerate(jaxpr.eqns):
+        for index, eqn in compress(enumerate(jaxpr.eqns), live):
             results = self.step(eqn, (*path, index), [read(atom) for atom in eqn.invars], loops)
             env.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(atom) for atom in wanted]
 
     def step(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
         """The labels of an equation's results."""

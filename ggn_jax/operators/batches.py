@@ -69,8 +69,8 @@ def _check_like(inputs: PyTree[Array], first: PyTree[Array]) -> None:
     for (path, leaf), like in pairs:
         if leaf.ndim != like.ndim or leaf.dtype != like.dtype:
             raise ValueError(
-                f"inputs{jax.tree_util.keystr(path)} must be like batch 0's, {like.dtype} of shape"
-                f" [N{''.join(f', {size}' for size in like.shape[1:])}]; got {leaf.dtype} of shape {leaf.shape}."
+                f"inputs{jax.tree_util.keystr(path)} must be like batch 0's, {like.dtype} of shape {like.shape} but for"
+                f" sizes; got {leaf.dtype} of shape {leaf.shape}."
             )
 
 

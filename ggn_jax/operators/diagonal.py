@@ -12,15 +12,15 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import check_count, check_sampling, compute_dtype, wide_dtype
+from ggn_jax._checks import Examples, check_count, check_sampling, compute_dtype, wide_dtype
 from ggn_jax._draws import example_keys
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
+from ggn_jax._unbatched import batch_axes, map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.parts import sum_in_parts
-from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
@@ -59,8 +59,9 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
       output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron, no datum's gradient
       is formed. `"data"` squares each datum's gradient, and looks at nothing inside of the model. Memory is about
       `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of them.
-
-    `model_fn` must treat examples independently: it is called on batches of one and mapped over the data.
+    - `examples`: `"independent"`: `model_fn` is called on batches of one and mapped over the data; `"coupled"`: on the
+      whole batch, each of whose entries has its own vectors, back-propagated through all examples. `chunk_size` is
+      refused then.
 
     As a preconditioner of CG on the damped GGN, which helps where parameters differ in scale (and may cost steps where
     they do not), pass `ggn_diagonal.damped(x).inverse()`:
@@ -91,9 +92,12 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         chunk_size: int | None = None,
         vector_chunk_size: int = 1,
         method: Literal["layers", "data"] = "layers",
+        has_aux: bool = False,
+        examples: Examples = "independent",
     ):
         compute = _Compute(mc_samples, key, vector_chunk_size, method)
-        problem = pose(model_fn, loss, params, batch, chunk_size, compute.fisher_type)
+        kind = compute.fisher_type
+        problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
         self.entries = compute(problem, 0)
 
@@ -110,6 +114,8 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         chunk_size: int | None = None,
         vector_chunk_size: int = 1,
         method: Literal["layers", "data"] = "layers",
+        has_aux: bool = False,
+        examples: Examples = "independent",
         progress: bool = False,
     ) -> Self:
         """The diagonal for all data of an iterable of batches, as if they were one batch, from one pass.
@@ -133,7 +139,8 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
             if mask is not None:
                 raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
-            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type)
+            args = model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type
+            problem = pose(*args, has_aux=has_aux, examples=examples)
             if not start:
                 compute.check(problem)
                 check_unbatched(problem)
@@ -272,7 +279,7 @@ class _Compute:
         """Refuse what has no such diagonal."""
         if not self._mc_samples:
             check_exact(problem.loss)
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem.check_examples()
         problem.check_curvature()
 
     def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
@@ -295,14 +302,14 @@ _by_layers = jax.jit(_like_parameters(compute_diagonal), static_argnames=("mc_sa
 @partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
 @_like_parameters
 def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
-    num = mc_samples or math.prod(problem.outputs.shape[1:])
+    together = problem.together
+    num = mc_samples or together * math.prod(problem.outputs.shape[1:])
 
-    def datum(terms_at: Any, inputs: PyTree, operand: Any, *key: Array) -> PyTree[Array]:
-        """The sum over vectors of squared gradients of one datum, as a batch of one."""
-        inputs, operand = jax.tree.map(lambda x: x[None], (inputs, operand))
+    def datum(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
+        """The sum over vectors of squared gradients of one datum: a batch of one, or of coupled examples."""
         outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
         terms = terms_at(outputs, operand)
-        drawn = terms.drawn_gradients(key[0][None], num) / math.sqrt(num) if key else None
+        drawn = terms.drawn_gradients(*keys, num) / math.sqrt(num) if keys else None
 
         def squared(index: Array) -> PyTree[Array]:
             if drawn is not None:
@@ -319,7 +326,8 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
         return sum_in_parts(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
-        squares = mapped(partial(datum, terms_at))(*data)
+        data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)
+        squares = mapped(partial(datum, terms_at), batch_axes(data))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

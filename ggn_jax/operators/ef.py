@@ -36,7 +36,7 @@ class EFLinearOperator(DataLinearOperator):
     A product is one linearisation of the model. Where its derivatives can be taken in reverse mode only, and once (a
     fused function with a backward kernel), it is one gradient of the chunk for each term: pass `chunk_size=1`.
 
-    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`, and
+    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size`, `has_aux` as for `GGNLinearOperator`, and
 
     - `per`: `"datum"` sums over examples, whose terms' gradients are added first; `"term"` over all terms.
 
@@ -59,10 +59,11 @@ class EFLinearOperator(DataLinearOperator):
         *,
         per: Literal["term", "datum"] = "datum",
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
         if per not in ("term", "datum"):
             raise ValueError(f"per must be 'term' or 'datum'; got {per!r}.")
-        self.problem, self.per = pose(model_fn, loss, params, batch, chunk_size), per
+        self.problem, self.per = pose(model_fn, loss, params, batch, chunk_size, has_aux=has_aux), per
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:

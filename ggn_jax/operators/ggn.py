@@ -56,12 +56,13 @@ class GGNLinearOperator(DataLinearOperator):
     - `loss`: a `Loss`.
     - `params`: a pytree of floating arrays.
     - `batch`: `(inputs, targets)`; inputs may be a pytree, of arrays and of PRNG keys (one for each example, for
-      dropout); every leading axis is the batch's. Targets may be None where the loss's curvature and weights depend on
-      none (no class weights, no `pos_weight`): nothing is ignored then.
+      dropout); every leading axis is the batch's, but those of `ggn_jax.Unbatched` inputs. Targets may be None where
+      the loss's curvature and weights depend on none (no class weights, no `pos_weight`): nothing is ignored then.
     - `mc_samples`: 0 for the exact matrix.
     - `key`: a PRNG key, for `mc_samples`; not looked at without.
     - `chunk_size`: how many data are worked on at once; `None` for all. Of a batch that is sharded, on all devices
       together: pass a multiple of their number, and each works on some of its own.
+    - `has_aux`: whether `model_fn` returns `(outputs, aux)`, of which the operator needs the outputs.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
 
@@ -94,10 +95,11 @@ class GGNLinearOperator(DataLinearOperator):
         mc_samples: int = 0,
         key: Any = None,
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
         mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNLinearOperator")
         fisher_type = FisherType.MC if mc_samples else FisherType.TYPE2
-        self.problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type)
+        self.problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type, has_aux=has_aux)
         if not mc_samples:
             check_exact(loss)
         self.problem.check_chunks()

@@ -43,8 +43,9 @@ class HessianLinearOperator(DataLinearOperator):
         batch: tuple[PyTree, Any],
         *,
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
-        self.problem = pose(model_fn, loss, params, batch, chunk_size)
+        self.problem = pose(model_fn, loss, params, batch, chunk_size, has_aux=has_aux)
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:

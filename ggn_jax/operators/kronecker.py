@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import Examples
 from ggn_jax._frozen import Frozen
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
@@ -19,7 +20,6 @@ from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.kronecker.vectors import Positions
-from ggn_jax.layers.check import check_independent
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
@@ -53,9 +53,14 @@ class KFACLinearOperator(BlockLinearOperator):
     error, which the preconditioner multiplies by up to `1 / damping`, and the iteration diverges. Where lineax takes
     curvature for a breakdown (see `GGNLinearOperator`), pass `1e3 * kfac.inverse(damping)`: the factor cancels.
 
-    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size` as for `GGNLinearOperator`; `model_fn` is traced
-    on one example and must treat examples independently; and
+    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size`, `has_aux` as for `GGNLinearOperator`; and
 
+    - `examples`: `"independent"`: `model_fn` is traced on one example, and treats each as if it were alone. Or
+      `"coupled"`, for batch normalisation in training mode, attention within a batch, contrastive losses, or a graph as
+      a batch: it is traced on the whole batch, which then is one datum with the positions of all examples. `A` and `B`
+      are sums over all of these, and a gradient is the batch's, for each vector; what is drawn is drawn for each
+      example. With `"type-2"`, `positions="exact"` back-propagates each example's vectors on their own, `"signs"` all
+      examples together. `chunk_size` is refused.
     - `fisher_type`: `"type-2"` (exact in the loss), `"mc"`, `"empirical"`, or `"forward-only"` (`B = I`).
     - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2; not looked at where nothing is.
     - `sharing`: `"expand"` treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
@@ -120,6 +125,8 @@ class KFACLinearOperator(BlockLinearOperator):
         max_small_size: int = Options.max_small_size,
         chunk_size: int | None = None,
         vector_chunk_size: int = Options.vector_chunk_size,
+        has_aux: bool = False,
+        examples: Examples = "independent",
     ):
         options = Options(
             fisher_type,  # type: ignore[arg-type]  # made one there
@@ -136,13 +143,14 @@ class KFACLinearOperator(BlockLinearOperator):
             max_small_size,
             vector_chunk_size,
         )
-        problem = pose(model_fn, loss, params, batch, chunk_size, options.fisher_type)
+        kind = options.fisher_type
+        problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
         if mask is not None and self._method == "kfoc":
             raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
         mask = check_mask(mask, problem)
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem.check_examples()
         self.blocks = _compute(problem, keys, mask, options, self._method)
         self.structure = structure(problem.params)
 
@@ -156,6 +164,8 @@ class KFACLinearOperator(BlockLinearOperator):
         *,
         key: Any = None,
         chunk_size: int | None = None,
+        has_aux: bool = False,
+        examples: Examples = "independent",
         progress: bool = False,
         **options: Any,
     ) -> Self:
@@ -190,11 +200,12 @@ class KFACLinearOperator(BlockLinearOperator):
         layouts: set[Any] = set()  # of the batches: one
 
         def sums(bases: Any, inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
-            problem = pose(model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type)
+            args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
+            problem = pose(*args, has_aux=has_aux, examples=examples)
             if not start and bases is None:
                 cls._check(problem, made, chunk_size)
                 check_unbatched(problem)
-                check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+                problem.check_examples()
             keys = check_draws(problem, made, key, start)
             found, layout = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
             layouts.add(layout)

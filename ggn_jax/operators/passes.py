@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded
+from ggn_jax._unbatched import batched_leaves
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import (
     COLUMNS_AT_ONCE,
@@ -230,7 +231,7 @@ def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTr
 
 def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
     """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
-    arrays = [x for x in jax.tree.leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] + [targets]
+    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] + [targets]
 
     def per_example(x: Array) -> Array:
         x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x

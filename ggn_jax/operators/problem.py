@@ -1,7 +1,7 @@
 """A model, its parameters, a loss and a batch: checked once, and summed over chunks of the batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import as_array, check_count, check_outputs, is_concrete
+from ggn_jax._checks import Examples, as_array, check_count, check_coupled, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
 from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
+from ggn_jax._model import Model
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
+from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.check import MAY_BE_COUPLED, check_independent
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -31,13 +33,15 @@ from ggn_jax.terms import Terms, check_values, part_of, split_terms, term_positi
 class Problem(eqx.Module):
     """`loss(model_fn(params, inputs), targets)`, as a pytree; made by `pose`."""
 
-    model_fn: Callable[[PyTree, PyTree], Array]
+    model_fn: Model
     loss: Loss
     params: PyTree[Array]
     inputs: PyTree[Array]
     targets: Array
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
+    coupled: bool = eqx.field(static=True)
+    """Whether examples depend on each other: the batch is one datum."""
     reverse_only: bool = eqx.field(static=True)
     """Whether the model has no derivatives in forward mode."""
 
@@ -75,23 +79,33 @@ class Problem(eqx.Module):
         if self.chunk_size is None or self.chunk_size >= size:
             return fn(*data)
         runs, each = runs_of(size, self.chunk_size)
-        data = jax.tree.map(lambda x: x.reshape(runs, -1, *x.shape[1:]), data)
+        data = map_batched(lambda x: x.reshape(runs, -1, *x.shape[1:]), data)
         length = size // runs
         even = length - length % each
 
         def part(places: Array) -> PyTree[Array]:
-            chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
-            return fn(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
+            chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
+            return fn(*map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
 
         rest = jnp.arange(even, length) if even < length else None
         return sum_one_by_one(part, jnp.arange(even).reshape(-1, each), rest)
+
+    @property
+    def together(self) -> int:
+        """How many examples share a backward pass."""
+        return self.targets.shape[0] if self.coupled else 1
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
         if self.chunk_size is not None and self.chunk_size < self.targets.shape[0]:
             # What is ignored may be NaN; two examples tell enough, and take little memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
-            check_independent(*args, examples=2, allow_nan=True)
+            check_independent(*args, "leave chunk_size out", examples=2, allow_nan=True)
+
+    def check_examples(self) -> None:
+        """Refuse a model whose examples depend on each other, unless they may."""
+        if not self.coupled:
+            check_independent(self.model_fn, self.params, self.inputs, self.outputs.dtype, MAY_BE_COUPLED)
 
     def check_curvature(self) -> None:
         """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""
@@ -138,13 +152,24 @@ def _chunk_sizes(size: int, chunk_size: int | None) -> set[int]:
 
 
 class _ClosedOver(eqx.Module):
-    """A model function with the traced values it closes over as leaves, for each batch size it is used with."""
+    """A model function with the traced values it closes over as leaves, for the inputs' shapes it is used with."""
 
-    by_size: dict[int, Frozen]
+    by_shapes: dict[tuple[tuple[int, ...], ...], Frozen]
 
-    def __call__(self, params: PyTree, inputs: PyTree) -> Array:
-        leaves = jax.tree.leaves(inputs)
-        return self.by_size[leaves[0].shape[0] if leaves else max(self.by_size)].thaw()(params, inputs)
+    @classmethod
+    def of(cls, model_fn: Any, params: PyTree, inputs: Iterable[PyTree]) -> "_ClosedOver":
+        return cls({_shapes(x): Frozen(eqx.filter_closure_convert(model_fn, params, x)) for x in inputs})
+
+    def __call__(self, params: PyTree, inputs: PyTree) -> Any:
+        return self.by_shapes[_shapes(inputs)].thaw()(params, inputs)
+
+
+def _first(count: int, x: Array) -> Array:
+    return x[:count]
+
+
+def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in jax.tree.leaves(tree))
 
 
 class _Traced(eqx.Module):
@@ -177,16 +202,23 @@ def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
     if isinstance(batch[1], tuple | list) and batch_hint(batch):
         raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)} of others.{batch_hint(batch)}")
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
+    if any(map(is_unbatched, jax.tree.leaves(batch[1], is_leaf=is_unbatched))):
+        raise TypeError("targets must have an entry for each example; got Unbatched, which is for inputs alone.")
     targets = None if batch[1] is None else as_array("targets", batch[1])
-    shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(inputs)}
+    leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=is_unbatched)
+    shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in leaves if not is_unbatched(x)}
+    if leaves and not shapes:
+        raise ValueError("all inputs are Unbatched: one must have an entry for each example.")
     if targets is not None:
         shapes["targets"] = targets.shape
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        keys = any(is_key(x) and not x.ndim for x in jax.tree.leaves(inputs))
-        way_out = " A key for each example is jax.random.split(key, N)." if keys else ""
-        if {shape[:1] for shape in shapes.values()} & {()} and not keys:
+        keys = any(is_key(x) and not x.ndim for x in batched_leaves(inputs))
+        way_out = " Wrap inputs without batch axis: ggn_jax.Unbatched(x)." if len(leaves) > 1 else ""
+        if keys:
+            way_out = " A key for each example is jax.random.split(key, N); one for all, ggn_jax.Unbatched(key)."
+        elif len(leaves) == 1 and () in sizes:
             way_out = " One example is a batch of one: x[None]."
         raise ValueError(f"inputs and targets must have one common leading batch axis; got {given}.{way_out}")
     ((size,),) = sizes
@@ -228,6 +260,9 @@ def pose(
     batch: Any,
     chunk_size: int | None = None,
     fisher_type: FisherType | None = None,
+    *,
+    has_aux: bool = False,
+    examples: Examples = "independent",
 ) -> Problem:
     """Check everything that an operator is made of.
 
@@ -241,16 +276,17 @@ def pose(
     check_supported(loss)
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
+    coupled = check_coupled(examples, chunk_size)
     _check_params(params)
     inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
     with explained(), called_with(params, inputs):
-        jaxpr, outputs = compiler_sharded(_trace)(model_fn, params, inputs).value
+        jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux), params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(
             f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}. Pass a function that takes"
-            " the outputs out of it."
+            " the outputs out of it, or has_aux=True if it returns (outputs, aux)."
         )
     outputs = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)
     check_outputs("the outputs of model_fn", outputs)
@@ -263,9 +299,10 @@ def pose(
     check_values(loss, outputs, targets, True)
     if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
         # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
-        parts = _chunk_sizes(size, chunk_size) | {1}  # layers are found on one example
-        cut = {n: jax.tree.map(lambda x, n=n: x[:n], inputs) for n in parts}
-        model_fn = _ClosedOver({n: Frozen(eqx.filter_closure_convert(model_fn, params, x)) for n, x in cut.items()})
+        parts = _chunk_sizes(size, chunk_size) | (set() if coupled else {1})  # layers are found on one example
+        cut = [map_batched(partial(_first, n), inputs) for n in parts]
+        model_fn = _ClosedOver.of(model_fn, params, map(unwrap, cut))
     elif not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn)):
         model_fn = jax.tree_util.Partial(model_fn)  # a plain function: static, compared by identity
-    return Problem(model_fn, loss, params, inputs, targets, outputs, chunk_size, is_reverse_only(jaxpr))
+    model, reverse_only = Model(model_fn, has_aux), is_reverse_only(jaxpr)
+    return Problem(model, loss, params, inputs, targets, outputs, chunk_size, coupled, reverse_only)

@@ -11,11 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import Examples, check_coupled, is_concrete
 from ggn_jax._eager import compiled
 from ggn_jax._hints import called_with, check_model_fn
+from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
+from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
@@ -23,13 +25,13 @@ from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
 from ggn_jax.kronecker.stacks import Stack, structure
 from ggn_jax.layers import capture, trace_model
-from ggn_jax.layers.check import EXAMPLES, check_independent
+from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, pose, take_apart
-from ggn_jax.optimizer.checks import as_arrays, check_static, fitted
+from ggn_jax.optimizer.checks import as_arrays, check_flag, check_static, fitted
 from ggn_jax.optimizer.curvature import (
     Curvature,
     Factors,
@@ -50,7 +52,7 @@ TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
 """What a chunk adds to the factors, and to EKFAC's eigenvalues."""
 
-Look = tuple[Float[Array, ""] | None, PyTree[Array] | None, Factors]
+Look = tuple[Any, PyTree[Array] | None, Factors]
 """The loss, its gradient, and the factors."""
 
 
@@ -74,14 +76,20 @@ class Core:
         example_inputs: PyTree,
         settings: Settings,
         full_params: PyTree | None,
+        has_aux: bool,
+        examples: Examples,
     ):
+        check_static("has_aux", has_aux)
+        check_flag("has_aux", has_aux)
+        check_static("examples", examples)
+        self.examples, self.coupled = examples, check_coupled(examples, settings.chunk_size)
         check_static("model_fn", model_fn)
         check_static("loss", loss)
         check_model_fn(model_fn)
         check_supported(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
-        self.model_fn, self.loss, self.settings = model_fn, loss, settings
+        self.model_fn, self.loss, self.settings, self.has_aux = model_fn, loss, settings, has_aux
         self._inputs = as_arrays("example_inputs", example_inputs)
         self.example_inputs = structure_of(self._inputs)
         full_params = as_arrays("full_params", full_params)
@@ -160,7 +168,8 @@ class Core:
             full_params = check_full(full_params, self.full_params)
         model_fn = model_of_part(self.model_fn, params, full_params)
         fisher_type = None if value else self.settings.options.fisher_type
-        problem = pose(model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type)
+        args = model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type
+        problem = pose(*args, has_aux=self.has_aux, examples=self.examples)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
 
@@ -169,13 +178,13 @@ class Core:
         return self._layout(params), self.known(params).curvature
 
     def _layout(self, params: PyTree) -> Layout:
-        model_fn = model_of_part(self.model_fn, params, self.full_params)
-        with called_with(params, self.example_inputs, one_example=True):
-            trace = trace_model(model_fn, structure_of(params), self.example_inputs)
+        model_fn = Model(model_of_part(self.model_fn, params, self.full_params), self.has_aux)
+        with called_with(params, self.example_inputs, one_example=not self.coupled):
+            trace = trace_model(model_fn, structure_of(params), self.example_inputs, coupled=self.coupled)
         return Layout(self.loss, trace, self.settings.options)
 
     def look(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
-        """The loss, its gradient, and the factors if they are due: from one forward pass."""
+        """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
         keys = check_draws(problem, self.settings.options, key, 0)
         return self._look(problem, mask, keys, curvature, gradient)
 
@@ -195,7 +204,7 @@ class Core:
             taps = {} if settings.ekfac else find_taps(sides)
             shared = always or not taps  # taps make factors in the forward pass, where they might not be due
             look = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
-            captured = value = grads = None
+            captured = value = aux = grads = None
 
             def factors() -> Sums:
                 seen = captured if captured is not None and shared else look(taps=taps)
@@ -210,19 +219,24 @@ class Core:
                 value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(
                     captured.outputs
                 )
-                grads = captured.gradient(vector)
+                grads, aux = captured.gradient(vector), captured.aux
             if always:
-                return value, grads, factors()
+                return value, aux, grads, factors()
             return (
                 value,
+                aux,
                 grads,
                 jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
             )
 
         extra = {"keys": keys, "mask": mask}
-        value, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
+        value, aux, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
+            if self.has_aux:
+                # A model that was mapped over examples makes it of all of them in another call, of which the compiler
+                # keeps what is needed.
+                value = value, aux if self.coupled else problem.model_fn.with_aux(problem.params, problem.inputs)[1]
         if "own" in sums:  # as the weights: it may be added to others'
             sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]
         blocks = assemble_blocks(layout, sums).blocks
@@ -241,16 +255,18 @@ class Core:
 
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
-            params = jax.tree.map(jnp.asarray, params)
+            model_fn, params = Model(model_fn, self.has_aux), jax.tree.map(jnp.asarray, params)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
-            check_independent(model_fn, params, self._inputs, outputs.dtype)
+            if not self.coupled:
+                check_independent(model_fn, params, self._inputs, outputs.dtype, MAY_BE_COUPLED)
             self._check_curvature(model_fn, params)
 
     def _check_curvature(self, model_fn: Any, params: PyTree) -> None:
         """Refuse a loss of one's own whose Hessians are indefinite, at targets that it draws for a few examples."""
         fisher_type = self.settings.options.fisher_type
         if isinstance(self.loss, LikelihoodLoss) and fisher_type in (FisherType.TYPE2, FisherType.MC):
-            part = float(_indefinite_part(model_fn, self.loss, params, self._inputs))
+            inputs = self._inputs if self.coupled else map_batched(lambda x: x[:EXAMPLES], self._inputs)
+            part = float(_indefinite_part(model_fn, self.loss, params, inputs))
             if part:
                 raise indefinite_error(self.loss, f"{part:.1%} of the targets that it draws for a few examples")
 
@@ -259,7 +275,7 @@ class Core:
 @compiler_sharded
 def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs: PyTree) -> Float[Array, ""]:
     """For how many of the targets that a loss draws for a few examples its Hessian has a negative eigenvalue."""
-    outputs = model_fn(params, jax.tree.map(lambda x: x[:EXAMPLES], inputs))
+    outputs = model_fn(params, inputs)
 
     def indefinite(key: Array) -> Array:
         terms = split_terms(loss, outputs, loss.draw_targets(key, outputs, batch=True), batch=True)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Self
 
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.optimizer.core import Core
@@ -66,8 +66,12 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     def value_and_grad_and_factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
-    ) -> tuple[Float[Array, ""], PyTree[Array], Factors]:
+    ) -> tuple[Any, PyTree[Array], Factors]:
         """The loss, its gradient, and the batch's factors, from one forward pass.
+
+        With `has_aux=True`, `((value, aux), grads, factors)`, as `jax.value_and_grad` has it: `aux` is what `model_fn`
+        returns for the whole batch. Factors of independent examples come from a model that is mapped over them, so that
+        `aux` is computed by a second call, of which the compiler keeps what `aux` depends on.
 
         Without it, the gradient and the factors each run the model. With masked parameters and `full_params`, it is the
         gradient of those that are not masked. Use it inside of `jit`, with the update:
@@ -83,6 +87,11 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         ...     return optax.apply_updates(params, updates), state, value
         >>> params, state, value = step(params, optimizer.init(params), batch, jax.random.key(0))
         """
+        if self.core.has_aux and self.core.settings.chunk_size is not None:
+            raise NotImplementedError(
+                "has_aux=True has no aux of a whole batch where chunk_size cuts it into parts: leave chunk_size out, or"
+                " take the gradient and aux with jax.value_and_grad, and pass batch=batch to update."
+            )
         return self._look(params, batch, state, key, full_params, gradient=True)
 
     def _look(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
+from ggn_jax._checks import Examples
 from ggn_jax._fusion import seal
 from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
@@ -93,6 +94,8 @@ def scale_by_kfac(
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
+    has_aux: bool = False,
+    examples: Examples = "independent",
 ) -> KFACTransformation:
     r"""Precondition gradients with a damped KFAC or EKFAC inverse, for `optax.chain`.
 
@@ -111,7 +114,7 @@ def scale_by_kfac(
     """
     settings = Settings.of(locals())
     check_schedule("damping", damping)
-    core = Core(model_fn, loss, example_inputs, settings, full_params)
+    core = Core(model_fn, loss, example_inputs, settings, full_params, has_aux, examples)
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
         rejected = core.placed(jnp.zeros((), jnp.int32), params)
@@ -179,6 +182,8 @@ def kfac(
     vector_chunk_size: int = Options.vector_chunk_size,
     mesh: Mesh | None = None,
     full_params: PyTree | None = None,
+    has_aux: bool = False,
+    examples: Examples = "independent",
 ) -> KFACTransformation:
     r"""KFAC (Martens & Grosse 2015), or EKFAC (George et al. 2018), as an optax transformation.
 
@@ -206,7 +211,7 @@ def kfac(
     **Arguments:**
 
     - `model_fn`, `loss`: `loss(model_fn(params, inputs), targets)` is what is minimised; `model_fn` treats examples
-      independently.
+      independently, unless `examples="coupled"`.
     - `learning_rate`: a number, a function of the number of steps, or `"quadratic"`: the minimum, along `d`, of the
       quadratic model of the batch's loss with the exact GGN and the damping (Martens & Grosse 2015, section 6.4).
     - `example_inputs`: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
@@ -244,6 +249,8 @@ def kfac(
       preconditioned gradient.
     - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
       kept); each update that has a batch needs their present values, `update(..., full_params=params)`.
+    - `has_aux`: whether `model_fn` returns `(outputs, aux)`: new running statistics, metrics. As with
+      `jax.value_and_grad`, the value of `value_and_grad_and_factors` is then a pair `(value, aux)`.
 
     **NaN and infinities:** a batch whose factors are not finite is left out of the averages and counted in
     `state.curvature.skipped`; where the gradient or the step is not finite, the update is 0, momentum stays, and
@@ -251,9 +258,10 @@ def kfac(
     with `damping=0`, updates are rejected as well. A batch in which every target is ignored is no step: the update is
     0, and averages, inverses, momentum and an adapted damping stay as they are.
 
-    **Independent examples:** `init` compares a batch with its examples one by one, and refuses a model that couples
-    them, as batch normalisation in training mode does. It needs values: of `example_inputs`, and of the parameters, so
-    not inside of `jit`. With `full_params`, `kfac` does it itself.
+    **Examples:** with `examples="independent"`, `init` compares a batch with its examples one by one, and refuses a
+    model that couples them, as batch normalisation in training mode does. It needs values: of `example_inputs`, and of
+    the parameters, so not inside of `jit`. With `full_params`, `kfac` does it itself. `"coupled"` takes such a model,
+    as in `KFACLinearOperator`.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
 
@@ -268,7 +276,7 @@ def kfac(
     """
     given = locals()
     rule = pick(StepRule, given)
-    core = Core(model_fn, loss, example_inputs, Settings.of(given), full_params)
+    core = Core(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
 
     def init(params: PyTree[Array]) -> KFACState:
         curvature = core.start(params, _first(damping))
