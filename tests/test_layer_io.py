@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import PROBLEMS, assert_close, integers, normal
 
 import ggn_jax
@@ -316,3 +317,29 @@ def test_errors() -> None:
         ggn_jax.to_matrices(layers, params | {"b": jnp.ones(2)})
     with pytest.raises(ValueError, match="tree must be like the parameters"):
         ggn_jax.to_matrices(layers, {})
+
+
+def test_meshes() -> None:
+    """Sums of a batch that is sharded over an explicit axis; and each shard's own, in `jax.shard_map`."""
+    model = MODELS[0]
+    layers, loss, params, batch = model.layers, model.loss, model.params, model.batch
+    fn = lambda io: (io.value, jnp.einsum("vngoi->goi", io["fused#1"].per_example_grads()))  # noqa: E731
+    options: dict[str, Any] = {"fisher_type": "empirical", "grads": False}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
+    sharded = put(params, PartitionSpec()), put(batch, PartitionSpec("data"))
+    io, sums, *_ = captured(model)
+    value, total = jax.jit(lambda *args: ggn_jax.sum_layer_io(fn, layers, loss, *args, **options))(*sharded)
+    assert_close(value, io.value, 1e-13)
+    assert_close(total, sums["fused#1"], 1e-13)
+    with pytest.raises(NotImplementedError, match="use sum_layer_io"):
+        ggn_jax.layer_io(layers, loss, *sharded, **options)
+
+    def shard(params: Any, batch: Any) -> jax.Array:
+        io = ggn_jax.layer_io(layers, loss, params, batch, **options)
+        return jax.lax.pmean(jnp.sqrt(io.reduction) * fn(io)[1], "d")
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec(), PartitionSpec("d")
+    mean = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))(params, batch)
+    assert_close(mean, ggn_jax.to_matrices(layers, io.grads)[0]["fused#1"], 1e-13)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -136,6 +136,11 @@ class Layers:
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(self.names)})"
+
+    def again(self, params: PyTree, inputs: PyTree) -> "Layers":
+        """The same layers, in the model's jaxpr for parameters and inputs of these types."""
+        trace = trace_model(self.model_fn, params, inputs)
+        return replace(self, trace=trace, plan=make_plan(trace))
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype
 from ggn_jax._eager import compiled
-from ggn_jax._sharding import compiler_sharded, explicit_mesh
+from ggn_jax._sharding import compiler_sharded, explicit_mesh, varying_axes
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
@@ -187,6 +187,9 @@ def _prepare(
     without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
     problem = pose(layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type)
     check_fits(layers, problem)
+    if varying_axes((problem.params, problem.inputs)):
+        # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.
+        layers = layers.again(problem.params, problem.inputs)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
     return problem, extra, _View(layers, options, grads, not without)
