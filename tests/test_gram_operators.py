@@ -195,3 +195,16 @@ def test_errors() -> None:
         GramLinearOperator(coupled, CE.params, CE.inputs).as_matrix()
     with pytest.raises(ValueError, match="like the output"):
         JacobianLinearOperator(CE.model_fn, CE.params, CE.inputs).T.mv(jnp.ones(3))
+
+
+def test_submatrices_by_path() -> None:
+    """Of the parameters that are named, in their own order."""
+    ggn = ggn_jax.GGNLinearOperator(*CE.args)
+    entries = {"b1": range(4), "w1": range(4, 16), "w2": range(16, 28)}
+    for paths, names in [(("w*",), ["w1", "w2"]), (("w2", "b1"), ["b1", "w2"])]:
+        where = [i for name in names for i in entries[name]]
+        assert_close(ggn.submatrix(*paths), CE.ggn()[np.ix_(where, where)])
+    with pytest.raises(KeyError, match="no parameter 'v'; there are b1, w1, w2"):
+        ggn.submatrix("w1", "v")
+    with pytest.raises(KeyError, match="pass the paths of some parameters"):
+        ggn.submatrix()

@@ -3,6 +3,7 @@
 import abc
 import math
 import re
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,34 @@ class CurvatureLinearOperator(SymmetricLinearOperator):
         check_vector(self, vector)
         return _jitted_mv(self, vector)
 
+    def submatrix(self, *paths: str) -> Float[Array, "d d"]:
+        """The dense matrix of some of the parameters, rows and columns in the order of `ravel_pytree` of these.
+
+        Args:
+            *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`. For all of one
+                layer's, pass its kernel and its bias.
+
+        Raises:
+            KeyError: for a path that no parameter has.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"] + p["b"], ggn_jax.CrossEntropyLoss(), params, batch)
+        >>> ggn.submatrix("w").shape, ggn.submatrix("w", "b").shape, ggn.submatrix("*").shape
+        ((6, 6), (9, 9), (9, 9))
+        """
+        names = [
+            simple_path(jax.tree_util.keystr(path))
+            for path, _ in jax.tree_util.tree_leaves_with_path(self.in_structure())
+        ]
+        for path in paths:
+            if not any(fnmatchcase(name, path) for name in names):
+                raise KeyError(f"no parameter {path!r}; there are {', '.join(names)}.")
+        if not paths:
+            raise KeyError(f"pass the paths of some parameters; there are {', '.join(names)}.")
+        wanted = [any(fnmatchcase(name, path) for path in paths) for name in names]
+        return _submatrix(self, tuple(i for i, is_one in enumerate(wanted) if is_one))
+
 
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, v: operator.in_structure())
@@ -137,6 +166,24 @@ def _as_matrix(operator: SymmetricLinearOperator) -> Float[Array, "P P"]:
 
         def column(e: Array) -> Array:
             return ravel_pytree(operator.mv(unravel(e)))[0]
+
+        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _submatrix(operator: CurvatureLinearOperator, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
+    shapes, tree = jax.tree.flatten(operator.in_structure())
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
+        flat, unravel = ravel_pytree([zeros[leaf] for leaf in leaves])
+
+        def column(e: Array) -> Array:
+            given = list(zeros)
+            for leaf, part in zip(leaves, unravel(e), strict=True):
+                given[leaf] = part
+            product = jax.tree.leaves(operator.mv(jax.tree.unflatten(tree, given)))
+            return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
         return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
 
