@@ -208,3 +208,18 @@ def test_submatrices_by_path() -> None:
         ggn.submatrix("w1", "v")
     with pytest.raises(KeyError, match="pass the paths of some parameters"):
         ggn.submatrix()
+
+
+def test_inputs_without_batch_axis() -> None:
+    """In chunks, too; and the layers in the open take them."""
+    model_fn = lambda p, inputs: jnp.tanh((inputs[0] - inputs[1][None]) @ p)  # noqa: E731
+    w, x, mean, y = normal("w", 3, 2), normal("x", N, 3), normal("mean", 3), normal("y", N, 2)
+    inputs, plain = (x, ggn_jax.Unbatched(mean)), lambda p, x: model_fn(p, (x, mean))
+    gram = GramLinearOperator(model_fn, w, inputs, chunk_size=2)
+    assert_close(gram.as_matrix(), GramLinearOperator(plain, w, x).as_matrix())
+    assert_close(gram.mv(y).ravel(), gram.as_matrix() @ y.ravel())
+    layers, loss = ggn_jax.find_layers(model_fn, w, inputs), ggn_jax.MSELoss()
+    fn = lambda io: (io.grads, jnp.sum(io[layers.names[0]].output_grads))  # noqa: E731
+    options: dict[str, Any] = {"fisher_type": "empirical"}
+    grads, _ = ggn_jax.sum_layer_io(fn, layers, loss, w, (inputs, y), chunk_size=2, **options)
+    assert_close(grads, jax.grad(lambda w: loss(plain(w, x), y))(w))

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._hints import called_with
+from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.options import CHOICES, Bias
 from ggn_jax.kronecker.stacks import BlockSpec, Stack
@@ -20,6 +21,8 @@ from ggn_jax.layers.check import check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.operators.base import simple_path, structure_of
+
+COUPLED_WAY_OUT = "use KFACLinearOperator, or kfac, with examples='coupled'"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Layers:
 
     def again(self, params: PyTree, inputs: PyTree) -> "Layers":
         """The same layers, in the model's jaxpr for parameters and inputs of these types."""
-        trace = trace_model(self.model_fn, params, inputs)
+        trace = trace_model(Model(self.model_fn), params, inputs)
         return replace(self, trace=trace, plan=make_plan(trace))
 
     @cached_property
@@ -196,15 +199,16 @@ def find_layers(
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
+    model = Model(model_fn)
     with called_with(params, example_inputs, one_example=True):
-        trace = trace_model(model_fn, params, example_inputs)
+        trace = trace_model(model, params, example_inputs)
     has_values = all(
         isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
         for leaf in jax.tree.leaves((params, example_inputs))
     )
     if has_values:
-        outputs = jax.eval_shape(compiler_sharded(model_fn), params, example_inputs)
-        check_independent(model_fn, params, example_inputs, outputs.dtype)
+        outputs = jax.eval_shape(compiler_sharded(model), params, example_inputs)
+        check_independent(model, params, example_inputs, outputs.dtype, COUPLED_WAY_OUT)
     return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values)
 
 

@@ -136,8 +136,8 @@ class GramLinearOperator(SymmetricLinearOperator):
         return _solve(self, vector, damping)
 
     def _check_independent(self) -> None:
-        problem = self.problem
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        problem, way_out = self.problem, "use products with the operator, which take such a model"
+        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype, way_out)
 
     def _linearised(self) -> Linearised:
         return Linearised.of(self.problem) if self.kept is None else self.kept

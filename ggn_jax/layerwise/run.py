@@ -12,6 +12,7 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax._eager import compiled
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, varying_axes
 from ggn_jax._supported import check_exact
+from ggn_jax._unbatched import are_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import check_mask_fits
@@ -20,7 +21,7 @@ from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
 from ggn_jax.layers import Captured, capture
 from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.found import Layers
+from ggn_jax.layerwise.found import COUPLED_WAY_OUT, Layers
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
@@ -212,7 +213,8 @@ def check_fits(layers: Layers, problem: Problem) -> None:
             )
 
     def kinds(tree: PyTree) -> Any:
-        return jax.tree.structure(tree), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(tree)]
+        pairs = zip(jax.tree.leaves(tree), are_batched(tree), strict=True)
+        return jax.tree.structure(tree), [(leaf.shape[is_batched:], leaf.dtype) for leaf, is_batched in pairs]
 
     if kinds(problem.inputs) != kinds(layers.example):
         raise ValueError(
@@ -220,7 +222,7 @@ def check_fits(layers: Layers, problem: Problem) -> None:
             f" examples; got {structure_of(problem.inputs)}: call find_layers for these inputs."
         )
     if not layers.checked:
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype)
+        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype, COUPLED_WAY_OUT)
 
 
 def _look(
@@ -230,7 +232,7 @@ def _look(
     layers, options, grads, valued = view
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
-    kind = options.fisher_type, options.mc_samples, options.positions
+    kind = options.fisher_type, options.mc_samples, options.positions, 1
     num = count_vectors(problem.loss, layers.trace.outputs, *kind)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:
