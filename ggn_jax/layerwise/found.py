@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._hints import called_with
+from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.options import CHOICES, Bias
 from ggn_jax.kronecker.stacks import BlockSpec, Stack
@@ -87,6 +88,8 @@ class Layers:
     """Inputs for which they were found; the number of examples does not matter."""
     checked: bool
     """Whether it was seen that the model's examples do not depend on each other."""
+    has_aux: bool = False
+    """Whether the model returns `(outputs, aux)`."""
 
     @cached_property
     def all(self) -> tuple[LayerInfo, ...]:
@@ -159,6 +162,7 @@ def find_layers(
     example_inputs: PyTree,
     *,
     bias: Literal["joint", "separate"] = "joint",
+    has_aux: bool = False,
 ) -> Layers:
     """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
 
@@ -171,6 +175,7 @@ def find_layers(
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
         bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
             leaves biases to the rest. A bias that is added to rows of a table is separate always.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
 
     Returns:
         The layers, a static value.
@@ -191,16 +196,17 @@ def find_layers(
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
+    model = Model(model_fn, has_aux)
     with called_with(params, example_inputs, one_example=True):
-        trace = trace_model(model_fn, params, example_inputs)
+        trace = trace_model(model, params, example_inputs)
     has_values = all(
         isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
         for leaf in jax.tree.leaves((params, example_inputs))
     )
     if has_values:
-        outputs = jax.eval_shape(compiler_sharded(model_fn), params, example_inputs)
-        check_independent(model_fn, params, example_inputs, outputs.dtype)
-    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values)
+        outputs = jax.eval_shape(compiler_sharded(model), params, example_inputs)
+        check_independent(model, params, example_inputs, outputs.dtype)
+    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values, has_aux)
 
 
 def _infos(layers: Layers) -> Iterator[LayerInfo]:

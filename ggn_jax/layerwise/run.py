@@ -12,6 +12,7 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax._eager import compiled
 from ggn_jax._sharding import compiler_sharded, explicit_mesh
 from ggn_jax._supported import check_exact
+from ggn_jax._unbatched import are_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import check_mask_fits
@@ -185,7 +186,8 @@ def _prepare(
     if options.fisher_type is FisherType.TYPE2:
         check_exact(loss)
     without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
-    problem = pose(layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type)
+    args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
+    problem = pose(*args, has_aux=layers.has_aux)
     check_fits(layers, problem)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
@@ -209,7 +211,8 @@ def check_fits(layers: Layers, problem: Problem) -> None:
             )
 
     def kinds(tree: PyTree) -> Any:
-        return jax.tree.structure(tree), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(tree)]
+        pairs = zip(jax.tree.leaves(tree), are_batched(tree), strict=True)
+        return jax.tree.structure(tree), [(leaf.shape[batched:], leaf.dtype) for leaf, batched in pairs]
 
     if kinds(problem.inputs) != kinds(layers.example):
         raise ValueError(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
+from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, vectors_like
@@ -68,11 +69,11 @@ def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> 
     runs, each = runs_of(size, problem.chunk_size)
     length = size // runs
     even = length - length % each
-    data = jax.tree.map(lambda x: x.reshape(runs, length, *x.shape[1:]), problem.inputs)
+    data = map_batched(lambda x: x.reshape(runs, length, *x.shape[1:]), problem.inputs)
 
     def part(places: Array) -> PyTree[Array]:
-        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
-        found = fn(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
+        chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
+        found = fn(map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
         return jax.tree.map(lambda x: x.reshape(runs, len(places), *x.shape[1:]), found)
 
     mapped = jax.lax.map(part, jnp.arange(even).reshape(-1, each))
@@ -98,6 +99,7 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
     - `params`: a pytree of floating arrays.
     - `inputs`: a batch of inputs, perhaps a pytree.
     - `chunk_size`: how many examples are worked on at once; `None` for all.
+    - `has_aux`: whether `model_fn` returns `(outputs, aux)`, of which the operator needs the outputs.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
 
@@ -118,8 +120,10 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
         inputs: PyTree[Array],
         *,
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
-        self.problem = pose(model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2)
+        args = model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2
+        self.problem = pose(*args, has_aux=has_aux)
         self.problem.check_chunks()
         self.kept = None
 
