@@ -86,6 +86,24 @@ def test_traced_constants_beside_them() -> None:
     assert_close(product(jnp.asarray(2.0), BATCH), want)
 
 
+def with_aux(p: Any, inputs: Any) -> Any:
+    return model_fn(p, inputs), inputs["x"]
+
+
+def test_function_space_and_layers() -> None:
+    """Also of a model that returns more than its outputs."""
+    jacobian = ggn_jax.JacobianLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)
+    want = jax.jacobian(closed)(PARAMS, X)
+    rows = jnp.concatenate([leaf.reshape(2 * N, -1) for leaf in jax.tree.leaves(want)], axis=1)
+    assert_close(jacobian.as_matrix(), rows)
+    gram = ggn_jax.GramLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)
+    assert_close(gram.as_matrix(), rows @ rows.T)
+    layers = ggn_jax.find_layers(with_aux, PARAMS, BATCH[0], has_aux=True)
+    io = ggn_jax.layer_io(layers, CE, PARAMS, BATCH, fisher_type="forward-only")
+    assert_close(io.grads, gradient(closed, CE, PARAMS, CLOSED))
+    assert_close(io["u"].inputs[0, :, 0], X - STATE["mean"][None])
+
+
 def test_sharded_batch() -> None:
     sharding = NamedSharding(jax.make_mesh((2,), ("data",)), P("data"))
     x, y = jax.device_put((X, Y), sharding)

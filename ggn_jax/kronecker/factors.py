@@ -194,12 +194,12 @@ def captured_sums(
             result["count"] = of_uses(lambda n: sides[n].count(captured.outputs.shape[0]))
     else:
         raw = of_uses(lambda n: sides[n].rows(captured.inputs[n]).raw_rows(sides[n].joint))
-    kind = options.fisher_type, options.mc_samples, options.positions, trace.examples
-    num = count_vectors(layout.loss, trace.outputs, *kind)
+    kind = options.fisher_type, options.mc_samples, options.positions
+    num = count_vectors(layout.loss, trace.outputs, *kind, trace.examples)
     if options.fisher_type is FisherType.FORWARD_ONLY:
         return result
     terms = terms_at(captured.outputs, operand)
-    make = vector_maker(terms, *kind, keys)
+    make = vector_maker(terms, *kind, keys, trace.examples)
     head = None if bases is not None else find_head(layout)
 
     def part(indices: Array) -> dict[str, Any]:

@@ -41,9 +41,9 @@ def _optimal_factors(
     trace, options = layout.trace, layout.options
     captured = capture(trace, params, inputs, ())
     wide = compute_dtype(captured.outputs.dtype)
-    kind = options.fisher_type, options.mc_samples, options.positions, trace.examples
-    make = vector_maker(terms_at(captured.outputs, operand), *kind, extra["keys"])
-    num = count_vectors(layout.loss, trace.outputs, *kind)
+    kind = options.fisher_type, options.mc_samples, options.positions
+    make = vector_maker(terms_at(captured.outputs, operand), *kind, extra["keys"], trace.examples)
+    num = count_vectors(layout.loss, trace.outputs, *kind, trace.examples)
     grads, _ = jax.vmap(captured.pull_back)(make(jnp.arange(num)).astype(captured.outputs.dtype))
     result = []
     for layer in layout.plan.layers:

@@ -24,7 +24,7 @@ def features(loss: Loss, output: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def draws_signs(
-    loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions, together: int
+    loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions, together: int = 1
 ) -> bool:
     """Whether type-2 vectors of several loss positions, of so many examples together, are added with random signs."""
     axes = features(loss, output)
@@ -38,7 +38,7 @@ def count_vectors(
     fisher_type: FisherType,
     mc_samples: int,
     positions: Positions,
-    together: int,
+    together: int = 1,
 ) -> int:
     """The number of vectors; `together` is that of the examples that share a backward pass."""
     if fisher_type is FisherType.FORWARD_ONLY:
@@ -51,7 +51,7 @@ def count_vectors(
 
 
 def vector_maker(
-    terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, together: int, keys: Any
+    terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, keys: Any, together: int = 1
 ) -> Any:
     """A function of indices `[v]` that returns these of the stack's vectors, `[v, N, *out]`.
 

@@ -27,14 +27,14 @@ def check_independent(
     params: PyTree[Array],
     inputs: PyTree[Array],
     dtype: Any,
-    way_out: str,
+    way_out: str = "",
     *,
     examples: int = EXAMPLES,
     allow_nan: bool = False,
 ) -> None:
     """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
 
-    `way_out` is what can be done about one that is meant to.
+    `way_out` is what can be done about one that is meant to, if something can.
     """
     if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
@@ -121,10 +121,11 @@ MAY_BE_COUPLED = "pass examples='coupled'"
 
 def coupling_message(gap: float, way_out: str) -> str:
     """What to do about examples that depend on each other."""
+    meant = way_out and f"; or, if it is meant, {way_out}"
     return (
         f"the outputs of a batch differ from those of its examples one by one (relative distance {gap:.1e}):"
         " model_fn couples examples, as batch normalisation in training mode does, or draws the same dropout for each"
-        f" of them. Switch both to evaluation, or pass a key per example in the inputs; or, if it is meant, {way_out}."
+        f" of them. Switch both to evaluation, or pass a key per example in the inputs{meant}."
     )
 
 

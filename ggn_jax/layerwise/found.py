@@ -90,6 +90,8 @@ class Layers:
     """Inputs for which they were found; the number of examples does not matter."""
     checked: bool
     """Whether it was seen that the model's examples do not depend on each other."""
+    has_aux: bool = False
+    """Whether the model returns `(outputs, aux)`."""
 
     @cached_property
     def all(self) -> tuple[LayerInfo, ...]:
@@ -142,7 +144,7 @@ class Layers:
 
     def again(self, params: PyTree, inputs: PyTree) -> "Layers":
         """The same layers, in the model's jaxpr for parameters and inputs of these types."""
-        trace = trace_model(Model(self.model_fn), params, inputs)
+        trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs)
         return replace(self, trace=trace, plan=make_plan(trace))
 
     @cached_property
@@ -167,6 +169,7 @@ def find_layers(
     example_inputs: PyTree,
     *,
     bias: Literal["joint", "separate"] = "joint",
+    has_aux: bool = False,
 ) -> Layers:
     """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
 
@@ -179,6 +182,7 @@ def find_layers(
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
         bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
             leaves biases to the rest. A bias that is added to rows of a table is separate always.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
 
     Returns:
         The layers, a static value.
@@ -199,7 +203,7 @@ def find_layers(
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
-    model = Model(model_fn)
+    model = Model(model_fn, has_aux)
     with called_with(params, example_inputs, one_example=True):
         trace = trace_model(model, params, example_inputs)
     has_values = all(
@@ -209,7 +213,7 @@ def find_layers(
     if has_values:
         outputs = jax.eval_shape(compiler_sharded(model), params, example_inputs)
         check_independent(model, params, example_inputs, outputs.dtype, COUPLED_WAY_OUT)
-    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values)
+    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values, has_aux)
 
 
 def _infos(layers: Layers) -> Iterator[LayerInfo]:

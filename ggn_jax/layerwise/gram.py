@@ -47,8 +47,8 @@ class GramLinearOperator(SymmetricLinearOperator):
 
     **Arguments:**
 
-    - `model_fn`, `params`, `inputs`, `chunk_size`: as for `JacobianLinearOperator`. For `as_matrix` and `solve_ggn` the
-      model must treat examples independently, which is checked outside of `jit`.
+    - `model_fn`, `params`, `inputs`, `chunk_size`, `has_aux`: as for `JacobianLinearOperator`. For `as_matrix` and
+      `solve_ggn` the model must treat examples independently, which is checked outside of `jit`.
     - `loss`, `targets`: a `Loss` and a batch of targets; `S` is that of the loss of the whole batch. Targets may be
       None where its curvature depends on none.
     - `centred`: whether to subtract the mean over examples from `J`.
@@ -82,6 +82,7 @@ class GramLinearOperator(SymmetricLinearOperator):
         targets: Any = None,
         centred: bool = False,
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
         if loss is None and targets is not None:
             raise ValueError("targets are for a loss: pass loss=... as well, or leave them out for J J^T.")
@@ -90,7 +91,8 @@ class GramLinearOperator(SymmetricLinearOperator):
         if loss is not None:
             check_exact(loss)
         chosen = MSELoss() if loss is None else loss
-        self.problem = pose(model_fn, chosen, params, (inputs, targets), chunk_size, FisherType.TYPE2)
+        args = model_fn, chosen, params, (inputs, targets), chunk_size, FisherType.TYPE2
+        self.problem = pose(*args, has_aux=has_aux)
         self.problem.check_chunks()
         self.problem.check_curvature()
         self.with_loss, self.centred, self.kept = loss is not None, centred, None

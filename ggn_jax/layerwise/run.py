@@ -186,7 +186,8 @@ def _prepare(
     if options.fisher_type is FisherType.TYPE2:
         check_exact(loss)
     without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
-    problem = pose(layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type)
+    args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
+    problem = pose(*args, has_aux=layers.has_aux)
     check_fits(layers, problem)
     if varying_axes((problem.params, problem.inputs)):
         # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.

@@ -99,6 +99,7 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
     - `params`: a pytree of floating arrays.
     - `inputs`: a batch of inputs, perhaps a pytree.
     - `chunk_size`: how many examples are worked on at once; `None` for all.
+    - `has_aux`: whether `model_fn` returns `(outputs, aux)`, of which the operator needs the outputs.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
 
@@ -119,8 +120,10 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
         inputs: PyTree[Array],
         *,
         chunk_size: int | None = None,
+        has_aux: bool = False,
     ):
-        self.problem = pose(model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2)
+        args = model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2
+        self.problem = pose(*args, has_aux=has_aux)
         self.problem.check_chunks()
         self.kept = None
 

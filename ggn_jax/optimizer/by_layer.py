@@ -54,6 +54,7 @@ def scale_by_layers(
     positions: Positions = Options.positions,
     bias: Bias = Options.bias,
     full_params: PyTree | None = None,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A preconditioner that is written for one layer, as an optax transformation of all parameters.
 
@@ -79,6 +80,7 @@ def scale_by_layers(
             inputs alone, and costs a forward pass.
         bias: `"joint"` or `"separate"`, as for `find_layers`.
         full_params: as for `scale_by_kfac`, under `optax.masked` and the like.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
@@ -114,7 +116,7 @@ def scale_by_layers(
     )
 
     def find(params: PyTree[Array], inputs: PyTree, full_params: PyTree | None) -> Layers:
-        return find_layers(model_of_part(model_fn, params, full_params), params, inputs, bias=bias)
+        return find_layers(model_of_part(model_fn, params, full_params), params, inputs, bias=bias, has_aux=has_aux)
 
     def start(params: PyTree[Array]) -> ScaleByLayersState:
         layers = find(params, inputs, full)
