@@ -234,7 +234,9 @@ def kfac(
       takes longer than the rest.
     - `damping_method`: `"heuristic"` adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs
       Cholesky factorisations; `"exact"` adds the damping to the Kronecker product's eigenvalues, and needs
-      eigendecompositions, about ten times the time.
+      eigendecompositions, about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is
+      inverted as it is by `"heuristic"`, see `KFACLinearOperator.inverse`, and of more terms as two that are near;
+      `"exact"`, and `ekfac`, take the nearest single one. `report` names such blocks.
     - `ekfac`: follow the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's); damping is
       exact.
     - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
