@@ -10,6 +10,7 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
+from ggn_jax.joint import JointLoss
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
 from ggn_jax.layerwise.gram import GramLinearOperator
@@ -75,6 +76,7 @@ __all__ = [
     "HessianLinearOperator",
     "JacobianLinearOperator",
     "JacobianTransposeLinearOperator",
+    "JointLoss",
     "KFACLinearOperator",
     "KFACState",
     "KFACTransformation",

@@ -20,11 +20,11 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
     {"_hints", "_repr", "_version"},
-    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_sharding", "_unbatched"},
+    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "layers.taps", "terms"},
     {"layers.convolution", "layers.uses", "loss"},
-    {"layers.run", "layers.labels", "cross_entropy", "losses", "likelihood"},
+    {"layers.run", "layers.labels", "cross_entropy", "joint", "losses", "likelihood"},
     {"layers.trace"},
     {"layers.axes", "layers.capture", "layers.plan", "_supported"},
     {"layers.check"},

@@ -284,7 +284,7 @@ class _Compute:
 
     def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
         """The entries for a batch whose first example is number `start` of all."""
-        keys = None if self._key is None else example_keys(self._key, start, problem.targets.shape[0])
+        keys = None if self._key is None else example_keys(self._key, start, problem.outputs.shape[0])
         entries: PyTree[Array] = self._compute(problem, keys, self._mc_samples, self._chunk_size)
         return entries
 

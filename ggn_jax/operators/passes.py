@@ -136,8 +136,8 @@ class _Passes:
     def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
         if mask is not None:
             raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
-        shapes = [None if x is None else (x.shape, x.dtype) for x in (*jax.tree.leaves(inputs), targets)]
-        key = jax.tree.structure(inputs), tuple(shapes)
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets))]
+        key = jax.tree.structure((inputs, targets)), tuple(shapes)
         if key not in self._made:
             self._made[key] = operator = self._make(inputs, targets)
             check_unbatched(operator.problem)
@@ -231,7 +231,8 @@ def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTr
 
 def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
     """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
-    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] + [targets]
+    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    arrays += jax.tree.leaves(targets)
 
     def per_example(x: Array) -> Array:
         x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
@@ -240,4 +241,4 @@ def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
 
     values = [per_example(x) for x in arrays]
     mixed = [jnp.sum(jnp.abs(value)) for value in values] + [jnp.sum(jnp.cos(sum(values[1:], values[0])) + 2)]
-    return jnp.stack([jnp.asarray(len(targets), jnp.float32), *mixed])
+    return jnp.stack([jnp.asarray(len(arrays[-1]), jnp.float32), *mixed])

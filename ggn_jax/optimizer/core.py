@@ -19,6 +19,7 @@ from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_lik
 from ggn_jax._supported import check_exact, check_supported
 from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import flatten_problem
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
@@ -178,10 +179,12 @@ class Core:
         return self._layout(params), self.known(params).curvature
 
     def _layout(self, params: PyTree) -> Layout:
-        model_fn = Model(model_of_part(self.model_fn, params, self.full_params), self.has_aux)
+        model_fn = model_of_part(self.model_fn, params, self.full_params)
+        like = structure_of(params)
         with called_with(params, self.example_inputs, one_example=not self.coupled):
-            trace = trace_model(model_fn, structure_of(params), self.example_inputs, coupled=self.coupled)
-        return Layout(self.loss, trace, self.settings.options)
+            model_fn, loss = flatten_problem(model_fn, self.loss, like, self.example_inputs, self.has_aux)
+            trace = trace_model(Model(model_fn, self.has_aux), like, self.example_inputs, coupled=self.coupled)
+        return Layout(loss, trace, self.settings.options)
 
     def look(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
         """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
@@ -196,7 +199,7 @@ class Core:
         bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
         due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
         always, counts = settings.factor_interval == 1, problem.counts()
-        weights = mean_weights(layout, mask, problem.targets.shape[0], counts)
+        weights = mean_weights(layout, mask, problem.outputs.shape[0], counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
             sides = find_sides(layout, extra["mask"], weights)
@@ -255,7 +258,9 @@ class Core:
 
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
-            model_fn, params = Model(model_fn, self.has_aux), jax.tree.map(jnp.asarray, params)
+            params = jax.tree.map(jnp.asarray, params)
+            model_fn, _ = flatten_problem(model_fn, self.loss, params, self._inputs, self.has_aux)
+            model_fn = Model(model_fn, self.has_aux)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             if not self.coupled:
                 check_independent(model_fn, params, self._inputs, outputs.dtype, MAY_BE_COUPLED)
