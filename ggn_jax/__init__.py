@@ -23,6 +23,7 @@ from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
+from ggn_jax.objective import Objective, ObjectiveTerm
 from ggn_jax.operators import (
     BatchesLinearOperator,
     BlockLinearOperator,
@@ -37,6 +38,7 @@ from ggn_jax.operators import (
     JacobianTransposeLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    WeightedSumLinearOperator,
     average_factors,
     average_operators,
 )
@@ -91,6 +93,8 @@ __all__ = [
     "MSELoss",
     "ModelFn",
     "MultiStepsState",
+    "Objective",
+    "ObjectiveTerm",
     "Report",
     "ReportRow",
     "ScaleByKFACState",
@@ -98,6 +102,7 @@ __all__ = [
     "Unbatched",
     "UncoveredParametersWarning",
     "UseIO",
+    "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",
     "check_loss",

@@ -15,6 +15,7 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batched_leaves
 from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
     COLUMNS_AT_ONCE,
     CurvatureLinearOperator,
@@ -33,6 +34,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.weighted import WeightedSumLinearOperator, of_terms
 from ggn_jax.terms import check_values
 
 
@@ -44,6 +46,25 @@ class DataLinearOperator(CurvatureLinearOperator):
     def _for_batch(self, inputs: PyTree[Array], targets: Array, start: int) -> Self:
         """The same operator of a batch of the same shapes, of which the first example is number `start` of all."""
         return eqx.tree_at(lambda op: (op.problem.inputs, op.problem.targets), self, (inputs, targets))
+
+    @classmethod
+    def from_objective(
+        cls, objective: Objective, params: PyTree[Array], batches: Any, *, key: Any = None, **options: Any
+    ) -> WeightedSumLinearOperator:
+        """The operator of an objective: the weighted sum of those of its functions.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
+            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+        """
+        operators, weights = of_terms(cls, objective, params, batches, key, options)
+        return WeightedSumLinearOperator(tuple(operators), tuple(weights))
 
     @classmethod
     def from_batches(

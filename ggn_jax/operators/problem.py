@@ -126,6 +126,24 @@ class Problem(eqx.Module):
             raise indefinite_error(self.loss, f"{count} of {number} terms of this batch")
 
 
+class WeightedProblems(eqx.Module):
+    """`sum_k weights[k] problems[k]`, of the same parameters."""
+
+    problems: list[Problem]
+    weights: list[Array]
+
+    @property
+    def params(self) -> PyTree[Array]:
+        return self.problems[0].params
+
+
+def each_problem(problem: Problem | WeightedProblems) -> list[tuple[Problem, Array | None]]:
+    """The problems of a sum, with their weights; or the one that it is."""
+    if isinstance(problem, WeightedProblems):
+        return list(zip(problem.problems, problem.weights, strict=True))
+    return [(problem, None)]
+
+
 def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
     """Of a `JointLoss`: each output on its own."""
     loss: Any = problem.loss
