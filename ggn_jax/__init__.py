@@ -10,6 +10,7 @@ from ggn_jax.grad_output import (
     make_grad_output_fn,
     make_grad_output_sampler,
 )
+from ggn_jax.joint import JointLoss
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
 from ggn_jax.layerwise.gram import GramLinearOperator
@@ -22,6 +23,7 @@ from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
+from ggn_jax.objective import Objective, ObjectiveTerm
 from ggn_jax.operators import (
     BatchesLinearOperator,
     BlockLinearOperator,
@@ -36,6 +38,7 @@ from ggn_jax.operators import (
     JacobianTransposeLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    WeightedSumLinearOperator,
     average_factors,
     average_operators,
 )
@@ -75,6 +78,7 @@ __all__ = [
     "HessianLinearOperator",
     "JacobianLinearOperator",
     "JacobianTransposeLinearOperator",
+    "JointLoss",
     "KFACLinearOperator",
     "KFACState",
     "KFACTransformation",
@@ -89,6 +93,8 @@ __all__ = [
     "MSELoss",
     "ModelFn",
     "MultiStepsState",
+    "Objective",
+    "ObjectiveTerm",
     "Report",
     "ReportRow",
     "ScaleByKFACState",
@@ -96,6 +102,7 @@ __all__ = [
     "Unbatched",
     "UncoveredParametersWarning",
     "UseIO",
+    "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",
     "check_loss",

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from ggn_jax._checks import Shaped
 from ggn_jax._hints import loss_hint
 from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import JointLoss, named
 from ggn_jax.likelihood import LikelihoodLoss, missing_fisher_sqrt
 from ggn_jax.loss import Loss
 from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
@@ -19,6 +19,11 @@ BUILT_IN: tuple[type[Loss], ...] = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss
 
 def check_supported(loss: Any) -> Loss:
     """`loss`, if what is known of its class says what its curvature is."""
+    if isinstance(loss, JointLoss):
+        for name, head in loss.losses.items():
+            with named(name):
+                check_supported(head)
+        return loss
     if not isinstance(loss, Loss):
         names = ", ".join(cls.__name__ for cls in BUILT_IN)
         raise NotImplementedError(
@@ -42,11 +47,15 @@ def check_supported(loss: Any) -> Loss:
 
 def check_exact(loss: Loss) -> None:
     """Refuse a loss that has no exact factor of its matrix."""
+    if isinstance(loss, JointLoss):
+        for name, head in loss.losses.items():
+            with named(name):
+                check_exact(head)
     if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher" and not loss.has_fisher_sqrt():
         raise missing_fisher_sqrt(loss)
 
 
-def stand_in_targets(loss: Loss, outputs: Shaped, fisher_type: FisherType | None, *, batch: bool) -> Array:
+def stand_in_targets(loss: Loss, outputs: Shaped, fisher_type: FisherType | None, *, batch: bool) -> Any:
     """Targets for vectors that do not depend on them; `fisher_type` is None for what needs the loss's value."""
     if fisher_type in (FisherType.TYPE2, FisherType.MC):
         return loss.stand_in_targets(outputs, batch)

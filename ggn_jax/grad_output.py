@@ -12,11 +12,12 @@ from ggn_jax._checks import as_outputs, check_count, check_key
 from ggn_jax._sharding import run_auto
 from ggn_jax._supported import check_exact, check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import JointLoss, joint_vectors
 from ggn_jax.loss import Loss
 from ggn_jax.terms import check_terms, split_terms
 
 
-def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
+def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Any]:
     r"""A function of **one datum** that returns its gradient output vectors.
 
     `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a
@@ -58,6 +59,9 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     (5, 2, 3)
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
+    if isinstance(loss, JointLoss):
+        made = joint_vectors(loss, lambda head: make_grad_output_fn(head, fisher_type, mc_samples), fisher_type)
+        return lambda output, target, key=None: made(output, target, key)
 
     def fn(output: Any, target: Any, key: Any = None) -> Float[Array, "V *out"]:
         return _checked_vectors(loss, output, target, key, fisher_type, mc_samples, batch=False)
@@ -65,7 +69,7 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     return fn
 
 
-def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Array]:
+def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Any]:
     r"""A function of **a batch** that returns the gradient output vectors of all its data.
 
     `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but with `L` the loss
@@ -81,6 +85,9 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
     (3, 5, 3)
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
+    if isinstance(loss, JointLoss):
+        made = joint_vectors(loss, lambda head: make_batch_grad_output_fn(head, fisher_type, mc_samples), fisher_type)
+        return lambda outputs, targets, key=None: made(outputs, targets, key)
 
     def fn(outputs: Any, targets: Any, key: Any = None) -> Float[Array, "V N *out"]:
         return _checked_vectors(loss, outputs, targets, key, fisher_type, mc_samples, batch=True)
@@ -88,7 +95,7 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
     return fn
 
 
-def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
+def make_grad_output_sampler(loss: Loss) -> Callable[..., Any]:
     r"""A function that draws would-be gradients of one datum.
 
     `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of
@@ -100,6 +107,9 @@ def make_grad_output_sampler(loss: Loss) -> Callable[..., Array]:
     (10, 3)
     """
     check_supported(loss)
+    if isinstance(loss, JointLoss):
+        made = joint_vectors(loss, make_grad_output_sampler, FisherType.MC)
+        return lambda output, num_samples, target, key=None: made(output, num_samples, target, key)
 
     def sampler(output: Any, num_samples: int, target: Any, key: Any = None) -> Float[Array, "S *out"]:
         num_samples = check_count("num_samples", num_samples)
@@ -123,6 +133,11 @@ def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_
     [[1. 0.]
      [0. 1.]]
     """
+    if isinstance(loss_func, JointLoss):
+        raise NotImplementedError(
+            "the outputs of a JointLoss have no common axis for a dense square root: use LossHessian, or the vectors of"
+            " make_grad_output_fn(loss, 'type-2')."
+        )
     columns = make_grad_output_fn(loss_func, FisherType.TYPE2)(output_one_datum, target_one_datum)
     return jnp.moveaxis(columns.reshape(2 * columns.shape[1:]), range(columns.ndim - 1), range(1 - columns.ndim, 0))
 
@@ -166,8 +181,6 @@ def _vectors(
         if fisher_type is FisherType.MC:
             drawn = terms.drawn_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
             return (drawn / jnp.sqrt(num) if divide else drawn).astype(terms.dtype)
-        gradients = terms.gradients()
-        # Where everything is ignored, r is infinite and the gradient 0.
-        return jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)[None]
+        return terms.empirical().astype(terms.dtype)[None]
 
     return run_auto(vectors, output, target, key, loss, keep=True)

@@ -13,7 +13,15 @@ from ggn_jax._checks import Shaped, is_concrete
 from ggn_jax._repr import options
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
-from ggn_jax.terms import check_shapes_and_dtypes, check_terms, find_valid, split_terms
+from ggn_jax.terms import (
+    Terms,
+    check_shapes_and_dtypes,
+    check_terms,
+    check_values_of_one_loss,
+    find_valid,
+    split_one_loss,
+    split_terms,
+)
 
 
 class Loss(eqx.Module):
@@ -118,6 +126,10 @@ class Loss(eqx.Module):
     def _needs_targets(self, why: str) -> ValueError:
         return ValueError(f"targets must be given, not None: the curvature of {type(self).__name__} {why}.")
 
+    def split(self, outputs: Array, targets: Any, batch: bool) -> Terms:
+        """The terms at these outputs."""
+        return split_one_loss(self, outputs, targets, batch)
+
     # Layout.
 
     @abc.abstractmethod
@@ -127,6 +139,10 @@ class Loss(eqx.Module):
     @abc.abstractmethod
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
         """What each term needs besides its output (a pytree), and the axes of its leaves that belong to one term."""
+
+    def check_values(self, outputs: Shaped, targets: Any, batch: bool) -> None:
+        """Refuse targets that are not of the loss's domain, where values can be looked at."""
+        check_values_of_one_loss(self, outputs, targets, batch)
 
     @property
     def restricts_targets(self) -> bool:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, as_outputs, check_real
+from ggn_jax._outputs import join
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact, check_supported, stand_in_targets
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import JointLoss, JointTerms, check_joint_terms
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, split_terms
 
@@ -28,7 +30,8 @@ class LossHessian(eqx.Module):
 
     - `loss`: a `Loss` with `curvature="hessian"`, or with an exact Fisher factor (then `H` is the Fisher).
     - `outputs`, `targets`: a batch, `[N, *out]`, by default; `H` is then the Hessian of the loss of the whole batch.
-      `targets` may be None where `H` depends on no target (no class weights, say): nothing is ignored then.
+      `targets` may be None where `H` depends on no target (no class weights, say): nothing is ignored then. Of a
+      `JointLoss`, dicts of them; so are vectors, products and the diagonal.
     - `batch`: `False` for one datum, `[*out]`, whose loss is that of a batch of one.
 
     It is a pytree: pass it through `jax.jit`, make it under `jax.vmap` (with `batch=False`) or `jax.grad`.
@@ -39,40 +42,57 @@ class LossHessian(eqx.Module):
     [0.25 0.25 0.25 0.25] 2.0
     """
 
-    terms: Terms
+    terms: Terms | JointTerms
 
     def __init__(self, loss: Loss, outputs: Any, targets: Any, *, batch: bool = True):
         check_exact(check_supported(loss))
+        if isinstance(loss, JointLoss):
+            self.terms = _split(*check_joint_terms(loss, outputs, targets, batch), batch)
+            return
         if targets is None:
             outputs = as_outputs("outputs", outputs, batch)
             targets = stand_in_targets(loss, outputs, FisherType.TYPE2, batch=batch)
         self.terms = _split(loss, *check_terms(loss, outputs, targets, batch), batch)
 
     def __repr__(self) -> str:
-        return fields(self, loss=self.terms.loss, outputs=self.terms.outputs)
+        return fields(self, loss=self.terms.loss, outputs=self._like_outputs(self.terms.outputs))
 
     def mv(self, v: Any) -> Float[Array, "*shape"]:
         """`H v`; `v` has the outputs' shape."""
-        return _product(self.terms, self._check("v", v), "mv")
+        return self._product("v", v, "mv")
 
     def sqrt_mv(self, v: Any) -> Float[Array, "*shape"]:
         """`S v`; `v` has the outputs' shape."""
-        return _product(self.terms, self._check("v", v), "sqrt_mv")
+        return self._product("v", v, "sqrt_mv")
 
     def sqrt_rmv(self, u: Any) -> Float[Array, "*shape"]:
         """`S^T u`; `u` has the outputs' shape."""
-        return _product(self.terms, self._check("u", u), "sqrt_rmv")
+        return self._product("u", u, "sqrt_rmv")
 
     def diagonal(self) -> Float[Array, "*shape"]:
         """The diagonal of `H`, in the outputs' shape."""
-        return _diagonal(self.terms).astype(self.terms.dtype)
+        return self._like_outputs(_diagonal(self.terms).astype(self.terms.dtype))
 
     def trace(self) -> Float[Array, ""]:
         """The trace of `H`."""
         return jnp.sum(_diagonal(self.terms)).astype(self.terms.dtype)
 
-    def _check(self, name: str, v: Any) -> Array:
-        v, shape = as_array(name, v), self.terms.outputs.shape
+    def _product(self, name: str, v: Any, what: str) -> Any:
+        if not isinstance(self.terms, JointTerms):
+            return _product(self.terms, self._check(name, v, self.terms.outputs.shape), what)
+        self.terms.loss.check_names(name, v)
+        parts = self.terms.parts
+        vs = {k: self._check(f"{name}[{k!r}]", v[k], terms.outputs.shape) for k, terms in parts.items()}
+        return self._like_outputs(_product(self.terms, join(vs, int(self.terms.batch)), what))
+
+    def _like_outputs(self, x: Array) -> Any:
+        """What has an entry for each output, of a `JointLoss` as a dict."""
+        if not isinstance(self.terms, JointTerms):
+            return x
+        return {k: found.astype(self.terms.parts[k].dtype) for k, (_, found) in self.terms.loss.heads(x).items()}
+
+    def _check(self, name: str, v: Any, shape: tuple[int, ...]) -> Array:
+        v = as_array(name, v)
         check_real(name, v)
         if v.shape != shape:
             raise ValueError(f"{name} must have the outputs' shape {shape}; got {v.shape}.")
@@ -81,17 +101,17 @@ class LossHessian(eqx.Module):
 
 @partial(jax.jit, static_argnames="batch")
 @compiler_sharded
-def _split(loss: Loss, outputs: Array, targets: Array, batch: bool) -> Terms:
+def _split(loss: Loss, outputs: Array, targets: Any, batch: bool) -> Terms | JointTerms:
     return split_terms(loss, outputs, targets, batch=batch)
 
 
 @partial(jax.jit, static_argnames="name")
 @partial(compiler_sharded, like=lambda terms, v, name: v)
-def _product(terms: Terms, v: Array, name: str) -> Array:
+def _product(terms: Terms | JointTerms, v: Array, name: str) -> Array:
     return terms.product(name, v)
 
 
 @jax.jit
 @compiler_sharded
-def _diagonal(terms: Terms) -> Array:
+def _diagonal(terms: Terms | JointTerms) -> Array:
     return terms.diagonal()

@@ -118,6 +118,38 @@ class Terms(eqx.Module):
         """The gradient of the *sum-reduced* loss (weights included), in the compute dtype."""
         return self.map(self._weighted(self.loss.term_gradient), out_axes=self.axes)
 
+    def empirical(self) -> Float[Array, "*shape"]:
+        """`sqrt(r)` times the gradient of the sum-reduced loss, in the compute dtype."""
+        gradients = self.gradients()
+        # Where everything is ignored, r is infinite and the gradient 0.
+        return jnp.where(gradients == 0, 0, jnp.sqrt(self.r) * gradients)
+
+    def empirical_product(self, tangent: Float[Array, "*shape"], per_term: bool) -> Float[Array, "*shape"]:
+        """`g g^T tangent` with the `g` of `empirical`, of each example, or of each term, in the outputs' dtype."""
+        g = self.gradients()
+        axes = self.axes if per_term else tuple(range(1, g.ndim))
+        inner = jnp.sum(g * tangent.astype(g.dtype), axis=axes, keepdims=True)
+        # Where everything is ignored, r is infinite and g is 0.
+        return jnp.where(g == 0, 0, self.r * inner * g).astype(self.dtype)
+
+    def labels(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
+        """For each output, the number of the example, or of the term, that it is of; and how many there are."""
+        shape = self.outputs.shape
+        axes = self.axes if per_term else tuple(range(1, len(shape)))
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        count = math.prod(kept)
+        return jnp.broadcast_to(jnp.arange(count).reshape(kept), shape), count
+
+    def part(self, outputs: Array, operand: Any) -> "Terms":
+        """The terms of part of a batch: its outputs, and its slice of `operand`; the reduction is the whole's."""
+        wanted = (jax.tree.leaves(operand)[0].shape[0], *self.outputs.shape[1:])
+        if outputs.shape != wanted:
+            raise ValueError(
+                f"model_fn must treat data independently to be worked on in parts: it returned outputs of shape"
+                f" {outputs.shape} for {wanted[0]} of {self.outputs.shape[0]} data; wanted {wanted}."
+            )
+        return _with_scale(replace(self, outputs=outputs.astype(self.outputs.dtype), operand=operand), self.r)
+
     def _weighted(self, fn: Callable[..., Array]) -> Callable[..., Array]:
         """`fn` where the term counts, 0 where its weight is 0, NaN where its target is not of the loss's domain."""
 
@@ -247,8 +279,13 @@ def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
     return " They fit as a batch: use make_batch_grad_output_fn, or map over the examples with jax.vmap."
 
 
-def check_values(loss: Any, outputs: Shaped, targets: Array, batch: bool) -> None:
+def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
     """Refuse targets whose values the loss does not accept, where they can be looked at."""
+    loss.check_values(outputs, targets, batch)
+
+
+def check_values_of_one_loss(loss: Any, outputs: Shaped, targets: Array, batch: bool) -> None:
+    """`check_values` of a loss whose terms are of one kind."""
     leaves = [leaf for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)]
     if not loss.restricts_targets or not all(is_concrete(leaf) for leaf in leaves):
         return
@@ -337,20 +374,14 @@ def _(primals: tuple[Array, Array, Any], tangents: tuple[Any, Any, Any]) -> tupl
     return result, jnp.where(ignored, 0, tangents[0])
 
 
-def split_terms(loss: Any, outputs: Array, targets: Array, *, batch: bool) -> Terms:
+def split_terms(loss: Any, outputs: Array, targets: Any, *, batch: bool) -> Any:
     """The terms of `loss` at `outputs`, which have a leading batch axis or not.
 
     Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
     """
+    return loss.split(outputs, targets, batch)
+
+
+def split_one_loss(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
+    """`split_terms` of a loss whose terms are of one kind."""
     return _with_scale(_lay_out(loss, outputs, targets, batch), None)
-
-
-def part_of(whole: Terms, outputs: Array, operand: Any) -> Terms:
-    """The terms of part of a batch: its outputs, and its slice of `whole.operand`; the reduction is the whole's."""
-    wanted = (jax.tree.leaves(operand)[0].shape[0], *whole.outputs.shape[1:])
-    if outputs.shape != wanted:
-        raise ValueError(
-            f"model_fn must treat data independently to be worked on in parts: it returned outputs of shape"
-            f" {outputs.shape} for {wanted[0]} of {whole.outputs.shape[0]} data; wanted {wanted}."
-        )
-    return _with_scale(replace(whole, outputs=outputs.astype(whole.outputs.dtype), operand=operand), whole.r)

@@ -12,8 +12,9 @@ from jax.flatten_util import ravel_pytree
 
 import ggn_jax
 from ggn_jax.kronecker import functions, sums
-from ggn_jax.kronecker.algebra import Kronecker, Spectral, split_inverses
+from ggn_jax.kronecker.algebra import Kronecker, Spectral
 from ggn_jax.kronecker.linalg import norm, resolved
+from ggn_jax.kronecker.split import split_inverses
 from ggn_jax.operators.blocks import BlockLinearOperator
 
 RNG = np.random.default_rng(0)
@@ -361,7 +362,7 @@ def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.Mo
     (spectrum,) = functions.spectra([block])
     got = spectrum.map("inverse", jnp.asarray([0.1])).mv(jnp.asarray(m))
     np.testing.assert_allclose(got.reshape(-1), np.linalg.solve(nearest + 0.1 * np.eye(12), m.reshape(-1)), atol=1e-10)
-    assert not sums.has_exact_functions(block)
+    assert not sums.is_exact(block, "root", False)
     assert not sums.is_representable(sums.add(block, Spectral(None, None, jnp.ones((1, 4, 3)))))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import largest
-from ggn_jax.kronecker.linalg import Batch, batched, eigh, inverses, norm, resolved, scale_of
+from ggn_jax.kronecker.linalg import Batch, batched, eigh, norm, resolved, scale_of
 
 Factor = Float[Array, "G d *d"]
 
@@ -284,41 +284,3 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
         return block
 
     return [one(block) for block in nearest]
-
-
-def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""], batch: Batch = batched) -> list[Block]:
-    """Inverses with the damping split over both factors; blocks without factors are inverted exactly."""
-    rest = decompose([block for block in blocks if not isinstance(block, Kronecker)], batch)
-    products = [block for block in blocks if isinstance(block, Kronecker)]
-    inverted = iter(split_inverses(products, [damping] * len(products), batch))
-    others = iter([block.map(lambda values: 1 / (values + damping.astype(values.dtype))) for block in rest])
-    return [next(inverted) if isinstance(block, Kronecker) else next(others) for block in blocks]
-
-
-def split_inverses(
-    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]], batch: Batch = batched
-) -> list[Kronecker]:
-    """`(B + sqrt(damping) / pi I)^-1 (x) (A + pi sqrt(damping) I)^-1` (Martens & Grosse 2015, section 6.3).
-
-    `pi = sqrt((tr A / d_A) / (tr B / d_B))`; sums of Kronecker terms by the nearest single one.
-    """
-    damped: list[tuple[Factor, Factor]] = []
-    for block, damping in zip(blocks, dampings, strict=True):
-        near = block.nearest()
-        a, b = near.a[0], near.b[0]
-        mean_a, mean_b = (jnp.mean(diagonal_of(factor), axis=1) for factor in (a, b))
-        usable = (mean_a > 0) & (mean_b > 0)
-        # The quotient of the roots is in range where that of the means is not.
-        pi = jnp.sqrt(jnp.where(usable, mean_a, 1)) / jnp.sqrt(jnp.where(usable, mean_b, 1))
-        root = jnp.sqrt(damping).astype(pi.dtype)
-        damped.append((_shift(a, pi * root), _shift(b, root / pi)))
-    dense_ones = [factor for pair in damped for factor in pair if not is_diagonal(factor)]
-    found = iter(inverses(batch, dense_ones))
-    pairs = [tuple(1 / f if is_diagonal(f) else next(found) for f in pair) for pair in damped]
-    return [Kronecker((a,), (b,)) for a, b in pairs]
-
-
-def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
-    if is_diagonal(factor):
-        return factor + by[:, None]
-    return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)[None]

@@ -24,7 +24,7 @@ def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Arr
     if signs:
         several = "coupled examples" if problem.coupled else "several loss positions"
         wanted_by = f"fisher_type 'type-2' with {several} (or pass positions='exact')"
-    return example_keys(check_key(key, wanted_by=wanted_by, batch=True), start, problem.targets.shape[0])
+    return example_keys(check_key(key, wanted_by=wanted_by, batch=True), start, problem.outputs.shape[0])
 
 
 def check_mask(mask: Any, problem: Problem) -> Array | None:
@@ -32,7 +32,7 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
     if mask is None:
         return None
     mask = as_array("mask", mask)
-    size = problem.targets.shape[0]
+    size = problem.outputs.shape[0]
     if mask.ndim < 2 or mask.shape[0] != size or mask.dtype != bool:
         way_out = (
             " To leave out whole examples, make them the positions of one: inputs[None], targets[None], mask[None]."

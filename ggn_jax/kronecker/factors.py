@@ -243,6 +243,8 @@ def captured_sums(
 
 def _corrected(layout: Layout, layer: Layer, rows: list[Array], gs: list[Array], bases: list[Spectral]) -> list[Array]:
     """`sum_{v, n} (Q_B^T (sum_s g a^T) Q_A)^2` for each block of the weight, then of a separate bias."""
+    if not rows:
+        return [jnp.zeros_like(basis.values) for basis in bases]
     outs, ins = layout.cuts(layer)
     members = list(product(outs, ins))
     result = [
@@ -313,13 +315,18 @@ def _totals(layout: Layout, sums: dict[str, Any], number: int) -> list[_Totals]:
     ones = [tuple(jnp.ones((groups * run.count, run.size), dtype) for run in (ins if s else outs)) for s in swapped]
     b = sums["b"][number] if "b" in sums else ones
     if layout.options.tied == "concatenate" and len(a) > 1:
-        if any(swapped):
+        groups_of_uses = layout.concatenated(layer)
+        if any(swapped[i] != swapped[members[0]] for members in groups_of_uses for i in members):
             raise NotImplementedError(
                 f"tied='concatenate' cannot put the uses of params{layout.trace.names[layer.leaves[0]]} together,"
                 " as one has inputs where the other has outputs: pass tied='sum'."
             )
-        a, b = ([tuple(map(_sum, zip(*parts, strict=True)))] for parts in (a, b))
-        counts, swapped = [sum(counts)] if counts else [], (False,)
+        a, b = (
+            [tuple(map(_sum, zip(*(parts[i] for i in members), strict=True))) for members in groups_of_uses]
+            for parts in (a, b)
+        )
+        counts = [sum(counts[i] for i in members) for members in groups_of_uses] if counts else []
+        swapped = tuple(swapped[members[0]] for members in groups_of_uses)
 
     def member(o: int, i: int) -> _Totals:
         split = outs[o].count, ins[i].count

@@ -88,6 +88,10 @@ class Layout:
         """Whether the bias has a block of its own."""
         return layer.bias is not None and not self.joint(layer)
 
+    def concatenated(self, layer: Layer) -> list[list[int]]:
+        """Which of a layer's uses are put together with `tied="concatenate"`, by their places: all of them."""
+        return [list(range(len(layer.uses)))]
+
     def is_full(self, left: Leftover) -> bool:
         """Whether a parameter without a layer has a dense block, or its diagonal."""
         options, size, covered = self.options, self.sizes[left.leaf], left.kind != "uncovered"

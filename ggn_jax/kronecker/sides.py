@@ -109,7 +109,7 @@ def mean_weights(layout: Layout, mask: Array | None, size: int, counts: Bool[Arr
     sides, found = find_sides(layout, mask), {}
     for layer in layout.plan.layers:
         rows = [sides[n].count(size) for n in layer.uses]
-        if layout.options.tied == "concatenate":
+        if layout.options.tied == "concatenate" and rows:
             rows = [sum(rows[1:], start=rows[0])] * len(rows)
         for n, count in zip(layer.uses, rows, strict=True):
             some = counts & (count > 0)

@@ -1,7 +1,7 @@
 """Sums and multiples of blocks, and blocks with damping: blocks again."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -23,8 +23,10 @@ from ggn_jax.kronecker.algebra import (
 )
 from ggn_jax.kronecker.functions import DENSE, MatrixFunction, Spectrum, apply, spectra
 from ggn_jax.kronecker.linalg import norm
+from ggn_jax.kronecker.pairs import PairInverse, invert_pairs
 
-Part = Block | MatrixFunction
+Part = Block | MatrixFunction | PairInverse
+Function = Literal["inverse", "solve", "root"]
 
 
 class Sum(eqx.Module):
@@ -101,6 +103,8 @@ def _scale(block: Part, by: Float[Array, ""]) -> Part:
         return Dense(by * block.matrix)
     if isinstance(block, MatrixFunction):
         return block.map("multiple", jnp.broadcast_to(by, block.la.shape[:1]))
+    if isinstance(block, PairInverse):
+        return block.scaled(by)
     return block.replace_values(by * block.values)
 
 
@@ -132,8 +136,8 @@ def shape_of(block: AnyBlock) -> tuple[int, int, int]:
         return len(block.a[0]), block.b[0].shape[1], block.a[0].shape[1]
     if isinstance(block, MatrixFunction):
         return len(block.la), block.lb.shape[1], block.la.shape[1]
-    if isinstance(block, Spectral):
-        groups, out, inputs = block.values.shape
+    if isinstance(block, Spectral | PairInverse):
+        groups, out, inputs = (block.found if isinstance(block, PairInverse) else block).values.shape
         return groups, out, inputs
     groups, size = block.diagonal().shape
     return groups, 1, size
@@ -159,23 +163,40 @@ def matrix_of(block: AnyBlock) -> Float[Array, "G d d"]:
 
 def is_representable(block: AnyBlock) -> bool:
     """Whether functions of the block can be taken."""
-    return not isinstance(block, Sum) or len(block.parts) == 1 or size_of(block) <= DENSE
+    return size_of(block) <= DENSE or not (len(_parts(block)) > 1 or isinstance(_parts(block)[0], PairInverse))
 
 
-def has_exact_functions(block: AnyBlock) -> bool:
-    """Whether its functions are not those of a single Kronecker product that is near it."""
-    return size_of(block) <= DENSE or not any(isinstance(part, Kronecker) and len(part.a) > 1 for part in _parts(block))
+def terms_of(block: AnyBlock) -> Kronecker | None:
+    """The Kronecker terms of a sum of several (and damping) that has too many rows to be decomposed as a matrix."""
+    parts = _parts(block)
+    several = len(parts) == 1 and isinstance(parts[0], Kronecker) and len(parts[0].a) > 1
+    return parts[0] if several and size_of(block) > DENSE else None  # type: ignore[return-value]
+
+
+def is_exact(block: AnyBlock, function: Function, damped: bool) -> bool:
+    """Whether a function of it is that of the block, and not of another that is near it."""
+    terms = terms_of(block)
+    pair = terms is not None and len(terms.a) == 2 and not damped and not isinstance(block, Sum)
+    return terms is None or function == "solve" or (function == "inverse" and pair)
+
+
+def pair_inverses(blocks: Sequence[AnyBlock], dampings: Sequence[Float[Array, " G"]]) -> list[PairInverse]:
+    """The inverses of blocks that have `terms_of`, with their damping and this in the factors."""
+    terms = [terms_of(block) for block in blocks]
+    totals = [_damping(block) + d.astype(_damping(block).dtype) for block, d in zip(blocks, dampings, strict=True)]
+    return invert_pairs([found for found in terms if found is not None], totals)
 
 
 def spectra_of(blocks: Sequence[AnyBlock]) -> list[Spectrum]:
     """`spectra` of sums, too."""
-    undamped = [
-        (block.parts[0] if len(block.parts) == 1 else Dense(matrix_of(Sum(block.parts, 0 * block.damping))))
-        if isinstance(block, Sum)
-        else block
-        for block in blocks
-    ]
-    found = spectra(undamped)
+
+    def undamped(block: AnyBlock) -> Any:
+        parts = _parts(block)
+        if len(parts) > 1 or isinstance(parts[0], PairInverse):
+            return Dense(matrix_of(Sum(parts, 0 * _damping(block))))
+        return parts[0]
+
+    found = spectra([undamped(block) for block in blocks])
     return [
         apply(spectrum, block.damping, "shift") if isinstance(block, Sum) else spectrum
         for block, spectrum in zip(blocks, found, strict=True)
@@ -191,8 +212,8 @@ def _forms(part: Part) -> list[Kronecker | Spectral]:
         return [Kronecker((a,), (b,)) for a, b in zip(part.a, part.b, strict=True)]
     if isinstance(part, MatrixFunction):
         return [Spectral(part.qa, part.qb, part.values)]
-    if isinstance(part, Spectral):
-        return [part]
+    if isinstance(part, Spectral | PairInverse):
+        return [part.spectral() if isinstance(part, PairInverse) else part]
     own = part.matrix if isinstance(part, Dense) else part.values
     return [Kronecker((own,), (jnp.ones((len(own), 1), own.dtype),))]
 

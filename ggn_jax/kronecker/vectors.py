@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import JointLoss, JointTerms, folded
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, term_axes
 
@@ -27,6 +28,8 @@ def draws_signs(
     loss: Loss, output: jax.ShapeDtypeStruct, fisher_type: FisherType, positions: Positions, together: int = 1
 ) -> bool:
     """Whether type-2 vectors of several loss positions, of so many examples together, are added with random signs."""
+    if isinstance(loss, JointLoss):
+        return any(draws_signs(*head, fisher_type, positions, together) for head in loss.heads(output).values())
     axes = features(loss, output)
     several = together * math.prod(size for axis, size in enumerate(output.shape) if axis not in axes) > 1
     return fisher_type is FisherType.TYPE2 and positions == "signs" and several
@@ -44,6 +47,9 @@ def count_vectors(
     if fisher_type is FisherType.FORWARD_ONLY:
         return 0
     if fisher_type is FisherType.TYPE2:
+        if isinstance(loss, JointLoss):
+            heads = loss.heads(output).values()
+            return sum(count_vectors(*head, fisher_type, mc_samples, positions, together) for head in heads)
         if draws_signs(loss, output, fisher_type, positions, together):
             return math.prod(output.shape[axis] for axis in features(loss, output))
         return together * math.prod(output.shape)
@@ -51,7 +57,12 @@ def count_vectors(
 
 
 def vector_maker(
-    terms: Terms, fisher_type: FisherType, mc_samples: int, positions: Positions, keys: Any, together: int = 1
+    terms: Terms | JointTerms,
+    fisher_type: FisherType,
+    mc_samples: int,
+    positions: Positions,
+    keys: Any,
+    together: int = 1,
 ) -> Any:
     """A function of indices `[v]` that returns these of the stack's vectors, `[v, N, *out]`.
 
@@ -63,15 +74,17 @@ def vector_maker(
         drawn = terms.draw(keys, mc_samples)
 
         def sample(index: Array) -> Float[Array, "N *out"]:
-            return (terms.drawn_gradient(drawn[index]) / math.sqrt(mc_samples)).astype(terms.dtype)
+            return (terms.drawn_gradient(jax.tree.map(lambda x: x[index], drawn)) / math.sqrt(mc_samples)).astype(
+                terms.dtype
+            )
 
         return jax.vmap(sample)
     if fisher_type is FisherType.EMPIRICAL:
-        gradients = terms.gradients()
-        # Where everything is ignored, r is infinite and the gradient 0.
-        vector = jnp.where(gradients == 0, 0, jnp.sqrt(terms.r) * gradients).astype(terms.dtype)
+        vector = terms.empirical().astype(terms.dtype)
         return lambda indices: jnp.broadcast_to(vector, (len(indices), *shape))
 
+    if isinstance(terms, JointTerms):
+        return _columns_of_heads(terms, (fisher_type, mc_samples, positions, together), keys)
     if draws_signs(terms.loss, one, fisher_type, positions, together):
         axes = features(terms.loss, one)
         seeded = (1, *(size if axis in axes else 1 for axis, size in enumerate(one.shape)))
@@ -85,3 +98,20 @@ def vector_maker(
         return terms.product("sqrt_mv", jnp.broadcast_to(unit * signs, shape))
 
     return jax.vmap(column)
+
+
+def _columns_of_heads(terms: JointTerms, kind: Any, keys: Any) -> Any:
+    """Those for one head after the other; 0 for the others, as every head's vector past its last is."""
+    fisher_type, mc_samples, positions, together = kind
+    makers, starts, start = [], [], 0
+    for i, (loss, f) in enumerate(terms.loss.heads(terms.outputs).values()):
+        own = terms.weighted(list(terms.parts)[i])
+        own_keys = None if keys is None else folded(keys, i)
+        makers.append(vector_maker(own, fisher_type, mc_samples, positions, own_keys, together))
+        starts.append(start)
+        start += count_vectors(loss, jax.ShapeDtypeStruct(f.shape[1:], f.dtype), *kind)
+
+    def columns(indices: Array) -> Float[Array, "v N entries"]:
+        return terms.join([make(indices - start) for make, start in zip(makers, starts, strict=True)], 2)
+
+    return columns

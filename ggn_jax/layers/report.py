@@ -1,7 +1,7 @@
 """What was found in a model, as a table to read and as rows to test against."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import Examples, check_coupled, is_concrete
 from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
 from ggn_jax._model import Model
+from ggn_jax._outputs import flat_model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batched_leaves, map_batched
 from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, coupling_message, dtypes_of, explain, tolerance
@@ -144,6 +145,9 @@ def report(
     size = batched_leaves(inputs)[0].shape[0]
     with called_with(params, inputs):
         whole = jax.eval_shape(model_fn, params, inputs)
+        if isinstance(whole, Mapping):  # as for a JointLoss
+            model_fn = Model(flat_model(model_fn))
+            whole = jax.eval_shape(model_fn, params, inputs)
     with called_with(params, inputs, one_example=not together):
         trace = trace_model(model_fn, params, inputs, coupled=together)
     if whole.shape != (size, *trace.outputs.shape):

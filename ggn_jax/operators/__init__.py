@@ -11,6 +11,7 @@ from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator,
 from ggn_jax.operators.outputs import JacobianLinearOperator, JacobianTransposeLinearOperator
 from ggn_jax.operators.passes import BatchesLinearOperator
 from ggn_jax.operators.solver import BlockSolver
+from ggn_jax.operators.weighted import WeightedSumLinearOperator
 
 __all__ = [
     "BatchesLinearOperator",
@@ -26,6 +27,7 @@ __all__ = [
     "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
+    "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, take_apart
 
@@ -102,7 +103,13 @@ def check_unbatched(problem: Problem) -> None:
     """Refuse a loss that holds something for each datum, where it is to be used for several batches."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     # Not the first one: JAX refuses to slice an axis that is sharded explicitly.
-    target = jnp.zeros(problem.targets.shape[1:], problem.targets.dtype)
+    target = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), problem.targets)
+    if isinstance(problem.loss, JointLoss) and problem.loss.reduction != "sum":
+        raise NotImplementedError(
+            "a JointLoss of several batches needs losses with reduction='sum', since means of different terms have no"
+            " common denominator: divide by the number of examples in its weights, or pass all data as one batch, with"
+            " chunk_size to bound the memory."
+        )
     try:
         problem.loss.check_shapes(output, target, False)
     except ValueError as error:

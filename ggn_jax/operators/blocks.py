@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import equinox as eqx
 import jax
@@ -15,19 +15,24 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.kronecker.algebra import Block, Diagonal, Kronecker, finite_groups, split_inverses
+from ggn_jax.kronecker.algebra import Block, Diagonal, Kronecker, finite_groups
 from ggn_jax.kronecker.functions import DENSE, MatrixFunction, apply
 from ggn_jax.kronecker.linalg import norm
+from ggn_jax.kronecker.refine import refined
+from ggn_jax.kronecker.split import split_inverses
 from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, read, write
 from ggn_jax.kronecker.sums import (
     AnyBlock,
+    Function,
     add,
     damp,
-    has_exact_functions,
+    is_exact,
     is_representable,
+    pair_inverses,
     scale,
     size_of,
     spectra_of,
+    terms_of,
 )
 from ggn_jax.operators.base import (
     COLUMNS_AT_ONCE,
@@ -127,11 +132,19 @@ class BlockLinearOperator(SymmetricLinearOperator):
         has the determinant 0, and a damped one that of its null space. EKFAC's eigenvalues are sums of squares, with
         the square of that as their resolution.
 
-        **Sums of Kronecker terms** (tied weights, sums of operators). A damped sum has no eigenvectors that are a
-        Kronecker product, so blocks with at most 1,024 rows are decomposed as dense matrices, exactly. For larger ones
-        the nearest single Kronecker product (in Frobenius norm) is inverted, or its root is taken: `is_exact()` tells.
-        That inverse is a preconditioner for the exact solution, in a few steps of conjugate gradients:
-        `lineax.linear_solve(kfac.damped(x), v, lineax.CG(...), options={"preconditioner": kfac.inverse(x)})`.
+        **Sums of Kronecker terms** (tied weights, several objectives, sums of operators). Blocks with at most 1,024
+        rows are decomposed as dense matrices. Larger ones, of two terms, are diagonalised as both `A` and both `B` are,
+        simultaneously, and the damping goes into the factors: with their mean eigenvalues `a_t = tr A_t / d_A` and
+        `b_t`, it is the inverse of
+
+        ```
+        sum_t (B_t + rho b_t I) (x) (A_t + rho a_t I)        rho = sqrt(damping / sum_t a_t b_t)
+        ```
+
+        which adds up to `damping * I` and mixed terms: exact without damping, and the definition of `"heuristic"`, for
+        sums of any size. Of more than two terms, those that are alike are joined first, in each group by the nearest
+        single product. `solve` starts from there and is exact. Symmetric roots have no such form: they are those of the
+        nearest single product (in Frobenius norm), with the damping added. `is_exact` tells.
 
         `damping` is as for `damped`. First derivatives are right for equal eigenvalues, too.
 
@@ -146,8 +159,21 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def solve(
         self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
     ) -> PyTree[Array]:
-        """`inverse(damping, method).mv(vector)`."""
-        return self.inverse(damping, method).mv(vector)
+        """`(self + damping * I)^-1 vector`, which is `inverse(damping, method).mv(vector)` where that is exact.
+
+        Where it is not, for sums of Kronecker terms with more than 1,024 rows, `"exact"` takes at most 100 steps of
+        conjugate gradients in matrix form, with that inverse as preconditioner, until the residual is below `100 eps`
+        times the vector, block by block: each takes two products with blocks. `"heuristic"` takes none.
+        """
+        inverse = self.inverse(damping, method)
+        if method == "heuristic" or all(is_exact(block, "inverse", True) for block in self.blocks.blocks):
+            return inverse.mv(vector)
+        return self.damped(damping)._refined(inverse, vector)
+
+    def _refined(self, inverse: "BlockLinearOperator", vector: PyTree[Any]) -> PyTree[Array]:
+        """`self^-1 vector`, by conjugate gradients where `inverse` is not exact."""
+        check_vector(self, vector)
+        return _solve(self, inverse, vector)
 
     def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`; see `inverse`."""
@@ -157,12 +183,17 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
         return _mapped(self, damping, "inverse square root")
 
-    def is_exact(self) -> bool:
-        """Whether inverses, roots and determinants are those of the operator.
+    def is_exact(self, function: Function | None = None, *, damped: bool = True) -> bool:
+        """Whether functions of the operator are those of itself, and not of another that is near it.
 
-        They are not where a block is a sum of Kronecker terms with more than 1,024 rows, see `inverse`.
+        They differ for sums of Kronecker terms with more than 1,024 rows, see `inverse`. `function` is `"inverse"` (and
+        determinants), `"solve"`, `"root"` (square roots and their inverses), or None for all of them; `damped` says
+        whether there is damping besides that of the operator itself.
         """
-        return all(map(has_exact_functions, self.blocks.blocks))
+        if function not in (None, *get_args(Function)):
+            raise ValueError(f"function must be 'inverse', 'solve', 'root' or None; got {function!r}.")
+        asked = get_args(Function) if function is None else (function,)
+        return all(is_exact(block, name, damped) for block in self.blocks.blocks for name in asked)
 
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two operators with the same blocks, an operator with blocks."""
@@ -282,9 +313,30 @@ def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
 @jax.jit
 @compiler_sharded
 def _logdet(operator: BlockLinearOperator, damping: PyTree[Array]) -> Float[Array, ""]:
-    spectra = spectra_of(operator.blocks.blocks)
-    shifted = [apply(*pair, "shift") for pair in zip(spectra, _group_dampings(operator, damping), strict=True)]
-    return _sum([jnp.sum(jnp.log(spectrum.values)) for spectrum in shifted])
+    pairs = list(zip(operator.blocks.blocks, _group_dampings(operator, damping), strict=True))
+    large = [pair for pair in pairs if terms_of(pair[0]) is not None]
+    rest = [pair for pair in pairs if terms_of(pair[0]) is None]
+    spectra = spectra_of([block for block, _ in rest])
+    shifted = [apply(spectrum, damping, "shift") for spectrum, (_, damping) in zip(spectra, rest, strict=True)]
+    inverted = pair_inverses(*_columns(large))
+    return _sum([jnp.sum(jnp.log(x.values)) for x in shifted] + [jnp.sum(x.logdets()) for x in inverted])
+
+
+def _columns(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+@jax.jit
+@partial(compiler_sharded, like=lambda operator, inverse, vector: vector)
+def _solve(operator: BlockLinearOperator, inverse: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
+    stacks = operator.blocks.stacks
+    triples = zip(operator.blocks.blocks, inverse.blocks.blocks, read(stacks, vector), strict=True)
+
+    def one(block: Any, inverse: Any, m: Array) -> Array:
+        m = m.astype(jax.tree.leaves(block)[0].dtype)
+        return inverse.mv(m) if is_exact(block, "inverse", True) else refined(block.mv, inverse, m)
+
+    return write(stacks, operator.structure, [one(*triple) for triple in triples])
 
 
 def _sum(parts: list[Array]) -> Array:
@@ -349,17 +401,25 @@ def _map_blocks(
     operator: BlockLinearOperator, damping: PyTree[Array], what: str
 ) -> tuple[BlockLinearOperator, list[Bool[Array, " G"]]]:
     """The function of each block, and whether it is finite."""
-    blocks, dampings = operator.blocks.blocks, _group_dampings(operator, damping)
-    by_factors = [what == HEURISTIC and isinstance(block, Kronecker) for block in blocks]
-    chosen = [pair for pair, own in zip(zip(blocks, dampings, strict=True), by_factors, strict=True) if own]
-    products: list[Any] = [block for block, _ in chosen]
-    inverted = iter(split_inverses(products, [damping for _, damping in chosen]))
-    spectra = iter(spectra_of([block for block, own in zip(blocks, by_factors, strict=True) if not own]))
+    pairs = list(zip(operator.blocks.blocks, _group_dampings(operator, damping), strict=True))
+
+    def way(block: AnyBlock) -> str:
+        if what == HEURISTIC and isinstance(block, Kronecker):
+            return "split"
+        return "pair" if what in ("inverse", HEURISTIC) and terms_of(block) is not None else "spectrum"
+
+    def chosen(name: str) -> tuple[list[Any], list[Any]]:
+        return _columns([pair for pair in pairs if way(pair[0]) == name])
+
+    blocks, dampings = chosen("spectrum")
     name: Any = "inverse" if what == HEURISTIC else what
-    result: list[AnyBlock] = [
-        next(inverted) if own else apply(next(spectra), damping, name)
-        for own, damping in zip(by_factors, dampings, strict=True)
-    ]
+    mapped = [apply(spectrum, d, name) for spectrum, d in zip(spectra_of(blocks), dampings, strict=True)]
+    made = {
+        "split": iter(split_inverses(*chosen("split"))),
+        "pair": iter(pair_inverses(*chosen("pair"))),
+        "spectrum": iter(mapped),
+    }
+    result: list[Any] = [next(made[way(block)]) for block, _ in pairs]
     finite = [finite_groups(block.values if isinstance(block, MatrixFunction) else block) for block in result]
     return _with_blocks(operator, result), finite
 

@@ -23,6 +23,7 @@ from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
     SymmetricLinearOperator,
     check_damping,
@@ -43,6 +44,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.weighted import of_terms, weighted_sum
 
 
 class GGNDiagonalLinearOperator(SymmetricLinearOperator):
@@ -100,6 +102,27 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
         self.entries = compute(problem, 0)
+
+    @classmethod
+    def from_objective(
+        cls, objective: Objective, params: PyTree[Array], batches: Any, *, key: Any = None, **options: Any
+    ) -> Self:
+        """The diagonal of an objective's GGN: the weighted sum of those of its functions.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
+            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+        """
+        operators, weights = of_terms(cls, objective, params, batches, key, options)
+        entries = weighted_sum([operator.entries for operator in operators], weights)
+        made: Self = operators[0]._replace(entries)
+        return made
 
     @classmethod
     def from_batches(
@@ -284,7 +307,7 @@ class _Compute:
 
     def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
         """The entries for a batch whose first example is number `start` of all."""
-        keys = None if self._key is None else example_keys(self._key, start, problem.targets.shape[0])
+        keys = None if self._key is None else example_keys(self._key, start, problem.outputs.shape[0])
         entries: PyTree[Array] = self._compute(problem, keys, self._mc_samples, self._chunk_size)
         return entries
 

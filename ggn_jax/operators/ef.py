@@ -1,6 +1,5 @@
 """The empirical Fisher matrix."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -79,34 +78,27 @@ class EFLinearOperator(DataLinearOperator):
         def product(terms_at: Any, inputs: PyTree, operand: Any) -> PyTree[Array]:
             jacobian = Jacobian.of(problem, inputs)
             terms = terms_at(jacobian.outputs, operand)
-            g = terms.gradients()
-            axes = terms.axes if self.per == "term" else tuple(range(1, g.ndim))
             try:
                 tangent = fusion_boundary(jacobian.jvp(v))
             except NotImplementedError:  # reverse mode only, and once only
-                return _one_by_one(jacobian, terms, axes, v)
-            inner = jnp.sum(g * tangent.astype(g.dtype), axis=axes, keepdims=True)
-            # Where everything is ignored, r is infinite and g is 0.
-            return jacobian.vjp(jnp.where(g == 0, 0, terms.r * inner * g).astype(terms.dtype))
+                return _one_by_one(jacobian, terms, self.per == "term", v)
+            return jacobian.vjp(terms.empirical_product(tangent, self.per == "term"))
 
         return problem.sum_over_chunks(product)
 
 
-def _one_by_one(jacobian: Jacobian, terms: Terms, axes: tuple[int, ...], v: PyTree[Array]) -> PyTree[Array]:
-    """`r sum_t g_t (g_t^T v)` by the gradient of one term after the other, whose `axes` are those of `g_t`."""
-    g = terms.gradients()
-    wide = wide_dtype(v)
-    shape = [1 if axis in axes else size for axis, size in enumerate(g.shape)]
-    number = jnp.arange(math.prod(shape)).reshape(shape)
+def _one_by_one(jacobian: Jacobian, terms: Terms, per_term: bool, v: PyTree[Array]) -> PyTree[Array]:
+    """`sum_t g_t (g_t^T v)` by the gradient of one term or example after the other."""
+    g, wide = terms.empirical(), wide_dtype(v)
+    number, count = terms.labels(per_term)
 
     def outer(index: Array) -> PyTree[Array]:
         gradient = jacobian.vjp(jnp.where(number == index, g, 0).astype(terms.dtype))
         pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
         inner = jnp.stack([jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in pairs]).sum()
-        scale = jnp.where(inner == 0, 0, terms.r.astype(wide) * inner)
-        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient)
+        return jax.tree.map(lambda x: inner.astype(x.dtype) * x, gradient)
 
-    return sum_one_by_one(outer, number.reshape(-1))
+    return sum_one_by_one(outer, jnp.arange(count))
 
 
 register(EFLinearOperator, positive_semidefinite=True)

@@ -129,7 +129,7 @@ class GGNLinearOperator(DataLinearOperator):
     def _keys(self) -> tuple[Array, ...]:
         if self.key is None:
             return ()
-        return (example_keys(self.key, self.start, self.problem.targets.shape[0]),)
+        return (example_keys(self.key, self.start, self.problem.outputs.shape[0]),)
 
     def _curve(self, terms: Terms, keys: tuple[Array, ...], tangent: Array) -> Array:
         """The loss Hessian times `tangent`."""

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples
@@ -15,16 +16,18 @@ from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
+from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective, array_weights
 from ggn_jax.operators.base import register
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, pose, take_apart
 
 
 class KFACLinearOperator(BlockLinearOperator):
@@ -153,6 +156,62 @@ class KFACLinearOperator(BlockLinearOperator):
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, options, self._method)
         self.structure = structure(problem.params)
+
+    @classmethod
+    def from_objective(
+        cls,
+        objective: Objective,
+        params: PyTree[Array],
+        batches: Any,
+        *,
+        key: Any = None,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        examples: Examples = "independent",
+        **options: Any,
+    ) -> Self:
+        """The operator of an objective: of the weighted sum of its functions' GGNs.
+
+        A layer's block has a Kronecker term for each use of its weight, in all functions; with `tied="concatenate"`,
+        one for each function that uses it, whose output factor has the weight in it. `inverse` says how sums of terms
+        are inverted. What has no layer in one of the functions has an exact block of the whole GGN. EKFAC's eigenbases
+        are those of the nearest single products, and its eigenvalues are of the whole GGN.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)`, or `(inputs, targets, mask)`, for each function; they may
+                differ in size.
+            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
+            chunk_size: how many examples are worked on at once.
+            has_aux: whether each `model_fn` returns `(outputs, aux)`.
+            examples: `"coupled"` for functions whose examples depend on each other.
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+        """
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
+        if cls._method == "kfoc":
+            raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
+        unknown = set(options) - {field.name for field in fields(Options)}
+        if unknown:
+            raise TypeError(f"from_objective got unknown options {sorted(unknown)}; masks are part of the batches.")
+        made = Options(**options)
+        problems, keys, masks = [], [], []
+        for i, (term, batch) in enumerate(zip(objective.terms, objective.batches(batches), strict=True)):
+            pair, mask = take_apart(f"batches[{i}]", batch)
+            args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
+            problem = pose(*args, has_aux=has_aux, examples=examples)
+            cls._check(problem, made, chunk_size)
+            problem.check_examples()
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            problems.append(problem)
+            keys.append(check_draws(problem, made, own_key, 0))
+            masks.append(check_mask(mask, problem))
+        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method == "ekfac")
+        return cls._of(blocks, structure(problems[0].params))
 
     @classmethod
     def from_batches(
@@ -306,6 +365,18 @@ def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: s
     if method == "kfoc":
         return compute_optimal_blocks(problem, keys, mask, options)
     return compute_blocks(problem, Layout.of(problem, options), keys, mask, method == "ekfac")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, correct: bool) -> Blocks:
+    layout = JoinedLayout.of_all(problems, options)
+    given = layout, problems, weights, keys, masks
+    sums = joined_sums(*given)
+    if not correct:
+        return assemble_blocks(layout, sums)
+    bases = eigenbases(layout, sums)
+    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))
 
 
 @eqx.filter_jit

@@ -58,14 +58,14 @@ class Linearised(eqx.Module):
 
 
 def is_chunked(problem: Problem) -> bool:
-    return problem.chunk_size is not None and problem.chunk_size < problem.targets.shape[0]
+    return problem.chunk_size is not None and problem.chunk_size < problem.outputs.shape[0]
 
 
 def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
     """`fn(inputs)` of chunks of the batch, whose arrays have examples as first axis, for the whole batch."""
     if problem.chunk_size is None or not is_chunked(problem):
         return fn(problem.inputs)
-    size = problem.targets.shape[0]
+    size = problem.outputs.shape[0]
     runs, each = runs_of(size, problem.chunk_size)
     length = size // runs
     even = length - length % each

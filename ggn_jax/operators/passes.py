@@ -15,6 +15,7 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batched_leaves
 from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
     COLUMNS_AT_ONCE,
     CurvatureLinearOperator,
@@ -33,6 +34,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.weighted import WeightedSumLinearOperator, of_terms
 from ggn_jax.terms import check_values
 
 
@@ -44,6 +46,25 @@ class DataLinearOperator(CurvatureLinearOperator):
     def _for_batch(self, inputs: PyTree[Array], targets: Array, start: int) -> Self:
         """The same operator of a batch of the same shapes, of which the first example is number `start` of all."""
         return eqx.tree_at(lambda op: (op.problem.inputs, op.problem.targets), self, (inputs, targets))
+
+    @classmethod
+    def from_objective(
+        cls, objective: Objective, params: PyTree[Array], batches: Any, *, key: Any = None, **options: Any
+    ) -> WeightedSumLinearOperator:
+        """The operator of an objective: the weighted sum of those of its functions.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
+            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+        """
+        operators, weights = of_terms(cls, objective, params, batches, key, options)
+        return WeightedSumLinearOperator(tuple(operators), tuple(weights))
 
     @classmethod
     def from_batches(
@@ -136,8 +157,8 @@ class _Passes:
     def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
         if mask is not None:
             raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
-        shapes = [None if x is None else (x.shape, x.dtype) for x in (*jax.tree.leaves(inputs), targets)]
-        key = jax.tree.structure(inputs), tuple(shapes)
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets))]
+        key = jax.tree.structure((inputs, targets)), tuple(shapes)
         if key not in self._made:
             self._made[key] = operator = self._make(inputs, targets)
             check_unbatched(operator.problem)
@@ -231,7 +252,8 @@ def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTr
 
 def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
     """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
-    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] + [targets]
+    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    arrays += jax.tree.leaves(targets)
 
     def per_example(x: Array) -> Array:
         x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
@@ -240,4 +262,4 @@ def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
 
     values = [per_example(x) for x in arrays]
     mixed = [jnp.sum(jnp.abs(value)) for value in values] + [jnp.sum(jnp.cos(sum(values[1:], values[0])) + 2)]
-    return jnp.stack([jnp.asarray(len(targets), jnp.float32), *mixed])
+    return jnp.stack([jnp.asarray(len(arrays[-1]), jnp.float32), *mixed])

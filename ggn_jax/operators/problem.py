@@ -1,7 +1,7 @@
 """A model, its parameters, a loss and a batch: checked once, and summed over chunks of the batch."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,18 +16,20 @@ from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
 from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
 from ggn_jax._model import Model
+from ggn_jax._outputs import cut as cut_outputs
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
 from ggn_jax._sums import sum_one_by_one
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import JointLoss, flatten_problem, named
 from ggn_jax.layers.check import MAY_BE_COUPLED, check_independent
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
-from ggn_jax.terms import Terms, check_values, part_of, split_terms, term_positions
+from ggn_jax.terms import check_values, split_terms, term_positions
 
 
 class Problem(eqx.Module):
@@ -37,7 +39,8 @@ class Problem(eqx.Module):
     loss: Loss
     params: PyTree[Array]
     inputs: PyTree[Array]
-    targets: Array
+    targets: Any
+    """An array, or a dict of them for a `JointLoss`."""
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
     coupled: bool = eqx.field(static=True)
@@ -56,7 +59,7 @@ class Problem(eqx.Module):
         """Whether some term counts: not where every target is ignored."""
         return largest(self._terms_at_zeros().scale) != 0
 
-    def _terms_at_zeros(self) -> Terms:
+    def _terms_at_zeros(self) -> Any:
         """For what no output changes."""
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
         return split_terms(self.loss, zeros, self.targets, batch=True)
@@ -73,9 +76,9 @@ class Problem(eqx.Module):
         # The reduction does not depend on the outputs' values.
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
         whole = split_terms(self.loss, zeros, self.targets, batch=True)
-        fn = partial(fn, partial(part_of, whole))
+        fn = partial(fn, whole.part)
         data = (self.inputs, whole.operand, *per_datum)
-        size = self.targets.shape[0]
+        size = self.outputs.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
             return fn(*data)
         runs, each = runs_of(size, self.chunk_size)
@@ -93,11 +96,11 @@ class Problem(eqx.Module):
     @property
     def together(self) -> int:
         """How many examples share a backward pass."""
-        return self.targets.shape[0] if self.coupled else 1
+        return self.outputs.shape[0] if self.coupled else 1
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
-        if self.chunk_size is not None and self.chunk_size < self.targets.shape[0]:
+        if self.chunk_size is not None and self.chunk_size < self.outputs.shape[0]:
             # What is ignored may be NaN; two examples tell enough, and take little memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, "leave chunk_size out", examples=2, allow_nan=True)
@@ -109,6 +112,10 @@ class Problem(eqx.Module):
 
     def check_curvature(self) -> None:
         """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""
+        if isinstance(self.loss, JointLoss):
+            for name, problem in _problems_of_heads(self).items():
+                with named(name):
+                    problem.check_curvature()
         if not isinstance(self.loss, LikelihoodLoss) or self.loss.curvature != "hessian":
             return
         if not all(is_concrete(leaf) for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)):
@@ -117,6 +124,42 @@ class Problem(eqx.Module):
         if count:
             number = math.prod(term_positions(self.loss, self.outputs, True))
             raise indefinite_error(self.loss, f"{count} of {number} terms of this batch")
+
+
+class WeightedProblems(eqx.Module):
+    """`sum_k weights[k] problems[k]`, of the same parameters."""
+
+    problems: list[Problem]
+    weights: list[Array]
+
+    @property
+    def params(self) -> PyTree[Array]:
+        return self.problems[0].params
+
+
+def each_problem(problem: Problem | WeightedProblems) -> list[tuple[Problem, Array | None]]:
+    """The problems of a sum, with their weights; or the one that it is."""
+    if isinstance(problem, WeightedProblems):
+        return list(zip(problem.problems, problem.weights, strict=True))
+    return [(problem, None)]
+
+
+def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
+    """Of a `JointLoss`: each output on its own."""
+    loss: Any = problem.loss
+    heads = loss.heads(jax.ShapeDtypeStruct(problem.outputs.shape, problem.outputs.dtype))
+
+    def one(name: str, head: Loss, outputs: jax.ShapeDtypeStruct) -> Problem:
+        model = Model(jax.tree_util.Partial(_output, problem.model_fn, Frozen((name, loss.shapes))))
+        rest = problem.params, problem.inputs, problem.targets[name], outputs
+        return Problem(model, head, *rest, problem.chunk_size, problem.coupled, problem.reverse_only)
+
+    return {name: one(name, *pair) for name, pair in heads.items()}
+
+
+def _output(model_fn: Any, which: Frozen, params: PyTree, inputs: PyTree) -> Array:
+    name, shapes = which.thaw()
+    return cut_outputs(model_fn(params, inputs), dict(shapes))[name]
 
 
 @eqx.filter_jit
@@ -195,7 +238,7 @@ def _check_params(params: Any) -> None:
             )
 
 
-def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
+def as_batch(batch: Any) -> tuple[PyTree[Array], Any, int]:
     """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)}.{batch_hint(batch)}")
@@ -204,13 +247,17 @@ def as_batch(batch: Any) -> tuple[PyTree[Array], Array | None, int]:
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
     if any(map(is_unbatched, jax.tree.leaves(batch[1], is_leaf=is_unbatched))):
         raise TypeError("targets must have an entry for each example; got Unbatched, which is for inputs alone.")
-    targets = None if batch[1] is None else as_array("targets", batch[1])
+    targets = batch[1]
+    if isinstance(targets, Mapping):
+        targets = {name: as_array(f"targets[{name!r}]", leaf) for name, leaf in targets.items()}
+    elif targets is not None:
+        targets = as_array("targets", targets)
     leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=is_unbatched)
     shapes = {f"inputs{jax.tree_util.keystr(path)}": x.shape for path, x in leaves if not is_unbatched(x)}
     if leaves and not shapes:
         raise ValueError("all inputs are Unbatched: one must have an entry for each example.")
-    if targets is not None:
-        shapes["targets"] = targets.shape
+    named_targets = jax.tree_util.tree_leaves_with_path(targets)
+    shapes |= {f"targets{jax.tree_util.keystr(path)}": x.shape for path, x in named_targets}
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -245,7 +292,7 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: FisherType | None) -> tuple[Loss, Array]:
+def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: FisherType | None) -> tuple[Loss, Any]:
     """A loss and targets for a batch that has none."""
     if fisher_type is FisherType.FORWARD_ONLY:
         # It looks at neither, but at whether there is something to count.
@@ -282,6 +329,7 @@ def pose(
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
     with explained(), called_with(params, inputs):
+        model_fn, loss = flatten_problem(model_fn, loss, params, inputs, has_aux)
         jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux), params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(
@@ -292,6 +340,8 @@ def pose(
     check_outputs("the outputs of model_fn", outputs)
     if outputs.shape[:1] != (size,):
         raise ValueError(f"model_fn must return an array [N, *out] with N = {size}; got shape {outputs.shape}.")
+    if isinstance(targets, Mapping) and not isinstance(loss, JointLoss):
+        raise TypeError(f"targets must be one array for {type(loss).__name__}; got a dict, which is for a JointLoss.")
     if targets is None:
         loss, targets = _without_targets(loss, outputs, fisher_type)
         targets = vary_like(targets, inputs)

@@ -7,8 +7,10 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax.operators.blocks import BlockLinearOperator
 
+State = tuple[BlockLinearOperator, BlockLinearOperator]
 
-class BlockSolver(lx.AbstractLinearSolver[BlockLinearOperator]):
+
+class BlockSolver(lx.AbstractLinearSolver[State]):
     """Solves with operators that have blocks, as KFAC and its `damped`, by inverting each block.
 
     `lineax.linear_solve(kfac.damped(x), v, BlockSolver())` takes as long as `kfac.solve(v, x)`, and is differentiated
@@ -26,26 +28,30 @@ class BlockSolver(lx.AbstractLinearSolver[BlockLinearOperator]):
     True
     """
 
-    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> BlockLinearOperator:
-        """The inverse."""
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> State:
+        """The operator and its inverse."""
         if not isinstance(operator, BlockLinearOperator):
             raise ValueError(
                 f"BlockSolver solves with operators that have blocks, as KFACLinearOperator; got"
                 f" {type(operator).__name__}: use another of lineax's solvers."
             )
-        return operator.inverse()
+        return operator, operator.inverse()
 
     def compute(
-        self, state: BlockLinearOperator, vector: PyTree[Array], options: dict[str, Any]
+        self,
+        state: State,
+        vector: PyTree[Array],
+        options: dict[str, Any],
     ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
-        """The product with the inverse."""
-        return state.mv(vector), lx.RESULTS.successful, {}
+        """The product with the inverse, refined as `solve` does."""
+        operator, inverse = state
+        return operator._refined(inverse, vector), lx.RESULTS.successful, {}
 
-    def transpose(self, state: BlockLinearOperator, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def transpose(self, state: State, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The inverse is symmetric."""
         return state, options
 
-    def conj(self, state: BlockLinearOperator, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def conj(self, state: State, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The inverse is real."""
         return state, options
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, is_concrete
 from ggn_jax._eager import compiled
@@ -19,12 +19,13 @@ from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_lik
 from ggn_jax._supported import check_exact, check_supported
 from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.joint import flatten_problem
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
 from ggn_jax.kronecker.stacks import Stack, structure
-from ggn_jax.layers import capture, trace_model
+from ggn_jax.layers import Trace, capture, trace_model
 from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
@@ -89,17 +90,20 @@ class Core:
         check_supported(loss)
         if settings.options.fisher_type is FisherType.TYPE2:
             check_exact(loss)
-        self.model_fn, self.loss, self.settings, self.has_aux = model_fn, loss, settings, has_aux
+        self.model_fn, self.loss, self.has_aux = model_fn, loss, has_aux
         self._inputs = as_arrays("example_inputs", example_inputs)
         self.example_inputs = structure_of(self._inputs)
         full_params = as_arrays("full_params", full_params)
-        self.full_params = structure_of(full_params)
-        self._known: dict[Any, Known] = {}
-        self._look = compiled(self._look_at)
+        self._prepare(settings, structure_of(full_params))
         if full_params is not None:
             # Later on, parameters have values for a part of the model only.
             part = floating_part(full_params)
             self._check_independent(model_of_part(model_fn, part, full_params), part, full_params)
+
+    def _prepare(self, settings: Settings, full_params: PyTree | None) -> None:
+        self.settings, self.full_params = settings, full_params
+        self._known: dict[Any, Known] = {}
+        self._look = compiled(self._look_at)
 
     def start(self, params: PyTree[Array], damping: Array) -> Curvature:
         """The state before the first step; refuses models whose examples depend on each other.
@@ -110,11 +114,11 @@ class Core:
             # `optax.tree.map_params` asks for the state of a stand-in to learn where parameters are: nowhere in here.
             count, skipped, blocks, inverses = (jnp.zeros((), jnp.int32) for _ in range(4))
             return Curvature(count, skipped, jnp.zeros((), jnp.float32), damping, blocks, inverses)
-        check_model(self.model_fn, params, self.example_inputs)
+        self._check(params)
         layout = self._layout(params)
         layout.warn()
         if not is_masked(params):
-            self._check_independent(self.model_fn, params)
+            self._check_examples(params)
         curvature = initial(layout, self.settings, damping)
         self._know(params, layout, curvature)
         return self._placed(as_plain(curvature), params)
@@ -134,8 +138,14 @@ class Core:
         rest = self.placed(curvature._replace(blocks=(), inverses=()), params)
         return rest._replace(blocks=blocks, inverses=inverses)
 
-    def known(self, params: PyTree[Array]) -> Known:
+    def _check(self, params: PyTree[Array]) -> None:
         check_model(self.model_fn, params, self.example_inputs)
+
+    def _check_examples(self, params: PyTree[Array]) -> None:
+        self._check_independent(self.model_fn, params)
+
+    def known(self, params: PyTree[Array]) -> Known:
+        self._check(params)
         shape = structure(params)
         if shape not in self._known:
             layout = self._layout(params)
@@ -178,10 +188,16 @@ class Core:
         return self._layout(params), self.known(params).curvature
 
     def _layout(self, params: PyTree) -> Layout:
-        model_fn = Model(model_of_part(self.model_fn, params, self.full_params), self.has_aux)
+        return Layout(*self.traced(params), self.settings.options)
+
+    def traced(self, params: PyTree) -> tuple[Loss, Trace]:
+        """The loss of one array of outputs, and the layers."""
+        model_fn = model_of_part(self.model_fn, params, self.full_params)
+        like = structure_of(params)
         with called_with(params, self.example_inputs, one_example=not self.coupled):
-            trace = trace_model(model_fn, structure_of(params), self.example_inputs, coupled=self.coupled)
-        return Layout(self.loss, trace, self.settings.options)
+            model_fn, loss = flatten_problem(model_fn, self.loss, like, self.example_inputs, self.has_aux)
+            trace = trace_model(Model(model_fn, self.has_aux), like, self.example_inputs, coupled=self.coupled)
+        return loss, trace
 
     def look(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
         """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
@@ -189,14 +205,31 @@ class Core:
         return self._look(problem, mask, keys, curvature, gradient)
 
     def _look_at(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:
+        layout, counts = Layout.of(problem, self.settings.options), problem.counts()
+        self._check_layers(layout, problem.params, problem.inputs)
+        value, grads, sums = self._sums(problem, layout, mask, keys, curvature, counts, layout, gradient)
+        return value, grads, self._factors(layout, *sums, counts, curvature)
+
+    def _is_due(self, curvature: Curvature) -> Bool[Array, ""]:
+        return (curvature.count % self.settings.factor_interval == 0) | (curvature.weight == 0)
+
+    def _sums(
+        self,
+        problem: Problem,
+        layout: Layout,
+        mask: Any,
+        keys: Any,
+        curvature: Curvature,
+        counts: Bool[Array, ""],
+        whole: Layout,
+        gradient: bool,
+    ) -> tuple[Any, Any, Sums]:
+        """The loss, its gradient, and what the factors are made of; `whole` has all blocks of the state."""
         settings = self.settings
-        layout = Layout.of(problem, settings.options)
         check_mask_fits(layout.trace, mask)
-        self._check_layers(layout, problem)
-        bases = bases_of(layout, curvature.inverses) if settings.ekfac else None
-        due = (curvature.count % settings.factor_interval == 0) | (curvature.weight == 0)
-        always, counts = settings.factor_interval == 1, problem.counts()
-        weights = mean_weights(layout, mask, problem.targets.shape[0], counts)
+        bases = bases_of(whole, curvature.inverses) if settings.ekfac else None
+        due, always = self._is_due(curvature), settings.factor_interval == 1
+        weights = mean_weights(layout, mask, problem.outputs.shape[0], counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
             sides = find_sides(layout, extra["mask"], weights)
@@ -230,32 +263,39 @@ class Core:
             )
 
         extra = {"keys": keys, "mask": mask}
-        value, aux, grads, (sums, corrected) = problem.sum_over_chunks(run, extra)
+        value, aux, grads, sums = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
             if self.has_aux:
                 # A model that was mapped over examples makes it of all of them in another call, of which the compiler
                 # keeps what is needed.
                 value = value, aux if self.coupled else problem.model_fn.with_aux(problem.params, problem.inputs)[1]
+        return value, grads, sums
+
+    def _factors(
+        self, layout: Layout, sums: dict[str, Any], corrected: Any, counts: Bool[Array, ""], curvature: Curvature
+    ) -> Factors:
         if "own" in sums:  # as the weights: it may be added to others'
             sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]
         blocks = assemble_blocks(layout, sums).blocks
         batches = counts.astype(jnp.float32)
-        weight = batches if always else jnp.where(due, batches, 0)
+        weight = batches if self.settings.factor_interval == 1 else jnp.where(self._is_due(curvature), batches, 0)
         factors: Factors = as_plain(Factors(batches, weight, blocks, _stacked_corrections(layout, corrected)))
-        return value, grads, factors
+        return factors
 
-    def _check_layers(self, layout: Layout, problem: Problem) -> None:
+    def _check_layers(self, layout: Layout, params: PyTree[Array], inputs: Any) -> None:
         """Refuse a batch for which the layers are not those that the state belongs to, block by block."""
-        if layout.stacks != self.known(problem.params).stacks:
+        if layout.stacks != self.known(params).stacks:
             raise ValueError(
-                f"batch has inputs {structure_of(problem.inputs)}, for which the model's layers have other factors than"
+                f"batch has inputs {structure_of(inputs)}, for which the model's layers have other factors than"
                 " for example_inputs."
             )
 
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
         if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
-            model_fn, params = Model(model_fn, self.has_aux), jax.tree.map(jnp.asarray, params)
+            params = jax.tree.map(jnp.asarray, params)
+            model_fn, _ = flatten_problem(model_fn, self.loss, params, self._inputs, self.has_aux)
+            model_fn = Model(model_fn, self.has_aux)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             if not self.coupled:
                 check_independent(model_fn, params, self._inputs, outputs.dtype, MAY_BE_COUPLED)

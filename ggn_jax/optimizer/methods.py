@@ -52,7 +52,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
         """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""
-        return summarise(*self.core.blank(params))
+        return summarise(*self.core.blank(params), self.core.settings.most_terms)
 
     def factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None

@@ -1,6 +1,7 @@
 """The quadratic model of a batch's loss along a few directions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._sharding import vary_like
 from ggn_jax.operators.jacobian import Jacobian
-from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.problem import Problem, WeightedProblems, each_problem
 from ggn_jax.optimizer.numbers import inner
 
 
@@ -33,25 +34,25 @@ class QuadraticModel(NamedTuple):
 
 
 def quadratic_model(
-    problem: Problem, gradient: PyTree[Array], directions: Sequence[PyTree[Array]], damping: Array
+    problem: Problem | WeightedProblems, gradient: PyTree[Array], directions: Sequence[PyTree[Array]], damping: Array
 ) -> QuadraticModel:
     """`b_i = g^T d_i`, `K_ij = d_i^T (GGN + damping I) d_j`: the exact GGN of the batch, by one tangent a direction."""
 
-    def part(terms_at: Any, inputs: PyTree, operand: Any) -> Float[Array, "k k"]:
+    def part(problem: Problem, terms_at: Any, inputs: PyTree, operand: Any) -> Float[Array, "k k"]:
         jacobian = Jacobian.of(problem, inputs)
         terms = terms_at(jacobian.outputs, operand)
         tangents = [jacobian.jvp(_like(direction, problem.params)) for direction in directions]
         curved = [terms.product("mv", tangent) for tangent in tangents]
         return jnp.stack([jnp.stack([inner(tangent, c) for c in curved]) for tangent in tangents])
 
-    k = problem.sum_over_chunks(part)
+    k = _total(problem, lambda one: one.sum_over_chunks(partial(part, one)))
     lengths = jnp.stack([jnp.stack([inner(c, d) for d in directions]) for c in directions]).astype(k.dtype)
     k = k + damping.astype(k.dtype) * lengths
     return QuadraticModel(jnp.stack([inner(gradient, d) for d in directions]).astype(k.dtype), (k + k.T) / 2)
 
 
 def reduction_ratio(
-    problem: Problem, model: QuadraticModel, c: Float[Array, " k"], step: PyTree[Array]
+    problem: Problem | WeightedProblems, model: QuadraticModel, c: Float[Array, " k"], step: PyTree[Array]
 ) -> Float[Array, ""]:
     """How much of the predicted decrease of the batch's loss the step achieves.
 
@@ -59,15 +60,29 @@ def reduction_ratio(
     """
 
     def value(params: PyTree[Array]) -> Array:
-        return problem.sum_over_chunks(
-            lambda terms_at, inputs, operand: terms_at(problem.model_fn(params, inputs), operand).wide_loss_value()
-        )
+        def of_one(one: Problem) -> Array:
+            found: Array = one.sum_over_chunks(
+                lambda terms_at, inputs, operand: terms_at(one.model_fn(params, inputs), operand).wide_loss_value()
+            )
+            return found
+
+        return _total(problem, of_one)
 
     moved = jax.tree.map(lambda p, s: p + s.astype(p.dtype), problem.params, step)
     predicted = model.change(c)
     achieved = (value(moved) - value(problem.params)).astype(predicted.dtype)
     ratio = achieved / jnp.where(predicted < 0, predicted, 1)
     return jnp.where(predicted == 0, 1 / 2, jnp.where((predicted < 0) & jnp.isfinite(ratio), ratio, -jnp.inf))
+
+
+def _total(problem: Problem | WeightedProblems, fn: Callable[[Problem], Array]) -> Array:
+    """The weighted sum of `fn` of each problem."""
+    parts = []
+    for one, weight in each_problem(problem):
+        found = fn(one)
+        parts.append(found if weight is None else jnp.where(weight == 0, 0, weight.astype(found.dtype) * found))
+    with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
+        return sum(parts[1:], start=parts[0])
 
 
 def _like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:

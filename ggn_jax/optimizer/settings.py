@@ -9,8 +9,9 @@ from jaxtyping import Array
 
 from ggn_jax._checks import check_count
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.algebra import Block, decompose, invert_heuristically
+from ggn_jax.kronecker.algebra import Block, decompose
 from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.split import invert_heuristically
 from ggn_jax.optimizer.checks import FROM_0_TO_1, check_dtype, check_flag, check_mesh, check_number, check_static
 from ggn_jax.optimizer.spread import Spread
 
@@ -75,6 +76,11 @@ class Settings:
     def keeps_spectra(self) -> bool:
         """Whether damping is applied to eigenvalues, at each step anew."""
         return self.ekfac or self.damping_method == "exact"
+
+    @property
+    def most_terms(self) -> int:
+        """How many Kronecker terms of a block are inverted as they are; more of them as so many that are near."""
+        return 1 if self.keeps_spectra else 2
 
     def invert(self, blocks: Sequence[Block], damping: Array) -> list[Any]:
         """What is kept of blocks to multiply by their inverses."""

@@ -11,7 +11,7 @@ from ggn_jax._checks import check_count, wide_dtype
 from ggn_jax._eager import compiled
 from ggn_jax._fusion import seal
 from ggn_jax._sharding import vary_alike
-from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.problem import Problem, WeightedProblems
 from ggn_jax.optimizer.checks import (
     ABOVE_0,
     BELOW_1,
@@ -84,7 +84,7 @@ class StepRule:
 
     def step(
         self,
-        problem: Problem | None,
+        problem: Problem | WeightedProblems | None,
         grads: PyTree[Array],
         direction: Direction,
         velocity: PyTree[Array] | None,
@@ -126,7 +126,7 @@ class StepRule:
 
     def new_damping(
         self,
-        problem: Problem,
+        problem: Problem | WeightedProblems,
         grads: PyTree[Array],
         step: PyTree[Array],
         damping: Array,
@@ -143,14 +143,16 @@ class StepRule:
 @compiled
 def _adapt(
     due: Bool[Array, ""],
-    problem: Problem,
+    problem: Problem | WeightedProblems,
     grads: PyTree[Array],
     step: PyTree[Array],
     damping: Array,
     least: Array,
     factor: float,
 ) -> Array:
-    def adapted(problem: Problem, grads: PyTree[Array], step: PyTree[Array], damping: Array) -> Array:
+    def adapted(
+        problem: Problem | WeightedProblems, grads: PyTree[Array], step: PyTree[Array], damping: Array
+    ) -> Array:
         model = quadratic_model(problem, grads, [step], damping)
         ratio = reduction_ratio(problem, model, jnp.ones(1, model.b.dtype), step)
         by = jnp.asarray(factor, damping.dtype)

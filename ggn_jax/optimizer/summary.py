@@ -75,8 +75,8 @@ def _cut_blocks(layout: Layout) -> dict[BlockSpec, str]:
     return reasons
 
 
-def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
-    """The report of blocks, whose arrays need no values."""
+def summarise(layout: Layout, curvature: Curvature, most_terms: int) -> CurvatureReport:
+    """The report of blocks, whose arrays need no values; `most_terms` of a sum are inverted as they are."""
     trace = layout.trace
     shapes = dict(zip(trace.names, trace.shapes, strict=True))
     reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
@@ -90,6 +90,9 @@ def summarise(layout: Layout, curvature: Curvature) -> CurvatureReport:
             wide = max(f.shape[1] for f in (*block.a, *block.b))
             if not why and wide > options.max_dense_size:
                 why = f"a factor of size {wide} is more than max_dense_size = {options.max_dense_size}: diagonal"
+            if not why and len(block.a) > most_terms:
+                near = "one that is" if most_terms == 1 else "two that are"
+                why = f"{len(block.a)} Kronecker terms are inverted as {near} near their sum"
         elif isinstance(block, Diagonal) and not unused and spec.kind != "uncovered" and options.small == "full":
             size = block.values.shape[1]
             why = f"size {size} is more than max_small_size = {options.max_small_size}: diagonal"

@@ -16,12 +16,14 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective
 from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, fitted
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made, follow, precondition
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
+from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
@@ -66,8 +68,8 @@ class KFACState(NamedTuple):
 
 
 def scale_by_kfac(
-    model_fn: Callable[[PyTree, PyTree], Array],
-    loss: Loss,
+    model_fn: Callable[[PyTree, PyTree], Array] | Objective,
+    loss: Loss | None = None,
     *,
     example_inputs: PyTree,
     damping: Number | Schedule = 1e-3,
@@ -114,7 +116,7 @@ def scale_by_kfac(
     """
     settings = Settings.of(locals())
     check_schedule("damping", damping)
-    core = Core(model_fn, loss, example_inputs, settings, full_params, has_aux, examples)
+    core = core_of(model_fn, loss, example_inputs, settings, full_params, has_aux, examples)
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
         rejected = core.placed(jnp.zeros((), jnp.int32), params)
@@ -147,9 +149,9 @@ def scale_by_kfac(
 
 
 def kfac(
-    model_fn: Callable[[PyTree, PyTree], Array],
-    loss: Loss,
-    learning_rate: Number | Schedule | Literal["quadratic"],
+    model_fn: Callable[[PyTree, PyTree], Array] | Objective,
+    loss: Loss | None = None,
+    learning_rate: Number | Schedule | Literal["quadratic"] | None = None,
     *,
     example_inputs: PyTree,
     damping: Number | Schedule = 1e-3,
@@ -212,6 +214,8 @@ def kfac(
 
     - `model_fn`, `loss`: `loss(model_fn(params, inputs), targets)` is what is minimised; `model_fn` treats examples
       independently, unless `examples="coupled"`.
+      Or an `Objective` in place of both, `kfac(objective, learning_rate=..., example_inputs=[...])`: then
+      `example_inputs` and the batch of each update are lists, with inputs and a batch for each of its functions.
     - `learning_rate`: a number, a function of the number of steps, or `"quadratic"`: the minimum, along `d`, of the
       quadratic model of the batch's loss with the exact GGN and the damping (Martens & Grosse 2015, section 6.4).
     - `example_inputs`: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
@@ -234,7 +238,9 @@ def kfac(
       takes longer than the rest.
     - `damping_method`: `"heuristic"` adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs
       Cholesky factorisations; `"exact"` adds the damping to the Kronecker product's eigenvalues, and needs
-      eigendecompositions, about ten times the time.
+      eigendecompositions, about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is
+      inverted as it is by `"heuristic"`, see `KFACLinearOperator.inverse`, and of more terms as two that are near;
+      `"exact"`, and `ekfac`, take the nearest single one. `report` names such blocks.
     - `ekfac`: follow the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's); damping is
       exact.
     - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
@@ -274,9 +280,11 @@ def kfac(
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     >>> params = optax.apply_updates(params, updates)
     """
+    if learning_rate is None:
+        raise TypeError("learning_rate must be given: a number, a function of the number of steps, or 'quadratic'.")
     given = locals()
     rule = pick(StepRule, given)
-    core = Core(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
+    core = core_of(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
 
     def init(params: PyTree[Array]) -> KFACState:
         curvature = core.start(params, _first(damping))

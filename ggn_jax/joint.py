@@ -1,0 +1,346 @@
+"""A loss of several outputs of one model: the weighted sum of a loss for each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ggn_jax._checks import as_array, as_outputs, check_outputs, check_weight
+from ggn_jax._model import Model
+from ggn_jax._outputs import cut, flat_model, join
+from ggn_jax._repr import fields
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.loss import Loss
+from ggn_jax.terms import Terms, check_terms, check_values, split_terms
+
+
+class JointLoss(Loss):
+    r"""`sum_k weights[k] losses[k](outputs[k], targets[k])`, of a model that returns a dict of outputs.
+
+    Outputs and targets are dicts with the names of the losses, of arrays with one batch axis: the policy and the value
+    of an agent, or the tasks of a network with several heads. Its Hessian in the outputs is block-diagonal, so that
+    heads are independent in all that is drawn: one draw is for all of them at once. Every operator, the optimizer, the
+    vectors and `LossHessian` take it. Vectors are dicts of arrays `[V, *out]`: those of `"type-2"` are the columns for
+    one head after the other, 0 for the others, so that `V` is the sum of their sizes; an `"empirical"` one is that of
+    all heads, `sqrt(r_k) weights[k] g_k`, side by side.
+
+    `from_batches` needs losses with reduction "sum": means of several kinds of terms have no common denominator.
+
+    Args:
+        losses: a loss for each output, by its name.
+        weights: a number of at least 0 for each of these names, or for some; 1 by default.
+
+    Raises:
+        TypeError, ValueError: for what is no dict of losses, or weights that are not of these names, or negative.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> losses = {"policy": ggn_jax.CrossEntropyLoss(), "value": ggn_jax.MSELoss()}
+    >>> loss = ggn_jax.JointLoss(losses, weights={"value": 0.5})
+    >>> outputs = {"policy": jnp.zeros((8, 3)), "value": jnp.zeros((8, 1))}
+    >>> targets = {"policy": jnp.arange(8) % 3, "value": jnp.ones((8, 1))}
+    >>> print(round(float(loss(outputs, targets)), 3))  # log(3) + 1 / 2
+    1.599
+    >>> vectors = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets)
+    >>> vectors["policy"].shape, vectors["value"].shape
+    ((4, 8, 3), (4, 8, 1))
+    """
+
+    losses: dict[str, Loss]
+    weights: dict[str, Array]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = eqx.field(static=True, default=None)
+    """Of one example's outputs, where they come as one array (`ggn_jax._outputs`)."""
+
+    def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, Any] | None = None):
+        if not isinstance(losses, Mapping) or not losses or not all(isinstance(name, str) for name in losses):
+            raise TypeError(f"losses must be a dict of losses by the names of outputs; got {losses!r}.")
+        for name, loss in losses.items():
+            if not isinstance(loss, Loss) or isinstance(loss, JointLoss):
+                raise TypeError(f"losses[{name!r}] must be a loss of one output; got {loss!r}.")
+        weights = {} if weights is None else weights
+        if not isinstance(weights, Mapping) or not set(weights) <= set(losses):
+            raise ValueError(f"weights must be a dict of numbers with names among {sorted(losses)}; got {weights!r}.")
+        self.losses = {name: losses[name] for name in sorted(losses)}
+        self.weights = {name: _weight(name, weights.get(name, 1.0)) for name in self.losses}
+        self.shapes = None
+        self.reduction = "sum" if all(loss.reduction == "sum" for loss in losses.values()) else "mean"
+
+    def __repr__(self) -> str:
+        return fields(self, losses=dict(self.losses), weights={k: float(w) for k, w in self.weights.items()})
+
+    def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
+        """The loss of a batch: dicts of outputs `[N, *out]` and of their targets."""
+        self.check_names("outputs", outputs)
+        self.check_names("targets", targets)
+        values = [self.weights[k].astype(v.dtype) * v for k, v in self._values(outputs, targets)]
+        with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
+            return sum(values[1:], start=values[0])
+
+    def _values(self, outputs: Any, targets: Any) -> Iterator[tuple[str, Array]]:
+        for name, loss in self.losses.items():
+            with named(name):
+                yield name, loss(outputs[name], targets[name])
+
+    def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> dict[str, Bool[Array, "..."]]:  # type: ignore[override]
+        """That of each loss."""
+        return {k: loss.targets_valid(outputs[k], targets[k], batch=batch) for k, loss in self.losses.items()}
+
+    # Outputs as one array.
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "JointLoss":
+        """The same for outputs of these shapes, of one example each, as one array."""
+        made = object.__new__(JointLoss)
+        given = {"shapes": tuple((name, tuple(shapes[name])) for name in self.losses)}
+        for name in ("losses", "weights", "reduction", "shapes"):
+            object.__setattr__(made, name, given.get(name, getattr(self, name)))
+        return made
+
+    def heads(self, entries: Any) -> dict[str, tuple[Loss, Any]]:
+        """Each loss, and its outputs among these `[*lead, entries]`, an array or a shape."""
+        assert self.shapes is not None
+        if isinstance(entries, jax.ShapeDtypeStruct):
+            found = jax.eval_shape(lambda x: cut(x, dict(self.shapes or ())), entries)
+        else:
+            found = cut(entries, dict(self.shapes))
+        return {name: (loss, found[name]) for name, loss in self.losses.items()}
+
+    def split(self, outputs: Array, targets: Any, batch: bool) -> "JointTerms":  # type: ignore[override]
+        """The heads' terms, with their weights."""
+        found = {k: split_terms(loss, f, targets[k], batch=batch) for k, (loss, f) in self.heads(outputs).items()}
+        weights = {k: self.weights[k].astype(terms.outputs.dtype) for k, terms in found.items()}
+        return JointTerms(self, found, weights, outputs.dtype, batch)
+
+    def check_shapes(self, outputs: Any, targets: Any, batch: bool) -> None:
+        self.check_names("targets", targets)
+        for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
+            with named(name):
+                loss.check_shapes(f, targets[name], batch)
+
+    def check_values(self, outputs: Any, targets: Any, batch: bool) -> None:
+        """Refuse targets whose values a loss does not accept, where they can be looked at."""
+        for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
+            with named(name):
+                check_values(loss, f, targets[name], batch)
+
+    def stand_in_targets(self, outputs: Any, batch: bool) -> Any:
+        found = self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype))
+        return {name: loss.stand_in_targets(f, batch) for name, (loss, f) in found.items()}
+
+    def check_names(self, what: str, tree: Any) -> None:
+        """Refuse what has other names than the losses."""
+        if not isinstance(tree, Mapping) or set(tree) != set(self.losses):
+            got = f"a dict of {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
+            raise TypeError(
+                f"{what} must be a dict of arrays with the names of the losses, {list(self.losses)}; got {got}."
+            )
+
+    def flattened(self, outputs: Any, batch: bool) -> tuple["JointLoss", Array]:
+        """The loss of one array, and that array, of a dict of outputs."""
+        self.check_names("outputs", outputs)
+        arrays = {k: as_outputs(f"outputs[{k!r}]", outputs[k], batch) for k in self.losses}
+        if batch and len({x.shape[0] for x in arrays.values()}) > 1:
+            shapes = {k: x.shape for k, x in arrays.items()}
+            raise ValueError(f"outputs must have one common batch axis; got shapes {shapes}.")
+        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), join(arrays, int(batch))
+
+    # Its terms are of several kinds.
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("a JointLoss has terms of several kinds: use those of its losses.")
+
+    term_weight = term_count = term_valid = term_value = term_gradient = term_hessian = _refuse
+    draw = settle = drawn_gradient = operand = _refuse
+
+
+def _weight(name: str, value: Any) -> Array:
+    weight = check_weight(f"weights[{name!r}]", as_array(f"weights[{name!r}]", value))
+    if weight.ndim:
+        raise ValueError(f"weights[{name!r}] must be a number; got an array of shape {weight.shape}.")
+    return weight
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors say of which output they are."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if type(error) not in (TypeError, ValueError, NotImplementedError):
+            raise  # made of other things than a message
+        raise type(error)(f"of output {name!r}: {error}") from error
+
+
+class JointTerms(eqx.Module):
+    """The terms of a `JointLoss` at outputs `[*lead, entries]`; what `ggn_jax.terms.Terms` is for one loss."""
+
+    loss: JointLoss
+    parts: dict[str, Terms]
+    weights: dict[str, Array]
+    dtype: Any = eqx.field(static=True)
+    batch: bool = eqx.field(static=True)
+
+    @property
+    def outputs(self) -> Float[Array, "... entries"]:
+        return self._join({name: terms.outputs for name, terms in self.parts.items()})
+
+    @property
+    def operand(self) -> PyTree[Array]:
+        return {name: terms.operand for name, terms in self.parts.items()}
+
+    @property
+    def scale(self) -> Float[Array, " terms"]:
+        """What a plain term's Hessian is multiplied by, of all terms."""
+        return jnp.concatenate([_times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
+
+    @property
+    def r(self) -> Float[Array, ""]:
+        """The reduction, where all losses have the same: that of sums."""
+        return jnp.ones((), self.outputs.dtype)
+
+    def part(self, outputs: Array, operand: Any) -> "JointTerms":
+        found = {k: self.parts[k].part(f, operand[k]) for k, (_, f) in self.loss.heads(outputs).items()}
+        return JointTerms(self.loss, found, self.weights, self.dtype, self.batch)
+
+    def loss_value(self) -> Float[Array, ""]:
+        return self.wide_loss_value().astype(self.dtype)
+
+    def wide_loss_value(self) -> Float[Array, ""]:
+        values = [_times(self.weights[k], terms.wide_loss_value()) for k, terms in self.parts.items()]
+        return sum(values[1:], start=values[0])
+
+    def empirical(self) -> Float[Array, "... entries"]:
+        return self._join({k: _times(self.weights[k], terms.empirical()) for k, terms in self.parts.items()})
+
+    def empirical_product(self, tangent: Array, per_term: bool) -> Float[Array, "... entries"]:
+        if not per_term:
+            g = self.empirical()
+            return (g * jnp.sum(g * tangent.astype(g.dtype), axis=-1, keepdims=True)).astype(self.dtype)
+        tangents = self.loss.heads(tangent)
+        products = {k: t.empirical_product(tangents[k][1], True) for k, t in self.parts.items()}
+        return self._join({k: _times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
+
+    def labels(self, per_term: bool) -> tuple[Array, int]:
+        if not per_term:
+            shape = self.outputs.shape
+            return jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape), shape[0]
+        found: dict[str, Array] = {}
+        total = 0
+        for name, terms in self.parts.items():
+            numbers, count = terms.labels(True)
+            found[name], total = numbers + total, total + count
+        return self._join(found), total
+
+    def draw(self, keys: Array, num: int) -> dict[str, Array]:
+        """As `Terms.draw`, for each head, with keys of its own."""
+        return {k: terms.draw(folded(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
+
+    def drawn_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
+        return self._join(
+            {k: _times(_root(self.weights[k]), t.drawn_gradient(drawn[k])) for k, t in self.parts.items()}
+        )
+
+    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
+        return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
+
+    def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
+        vs = self.loss.heads(v)
+        products = {k: terms.product(name, vs[k][1]) for k, terms in self.parts.items()}
+        scales = {k: w if name == "mv" else _root(w) for k, w in self.weights.items()}
+        return self._join({k: _times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
+
+    def diagonal(self) -> Float[Array, "... entries"]:
+        return self._join({k: _times(self.weights[k], terms.diagonal()) for k, terms in self.parts.items()})
+
+    def weighted(self, name: str) -> Terms:
+        """One head's terms, with its weight in what plain terms are multiplied by."""
+        terms = self.parts[name]
+        return replace(terms, scale=_times(self.weights[name], terms.scale))
+
+    def join(self, arrays: Sequence[Array], lead: int) -> Array:
+        """The heads' arrays `[*lead, *out]` as one, in the order of their names."""
+        return join(dict(zip(self.parts, arrays, strict=True)), lead)
+
+    def _join(self, arrays: dict[str, Array]) -> Array:
+        return join(arrays, int(self.batch))
+
+
+def _root(weight: Array) -> Array:
+    return jnp.where(weight > 0, jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
+
+
+def _times(weight: Array, x: Array) -> Array:
+    """`weight * x`; 0 wins over NaN, so that what is left out may be anything."""
+    return jnp.where(weight == 0, 0, weight.astype(x.dtype) * x)
+
+
+def folded(keys: Array, number: int) -> Array:
+    """Keys for the head of this number."""
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+
+    def fold(key: Array) -> Array:
+        return jax.random.fold_in(key, number)
+
+    return fold(keys) if keys.ndim == (0 if typed else 1) else jax.vmap(fold)(keys)
+
+
+def flatten_problem(model_fn: Any, loss: Any, params: PyTree, inputs: PyTree, has_aux: bool = False) -> tuple[Any, Any]:
+    """A model that returns one array, and a loss of it; of a `JointLoss` and a model that returns a dict."""
+    if not isinstance(loss, JointLoss) or loss.shapes is not None:
+        return model_fn, loss
+    outputs = jax.eval_shape(Model(model_fn, has_aux), params, inputs)
+    loss.check_names("the outputs of model_fn", outputs)
+    for name, output in outputs.items():
+        if not isinstance(output, jax.ShapeDtypeStruct) or not output.shape:
+            raise TypeError(f"model_fn must return an array [N, *out] as output {name!r}; got {output}.")
+        check_outputs(f"output {name!r} of model_fn", output)
+    sizes = {name: output.shape for name, output in outputs.items()}
+    if len({shape[0] for shape in sizes.values()}) > 1:
+        raise ValueError(f"the outputs of model_fn must have one common batch axis; got shapes {sizes}.")
+    return flat_model(model_fn, has_aux), loss.with_shapes({name: shape[1:] for name, shape in sizes.items()})
+
+
+def joint_vectors(
+    loss: JointLoss, make: Callable[[Loss], Callable[..., Array]], fisher_type: FisherType
+) -> Callable[..., dict[str, Array]]:
+    """A function of dicts of outputs and targets, and of a key, from one for each loss."""
+    fns = {name: make(head) for name, head in loss.losses.items()}
+
+    def fn(outputs: Any, *args: Any) -> dict[str, Array]:
+        *numbers, targets, key = args
+        loss.check_names("outputs", outputs)
+        if targets is None:
+            targets = dict.fromkeys(fns)
+        loss.check_names("targets", targets)
+        found = {}
+        for i, (name, one) in enumerate(fns.items()):
+            with named(name):
+                drawn = one(outputs[name], *numbers, targets[name], None if key is None else folded(key, i))
+            weight = loss.weights[name]
+            found[name] = _times(weight if fisher_type is FisherType.EMPIRICAL else _root(weight), drawn)
+        if fisher_type is not FisherType.TYPE2:
+            return found
+        sizes, start = [x.shape[0] for x in found.values()], 0
+        for name, size in zip(found, sizes, strict=True):
+            rest = (start, sum(sizes) - start - size)
+            found[name] = jnp.pad(found[name], [rest, *[(0, 0)] * (found[name].ndim - 1)])
+            start += size
+        return found
+
+    return fn
+
+
+def check_joint_terms(loss: JointLoss, outputs: Any, targets: Any, batch: bool) -> tuple[JointLoss, Array, Any]:
+    """The loss, outputs and targets as one array, and as arrays, after all checks."""
+    flat, joined = loss.flattened(outputs, batch)
+    if targets is None:
+        targets = flat.stand_in_targets(joined, batch)
+    loss.check_names("targets", targets)
+    checked = {}
+    for name, (head, f) in flat.heads(joined).items():
+        with named(name):
+            checked[name] = check_terms(head, f, targets[name], batch)[1]
+    return flat, joined, checked

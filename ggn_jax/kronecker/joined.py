@@ -1,0 +1,149 @@
+"""Blocks of several functions of the same parameters: one plan of layers, and each function's share of the factors."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ggn_jax._checks import compute_dtype, wide_dtype
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.factors import Bases, factor_sums
+from ggn_jax.kronecker.layout import Cuts, Layout
+from ggn_jax.kronecker.options import Options
+from ggn_jax.layers import Layer, Plan, Trace, trace_model
+from ggn_jax.layers.labels import Data
+from ggn_jax.loss import Loss
+from ggn_jax.operators.problem import Problem
+
+
+class JoinedLayout(Layout):
+    """The blocks of a sum of functions: the uses of a weight are those of all of them."""
+
+    def __init__(self, losses: Sequence[Loss], traces: Sequence[Trace], options: Options):
+        super().__init__(losses[0], _joined(traces), options)
+        self.parts: list[Part] = []
+        start = 0
+        for loss, trace in zip(losses, traces, strict=True):
+            self.parts.append(Part(self, loss, trace, start))
+            start += len(trace.uses)
+
+    @classmethod
+    def of_all(cls, problems: Sequence[Problem], options: Options) -> "JoinedLayout":
+        traces = [trace_model(x.model_fn, x.params, x.inputs, coupled=x.coupled) for x in problems]
+        return cls([problem.loss for problem in problems], traces, options)
+
+    def concatenated(self, layer: Layer) -> list[list[int]]:
+        """Each function's uses, so that it has one term."""
+        return [found for part in self.parts if (found := part.places(layer))]
+
+
+class Part(Layout):
+    """One function's share of a `JoinedLayout`: its own uses of each layer, perhaps none."""
+
+    def __init__(self, whole: Layout, loss: Loss, trace: Trace, start: int):
+        self.options, self.loss, self.trace = whole.options, loss, trace
+        self.sizes, self.leaves = whole.sizes, whole.leaves
+        self._start = start
+        layers = tuple(map(self._own, whole.plan.layers))
+        self.plan = Plan(layers, whole.plan.leftovers)
+        self._whole, self._layers = whole, {id(own): i for i, own in enumerate(layers)}
+
+    def places(self, layer: Layer) -> list[int]:
+        """Which of a layer's uses are this function's."""
+        stop = self._start + len(self.trace.uses)
+        return [i for i, n in enumerate(layer.uses) if self._start <= n < stop]
+
+    def _own(self, layer: Layer) -> Layer:
+        places = self.places(layer)
+        uses = tuple(layer.uses[i] - self._start for i in places)
+        return replace(layer, uses=uses, swapped=tuple(layer.swapped[i] for i in places))
+
+    def _of_all(self, layer: Layer) -> Layer:
+        return self._whole.plan.layers[self._layers[id(layer)]]
+
+    def joint(self, layer: Layer) -> bool:
+        return self._whole.joint(self._of_all(layer))
+
+    def cuts(self, layer: Layer) -> tuple[Cuts, Cuts]:
+        return self._whole.cuts(self._of_all(layer))
+
+    def warn(self) -> None:
+        """The whole does."""
+
+
+def _joined(traces: Sequence[Trace]) -> Trace:
+    """What is found in all of them, as if they were one model."""
+    uses: list[Any] = []
+    small: list[Any] = []
+    blocked: list[Any] = []
+    for trace in traces:
+        start = len(uses)
+        small += [x if x.bias_of is None else replace(x, bias_of=x.bias_of + start) for x in trace.small]
+        uses += trace.uses
+        blocked += trace.blocked
+    wide = wide_dtype([trace.outputs for trace in traces])
+    outputs = jax.ShapeDtypeStruct((), wide)
+    found = {"uses": tuple(uses), "small": tuple(small), "blocked": tuple(blocked)}
+    return replace(traces[0], **found, outputs=outputs, head=Data())
+
+
+def joined_sums(
+    layout: JoinedLayout,
+    problems: Sequence[Problem],
+    weights: Sequence[Array],
+    keys: Sequence[Array | None],
+    masks: Sequence[Array | None],
+    bases: Bases | None = None,
+    leftovers: bool = True,
+) -> dict[str, Any]:
+    """`factor_sums` of all functions."""
+    if leftovers:
+        layout.warn()
+    parts = zip(problems, layout.parts, keys, masks, strict=True)
+    return add_sums(layout, [factor_sums(*part, bases, leftovers) for part in parts], weights)
+
+
+def add_sums(layout: JoinedLayout, sums: Sequence[dict[str, Any]], weights: Sequence[Array]) -> dict[str, Any]:
+    """The factors of all uses, and the weighted sum of what has no factors; the weights are in the output factors."""
+    dtype = compute_dtype(layout.trace.outputs.dtype)
+    sums = [jax.tree.map(lambda x: x.astype(dtype), found) for found in sums]
+    weights = [weight.astype(dtype) for weight in weights]
+
+    def times(weight: Array, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.where(weight == 0, 0, weight * x), tree)
+
+    result: dict[str, Any] = {}
+    for name in {"a", "count"} & set(sums[0]):
+        result[name] = [
+            [x for use in layer for x in use] for layer in zip(*(found[name] for found in sums), strict=True)
+        ]
+    if layout.options.fisher_type is FisherType.FORWARD_ONLY:
+        pairs = zip(layout.parts, weights, strict=True)
+        outputs = [times(weight, _ones(layout, part, dtype)) for part, weight in pairs]
+        result["b"] = [[x for use in layer for x in use] for layer in zip(*outputs, strict=True)]
+        return result
+    scaled = [
+        times(weight, {k: x for k, x in found.items() if k not in result})
+        for weight, found in zip(weights, sums, strict=True)
+    ]
+    if "b" in scaled[0]:
+        result["b"] = [
+            [x for use in layer for x in use] for layer in zip(*(found["b"] for found in scaled), strict=True)
+        ]
+    for name in {"own", "corrected"} & set(scaled[0]):
+        trees = [found[name] for found in scaled]
+        result[name] = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *trees)
+    return result
+
+
+def _ones(layout: JoinedLayout, part: Part, dtype: Any) -> list[list[tuple[Array, ...]]]:
+    """The output factors where nothing is back-propagated."""
+    result = []
+    for layer, own in zip(layout.plan.layers, part.plan.layers, strict=True):
+        cuts, groups = layout.cuts(layer), layer.weight.shape[0]
+        runs = [cuts[int(swapped)] for swapped in own.swapped]
+        result.append([tuple(jnp.ones((groups * run.count, run.size), dtype) for run in use) for use in runs])
+    return result

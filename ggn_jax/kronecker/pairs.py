@@ -1,0 +1,280 @@
+"""Inverses of sums of two Kronecker products, by simultaneous diagonalisation, with the damping in their factors.
+
+With `S = A_1 + A_2`, there is a `T_A` with `T_A^T S T_A = I` in which both are diagonal, `T_A^T A_1 T_A = diag(alpha)`
+and `T_A^T A_2 T_A = diag(1 - alpha)`, and a `T_B` alike (Golub & Van Loan 2013, section 8.7). So
+
+    (B_1 (x) A_1 + B_2 (x) A_2)^-1 = (T_B (x) T_A) diag(1 / l) (T_B (x) T_A)^T
+    l_oi = beta_o alpha_i + (1 - beta_o) (1 - alpha_i)
+
+and the determinant is the product of all `l`, over `det(T_B (x) T_A)^2`. `T` is not orthogonal: symmetric roots of the
+sum have no such form.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ggn_jax.kronecker.algebra import Factor, Kronecker, Spectral, combine, diagonal_of, gram, is_diagonal, units
+from ggn_jax.kronecker.linalg import RESOLUTION, Batch, batched, eigh, resolved, rotated, scale_of
+
+
+class Congruence(Spectral):
+    """`(T_B (x) T_A) diag(values) (T_B (x) T_A)^T` with matrices `T` that need not be orthogonal."""
+
+    def replace_values(self, values: Float[Array, "G out in"]) -> "Congruence":
+        return Congruence(self.qa, self.qb, values)
+
+    def traces(self) -> Float[Array, " G"]:
+        return jnp.sum(self.diagonal(), axis=(1, 2))
+
+    def norms(self) -> Float[Array, " G"]:
+        right, left = (None if q is None else jnp.einsum("gki,gkj->gij", q, q) ** 2 for q in (self.qa, self.qb))
+        other = self.values if left is None else jnp.einsum("gop,gpi->goi", left, self.values)
+        other = other if right is None else jnp.einsum("goj,gji->goi", other, right)
+        square = jnp.sum(self.values * other, axis=(1, 2))
+        return jnp.sqrt(jnp.where(square > 0, square, 1)) * jnp.where(square > 0, 1, square)
+
+
+class PairInverse(eqx.Module):
+    """`(B_1 (x) A_1 + B_2 (x) A_2)^-1`; made by `invert_pairs`."""
+
+    pair: Kronecker
+    found: Congruence  # a constant for derivatives, which are those of the pair
+    logs: Float[Array, " G"]
+    """The logarithm of the determinant of the pair."""
+
+    def mv(self, m: Float[Array, "G ..."]) -> Float[Array, "G ..."]:
+        shape = self.found.values.shape
+        return _solve(self, m.reshape(shape)).reshape(m.shape)
+
+    def scaled(self, by: Float[Array, ""]) -> "PairInverse":
+        """`by` times it."""
+        pair = Kronecker(self.pair.a, tuple(b / by for b in self.pair.b))
+        found = self.found.replace_values(jax.lax.stop_gradient(by) * self.found.values)
+        return PairInverse(pair, found, self.logs - self.found.values[0].size * jnp.log(jax.lax.stop_gradient(by)))
+
+    def spectral(self) -> Congruence:
+        """The inverse's form; it has values, and no derivatives."""
+        return _without_derivatives(self)
+
+    def logdets(self) -> Float[Array, " G"]:
+        """The logarithm of the determinant of what is inverted."""
+        return _logdets(self)
+
+    def diagonal(self) -> Float[Array, "G out in"]:
+        return self.spectral().diagonal()
+
+    def traces(self) -> Float[Array, " G"]:
+        return self.spectral().traces()
+
+    def norms(self) -> Float[Array, " G"]:
+        return self.spectral().norms()
+
+
+@jax.custom_jvp
+def _solve(f: PairInverse, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
+    return f.found.mv(m)
+
+
+@_solve.defjvp
+def _solve_jvp(primals: Any, tangents: Any) -> Any:
+    """`dK^-1 m = K^-1 (dm - dK K^-1 m)`."""
+    (f, m), (df, dm) = primals, tangents
+    solution = _solve(f, m)
+    change = jax.jvp(lambda pair: pair.mv(solution), (f.pair,), (df.pair,))[1]
+    return solution, _solve(f, dm - change)
+
+
+@jax.custom_jvp
+def _logdets(f: PairInverse) -> Float[Array, " G"]:
+    return f.logs
+
+
+@_logdets.defjvp
+def _logdets_jvp(primals: Any, tangents: Any) -> Any:
+    """`tr(K^-1 dK)`."""
+    ((f,), (df,)) = primals, tangents
+
+    def inside(x: Factor, q: Array | None) -> Float[Array, "G d"]:
+        if q is None:
+            return diagonal_of(x)
+        return jnp.einsum("gk,gki->gi", x, q**2) if is_diagonal(x) else jnp.einsum("gki,gkl,gli->gi", q, x, q)
+
+    def trace(pair: Kronecker) -> Float[Array, " G"]:
+        terms = zip(pair.a, pair.b, strict=True)
+        parts = [inside(b, f.found.qb)[:, :, None] * inside(a, f.found.qa)[:, None, :] for a, b in terms]
+        return jnp.sum(f.found.values * sum(parts[1:], start=parts[0]), axis=(1, 2))
+
+    return f.logs, jax.jvp(trace, (f.pair,), (df.pair,))[1]
+
+
+@jax.custom_jvp
+def _without_derivatives(f: PairInverse) -> Congruence:
+    return f.found
+
+
+@_without_derivatives.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "the diagonal, the trace and the norm of the inverse of a sum of two Kronecker products have no derivatives"
+        " here: differentiate its products, or the determinant."
+    )
+
+
+def invert_pairs(
+    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]], batch: Batch = batched
+) -> list[PairInverse]:
+    """The inverses of sums of two terms, damped by `damp_factors`; of several terms, of the `near_pair`."""
+    pairs = [damp_factors(near_pair(block), damping) for block, damping in zip(blocks, dampings, strict=True)]
+    constant = jax.lax.stop_gradient(pairs)
+    sides = [side for pair in constant for side in (pair.a, pair.b)]
+    found = iter(_diagonalise(sides, batch))
+    return [_assembled(pair, next(found), next(found)) for pair in pairs]
+
+
+def damp_factors(block: Kronecker, damping: Float[Array, "*#G"]) -> Kronecker:
+    """`sum_t (B_t + rho b_t I) (x) (A_t + rho a_t I)` with `rho = sqrt(damping / sum_t a_t b_t)`.
+
+    `a_t = tr A_t / d_A` and `b_t` are the factors' mean eigenvalues. For one term this is Martens & Grosse's rule
+    (2015, section 6.3), and a term that is cut in two, or joined by one that is 0, is damped as before. The identities
+    add up to `damping * I`. Where all is 0, the sum is that.
+    """
+    means = [[jnp.mean(diagonal_of(x), axis=1) for x in side] for side in (block.a, block.b)]
+    # Products of means may leave the dtype's range.
+    top_a, top_b = (scale_of(jnp.stack(side), (0,)) for side in means)
+    total = sum((a / top_a) * (b / top_b) for a, b in zip(*means, strict=True))
+    some = total > 0
+    size = jnp.sqrt(top_a) * jnp.sqrt(top_b) * jnp.sqrt(jnp.where(some, total, 1))  # sqrt(sum_t a_t b_t)
+    root = jnp.sqrt(damping).astype(size.dtype)
+    rho = jnp.where(some, root / size, 0)
+    alone = jnp.where(some, 0, root / jnp.sqrt(jnp.asarray(len(block.a), size.dtype)))
+    a, b = (
+        tuple(_shift(x, rho * mean + alone) for x, mean in zip(side, own, strict=True))
+        for side, own in zip((block.a, block.b), means, strict=True)
+    )
+    return Kronecker(a, b)
+
+
+def near_pair(block: Kronecker) -> Kronecker:
+    """Two terms near a sum of several: each of them goes with the more alike of the two that differ most.
+
+    The first is the largest; the second has the most that is no multiple of the first. Both groups are replaced by the
+    nearest product (`Kronecker.nearest`), so that the result is positive semi-definite, which the best sum of two need
+    not be. Of two terms it is the block itself.
+    """
+    if len(block.a) == 2:
+        return block
+    (a, size_a), (b, size_b) = (units(jax.lax.stop_gradient(side)) for side in (block.a, block.b))
+    cosines = gram(a) * gram(b)
+    weights = (size_a / jnp.max(size_a, axis=1, keepdims=True, initial=0)) * size_b
+    weights = jnp.where(jnp.isfinite(weights), weights, 0)
+    first = jnp.argmax(weights, axis=1)
+    alike = jnp.take_along_axis(cosines, first[:, None, None], axis=1)[:, 0]
+    second = jnp.argmax(weights**2 * (1 - alike**2), axis=1)
+    other = jnp.take_along_axis(cosines, second[:, None, None], axis=1)[:, 0] > alike
+
+    def group(which: Array) -> Kronecker:
+        kept = [jnp.where(which[:, t].reshape(-1, *[1] * (x.ndim - 1)), x, 0) for t, x in enumerate(block.b)]
+        return Kronecker(block.a, tuple(kept)).nearest()
+
+    x, y = group(~other), group(other)
+    return Kronecker(x.a + y.a, x.b + y.b)
+
+
+def _root(x: Array) -> Array:
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
+    if is_diagonal(factor):
+        return factor + by[:, None]
+    return factor + by[:, None, None] * jnp.eye(factor.shape[1], dtype=factor.dtype)[None]
+
+
+class _Side(eqx.Module):
+    """One side's factors: `T^T X T = diag(alpha)`, `T^T Y T = diag(rest)`, for factors divided by their scales."""
+
+    t: Factor
+    values: tuple[Float[Array, "G d"], Float[Array, "G d"]]
+    scales: tuple[Float[Array, " G"], Float[Array, " G"]]
+    logs: Float[Array, " G"]
+    """`log det(T^-T T^-1)` where that has no null space."""
+
+
+def _diagonalise(sides: Sequence[Sequence[Factor]], batch: Batch) -> list[_Side]:
+    """Simultaneously, each pair of positive semi-definite factors; what is 0 in both stays an eigenvector of both.
+
+    Eigenvalues below the resolution count as 0: a vector `t` finds `t^T X t` to `eps |X| |t|^2`.
+    """
+    scales = [(_scale(side[0]), _scale(side[1])) for side in sides]
+    unit = [
+        _alike([_divided(*x) for x in zip(side, own, strict=True)]) for side, own in zip(sides, scales, strict=True)
+    ]
+    wide = [pair for pair in unit if not is_diagonal(pair[0])]
+    bases = []
+    for values, q in eigh(batch, [x + y for x, y in wide]):
+        values = resolved(values)
+        bases.append((values, q * jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 1)[:, None]))
+    inner = []
+    for (x, _), (values, w) in zip(wide, bases, strict=True):
+        some = values > 0
+        both = some[:, :, None] & some[:, None, :]
+        null = jnp.eye(some.shape[1], dtype=x.dtype)[None] * jnp.where(some, 0, -1)[:, None].astype(x.dtype)
+        inner.append(jnp.where(both, rotated(x, w), null))  # -1 keeps null vectors apart
+    turned = iter(zip(eigh(batch, inner), bases, strict=True))
+    result = []
+    for pair, own in zip(unit, scales, strict=True):
+        if is_diagonal(pair[0]):
+            total = pair[0] + pair[1]
+            some = total > 0
+            safe = jnp.where(some, total, 1)
+            result.append(_Side(jax.lax.rsqrt(safe), (pair[0] / safe, pair[1] / safe), own, jnp.sum(jnp.log(safe), 1)))
+            continue
+        (alpha, u), (values, w) = next(turned)
+        t = jnp.einsum("gij,gjk->gik", w, u)
+        least = RESOLUTION * jnp.finfo(t.dtype).eps * jnp.max(values, axis=1, keepdims=True) * jnp.sum(t**2, axis=1)
+        inside = alpha > -1 / 2
+        kept = [jnp.where(inside & (x > least), x, 0) for x in (alpha, 1 - alpha)]
+        logs = jnp.sum(jnp.log(jnp.where(values > 0, values, 1)), axis=1)
+        result.append(_Side(t, (kept[0], kept[1]), own, logs))
+    return result
+
+
+def _scale(factor: Factor) -> Float[Array, " G"]:
+    mean = jnp.mean(diagonal_of(factor), axis=1)
+    return jnp.where(mean > 0, mean, 1)
+
+
+def _divided(factor: Factor, scale: Float[Array, " G"]) -> Factor:
+    return factor / scale.reshape(-1, *[1] * (factor.ndim - 1))
+
+
+def _alike(factors: Sequence[Factor]) -> list[Factor]:
+    """All of them dense, unless all are diagonal."""
+    ones = jnp.eye(len(factors), dtype=factors[0].dtype)
+    return [combine(factors, weights) for weights in ones]
+
+
+def _assembled(pair: Kronecker, a: _Side, b: _Side) -> PairInverse:
+    roots = [_root(x) * _root(y) for x, y in zip(a.scales, b.scales, strict=True)]
+    present = [jnp.any(x > 0, axis=1) & jnp.any(y > 0, axis=1) for x, y in zip(a.values, b.values, strict=True)]
+    roots = [jnp.where(here, root, 0) for here, root in zip(present, roots, strict=True)]
+    top = jnp.maximum(*roots)
+    safe = jnp.where(top > 0, top, 1)[:, None, None]
+    terms = zip(roots, a.values, b.values, strict=True)
+    values = sum((root[:, None, None] / safe) ** 2 * y[:, :, None] * x[:, None, :] for root, x, y in terms)
+    assert isinstance(values, jax.Array)
+    out, inputs = values.shape[1:]
+    logs = jnp.sum(jnp.log(values), axis=(1, 2)) + 2 * out * inputs * jnp.log(safe[:, 0, 0])
+    logs = logs + out * a.logs + inputs * b.logs
+    inverse = 1 / values / safe / safe
+    if is_diagonal(a.t):
+        inverse = inverse * a.t[:, None, :] ** 2
+    if is_diagonal(b.t):
+        inverse = inverse * b.t[:, :, None] ** 2
+    qa, qb = (None if is_diagonal(side.t) else side.t for side in (a, b))
+    return PairInverse(pair, Congruence(qa, qb, inverse), logs)

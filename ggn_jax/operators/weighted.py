@@ -1,0 +1,76 @@
+"""Weighted sums of operators on the same parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax.objective import Objective, array_weights
+from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register
+
+
+class WeightedSumLinearOperator(SymmetricLinearOperator):
+    """`sum_k weights[k] operators[k]`: the curvature of an `Objective`; made by `from_objective`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, loss, batch = {"w": jnp.ones((2, 3))}, ggn_jax.MSELoss(), (jnp.ones((8, 2)), jnp.ones((8, 3)))
+    >>> term = ggn_jax.Objective(lambda p, x: x @ p["w"], loss)
+    >>> ggn = ggn_jax.GGNLinearOperator.from_objective(term + 0.5 * term, params, [batch, batch])
+    >>> type(ggn).__name__, ggn.damped(0.1).as_matrix().shape
+    ('WeightedSumLinearOperator', (6, 6))
+    """
+
+    operators: tuple[lx.AbstractLinearOperator, ...]
+    weights: tuple[Float[Array, ""], ...]
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.operators[0].in_structure()
+
+    def _details(self) -> dict[str, Any]:
+        return {"operators": self.operators}
+
+    def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
+        """The product with `vector`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return weighted_sum([operator.mv(vector) for operator in self.operators], self.weights)
+
+
+def weighted_sum(trees: Sequence[PyTree[Array]], weights: Sequence[Array]) -> PyTree[Array]:
+    """`sum_k weights[k] trees[k]`; 0 wins over NaN, so that what is left out may be anything."""
+
+    def one(*leaves: Array) -> Array:
+        parts = [jnp.where(w == 0, 0, w.astype(x.dtype) * x) for w, x in zip(weights, leaves, strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    return jax.tree.map(one, *trees)
+
+
+register(WeightedSumLinearOperator)
+lx.is_positive_semidefinite.register(
+    WeightedSumLinearOperator, lambda operator: all(map(lx.is_positive_semidefinite, operator.operators))
+)
+lx.linearise.register(
+    WeightedSumLinearOperator,
+    lambda operator: WeightedSumLinearOperator(tuple(map(lx.linearise, operator.operators)), operator.weights),
+)
+
+
+def of_terms(
+    make: Callable[..., Any],
+    objective: Objective,
+    params: PyTree[Array],
+    batches: Any,
+    key: Any,
+    options: dict[str, Any],
+) -> tuple[list[Any], list[Array]]:
+    """An operator for each function of an objective, with a key of its own, and the weights."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
+    made = []
+    for i, (term, batch) in enumerate(zip(objective.terms, objective.batches(batches), strict=True)):
+        own = options if key is None else {**options, "key": jax.random.fold_in(key, i)}
+        made.append(make(term.model_fn, term.loss, params, tuple(batch), **own))
+    return made, array_weights(objective)

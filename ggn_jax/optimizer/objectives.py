@@ -1,0 +1,100 @@
+"""One pass over the batches of an objective: what `Core` is for one function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax._checks import Examples
+from ggn_jax._sharding import vary_like
+from ggn_jax.kronecker.checks import check_draws
+from ggn_jax.kronecker.joined import JoinedLayout, add_sums
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.objective import Objective, array_weights
+from ggn_jax.operators.problem import WeightedProblems
+from ggn_jax.operators.weighted import weighted_sum
+from ggn_jax.optimizer.core import Core, Look
+from ggn_jax.optimizer.curvature import Curvature
+from ggn_jax.optimizer.settings import Settings
+
+
+class ObjectiveCore(Core):
+    """An objective's functions, each with a `Core`, and the blocks of their weighted sum."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        example_inputs: Any,
+        settings: Settings,
+        full_params: PyTree | None,
+        has_aux: bool,
+        examples: Examples,
+    ):
+        if has_aux:
+            raise NotImplementedError(
+                "has_aux=True is for one model_fn: an objective's functions return outputs alone; compute what else they"
+                " return in a call of your own."
+            )
+        inputs = objective.each("example_inputs", "inputs", example_inputs, lambda x: not isinstance(x, tuple | list))
+        pairs = zip(objective.terms, inputs, strict=True)
+        rest = settings, full_params, has_aux, examples
+        self._cores = [Core(term.model_fn, term.loss, x, *rest) for term, x in pairs]
+        self._objective, self.has_aux = objective, False
+        self.examples, self.coupled = examples, self._cores[0].coupled
+        self._prepare(settings, self._cores[0].full_params)
+
+    def _check(self, params: PyTree[Array]) -> None:
+        for core in self._cores:
+            core._check(params)
+
+    def _check_examples(self, params: PyTree[Array]) -> None:
+        for core in self._cores:
+            core._check_examples(params)
+
+    def _layout(self, params: PyTree) -> Layout:
+        losses, traces = zip(*(core.traced(params) for core in self._cores), strict=True)
+        return JoinedLayout(losses, traces, self.settings.options)
+
+    def problem(
+        self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None, *, value: bool
+    ) -> tuple[Any, Any]:
+        batches = self._objective.batches(batch)
+        found = [
+            core.problem(params, one, full_params, value=value) for core, one in zip(self._cores, batches, strict=True)
+        ]
+        weights = vary_like(array_weights(self._objective), params)
+        return WeightedProblems([problem for problem, _ in found], weights), [mask for _, mask in found]
+
+    def look(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
+        keys = [
+            check_draws(one, self.settings.options, None if key is None else jax.random.fold_in(key, i), 0)
+            for i, one in enumerate(problem.problems)
+        ]
+        return self._look(problem, mask, keys, curvature, gradient)
+
+    def _look_at(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:
+        problems, weights = problem.problems, problem.weights
+        layout = JoinedLayout.of_all(problems, self.settings.options)
+        self._check_layers(layout, problems[0].params, [one.inputs for one in problems])
+        present = [one.counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
+        counts = jnp.any(jnp.stack(present))
+        each = zip(problems, layout.parts, mask, keys, strict=True)
+        seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
+        values, grads, pairs = zip(*seen, strict=True)
+        value = weighted_sum(values, weights) if gradient else None
+        total = weighted_sum(grads, weights) if gradient else None
+        added = [{**sums, "corrected": corrected} if corrected else sums for sums, corrected in pairs]
+        joined = add_sums(layout, added, weights)
+        return value, total, self._factors(layout, joined, joined.pop("corrected", ()), counts, curvature)
+
+
+def core_of(model_fn: Any, loss: Any, *given: Any) -> Core:
+    """Of an objective, or of a model and a loss."""
+    if not isinstance(model_fn, Objective):
+        return Core(model_fn, loss, *given)
+    if loss is not None:
+        raise TypeError(
+            "an objective has its losses: pass kfac(objective, learning_rate=..., example_inputs=[...]), without loss."
+        )
+    return ObjectiveCore(model_fn, *given)
