@@ -130,11 +130,16 @@ TOKENS = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=2)
 
 def attention_factors(sharing: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`A` and `B` of every layer from Jacobians: the definition, in dense algebra."""
-    inputs, targets = SEQUENCES
-    outputs, kept = attention(ATTENTION, inputs)
-    zeros = {name: jnp.zeros((4, 5, 3)) for name in ATTENTION}
-    jacobian = jax.jacobian(lambda eps: attention(ATTENTION, inputs, eps)[0].reshape(-1))(zeros)
-    hessian = jax.hessian(lambda f: TOKENS(f.reshape(outputs.shape), targets))(outputs.reshape(-1))
+
+    @jax.jit
+    def derivatives(inputs: jax.Array, targets: jax.Array) -> Any:
+        outputs, kept = attention(ATTENTION, inputs)
+        zeros = {name: jnp.zeros((4, 5, 3)) for name in ATTENTION}
+        jacobian = jax.jacobian(lambda eps: attention(ATTENTION, inputs, eps)[0].reshape(-1))(zeros)
+        hessian = jax.hessian(lambda f: TOKENS(f.reshape(outputs.shape), targets))(outputs.reshape(-1))
+        return kept, jacobian, hessian
+
+    kept, jacobian, hessian = derivatives(*SEQUENCES)
     factors = {}
     for name in ATTENTION:
         a, j = np.asarray(kept[name]), np.asarray(jacobian[name])  # [60, N, S, out]

@@ -289,9 +289,8 @@ def test_monte_carlo_of_a_loss_without_hessian() -> None:
 # Precision. ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [("float32", 1e-5), ("bfloat16", 0.06)])
-@pytest.mark.parametrize("name", ["ggn", "mc", "ef", "hessian", "diagonal"])
-def test_low_precision(name: str, dtype: str, tol: float) -> None:
+@covering(1, name=["ggn", "mc", "ef", "hessian", "diagonal"], dtype=["float32", "bfloat16"])
+def test_low_precision(name: str, dtype: str) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), MLP_PARAMS)
     vector = jax.tree.map(lambda p: p.astype(dtype), CE.vector)
     operator = FACTORIES[name](mlp, CE.loss, params, (X.astype(dtype), CE.targets), chunk_size=3).damped(DAMPING)
@@ -302,7 +301,7 @@ def test_low_precision(name: str, dtype: str, tol: float) -> None:
     reference = FACTORIES[name](mlp, CE.loss, wide[0], (wide[1], CE.targets)).damped(DAMPING).mv(wide[2])
     error = np.linalg.norm(flat(product) - flat(reference)) / np.linalg.norm(flat(reference))
     if not name.startswith("mc"):  # draws depend on the dtype
-        assert error < tol
+        assert error < {"float32": 1e-5, "bfloat16": 0.06}[dtype]
     assert np.isfinite(error)
     assert jax.eval_shape(operator.as_matrix).dtype == dtype
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from designs import covering
 from jax.flatten_util import ravel_pytree
 from matfree import decomp, eig, funm, stochtrace
 from problems import (
@@ -37,12 +38,18 @@ from ggn_jax import (
     HessianLinearOperator,
 )
 
+
+def names_of_classes(value: Any) -> str | None:
+    """For pytest: solvers are called as their classes are."""
+    return type(value).__name__ if isinstance(value, lx.AbstractLinearSolver) else None
+
+
 # As lineax operators. ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
+@covering(
+    1,
+    solver=[
         lx.CG(rtol=1e-10, atol=1e-10),
         lx.GMRES(rtol=1e-10, atol=1e-10, restart=40),
         lx.LSMR(rtol=1e-10, atol=1e-10),
@@ -50,9 +57,9 @@ from ggn_jax import (
         lx.LU(),
         lx.AutoLinearSolver(well_posed=True),
     ],
-    ids=lambda solver: type(solver).__name__,
+    cls=[GGNLinearOperator, EFLinearOperator],
+    ids=names_of_classes,
 )
-@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
 def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
     operator = cls(*CE.args).damped(DAMPING)
     solution = lx.linear_solve(operator, CE.vector, solver).value
@@ -245,11 +252,13 @@ def test_constructed_under_jit_with_constant_targets() -> None:
         assert_close(flat(product(CE.params)), want)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize(
-    "solver", [lx.CG(rtol=1e-10, atol=1e-10), lx.Cholesky()], ids=lambda solver: type(solver).__name__
+@covering(
+    2,
+    cls=[GGNLinearOperator, EFLinearOperator],
+    solver=[lx.CG(rtol=1e-10, atol=1e-10), lx.Cholesky()],
+    chunk_size=[None, 2],
+    ids=names_of_classes,
 )
-@pytest.mark.parametrize("cls", [GGNLinearOperator, EFLinearOperator])
 def test_model_closes_over_traced_values(cls: Any, solver: Any, chunk_size: int | None) -> None:
     """Parameters that are not differentiated, batch statistics and the like, made in the same `jit`."""
 

@@ -45,7 +45,7 @@ def test_dtypes_are_stable(dtype: Any) -> None:
     optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=0.1, weight_decay=1e-3, adapt_damping=1)
     state = optimizer.init(params)
     grads = gradient(mlp, CE, params, batch)
-    updates, new = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=KEY)
+    updates, new = jax.eval_shape(partial(optimizer.update, batch=batch, key=KEY), grads, state, params)
     for a, b in ((updates, params), (new, state)):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)

@@ -86,7 +86,7 @@ def test_deep_linear_network_in_a_loop_is_exact() -> None:
 
     got = KFACLinearOperator(model_fn, MSELoss(), params, (x, y), fisher_type="type-2").as_matrix()
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    want = jax.hessian(lambda flat: jnp.mean((model_fn(unravel(flat), x) - y) ** 2))(flat)
+    want = jax.jit(jax.hessian(lambda flat: jnp.mean((model_fn(unravel(flat), x) - y) ** 2)))(flat)
     step = jnp.concatenate([jnp.repeat(jnp.arange(L), D), jnp.repeat(jnp.arange(L), D * D)])
     np.testing.assert_allclose(got, jnp.where(step[:, None] == step[None], want, 0), atol=1e-12)
 

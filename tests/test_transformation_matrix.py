@@ -93,6 +93,14 @@ GROUPS: dict[str, Callable[..., dict[str, Any]]] = {
     fn.__name__: fn for fn in (vectors, operators, kronecker, optimizers)
 }
 every_group = pytest.mark.parametrize("name", GROUPS)
+
+
+def groups(*by_default: str) -> Any:
+    """The others run with `-m sweep`: what is done to them is nothing that their functions take part in."""
+    marks = {name: [] if name in by_default else [pytest.mark.sweep] for name in GROUPS}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in GROUPS])
+
+
 A, B = args_of(0), args_of(1)
 
 
@@ -133,7 +141,7 @@ def test_vmap(name: str) -> None:
     same(jax.jit(jax.vmap(GROUPS[name]))(*stacked(A, B)), stacked(compiled(name)(*A), compiled(name)(*B)))
 
 
-@every_group
+@groups("kronecker")
 def test_pmap(name: str) -> None:
     same(jax.pmap(GROUPS[name])(*stacked(A, B)), stacked(compiled(name)(*A), compiled(name)(*B)))
 
@@ -153,12 +161,12 @@ def test_inside_of_control_flow_and_of_others_rules(name: str) -> None:
     same(got, stacked(want, jax.tree.map(jnp.zeros_like, want)))
 
 
-@every_group
+@groups("kronecker", "optimizers")  # `test_transforms.py` exports the functions of the others
 def test_export(name: str) -> None:
     same(jax.export.export(jax.jit(GROUPS[name]))(*A).call(*B), compiled(name)(*B))
 
 
-@every_group
+@groups("optimizers")
 def test_donated_arguments(name: str) -> None:
     def run(*args: jax.Array) -> Any:
         return GROUPS[name](*args), args[0] + 1, args[1] + 1  # which can be where the arguments were

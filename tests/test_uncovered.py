@@ -22,11 +22,16 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
     """The dense GGN from Jacobians and JAX's Hessian of the loss."""
-    flat, unravel = ravel_pytree(params)
-    outputs = model_fn(params, batch[0])
-    jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
-    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
-    return np.array(jacobian.T @ hessian @ jacobian)
+
+    @jax.jit
+    def dense(params: Any, batch: Any) -> jax.Array:
+        flat, unravel = ravel_pytree(params)
+        outputs = model_fn(params, batch[0])
+        jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
+        hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
+        return jacobian.T @ hessian @ jacobian
+
+    return np.array(dense(params, batch))
 
 
 def weight_normed(p: Any, x: jax.Array) -> jax.Array:

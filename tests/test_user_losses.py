@@ -133,7 +133,7 @@ def test_hessian_losses(name: str) -> None:
     loss, outputs, targets = CASES[name]
     outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     size = outputs[0].size
-    full = jax.hessian(lambda f: loss(f, targets))(outputs).reshape(N, size, N, size)
+    full = jax.jit(jax.hessian(lambda f: loss(f, targets)))(outputs).reshape(N, size, N, size)
     blocks = np.stack([full[n, :, n] for n in range(N)])
     vectors = make_batch_grad_output_fn(loss, "type-2")(outputs, targets).reshape(size, N, size)
     np.testing.assert_allclose(np.einsum("vni,vnj->nij", vectors, vectors), blocks, **EXACT)
