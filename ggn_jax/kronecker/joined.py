@@ -86,8 +86,8 @@ def _joined(traces: Sequence[Trace]) -> Trace:
         blocked += trace.blocked
     wide = wide_dtype([trace.outputs for trace in traces])
     outputs = jax.ShapeDtypeStruct((), wide)
-    found = {"uses": tuple(uses), "small": tuple(small), "blocked": tuple(blocked)}
-    return replace(traces[0], **found, outputs=outputs, head=Data())
+    found = replace(traces[0], uses=tuple(uses), small=tuple(small), blocked=tuple(blocked))
+    return replace(found, outputs=outputs, head=Data())
 
 
 def joined_sums(

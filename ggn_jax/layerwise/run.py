@@ -233,7 +233,7 @@ def _look(
     layers, options, grads, valued = view
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
-    kind = options.fisher_type, options.mc_samples, options.positions, 1
+    kind = options.fisher_type, options.mc_samples, options.positions
     num = count_vectors(problem.loss, layers.trace.outputs, *kind)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:

@@ -33,8 +33,8 @@ class ObjectiveCore(Core):
     ):
         if has_aux:
             raise NotImplementedError(
-                "has_aux=True is for one model_fn: an objective's functions return outputs alone; compute what else they"
-                " return in a call of your own."
+                "has_aux=True is for one model_fn: an objective's functions return outputs alone; compute what else"
+                " they return in a call of your own."
             )
         inputs = objective.each("example_inputs", "inputs", example_inputs, lambda x: not isinstance(x, tuple | list))
         pairs = zip(objective.terms, inputs, strict=True)
