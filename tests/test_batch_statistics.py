@@ -189,8 +189,6 @@ def test_aux_of_independent_examples() -> None:
     assert_close(grads, gradient(mlp, CE, params, (X, Y)))
     assert_close(factors, without.factors(params, (X, Y), state))
     args = CE, params, (X, Y)
-    for cls in (ggn_jax.GGNLinearOperator, ggn_jax.HessianLinearOperator, ggn_jax.EFLinearOperator):
-        assert_close(cls(model_fn, *args, has_aux=True, chunk_size=2).mv(params), cls(plain, *args).mv(params))
     diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, *args, has_aux=True, method="data")
     assert_close(np.diag(diagonal.as_matrix()), np.diag(dense_ggn(plain, CE, params, (X, Y))))
 

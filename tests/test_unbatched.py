@@ -31,6 +31,10 @@ def model_fn(p: Any, inputs: Any) -> jax.Array:
     return h @ p["v"]
 
 
+def with_aux(p: Any, inputs: Any) -> Any:
+    return model_fn(p, inputs), inputs["x"]
+
+
 def closed(p: Any, x: jax.Array) -> jax.Array:
     return model_fn(p, {"x": x, "state": STATE})
 
@@ -44,13 +48,16 @@ ARGS = model_fn, CE, PARAMS
 
 
 def test_products() -> None:
+    """Also of a model that returns more than its outputs."""
     vector = jax.tree.map(lambda x: normal(9, *x.shape), PARAMS)
     flat, unravel = ravel_pytree(vector)
     want = unravel(DENSE @ flat)
-    assert_close(ggn_jax.GGNLinearOperator(*ARGS, BATCH, chunk_size=4).mv(vector), want)
-    assert_close(ggn_jax.GGNLinearOperator.from_batches(*ARGS, BATCHES).mv(vector), want)
+    args = with_aux, CE, PARAMS
+    assert_close(ggn_jax.GGNLinearOperator(*args, BATCH, chunk_size=4, has_aux=True).mv(vector), want)
+    assert_close(ggn_jax.GGNLinearOperator.from_batches(*args, BATCHES, has_aux=True).mv(vector), want)
     for cls in (ggn_jax.EFLinearOperator, ggn_jax.HessianLinearOperator):
-        assert_close(cls(*ARGS, BATCH, chunk_size=4).mv(vector), cls(closed, CE, PARAMS, CLOSED).mv(vector))
+        want = cls(closed, CE, PARAMS, CLOSED).mv(vector)
+        assert_close(cls(*args, BATCH, chunk_size=3, has_aux=True).mv(vector), want)
 
 
 @pytest.mark.parametrize("method", ["layers", "data"])
@@ -84,10 +91,6 @@ def test_traced_constants_beside_them() -> None:
 
     want = ggn_jax.GGNLinearOperator(lambda p, x: 2 * closed(p, x), CE, PARAMS, CLOSED).mv(PARAMS)
     assert_close(product(jnp.asarray(2.0), BATCH), want)
-
-
-def with_aux(p: Any, inputs: Any) -> Any:
-    return model_fn(p, inputs), inputs["x"]
 
 
 def test_function_space_and_layers() -> None:
