@@ -221,5 +221,5 @@ def test_inputs_without_batch_axis() -> None:
     layers, loss = ggn_jax.find_layers(model_fn, w, inputs), ggn_jax.MSELoss()
     fn = lambda io: (io.grads, jnp.sum(io[layers.names[0]].output_grads))  # noqa: E731
     options: dict[str, Any] = {"fisher_type": "empirical"}
-    grads, _ = ggn_jax.sum_layer_io(fn, layers, loss, w, (inputs, y), chunk_size=2, **options)
-    assert_close(grads, jax.grad(lambda w: loss(plain(w, x), y))(w))
+    run = jax.jit(lambda w: ggn_jax.sum_layer_io(fn, layers, loss, w, (inputs, y), chunk_size=2, **options))
+    assert_close(run(w)[0], jax.jit(jax.grad(lambda w: loss(plain(w, x), y)))(w))

@@ -50,7 +50,7 @@ class GramLinearOperator(SymmetricLinearOperator):
     - `model_fn`, `params`, `inputs`, `chunk_size`, `has_aux`: as for `JacobianLinearOperator`. For `as_matrix` and
       `solve_ggn` the model must treat examples independently, which is checked outside of `jit`.
     - `loss`, `targets`: a `Loss` and a batch of targets; `S` is that of the loss of the whole batch. Targets may be
-      None where its curvature depends on none.
+      None where its curvature depends on none. With a `JointLoss`, vectors are `[N, K]`, all outputs of an example.
     - `centred`: whether to subtract the mean over examples from `J`.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
