@@ -51,7 +51,7 @@ class Objective:
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
     >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
-    >>> objective = Objective(lambda p, x: x @ p["w"], loss) + 0.5 * Objective(slope, loss)
+    >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
     >>> batches = [(jnp.ones((8, 2)), jnp.zeros((8, 1))), (jnp.ones((3, 2)), jnp.ones((3, 2)))]
     >>> float(objective(params, batches))
     4.0

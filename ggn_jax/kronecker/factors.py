@@ -285,7 +285,8 @@ def _corrected_part(
         g = g if q_out is None else jnp.einsum("vgnso,gop->vgnsp", g, q_out)
         a = a if q_in is None else jnp.einsum("gnsi,gij->gnsj", a, q_in)
         if len(rows) == 1 and a.shape[2] == 1:
-            return jnp.einsum("vgno,gni->goi", g[:, :, :, 0] ** 2, a[:, :, 0] ** 2)
+            squares = jnp.einsum("vgno,gni->goi", g[:, :, :, 0] ** 2, a[:, :, 0] ** 2)
+            return jnp.swapaxes(squares, 1, 2) if s else squares
         gradient = jnp.einsum("vgnso,gnsi->vgnoi", g, a)
         total = total + (jnp.swapaxes(gradient, -1, -2) if s else gradient)
     return jnp.sum(total**2, axis=(0, 2))
