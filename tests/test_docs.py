@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from compiling import flags
 
 import ggn_jax
@@ -87,12 +88,14 @@ def blocks_of(text: str) -> list[tuple[int, str]]:
     return found
 
 
+GO_ON = ["preconditioners", "scaling"]  # pages whose blocks go on from each other
+
+
 def test_pages(tmp_path: Path) -> None:
-    """All that have no test of their own, in one process."""
-    others = {"scaling", "recipes", "gpus", "training"}
-    pages = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in others]
+    """All others, in one process."""
+    pages = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in GO_ON]
     blocks = [block for path in pages for block in blocks_of(path.read_text(encoding="utf-8"))]
-    assert len(blocks) > 5
+    assert len(blocks) > 20
     run(BLOCKS, tmp_path, json.dumps(blocks))
 
 
@@ -102,18 +105,10 @@ def test_every_page_is_in_the_contents() -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == listed
 
 
-def test_figures_of_large_models(tmp_path: Path) -> None:
-    """The blocks of the page go on from each other."""
-    blocks = blocks_of((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", GO_ON)
+def test_pages_whose_blocks_go_on_from_each_other(tmp_path: Path, page: str) -> None:
+    blocks = blocks_of((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
     run(BLOCKS, tmp_path, json.dumps([(blocks[0][0], "".join(block for _, block in blocks))]))
-
-
-def test_recipes(tmp_path: Path) -> None:
-    run(BLOCKS, tmp_path, json.dumps(blocks_of((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))))
-
-
-def test_gpus(tmp_path: Path) -> None:
-    run(BLOCKS, tmp_path, json.dumps(blocks_of((ROOT / "docs" / "gpus.md").read_text(encoding="utf-8"))))
 
 
 def test_readme(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ with warnings.catch_warnings():
 # Exact matrices. -----------------------------------------------------------------------------------------------------
 
 
-NAMES = lambda value: value.name if isinstance(value, Problem) else None  # noqa: E731
+def names(value: Any) -> str | None:
+    """For pytest: problems are called by their names."""
+    return value.name if isinstance(value, Problem) else None
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -77,14 +79,14 @@ def test_oracle_in_jax_agrees(problem: Problem) -> None:
     assert_close(problem.jacobian().T @ np.asarray(hessian).reshape(size, size) @ problem.jacobian(), problem.ggn())
 
 
-@covering(1, problem=PROBLEMS, chunk_size=[None, 3], ids=NAMES)
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3], ids=names)
 def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     hessian = HessianLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
 @pytest.mark.parametrize("per", ["term", "datum"])
-@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], ids=NAMES)
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], ids=names)
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -112,7 +114,7 @@ def test_ef_of_terms_and_of_data_differ() -> None:
 
 
 @pytest.mark.parametrize("method", ["layers", "data"])
-@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], ids=NAMES)
+@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], ids=names)
 def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
     options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
