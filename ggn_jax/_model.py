@@ -7,7 +7,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from ggn_jax._hints import kind
-from ggn_jax._unbatched import unwrap
+from ggn_jax._unbatched import are_batched, unwrap
 
 
 class Model(eqx.Module):
@@ -19,6 +19,10 @@ class Model(eqx.Module):
     def __call__(self, params: PyTree, inputs: PyTree) -> Array:
         outputs: Array = self.with_aux(params, inputs)[0]
         return outputs
+
+    def at(self, inputs: PyTree) -> Callable[[PyTree, PyTree], Array]:
+        """The same function for such inputs: `fn` itself where that is all, as JAX knows what it has traced by it."""
+        return self if self.has_aux or not all(are_batched(inputs)) else self.fn
 
     def with_aux(self, params: PyTree, inputs: PyTree) -> tuple[Array, PyTree]:
         """The outputs, and what else it returns; None if that is nothing."""

@@ -330,7 +330,7 @@ def pose(
 
     with explained(), called_with(params, inputs):
         model_fn, loss = flatten_problem(model_fn, loss, params, inputs, has_aux)
-        jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux), params, inputs).value
+        jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux).at(inputs), params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise TypeError(
             f"model_fn must return one array [N, *out]; got {jax.tree.structure(outputs)}. Pass a function that takes"
