@@ -197,7 +197,7 @@ MASK = "weight_decay_mask must be a pytree of booleans like params"
     [
         ({"learning_rate": "best"}, ValueError, f"{RATE} 'best'"),
         ({"learning_rate": True}, TypeError, f"{RATE} True"),
-        ({"learning_rate": None}, TypeError, f"{RATE} None"),
+        ({"learning_rate": None}, TypeError, "learning_rate must be given: a number"),
         ({"learning_rate": -1.0}, ValueError, f"{RATE} -1.0"),
         ({"learning_rate": float("inf")}, ValueError, f"{RATE} inf"),
         ({"learning_rate": float("nan")}, ValueError, f"{RATE} nan"),
