@@ -22,7 +22,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.loss_check import check_loss
 from ggn_jax.loss_hessian import LossHessian
 from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
-from ggn_jax.models import ModelFn, from_equinox, from_linen, from_nnx
+from ggn_jax.models import ModelFn, from_equinox, from_haiku, from_linen, from_nnx
 from ggn_jax.objective import Objective, ObjectiveTerm
 from ggn_jax.operators import (
     BatchesLinearOperator,
@@ -108,6 +108,7 @@ __all__ = [
     "check_loss",
     "find_layers",
     "from_equinox",
+    "from_haiku",
     "from_linen",
     "from_matrices",
     "from_nnx",

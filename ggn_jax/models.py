@@ -1,4 +1,4 @@
-"""`(model_fn, params)` from the modules of Flax and Equinox; the only place that knows these libraries."""
+"""`(model_fn, params)` from the modules of Flax, Equinox and Haiku; the only place that knows these libraries."""
 
 import abc
 from typing import Any
@@ -13,8 +13,8 @@ from ggn_jax._frozen import Frozen
 class ModelFn(eqx.Module):
     """`model_fn(params, inputs) -> outputs`: a pytree whose leaves are the arrays that are not parameters.
 
-    Made by `from_nnx`, `from_linen` and `from_equinox`. Two of the same model compare equal but for their leaves, so
-    that nothing is traced anew.
+    Made by `from_nnx`, `from_linen`, `from_equinox` and `from_haiku`. Two of the same model compare equal but for their
+    leaves, so that nothing is traced anew.
 
     >>> import equinox as eqx, jax
     >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
@@ -164,6 +164,61 @@ class _Equinox(ModelFn):
     def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
         module = eqx.combine(params, self.rest.thaw())
         return module(inputs) if self.batched else jax.vmap(module)(inputs)
+
+
+def from_haiku(
+    transformed: Any, params: PyTree[Array], state: Any = None, *, rng: Any = None, **kwargs: Any
+) -> tuple[ModelFn, PyTree[Array]]:
+    """A function transformed by Haiku, as a function of its parameters.
+
+    **Arguments:** `transformed`: what `haiku.transform` or `haiku.transform_with_state` returned; `params`: the
+    parameters that its `init` returned; `state`: the state, with `transform_with_state` only, which is held fixed: what
+    a call changes in it is not kept; `rng`: the key that is passed to each call, the same one; `kwargs`: passed on to
+    each call, such as `is_training=False`.
+
+    **Returns:** `(model_fn, params)`.
+
+    **Raises:** TypeError for what is not transformed, and for a state that is missing or has no place.
+
+    >>> from typing import NamedTuple
+    >>> import jax.numpy as jnp
+    >>> class Transformed(NamedTuple):  # as haiku.transform(forward) is
+    ...     init: object
+    ...     apply: object
+    >>> forward = Transformed(None, lambda params, rng, x: x @ params["linear"]["w"])
+    >>> model_fn, params = from_haiku(forward, {"linear": {"w": jnp.ones((3, 2))}})
+    >>> model_fn(params, jnp.ones((5, 3))).shape
+    (5, 2)
+    """
+    kind = type(transformed).__name__
+    if kind not in ("Transformed", "TransformedWithState") or not callable(getattr(transformed, "apply", None)):
+        raise TypeError(
+            f"transformed must be what haiku.transform or haiku.transform_with_state returns; got {kind}. Others, as of"
+            " multi_transform, have several functions: write model_fn(params, inputs) with the one that you want."
+        )
+    stateful = kind == "TransformedWithState"
+    if stateful != (state is not None):
+        raise TypeError(
+            f"state must be {'what init returned beside the parameters' if stateful else 'left out'} for {kind}; got"
+            f" {type(state).__name__}."
+        )
+    return _Haiku(_size(params), transformed.apply, state, rng, Frozen(kwargs)), params
+
+
+class _Haiku(ModelFn):
+    apply: Any = eqx.field(static=True)
+    state: PyTree[Array]
+    rng: Any
+    kwargs: Frozen
+
+    def _name(self) -> str:
+        return getattr(self.apply, "__name__", "apply")
+
+    def _run(self, params: PyTree[Array], inputs: PyTree) -> Array:
+        kwargs = self.kwargs.thaw()
+        if self.state is None:
+            return self.apply(params, self.rng, inputs, **kwargs)
+        return self.apply(params, self.state, self.rng, inputs, **kwargs)[0]
 
 
 def _size(params: PyTree[Array]) -> int:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,12 +13,13 @@ import pytest
 from flax import linen, nnx
 
 import ggn_jax
-from ggn_jax import GGNDiagonalLinearOperator, GGNLinearOperator, from_equinox, from_linen, from_nnx
+from ggn_jax import GGNDiagonalLinearOperator, GGNLinearOperator, from_equinox, from_haiku, from_linen, from_nnx
 
 F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 N = 6
 X = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)))
 TARGETS = np.arange(N) % 2
+VALUES = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)))
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +147,46 @@ def made_equinox_batched() -> tuple[Any, Any]:
     return from_equinox(module, batched=True), module(X)
 
 
+class TransformedWithState(NamedTuple):
+    """As Haiku's: it is known by its name and its `apply`, and need not be installed."""
+
+    init: Any
+    apply: Any
+
+
+class Transformed(NamedTuple):
+    init: Any
+    apply: Any
+
+
+def haiku_net(params: Any, state: Any, rng: Any, x: jax.Array, training: bool) -> tuple[jax.Array, Any]:
+    mean = jnp.where(training, jnp.mean(x, 0), state["norm"]["mean"])
+    hidden = jnp.tanh((x - mean[None]) @ params["linear"]["w"])
+    return hidden @ params["head"]["w"] + jax.random.normal(rng, (2,))[None], {"norm": {"mean": mean}}
+
+
+def made_haiku_net() -> tuple[Any, Any]:
+    params = {"linear": {"w": VALUES[:3, :4]}, "head": {"w": VALUES[:, 4:]}}
+    state, key = {"norm": {"mean": jnp.arange(3) / 4}}, jax.random.key(0)
+    made = from_haiku(TransformedWithState(None, haiku_net), params, state, rng=key, training=False)
+    return made, haiku_net(params, state, key, X, False)[0]
+
+
+def test_haiku_is_told_by_what_it_returns() -> None:
+    plain = Transformed(None, lambda params, rng, x: x @ params["w"])
+    model_fn, params = from_haiku(plain, {"w": jnp.ones((3, 2))})
+    np.testing.assert_allclose(model_fn(params, X), X @ jnp.ones((3, 2)))
+    for transformed, state, words in [
+        (TransformedWithState(None, haiku_net), None, "state must be what init returned"),
+        (plain, {"norm": jnp.ones(3)}, "state must be left out for Transformed; got dict"),
+        (haiku_net, None, "transformed must be what haiku.transform"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            from_haiku(transformed, params, state)
+
+
 MAKERS = [
+    made_haiku_net,
     made_nnx_linear,
     made_nnx_net,
     made_nnx_method,

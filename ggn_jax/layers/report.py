@@ -82,6 +82,24 @@ class Report:
         """The paths of the parameters that are used in a way that has no Kronecker form."""
         return tuple(row.parameter for row in self.rows if row.kind == "uncovered")
 
+    def summary(self) -> str:
+        """One line: how many parameters have which curvature, and the self-check.
+
+        >>> import jax.numpy as jnp
+        >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).summary()
+        '1 parameter, 6 entries: 1 Kronecker (100 %); self-check passed'
+        """
+        entries = {row.parameter: math.prod(row.shape) for row in self.rows}
+        total = max(sum(entries.values()), 1)
+        parts = []
+        for curvature in dict.fromkeys(row.curvature for row in self.rows):
+            rows = [row for row in self.rows if row.curvature == curvature]
+            share = 100 * sum(entries[row.parameter] for row in rows) / total
+            parts.append(f"{len(rows)} {curvature} ({share:.3g} %)")
+        verdict = {True: "passed", False: "FAILED", None: "not made"}[self.passed]
+        number = f"{len(entries)} parameter{'s' * (len(entries) != 1)}"
+        return f"{number}, {sum(entries.values())} entries: {', '.join(parts)}; self-check {verdict}"
+
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "G x out x in", "positions", "uses", "curvature", "gap")
         cells = []
