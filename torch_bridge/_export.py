@@ -16,6 +16,8 @@ from torch_bridge.tensors import borrow, jax_on
 # What makes a new tensor, which a write in place right after it does not show anywhere else.
 FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
 NO_GRAD = "wrap_with_set_grad_enabled"
+AUTOCAST = "wrap_with_autocast"
+NESTED = {NO_GRAD, AUTOCAST}  # operators that run a graph
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def _plain(outputs: Any) -> Any:
     if outputs is None or isinstance(outputs, torch.Tensor | torch.SymInt | int | float):
         return outputs
     raise NotImplementedError(
-        f"module must return tensors, in tuples and dicts; got {type(outputs).__name__}: return what is in it."
+        f"module must return tensors, in tuples and dicts; got {type(outputs).__name__}: return what is in it, or,"
+        " where it is a language model's cache, convert it with config.use_cache = False."
     )
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torch_bridge._export import NO_GRAD, Program, operators, packet_name, writes_in_place
+from torch_bridge._export import AUTOCAST, NESTED, NO_GRAD, Program, operators, packet_name, writes_in_place
 from torch_bridge.aten import find_operator
 from torch_bridge.aten.dtypes import to_dtype
-from torch_bridge.aten.pooling import NoIndices
+from torch_bridge.aten.registry import NoIndices
 
 IGNORED = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
 KEPT = {"_assert_tensor_metadata"}  # what has these for arguments of its own
@@ -44,7 +44,7 @@ def check_operators(program: Program) -> None:
     """Refuse operators that are not in the table, all of them at once."""
     missing: dict[str, list[str]] = {}
     for node in operators(program.graph):
-        if not _is_python(node) and str(node.target) != NO_GRAD and find_operator(name_of(node)) is None:
+        if not _is_python(node) and str(node.target) not in NESTED and find_operator(name_of(node)) is None:
             paths = missing.setdefault(str(node.target), [])
             paths += [] if module_path(node) in paths else [module_path(node)]
     if missing:
@@ -117,6 +117,14 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
         enabled, graph, *inputs = args
         results = _run_graph(graph, inputs)
         return results if enabled else jax.tree.map(jax.lax.stop_gradient, results)
+    if str(node.target) == AUTOCAST:
+        _, _, enabled, _, graph, *inputs = args
+        if enabled:
+            raise NotImplementedError(
+                f"torch.autocast is on in {where(node)}: convert the module without it, or in the lower precision"
+                " itself, module.bfloat16()."
+            )
+        return _run_graph(graph, inputs)
     if _is_python(node):
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         if isinstance(result, NoIndices) and node.users:

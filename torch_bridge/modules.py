@@ -80,7 +80,7 @@ def from_module(
         if key not in programs:
             examples = leaves
             if not dynamic_batch:
-                examples = [leaf.new_zeros(shape) for leaf, shape in zip(leaves, shapes, strict=True)]
+                examples = [_resized(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
             program = _export(source, examples, structure, kind, train, dynamic_batch)
             check_operators(program)
             check_dtypes(program)
@@ -106,6 +106,13 @@ def from_module(
     structs = {name: jax.ShapeDtypeStruct(tuple(p.shape), to_dtype(p.dtype)) for name, p in parameters.items()}
     jax.eval_shape(model_fn, structs, jax.tree.unflatten(structure, like))
     return model_fn, {name: to_jax(parameter) for name, parameter in parameters.items()}
+
+
+def _resized(leaf: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The example for another size of the batch: its own values, which the module is known to take, again and again."""
+    if leaf.ndim and len(leaf) and leaf.shape[1:] == shape[1:]:
+        return leaf[torch.arange(shape[0], device=leaf.device) % len(leaf)]
+    return leaf.new_zeros(shape)
 
 
 def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.Tensor]) -> None:

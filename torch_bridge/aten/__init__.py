@@ -4,8 +4,12 @@ import torch_bridge.aten.activations
 import torch_bridge.aten.attention
 import torch_bridge.aten.elementwise
 import torch_bridge.aten.factories
+import torch_bridge.aten.fourier
 import torch_bridge.aten.indexing
+import torch_bridge.aten.linalg
 import torch_bridge.aten.linear
+import torch_bridge.aten.losses
+import torch_bridge.aten.metric
 import torch_bridge.aten.norms
 import torch_bridge.aten.pooling
 import torch_bridge.aten.recurrent

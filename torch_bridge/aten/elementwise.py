@@ -23,6 +23,7 @@ FLOATING: dict[str, Callable[[Array], Array]] = {
     "erf": lax.erf,
     "erfc": lax.erfc,
     "erfinv": lax.erf_inv,
+    "i0": jax.scipy.special.i0,
     "exp": jnp.exp,
     "exp2": jnp.exp2,
     "expm1": jnp.expm1,
@@ -37,37 +38,69 @@ FLOATING: dict[str, Callable[[Array], Array]] = {
     "sin": jnp.sin,
     "sinc": jnp.sinc,
     "sinh": jnp.sinh,
-    "special_erf": lax.erf,
-    "special_expm1": jnp.expm1,
+    "special_entr": jax.scipy.special.entr,
+    "special_i0e": jax.scipy.special.i0e,
+    "special_i1": jax.scipy.special.i1,
+    "special_i1e": jax.scipy.special.i1e,
+    "special_log_ndtr": jax.scipy.special.log_ndtr,
+    "special_ndtr": jax.scipy.special.ndtr,
     "sqrt": jnp.sqrt,
     "tan": jnp.tan,
     "tanh": jnp.tanh,
 }
+SAME = {
+    "arccos": "acos",
+    "arccosh": "acosh",
+    "arcsin": "asin",
+    "arcsinh": "asinh",
+    "arctan": "atan",
+    "arctanh": "atanh",
+    "special_digamma": "digamma",
+    "special_erf": "erf",
+    "special_erfc": "erfc",
+    "special_erfinv": "erfinv",
+    "special_exp2": "exp2",
+    "special_expit": "sigmoid",
+    "special_expm1": "expm1",
+    "special_gammaln": "lgamma",
+    "special_i0": "i0",
+    "special_log1p": "log1p",
+    "special_psi": "digamma",
+    "special_sinc": "sinc",
+}
+FLOATING |= {name: FLOATING[like] for name, like in SAME.items()}
 for _name, _fn in FLOATING.items():
     aten(_name)(widened(_fn))
 
 KEEPING: dict[str, Callable[[Array], Array]] = {
     "abs": jnp.abs,
+    "absolute": jnp.abs,
     "bitwise_not": jnp.bitwise_not,
     "ceil": jnp.ceil,
     "deg2rad": lambda x: as_floating(x) * (jnp.pi / 180),
+    "fix": jnp.trunc,
     "floor": jnp.floor,
     "frac": lambda x: x - jnp.trunc(x),
     "isfinite": jnp.isfinite,
     "isinf": jnp.isinf,
     "isnan": jnp.isnan,
+    "isneginf": jnp.isneginf,
+    "isposinf": jnp.isposinf,
     "logical_not": jnp.logical_not,
     "neg": jnp.negative,
+    "negative": jnp.negative,
     "positive": lambda x: x,
+    "rad2deg": lambda x: as_floating(x) * (180 / jnp.pi),
     "relu": jax.nn.relu,
     "sgn": jnp.sign,
     "sign": lambda x: x if x.dtype == bool else jnp.sign(x),
+    "signbit": lambda x: jnp.signbit(x) if is_floating(x.dtype) else x < 0,
     "square": jnp.square,
     "trunc": jnp.trunc,
 }
 for _name, _fn in KEEPING.items():
     # Integers have no fraction; JAX would make them floating.
-    rounds = _name in ("ceil", "floor", "trunc")
+    rounds = _name in ("ceil", "fix", "floor", "trunc")
     aten(_name)((lambda x, fn=_fn: fn(x) if is_floating(x.dtype) else x) if rounds else _fn)
 
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
@@ -90,10 +123,21 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "__and__": jnp.bitwise_and,
     "__or__": jnp.bitwise_or,
     "__xor__": jnp.bitwise_xor,
+    "gcd": jnp.gcd,
+    "lcm": jnp.lcm,
     "fmax": jnp.fmax,
     "fmin": jnp.fmin,
 }
-ALIASES = {"max.other": "maximum", "min.other": "minimum", "multiply": "mul"}
+ALIASES = {
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "max.other": "maximum",
+    "min.other": "minimum",
+    "multiply": "mul",
+    "not_equal": "ne",
+}
 for _name, _binary in [*COMPARISONS.items(), *((name, COMPARISONS[like]) for name, like in ALIASES.items())]:
     aten(_name)(lambda x, y, fn=_binary: fn(*promote(x, y)))
 
@@ -106,9 +150,34 @@ for _name, _binary in LOGICAL.items():
     aten(_name)(lambda x, y, fn=_binary: fn(*promote(x, y)))
 
 
-@aten("atan2", "arctan2")
-def atan2(x: Any, y: Any) -> Array:
-    return jnp.arctan2(*promote(x, y, floating=True))
+PAIRS: dict[str, Callable[[Array, Array], Array]] = {
+    "arctan2": jnp.arctan2,
+    "atan2": jnp.arctan2,
+    "hypot": jnp.hypot,
+    "logaddexp": jnp.logaddexp,
+    "logaddexp2": jnp.logaddexp2,
+}
+for _name, _binary in PAIRS.items():
+    aten(_name)(lambda x, y, fn=_binary: fn(*promote(x, y, floating=True)))
+
+
+@aten("copysign")
+def copysign(x: Array, y: Any) -> Array:
+    """Its derivative is that of the absolute value, by the sign of `y`; 0 at 0."""
+    x, y = promote(x, y, floating=True)
+    return jnp.abs(x) * lax.stop_gradient(jnp.copysign(jnp.ones_like(y), y))
+
+
+@aten("heaviside")
+def heaviside(x: Array, at_zero: Array) -> Array:
+    x, at_zero = promote(x, at_zero)
+    return lax.stop_gradient(jnp.where(x == 0, at_zero, (x > 0).astype(x.dtype)))
+
+
+@aten("isclose")
+def isclose(x: Array, y: Array, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Array:
+    x, y = promote(x, y)
+    return jnp.isclose(x, y, rtol, atol, equal_nan)
 
 
 @aten("add")
@@ -217,6 +286,11 @@ def addcdiv(x: Array, a: Array, b: Array, *, value: Any = 1) -> Array:
 def round_(x: Array, *, decimals: int = 0) -> Array:
     """Half to even."""
     return jnp.round(x, decimals) if is_floating(x.dtype) else x
+
+
+@aten("special_xlog1py")
+def xlog1py(x: Any, y: Any) -> Array:
+    return jax.scipy.special.xlog1py(*jnp.broadcast_arrays(*promote(x, y, floating=True)))
 
 
 @aten("xlogy", "special_xlogy")

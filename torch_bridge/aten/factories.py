@@ -29,7 +29,7 @@ def full(size: Sequence[int], value: Any, *, dtype: Any = None) -> Array:
     return jnp.full(tuple(size), value, dtype)
 
 
-@aten("zeros_like", "empty_like")
+@aten("zeros_like", "empty_like", "zero")
 def zeros_like(x: Array, *, dtype: Any = None) -> Array:
     return jnp.zeros(x.shape, dtype or x.dtype)
 
@@ -82,6 +82,11 @@ def arange(*numbers: Any, dtype: Any = None) -> Array:
 @aten("linspace")
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None) -> Array:
     return jnp.asarray(np.linspace(start, end, steps), dtype or default_float())
+
+
+@aten("logspace")
+def logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None) -> Array:
+    return jnp.asarray(base ** np.linspace(start, end, steps), dtype or default_float())
 
 
 @aten("eye")

@@ -1,5 +1,6 @@
 """Entries read and written at places that tensors hold."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from torch_bridge.aten.dtypes import align, as_dtype
-from torch_bridge.aten.registry import aten
+from torch_bridge.aten.registry import NoIndices, aten
 
 # Places out of range raise in torch, which a compiled program cannot: floating results are NaN there.
 FILL = "fill"
@@ -25,6 +26,40 @@ def embedding(
     if padding_idx < 0:
         return rows
     return jnp.where((indices == padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+@aten("embedding_bag")
+def embedding_bag(
+    weight: Array,
+    indices: Array,
+    offsets: Array,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Array | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Sums, means or maxima (modes 0, 1, 2) of the rows of each bag; entries of `padding_idx` do not count."""
+    if scale_grad_by_freq:
+        raise NotImplementedError("scale_grad_by_freq=True is no gradient of a function: leave it out")
+    starts = offsets[:-1] if include_last_offset else offsets
+    number = starts.shape[0]
+    bags = jnp.searchsorted(starts, jnp.arange(indices.shape[0], dtype=starts.dtype), side="right").astype(int) - 1
+    if padding_idx is not None and padding_idx >= 0:
+        bags = jnp.where(indices == padding_idx, number, bags)  # which is no bag
+    rows = jnp.take(weight, indices, axis=0, mode=FILL)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    counts = jnp.zeros(number, int).at[bags].add(1, mode="drop")[:, None]
+    if mode == 2:
+        members = bags[None] == jnp.arange(number)[:, None]
+        found = jnp.argmax(jnp.where(members[..., None], rows[None], -jnp.inf), axis=1)
+        total = jnp.where(counts > 0, jnp.take_along_axis(rows, found, axis=0), 0)
+    else:
+        total = jnp.zeros((number, weight.shape[1]), weight.dtype).at[bags].add(rows, mode="drop")
+        total = total / jnp.maximum(counts, 1).astype(total.dtype) if mode == 1 else total
+    return total, *(NoIndices("an embedding bag") for _ in range(3))
 
 
 def _places(x: Array, indices: Sequence[Array | None]) -> tuple[Any, ...]:
@@ -171,7 +206,61 @@ def topk(x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = T
     return jnp.take_along_axis(x, order, axis=dim), order
 
 
-@aten("bucketize.Tensor", "searchsorted.Tensor")
+@aten("take")
+def take(x: Array, index: Array) -> Array:
+    return x.reshape(-1).at[index].get(mode=FILL)
+
+
+@aten("take_along_dim")
+def take_along_dim(x: Array, indices: Array, dim: int | None = None) -> Array:
+    if dim is None:
+        return take(x, indices.reshape(-1))
+    return jnp.take_along_axis(x, indices, axis=dim, mode=FILL)
+
+
+@aten("msort")
+def msort(x: Array) -> Array:
+    return sort(x, 0)[0]
+
+
+@aten("index_reduce")
+def index_reduce(x: Array, dim: int, index: Array, source: Array, reduce: str, *, include_self: bool = True) -> Array:
+    dim %= x.ndim
+    places = jnp.broadcast_to(index.reshape([-1 if i == dim else 1 for i in range(x.ndim)]), source.shape)
+    return scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+
+
+@aten("histc")
+def histc(x: Array, bins: int = 100, min: Any = 0, max: Any = 0) -> Array:
+    """Without a derivative, as in torch. The last bin has its upper end."""
+    if min == max:
+        raise NotImplementedError("its range depends on data: pass min and max")
+    x = jax.lax.stop_gradient(x).reshape(-1)
+    places = jnp.where(x == max, bins - 1, jnp.floor((x - min) * (bins / (max - min))).astype(int))
+    counted = (x >= min) & (x <= max)
+    return jnp.zeros(bins, x.dtype).at[jnp.where(counted, places, bins)].add(1, mode="drop")
+
+
+@aten("searchsorted.Tensor")
+def searchsorted(
+    boundaries: Array,
+    x: Array,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Array | None = None,
+) -> Array:
+    """Places in a row of boundaries, or in the row of each row of `x`."""
+    if sorter is not None:
+        boundaries = jnp.take_along_axis(boundaries, sorter, axis=-1)
+    find = functools.partial(jnp.searchsorted, side="right" if right or side == "right" else "left")
+    rows = boundaries.reshape(-1, boundaries.shape[-1])
+    found = find(rows[0], x) if boundaries.ndim == 1 else jax.vmap(find)(rows, x.reshape(len(rows), -1))
+    return found.reshape(x.shape).astype(jnp.int32 if out_int32 else int)
+
+
+@aten("bucketize.Tensor")
 def bucketize(x: Array, boundaries: Array, *, out_int32: bool = False, right: bool = False) -> Array:
     found = jnp.searchsorted(boundaries, x, side="right" if right else "left")
     return found.astype(jnp.int32 if out_int32 else int)

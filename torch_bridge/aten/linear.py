@@ -2,9 +2,10 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -23,7 +24,7 @@ def matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y)
 
 
-@aten("vdot", "linalg_vecdot", "inner")
+@aten("vdot", "inner")
 def inner(x: Array, y: Array) -> Array:
     return jnp.inner(x, y)
 
@@ -203,17 +204,38 @@ for _rank in (1, 2, 3):
     aten(f"replication_pad{_rank}d")(functools.partial(pad, mode="replicate"))
 
 
+def _patches(kernel: Any, dilation: Any, padding: Any, stride: Any) -> Callable[[Array], Array]:
+    """From images `[N, channels, height, width]` to their patches `[N, channels * kernel, positions]`."""
+
+    def patches(x: Array) -> Array:
+        found = lax.conv_general_dilated_patches(
+            x,
+            per_axis(kernel, 2),
+            per_axis(stride, 2),
+            [(p, p) for p in per_axis(padding, 2)],
+            rhs_dilation=per_axis(dilation, 2),
+        )
+        return found.reshape(*found.shape[:2], math.prod(found.shape[2:]))
+
+    return patches
+
+
+@aten("col2im")
+def col2im(x: Array, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Array:
+    """Patches added up (`torch.nn.Fold`): the transpose of `im2col`."""
+    batched = x if x.ndim == 3 else x[None]
+    channels = batched.shape[1] // math.prod(per_axis(kernel, 2))
+    like = jax.ShapeDtypeStruct((batched.shape[0], channels, *per_axis(size, 2)), x.dtype)
+    transposed = jax.linear_transpose(_patches(kernel, dilation, padding, stride), like)
+    (images,) = transposed(batched)
+    return images if x.ndim == 3 else images[0]
+
+
 @aten("im2col")
 def im2col(x: Array, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Array:
     """The patches of images, `[N, channels * kernel, positions]` (`torch.nn.Unfold`)."""
-    batched = x.ndim == 4
-    x = x if batched else x[None]
-    patches = lax.conv_general_dilated_patches(
-        x,
-        per_axis(kernel, 2),
-        per_axis(stride, 2),
-        [(p, p) for p in per_axis(padding, 2)],
-        rhs_dilation=per_axis(dilation, 2),
+    return (
+        _patches(kernel, dilation, padding, stride)(x)
+        if x.ndim == 4
+        else im2col(x[None], kernel, dilation, padding, stride)[0]
     )
-    patches = patches.reshape(*patches.shape[:2], math.prod(patches.shape[2:]))
-    return patches if batched else patches[0]

@@ -11,7 +11,7 @@ from jax import Array, lax
 from torch_bridge.aten.dtypes import is_floating, wide
 from torch_bridge.aten.linear import per_axis
 from torch_bridge.aten.reductions import max_
-from torch_bridge.aten.registry import aten
+from torch_bridge.aten.registry import NoIndices, aten
 
 
 class Windows:
@@ -75,6 +75,11 @@ def max_pool(
     return x
 
 
+@aten(*[f"max_pool{rank}d_with_indices" for rank in (1, 2, 3)])
+def max_pool_with_indices(x: Array, *args: Any) -> Any:
+    return max_pool(x, *args), NoIndices("max pooling")
+
+
 @aten("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(
     x: Array,
@@ -131,13 +136,6 @@ def adaptive_max_pool(x: Array, output_size: Sequence[int]) -> Any:
         places = np.stack([np.minimum(np.arange(start, start + longest), end - 1) for start, end in parts])
         x = max_(_taken(x, axis, places), axis + 1)[0]
     return x, NoIndices("max pooling")
-
-
-class NoIndices:
-    """What stands for the places of maxima, which nothing here computes."""
-
-    def __init__(self, what: str):
-        self.what = what
 
 
 def _along_axis(weights: np.ndarray, x: Array, axis: int) -> Array:

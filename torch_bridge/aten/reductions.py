@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from torch_bridge.aten.dtypes import as_floating, is_floating, safe_sqrt, wide, widened
 from torch_bridge.aten.registry import aten
@@ -77,6 +77,93 @@ def any_(x: Array, dim: Dims = None, keepdim: bool = False) -> Array:
 @aten("count_nonzero")
 def count_nonzero(x: Array, dim: Dims = None) -> Array:
     return jnp.count_nonzero(x, axis=axes_of(x, dim)).astype(int)
+
+
+@aten("nansum")
+def nansum(x: Array, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    return sum_(jnp.where(jnp.isnan(x), 0, x), dim, keepdim, dtype=dtype)
+
+
+@aten("nanmean")
+def nanmean(x: Array, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    number = jnp.sum(~jnp.isnan(x), axis=axes_of(x, dim), keepdims=keepdim)
+    total = nansum(x, dim, keepdim, dtype=dtype)
+    return total / number.astype(total.dtype)
+
+
+@aten("logcumsumexp")
+@widened
+def logcumsumexp(x: Array, dim: int) -> Array:
+    return lax.associative_scan(jnp.logaddexp, x, axis=dim % x.ndim) if x.ndim else x
+
+
+@aten("cummax")
+def cummax(x: Array, dim: int) -> tuple[Array, Array]:
+    return _running(x, dim, jnp.greater_equal)
+
+
+@aten("cummin")
+def cummin(x: Array, dim: int) -> tuple[Array, Array]:
+    return _running(x, dim, jnp.less_equal)
+
+
+def _running(x: Array, dim: int, wins: Any) -> tuple[Array, Array]:
+    """The best so far and its place: the last of equal ones, and NaN from the first one on."""
+    if not x.ndim:
+        return x, jnp.zeros((), int)
+    places = lax.broadcasted_iota(jnp.asarray(0).dtype, x.shape, dim % x.ndim)
+
+    def later(a: Any, b: Any) -> Any:
+        taken = wins(b[0], a[0]) | (b[0] != b[0])
+        return jnp.where(taken, b[0], a[0]), jnp.where(taken, b[1], a[1])
+
+    _, found = lax.associative_scan(later, (lax.stop_gradient(x), places), axis=dim % x.ndim)
+    return jnp.take_along_axis(x, found, axis=dim), found
+
+
+@aten("median.dim")
+def median_along(x: Array, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    """The lower one of two; NaN if there is one."""
+    if not x.ndim:
+        return x, jnp.zeros((), int)
+    order = jnp.argsort(x, axis=dim).astype(int)
+    place = lax.slice_in_dim(order, (x.shape[dim] - 1) // 2, (x.shape[dim] + 1) // 2, axis=dim % x.ndim)
+    if is_floating(x.dtype):
+        absent = jnp.any(jnp.isnan(x), axis=dim, keepdims=True)
+        place = jnp.where(absent, jnp.argmax(jnp.isnan(x), axis=dim, keepdims=True), place)
+    return _picked(x, place, dim, keepdim)
+
+
+@aten("median")
+def median(x: Array) -> Array:
+    """The lower one of two; entries that are equal share the derivative."""
+    value = lax.stop_gradient(median_along(x.reshape(-1), 0)[0])
+    if not is_floating(x.dtype):
+        return value
+    equal = x == value
+    share = jnp.where(equal, x, 0).sum() / jnp.maximum(jnp.sum(equal), 1).astype(x.dtype)
+    return value + (share - lax.stop_gradient(share))
+
+
+@aten("kthvalue")
+def kthvalue(x: Array, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    if not x.ndim:
+        return x, jnp.zeros((), int)
+    order = jnp.argsort(x, axis=dim).astype(int)
+    return _picked(x, lax.slice_in_dim(order, k - 1, k, axis=dim % x.ndim), dim, keepdim)
+
+
+@aten("quantile")
+def quantile(
+    x: Array, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Array:
+    return jnp.quantile(x, jnp.asarray(q, x.dtype), axis=dim, keepdims=keepdim, method=interpolation)
+
+
+@aten("aminmax")
+def aminmax(x: Array, *, dim: int | None = None, keepdim: bool = False) -> tuple[Array, Array]:
+    axes = () if dim is None else dim
+    return amin(x, axes, keepdim), amax(x, axes, keepdim)
 
 
 @aten("amax")

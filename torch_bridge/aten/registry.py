@@ -9,6 +9,14 @@ Function = Callable[..., Any]
 
 OVERLOAD, PACKET = type(torch.ops.aten.relu.default), type(torch.ops.aten.relu)
 
+
+class NoIndices:
+    """What stands for further results, such as the places of maxima, which nothing here computes."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+
 _TABLE: dict[str, Function] = {}
 
 

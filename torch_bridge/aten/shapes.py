@@ -109,7 +109,7 @@ def reverse_axes(x: Array) -> Array:
     return x.T
 
 
-@aten("mT", "adjoint")
+@aten("mT")
 def matrix_transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
@@ -143,21 +143,25 @@ def split_with_sizes(x: Array, sizes: Sequence[int], dim: int = 0) -> tuple[Arra
     return tuple(narrow(x, dim, end - size, size) for end, size in zip(ends, sizes, strict=True))
 
 
-@aten("split", "split_copy")
+@aten("split", "split_copy", "unsafe_split")
 def split(x: Array, size: int, dim: int = 0) -> tuple[Array, ...]:
     length = x.shape[dim]
     starts = range(0, length, size) if length else [0]
     return split_with_sizes(x, [min(size, length - start) for start in starts], dim)
 
 
-@aten("chunk")
+@aten("chunk", "unsafe_chunk")
 def chunk(x: Array, chunks: int, dim: int = 0) -> tuple[Array, ...]:
     return split(x, max(1, -(-x.shape[dim] // chunks)), dim)
 
 
-@aten("tensor_split.sections")
-def tensor_split(x: Array, sections: int, dim: int = 0) -> tuple[Array, ...]:
-    return tuple(jnp.array_split(x, sections, dim))
+@aten("tensor_split.sections", "tensor_split.indices")
+def tensor_split(x: Array, sections: int | Sequence[int], dim: int = 0) -> tuple[Array, ...]:
+    return tuple(jnp.array_split(x, sections if isinstance(sections, int) else list(sections), dim))
+
+
+for _name, _axis in {"hsplit": 1, "vsplit": 0, "dsplit": 2}.items():
+    aten(_name)(lambda x, sections, axis=_axis: tensor_split(x, sections, min(axis, x.ndim - 1)))
 
 
 @aten("unbind", "unbind_copy")
@@ -187,6 +191,55 @@ def repeat(x: Array, repeats: Sequence[int]) -> Array:
 @aten("repeat_interleave.self_int")
 def repeat_interleave(x: Array, repeats: int, dim: int | None = None, *, output_size: Any = None) -> Array:
     return jnp.repeat(x, repeats, axis=dim)
+
+
+@aten("fliplr")
+def fliplr(x: Array) -> Array:
+    return jnp.fliplr(x)
+
+
+@aten("flipud")
+def flipud(x: Array) -> Array:
+    return jnp.flipud(x)
+
+
+@aten("ravel")
+def ravel(x: Array) -> Array:
+    return x.reshape(-1)
+
+
+@aten("broadcast_tensors")
+def broadcast_tensors(tensors: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(jnp.broadcast_arrays(*align(*tensors)))
+
+
+@aten("sum_to_size")
+def sum_to_size(x: Array, size: Sequence[int]) -> Array:
+    new = x.ndim - len(size)
+    axes = (*range(new), *(new + i for i, wanted in enumerate(size) if wanted == 1 != x.shape[new + i]))
+    return jnp.sum(x, axis=axes).reshape(tuple(size))
+
+
+STACKS = {
+    "hstack": jnp.hstack,
+    "vstack": jnp.vstack,
+    "row_stack": jnp.vstack,
+    "dstack": jnp.dstack,
+    "column_stack": jnp.column_stack,
+}
+for _name, _stack in STACKS.items():
+    aten(_name)(lambda tensors, fn=_stack: fn([as_dtype(x, result_dtype(*tensors)) for x in tensors]))
+
+for _rank, _atleast in enumerate((jnp.atleast_1d, jnp.atleast_2d, jnp.atleast_3d), 1):
+    aten(f"atleast_{_rank}d")(_atleast)
+    aten(f"atleast_{_rank}d.Sequence")(lambda tensors, fn=_atleast: tuple(fn(x) for x in tensors))
+
+
+@aten("repeat_interleave.self_Tensor")
+def repeat_interleave_each(x: Array, repeats: Array, dim: int | None = None, *, output_size: Any = None) -> Array:
+    if output_size is None:
+        raise NotImplementedError("the size of its result depends on data: pass output_size")
+    return jnp.repeat(x, repeats, axis=dim, total_repeat_length=output_size)
 
 
 @aten("flip")
@@ -220,6 +273,16 @@ def tril(x: Array, diagonal: int = 0) -> Array:
 @aten("triu")
 def triu(x: Array, diagonal: int = 0) -> Array:
     return jnp.triu(x, diagonal)
+
+
+@aten("diag")
+def diag(x: Array, diagonal: int = 0) -> Array:
+    return jnp.diag(x, diagonal)
+
+
+@aten("diagflat")
+def diagflat(x: Array, offset: int = 0) -> Array:
+    return jnp.diagflat(x, offset)
 
 
 @aten("diag_embed")
