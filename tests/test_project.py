@@ -86,6 +86,7 @@ TORCH_BRIDGE = [
     {"_interpret"},
     {"modules"},
     {"operators"},
+    {"optimizer"},
     {""},
 ]
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}
