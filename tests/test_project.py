@@ -82,10 +82,11 @@ TORCH_BRIDGE = [
     {"aten.linalg", "aten.metric", "aten.pooling", "aten.recurrent"},
     {"aten.losses"},
     {"aten"},
-    {"_export"},
+    {"_export", "_refused"},
     {"_interpret"},
     {"modules"},
     {"operators"},
+    {"optimizer"},
     {""},
 ]
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}

@@ -1,4 +1,4 @@
-"""Curvature for PyTorch by jitted JAX: gradient output vectors; modules as JAX functions and curvature operators."""
+"""Curvature for PyTorch by jitted JAX: gradient output vectors; modules as JAX functions, operators and KFAC."""
 
 import ggn_jax as _ggn_jax
 from ggn_jax import FisherType
@@ -19,15 +19,17 @@ from torch_bridge.operators import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
+from torch_bridge.optimizer import KFAC
 from torch_bridge.tensors import to_jax, to_torch
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # in plain order
     "EFLinearOperator",
     "EKFACLinearOperator",
     "FisherType",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
+    "KFAC",
     "KFACLinearOperator",
     "from_module",
     "loss_hessian_matrix_sqrt",

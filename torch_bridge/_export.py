@@ -17,6 +17,7 @@ from torch_bridge.tensors import borrow, jax_on
 FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
 NO_GRAD = "wrap_with_set_grad_enabled"
 AUTOCAST = "wrap_with_autocast"
+WRAPPERS = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
 NESTED = {NO_GRAD, AUTOCAST}  # operators that run a graph
 
 
@@ -42,10 +43,13 @@ class Flat(torch.nn.Module):
 
     def forward(self, *leaves: Any) -> Any:
         inputs = jax.tree.unflatten(self.structure, leaves)
+        module = self.module
+        while isinstance(module, WRAPPERS):
+            module = module.module
         if self.kind == "dict":
-            outputs = self.module(**inputs)
+            outputs = module(**inputs)
         else:
-            outputs = self.module(*inputs) if self.kind == "tuple" else self.module(inputs)
+            outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
         flat, structure = jax.tree.flatten(_plain(outputs))
         self.note(jax.tree.unflatten(structure, range(len(flat))))
         return tuple(flat)
@@ -109,6 +113,11 @@ def _check_derivatives(module: torch.nn.Module, leaves: list[Any]) -> None:
         node = nodes.pop()
         # Those of a torch.library.custom_op have this name; the operator itself is in the graph.
         generated = node.name().startswith("GeneratedBackwardFor_")
+        if node.name().startswith("BackwardHookFunction"):
+            raise NotImplementedError(
+                "module has backward hooks, which change gradients behind the function's back: remove them, by"
+                " handle.remove(), where `handle` is what register_full_backward_hook returned."
+            )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
             raise NotImplementedError(
                 f"module uses a torch.autograd.Function ({node.name().removesuffix('Backward')}), whose own derivative"
@@ -122,11 +131,11 @@ def _check_derivatives(module: torch.nn.Module, leaves: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without torch's warnings on its own modules, and without its operators that fuse whole layers of attention."""
+    """Without torch's warnings on its own modules, compiled parts, and operators that fuse layers of attention."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
             yield
     finally:

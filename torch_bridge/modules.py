@@ -11,6 +11,7 @@ import torch
 
 from torch_bridge._export import Program, export
 from torch_bridge._interpret import check_dtypes, check_operators, run
+from torch_bridge._refused import check_examples, check_module, of_export
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.tensors import to_jax
 
@@ -28,7 +29,10 @@ def from_module(
 
     **Arguments:**
 
-    - `module`: it is left as it was.
+    - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
+      `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
+      Hooks of the forward pass are part of the function; those of gradients are not, and are refused where they are a
+      module's.
     - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
       and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
       with arrays. Their values do not matter. All whose first axis is as long as the first tensor's have a batch axis
@@ -59,8 +63,7 @@ def from_module(
     >>> kfac.solve(params, damping=0.1)["0.weight"].shape
     (3, 2)
     """
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
+    check_module(module)
     kind = (
         "dict" if isinstance(example_inputs, dict) else "tuple" if isinstance(example_inputs, tuple | list) else "one"
     )
@@ -71,7 +74,8 @@ def from_module(
                 f"example_inputs must hold tensors only; got {type(leaf).__name__}. Fix other arguments in a module"
                 " around this one."
             )
-    leaves = [leaf.detach() for leaf in leaves]
+    check_examples(leaves)
+    leaves = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
     programs: dict[Any, Program] = {}
     source = module if dynamic_batch else copy.deepcopy(module)
 
@@ -137,8 +141,7 @@ def _export(
         except NotImplementedError:
             raise
         except Exception as error:
-            way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
-            raise RuntimeError(f"torch.export could not export module. {way_out}It says: {error}") from error
+            raise of_export(error, dynamic) from error
 
 
 @contextlib.contextmanager

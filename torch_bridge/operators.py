@@ -43,7 +43,7 @@ class Setting:
         entry = find_loss(loss_func)
         text, tensors = entry.take_apart(loss_func)
         with jax_on(self.device):
-            model_fn, values = _converted(module, batches[0][0])
+            model_fn, values = converted(module, batches[0][0])
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
             self.model_fn = lambda params, inputs: model_fn({**fixed, **params}, inputs)
@@ -67,7 +67,7 @@ class Setting:
             )
 
 
-def _converted(module: torch.nn.Module, inputs: Any) -> Any:
+def converted(module: torch.nn.Module, inputs: Any) -> Any:
     """The module as a function, in the mode that it is in."""
     try:
         return from_module(module, inputs, train=None)

@@ -114,6 +114,17 @@ def qr(x: Array, mode: str = "reduced") -> tuple[Array, Array]:
     return q, r
 
 
+@aten("linalg_householder_product", "orgqr")
+def householder_product(x: Array, tau: Array) -> Array:
+    """The first columns of the product of `I - tau v v^H`, each `v` below the diagonal of a column, after a one."""
+    rows = jnp.arange(x.shape[-2])
+    q = jnp.broadcast_to(jnp.eye(x.shape[-2], x.shape[-1], dtype=x.dtype), x.shape)
+    for i in reversed(range(tau.shape[-1])):
+        v = jnp.where(rows == i, jnp.ones((), x.dtype), jnp.where(rows > i, x[..., i], 0))[..., None]
+        q = q - tau[..., i, None, None] * v * jnp.sum(jnp.conj(v) * q, axis=-2, keepdims=True)
+    return q
+
+
 @aten("linalg_matrix_norm")
 def matrix_norm(
     x: Array, ord: Any = "fro", dim: Sequence[int] = (-2, -1), keepdim: bool = False, *, dtype: Any = None

@@ -1,0 +1,211 @@
+"""KFAC as an optimizer of PyTorch: the step is one jitted function, the module's parameters are written in place."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+
+import ggn_jax
+from torch_bridge.losses import build_loss, find_loss
+from torch_bridge.operators import converted
+from torch_bridge.tensors import jax_on, to_jax, to_torch
+
+OWN = {"learning_rate", "damping", "weight_decay", "example_inputs", "mesh", "full_params", "weight_decay_mask"}
+OPTIONS = set(inspect.signature(ggn_jax.kfac).parameters) - OWN - {"model_fn", "loss"}
+NUMBERS = ("lr", "damping", "weight_decay")
+
+
+class KFAC(torch.optim.Optimizer):
+    """KFAC (Martens & Grosse 2015), or EKFAC, of a module: `ggn_jax.kfac` as a `torch.optim.Optimizer`.
+
+    `step((inputs, targets))` computes loss, gradient and curvature of the batch, changes the module's parameters, and
+    returns the loss before that; nothing is to be called before it, and the parameters' `grad` is neither read nor
+    written.
+
+    **Arguments:**
+
+    - `module`: converted by `from_module` at the first step, in the mode that it is in; its parameters that require
+      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode
+      changes, or parameters are replaced, the next step raises.
+    - `loss_func`: a loss module as `make_grad_output_fn` takes it.
+    - `lr`, `damping`, `weight_decay`: read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
+    - `seed`: for what is drawn.
+    - `options`: further ones of `ggn_jax.kfac`, such as `momentum`, `kl_clip`, `fisher_type`, `inverse_interval`. With
+      `adapt_damping` the first damping only is yours.
+
+    A step compiles once for each shape of batch. `state_dict` holds everything, the draws included: a run that is
+    resumed goes on as if it had not stopped.
+
+    **Raises:** TypeError for arguments of other kinds or names; RuntimeError where the module has changed.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> optimizer = KFAC(module, torch.nn.CrossEntropyLoss(), lr=0.1)
+    >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    >>> for batch in 3 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
+    ...     loss = optimizer.step(batch)
+    ...     scheduler.step()
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loss_func: torch.nn.Module,
+        lr: float,
+        *,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        **options: Any,
+    ):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
+        unknown = sorted(set(options) - OPTIONS)
+        if unknown:
+            raise TypeError(f"{unknown} are no options of KFAC, which has {', '.join(sorted(OPTIONS))}.")
+        numbers = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(f"{name} must be a number; got {number!r}.")
+        self._text, self._loss_tensors = find_loss(loss_func).take_apart(loss_func)
+        self._module, self._seed, self._options = module, seed, options
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        kinds = {(p.dtype, p.device) for p in self._trained.values()}
+        if len(kinds) != 1:
+            raise ValueError(
+                "module must have parameters that require gradients, all of one dtype and device; got"
+                f" {sorted(map(str, kinds))}."
+            )
+        ((_, self._device),) = kinds
+        self._run: Callable[..., Any] | None = None
+        self._kfac_state: Any = None
+        self._saved: list[Tensor] | None = None  # a state that waits for the first step, which knows its structure
+        self._count = 0
+        super().__init__(list(self._trained.values()), numbers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, batch: tuple[Any, Tensor]) -> Tensor:  # type: ignore[override]  # it needs no closure
+        """Change the parameters by one step on a batch `(inputs, targets)`, and return its loss before that."""
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            raise TypeError(
+                f"step takes a batch (inputs, targets), whose loss it computes itself; got {type(batch).__name__}."
+            )
+        with jax_on(self._device):
+            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), tuple(batch))
+            params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
+            if self._run is None:
+                self._start(batch[0], inputs, params)
+            assert self._run is not None
+            self._check_unchanged()
+            numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
+            key = jax.random.fold_in(jax.random.key(self._seed), self._count)
+            new, self._kfac_state, value = self._run(params, self._kfac_state, (inputs, targets), key, numbers)
+            for name, parameter in self._trained.items():
+                parameter.copy_(to_torch(new[name]))
+            self._count += 1
+            return to_torch(value)
+
+    def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
+        """Convert the module and make the step's function and first state."""
+        converted_fn, values = converted(self._module, example)
+        fixed = {name: value for name, value in values.items() if name not in params}
+        loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+
+        def model_fn(params: Any, inputs: Any) -> Any:
+            return converted_fn({**fixed, **params}, inputs)
+
+        def optimizer(examples: Any, lr: Any, damping: Any, weight_decay: Any) -> Any:
+            """With numbers that may be traced, as functions of the count."""
+            adapts = self._options.get("adapt_damping") is not None
+            return ggn_jax.kfac(
+                model_fn,
+                loss,
+                lambda _: lr,
+                damping=self.defaults["damping"] if adapts else lambda _: damping,
+                weight_decay=lambda _: weight_decay,
+                example_inputs=examples,
+                **self._options,
+            )
+
+        def run(params: Any, state: Any, batch: Any, key: Any, numbers: Any) -> Any:
+            kfac = optimizer(shapes, *numbers)
+            value, grads, factors = kfac.value_and_grad_and_factors(params, batch, state, key=key)
+            updates, state = kfac.update(
+                grads, state, params, factors=factors, key=key, batch=batch if kfac.needs_batch else None
+            )
+            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state, value
+
+        self._kfac_state = optimizer(inputs, *(self.param_groups[0][name] for name in NUMBERS)).init(params)
+        if self._saved is not None:
+            self._kfac_state, self._saved = self._restored(self._saved), None
+        self._constants = {name: tensor.clone() for name, tensor in self._untrained().items()}
+        self._parts = self._modes()
+        self._run = jax.jit(run, donate_argnums=1)
+
+    def _untrained(self) -> dict[str, Tensor]:
+        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
+        return {name: tensor for name, tensor in tensors if name not in self._trained}
+
+    def _modes(self) -> dict[str, tuple[torch.nn.Module, bool]]:
+        return {name: (part, part.training) for name, part in self._module.named_modules()}
+
+    def _check_unchanged(self) -> None:
+        """Refuse to go on with constants that are not the module's any more."""
+        now = dict(self._module.named_parameters())
+        changed = [name for name, parameter in self._trained.items() if now.get(name) is not parameter]
+        tensors = self._untrained()
+        changed += sorted(tensors.keys() ^ self._constants.keys())
+        changed += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
+        parts = self._modes()
+        names = sorted(parts.keys() | self._parts.keys())
+        changed += [name or "the whole" for name in names if parts.get(name) != self._parts.get(name)]
+        if changed:
+            raise RuntimeError(
+                f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
+                " constants: make the optimizer anew."
+            )
+
+    def _restored(self, saved: list[Tensor]) -> Any:
+        leaves, structure = jax.tree.flatten(self._kfac_state)
+        fits = len(leaves) == len(saved) and all(
+            tuple(tensor.shape) == leaf.shape for tensor, leaf in zip(saved, leaves, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                "the state that was loaded is that of another module or of other options: make the optimizer as it was"
+                " made when the state was saved."
+            )
+        arrays = [to_jax(t.to(self._device)).astype(leaf.dtype) for t, leaf in zip(saved, leaves, strict=True)]
+        return jax.tree.unflatten(structure, arrays)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, with the curvature, momentum and the number of steps as `"kfac"`."""
+        tensors = self._saved
+        if self._kfac_state is not None:
+            with jax_on(self._device):
+                tensors = [to_torch(leaf) for leaf in jax.tree.leaves(self._kfac_state)]
+        return super().state_dict() | {"kfac": {"state": tensors, "count": self._count, "seed": self._seed}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` of an optimizer that was made alike returned."""
+        if "kfac" not in state_dict:
+            raise ValueError("state_dict must be that of a torch_bridge.KFAC; it has no entry 'kfac'.")
+        own = state_dict["kfac"]
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "kfac"})
+        self._count, self._seed = own["count"], own["seed"]
+        self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
+        self._run = self._kfac_state = None  # the next step starts from what was saved
+
+
+def _same(now: Tensor | None, before: Tensor) -> bool:
+    return now is not None and torch.equal(now, before)
