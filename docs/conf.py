@@ -54,10 +54,11 @@ def short(obj: Any) -> str:
 
 
 def page(package: str, name: str, obj: Any) -> str:
+    # What both packages have is one object, with one page and one entry in the index.
+    if not obj.__module__.startswith(package):
+        return f"# {name}\n\nThis is {{py:obj}}`ggn_jax.{name}`.\n"
     kind = "autoclass" if inspect.isclass(obj) else "autofunction"
-    # What both packages have is one object, with one entry in the index.
-    again = "" if obj.__module__.startswith(package) else "   :no-index:\n"
-    return f"# {name}\n\n```{{eval-rst}}\n.. currentmodule:: {package}\n.. {kind}:: {name}\n{again}```\n"
+    return f"# {name}\n\n```{{eval-rst}}\n.. currentmodule:: {package}\n.. {kind}:: {name}\n```\n"
 
 
 def write_api() -> None:

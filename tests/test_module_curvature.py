@@ -122,3 +122,21 @@ def test_modules_in_training_mode_are_refused(part: torch.nn.Module) -> None:
         torch_bridge.EFLinearOperator(*args) @ np.ones(9)
     with pytest.raises(TypeError, match=r"\[\(X, y\)\]"):
         torch_bridge.EFLinearOperator(*args[:3], data[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ({"sharing": "reduce"}, "kfac_approx"),
+        ({"bias": "joint"}, "separate_weight_and_bias"),
+        ({"chunk_size": 2}, "batches of data"),
+        ({"key": None}, "seed"),
+    ],
+)
+def test_names_of_ggn_jax_are_refused_with_the_ones_here(option: dict[str, Any], place: str) -> None:
+    # The arguments' defaults would take their place.
+    module = nn.Linear(2, 3)
+    data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    for kind in (torch_bridge.KFACLinearOperator, torch_bridge.EKFACLinearOperator):
+        with pytest.raises(TypeError, match=rf"{next(iter(option))} \(.*{place}"):
+            kind(module, nn.CrossEntropyLoss(), list(module.parameters()), data, **option)

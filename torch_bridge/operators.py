@@ -15,6 +15,13 @@ from torch_bridge.modules import from_module
 from torch_bridge.tensors import jax_on, to_jax, to_torch
 
 SEED = 2147483647
+# What `ggn_jax.KFACLinearOperator` calls otherwise, and where it is given here.
+ELSEWHERE = {
+    "sharing": "kfac_approx",
+    "bias": "separate_weight_and_bias",
+    "chunk_size": "the batches of data",
+    "key": "seed",
+}
 Params = Sequence[Tensor] | dict[str, Tensor]
 
 
@@ -303,6 +310,8 @@ class KFACLinearOperator(BlockTorchLinearOperator):
     - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
     - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
 
+    **Raises:** TypeError for `sharing`, `bias`, `key` and `chunk_size`, which the arguments above and `data` stand for.
+
     It is computed when it is made, at the parameters' values then.
 
     >>> import torch
@@ -328,6 +337,9 @@ class KFACLinearOperator(BlockTorchLinearOperator):
         separate_weight_and_bias: bool = True,
         **options: Any,
     ):
+        if given := sorted(options.keys() & ELSEWHERE):
+            ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
+            raise TypeError(f"these options have another place here, in brackets: {ways}.")
         setting = Setting(model_func, loss_func, params, data)
         options = {"positions": "exact"} | options
         drawn = ggn_jax.FisherType(fisher_type) is ggn_jax.FisherType.MC or options["positions"] == "signs"
