@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 import ggn_jax
 
@@ -53,20 +52,6 @@ def objective(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
 @eqx.filter_jit
 def gradient(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
     return jax.grad(partial(objective, model_fn, loss))(params, batch)
-
-
-def dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
-    """`J^T H J` of the whole batch from automatic differentiation."""
-    return np.asarray(_dense_ggn(model_fn, loss, params, batch))
-
-
-@eqx.filter_jit
-def _dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
-    flat, unravel = ravel_pytree(params)
-    outputs = model_fn(params, batch[0])
-    jacobian = jax.jacobian(lambda p: model_fn(unravel(p), batch[0]).reshape(-1))(flat)
-    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
-    return jacobian.T @ hessian @ jacobian
 
 
 def assert_close(a: Any, b: Any, rtol: float = 1e-9) -> None:

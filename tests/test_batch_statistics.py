@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
-from optimizer_cases import CE, KEY, assert_close, dense_ggn, gradient, mlp, mlp_params, normal
+from optimizer_cases import CE, KEY, assert_close, gradient, mlp, mlp_params, normal
+from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax import Unbatched

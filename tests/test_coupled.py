@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimizer_cases import CE, KEY, MSE, assert_close, dense_ggn, normal
+from optimizer_cases import CE, KEY, MSE, assert_close, normal
+from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax import Unbatched

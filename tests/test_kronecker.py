@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import curvlinops
@@ -17,6 +16,7 @@ import torch
 from compiling import flags
 from designs import covering
 from jax.flatten_util import ravel_pytree
+from oracles import dense_ggn as ggn
 
 import ggn_jax
 from ggn_jax.kronecker import inverse
@@ -49,16 +49,6 @@ def blocks_of(matrix: jax.Array) -> np.ndarray:
     matrix = np.array(matrix)
     matrix[:FIRST, FIRST:] = matrix[FIRST:, :FIRST] = 0
     return matrix
-
-
-@partial(jax.jit, static_argnums=0)
-def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
-    """The dense GGN from Jacobians and JAX's Hessian of the loss; tested itself in `test_operators.py`."""
-    flat, unravel = ravel_pytree(params)
-    outputs = model_fn(params, batch[0])
-    jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
-    hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
-    return jacobian.T @ hessian @ jacobian
 
 
 @covering(2, cls=[KFAC, EKFAC], reduction=["mean", "sum"], chunks=[{}, {"chunk_size": 3, "vector_chunk_size": 1}])

@@ -20,7 +20,6 @@ from optimizer_cases import (
     assert_close,
     batch_of,
     deep_linear,
-    dense_ggn,
     gradient,
     is_zero,
     linear,
@@ -29,6 +28,7 @@ from optimizer_cases import (
     normal,
     objective,
 )
+from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax.kronecker.linalg import batched

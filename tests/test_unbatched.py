@@ -9,7 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimizer_cases import CE, KEY, assert_close, dense_ggn, gradient, normal
+from optimizer_cases import CE, KEY, assert_close, gradient, normal
+from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax import Unbatched

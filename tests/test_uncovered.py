@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from oracles import dense_ggn as ggn
 
 import ggn_jax
 
@@ -18,20 +19,6 @@ WARNING = ggn_jax.UncoveredParametersWarning
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
-
-
-def ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
-    """The dense GGN from Jacobians and JAX's Hessian of the loss."""
-
-    @jax.jit
-    def dense(params: Any, batch: Any) -> jax.Array:
-        flat, unravel = ravel_pytree(params)
-        outputs = model_fn(params, batch[0])
-        jacobian = jax.jacobian(lambda f: model_fn(unravel(f), batch[0]).reshape(-1))(flat)
-        hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
-        return jacobian.T @ hessian @ jacobian
-
-    return np.array(dense(params, batch))
 
 
 def weight_normed(p: Any, x: jax.Array) -> jax.Array:
