@@ -87,6 +87,14 @@ def check_weight(name: str, value: Array) -> Array:
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 
+def check_weight_number(name: str, value: Any) -> Array:
+    """`check_weight` of one number, perhaps traced."""
+    weight = check_weight(name, as_array(name, value))
+    if weight.ndim:
+        raise ValueError(f"{name} must be a number; got an array of shape {weight.shape}.")
+    return weight
+
+
 def check_count(name: str, value: Any) -> int:
     """`value` as a Python int of at least 1."""
     try:

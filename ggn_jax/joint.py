@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import as_array, as_outputs, check_outputs, check_weight
+from ggn_jax._checks import as_outputs, check_outputs, check_weight_number
 from ggn_jax._model import Model
 from ggn_jax._outputs import cut, flat_model, join
 from ggn_jax._repr import fields
+from ggn_jax._weights import root, times
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, check_values, split_terms
@@ -65,7 +66,7 @@ class JointLoss(Loss):
         if not isinstance(weights, Mapping) or not set(weights) <= set(losses):
             raise ValueError(f"weights must be a dict of numbers with names among {sorted(losses)}; got {weights!r}.")
         self.losses = {name: losses[name] for name in sorted(losses)}
-        self.weights = {name: _weight(name, weights.get(name, 1.0)) for name in self.losses}
+        self.weights = {name: check_weight_number(f"weights[{name!r}]", weights.get(name, 1.0)) for name in self.losses}
         self.shapes = None
         self.reduction = "sum" if all(loss.reduction == "sum" for loss in losses.values()) else "mean"
 
@@ -156,13 +157,6 @@ class JointLoss(Loss):
     draw = settle = drawn_gradient = operand = _refuse
 
 
-def _weight(name: str, value: Any) -> Array:
-    weight = check_weight(f"weights[{name!r}]", as_array(f"weights[{name!r}]", value))
-    if weight.ndim:
-        raise ValueError(f"weights[{name!r}] must be a number; got an array of shape {weight.shape}.")
-    return weight
-
-
 @contextmanager
 def named(name: str) -> Iterator[None]:
     """Errors say of which output they are."""
@@ -194,7 +188,7 @@ class JointTerms(eqx.Module):
     @property
     def scale(self) -> Float[Array, " terms"]:
         """What a plain term's Hessian is multiplied by, of all terms."""
-        return jnp.concatenate([_times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
+        return jnp.concatenate([times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
 
     @property
     def r(self) -> Float[Array, ""]:
@@ -209,11 +203,11 @@ class JointTerms(eqx.Module):
         return self.wide_loss_value().astype(self.dtype)
 
     def wide_loss_value(self) -> Float[Array, ""]:
-        values = [_times(self.weights[k], terms.wide_loss_value()) for k, terms in self.parts.items()]
+        values = [times(self.weights[k], terms.wide_loss_value()) for k, terms in self.parts.items()]
         return sum(values[1:], start=values[0])
 
     def empirical(self) -> Float[Array, "... entries"]:
-        return self._join({k: _times(self.weights[k], terms.empirical()) for k, terms in self.parts.items()})
+        return self._join({k: times(self.weights[k], terms.empirical()) for k, terms in self.parts.items()})
 
     def empirical_product(self, tangent: Array, per_term: bool) -> Float[Array, "... entries"]:
         if not per_term:
@@ -221,7 +215,7 @@ class JointTerms(eqx.Module):
             return (g * jnp.sum(g * tangent.astype(g.dtype), axis=-1, keepdims=True)).astype(self.dtype)
         tangents = self.loss.heads(tangent)
         products = {k: t.empirical_product(tangents[k][1], True) for k, t in self.parts.items()}
-        return self._join({k: _times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
+        return self._join({k: times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
 
     def labels(self, per_term: bool) -> tuple[Array, int]:
         if not per_term:
@@ -239,9 +233,7 @@ class JointTerms(eqx.Module):
         return {k: terms.draw(folded(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
 
     def drawn_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
-        return self._join(
-            {k: _times(_root(self.weights[k]), t.drawn_gradient(drawn[k])) for k, t in self.parts.items()}
-        )
+        return self._join({k: times(root(self.weights[k]), t.drawn_gradient(drawn[k])) for k, t in self.parts.items()})
 
     def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
         return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
@@ -249,16 +241,16 @@ class JointTerms(eqx.Module):
     def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
         vs = self.loss.heads(v)
         products = {k: terms.product(name, vs[k][1]) for k, terms in self.parts.items()}
-        scales = {k: w if name == "mv" else _root(w) for k, w in self.weights.items()}
-        return self._join({k: _times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
+        scales = {k: w if name == "mv" else root(w) for k, w in self.weights.items()}
+        return self._join({k: times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
 
     def diagonal(self) -> Float[Array, "... entries"]:
-        return self._join({k: _times(self.weights[k], terms.diagonal()) for k, terms in self.parts.items()})
+        return self._join({k: times(self.weights[k], terms.diagonal()) for k, terms in self.parts.items()})
 
     def weighted(self, name: str) -> Terms:
         """One head's terms, with its weight in what plain terms are multiplied by."""
         terms = self.parts[name]
-        return replace(terms, scale=_times(self.weights[name], terms.scale))
+        return replace(terms, scale=times(self.weights[name], terms.scale))
 
     def join(self, arrays: Sequence[Array], lead: int) -> Array:
         """The heads' arrays `[*lead, *out]` as one, in the order of their names."""
@@ -266,15 +258,6 @@ class JointTerms(eqx.Module):
 
     def _join(self, arrays: dict[str, Array]) -> Array:
         return join(arrays, int(self.batch))
-
-
-def _root(weight: Array) -> Array:
-    return jnp.where(weight > 0, jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
-
-
-def _times(weight: Array, x: Array) -> Array:
-    """`weight * x`; 0 wins over NaN, so that what is left out may be anything."""
-    return jnp.where(weight == 0, 0, weight.astype(x.dtype) * x)
 
 
 def folded(keys: Array, number: int) -> Array:
@@ -320,7 +303,7 @@ def joint_vectors(
             with named(name):
                 drawn = one(outputs[name], *numbers, targets[name], None if key is None else folded(key, i))
             weight = loss.weights[name]
-            found[name] = _times(weight if fisher_type is FisherType.EMPIRICAL else _root(weight), drawn)
+            found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else root(weight), drawn)
         if fisher_type is not FisherType.TYPE2:
             return found
         sizes, start = [x.shape[0] for x in found.values()], 0

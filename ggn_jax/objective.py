@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_weight
+from ggn_jax._checks import check_weight_number
 from ggn_jax._hints import check_model_fn
 from ggn_jax._supported import check_supported
 from ggn_jax.loss import Loss
@@ -118,10 +118,21 @@ class Objective:
 
 def _number(name: str, value: Any) -> Any:
     """A number of at least 0: Python's own, or an array, perhaps traced."""
-    number = check_weight(name, as_array(name, value))
-    if number.ndim:
-        raise ValueError(f"{name} must be a number; got an array of shape {number.shape}.")
+    number = check_weight_number(name, value)
     return value if isinstance(value, int | float) else number
+
+
+def parts_of(objective: Any, batches: Any, key: Any) -> list[tuple[ObjectiveTerm, Any, Any]]:
+    """Each function of an objective with its batch, and its key."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
+    pairs = zip(objective.terms, objective.batches(batches), strict=True)
+    return [(term, batch, key_of(key, number)) for number, (term, batch) in enumerate(pairs)]
+
+
+def key_of(key: Any, number: int) -> Any:
+    """The key of the function of this number."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def array_weights(objective: Objective) -> list[Array]:

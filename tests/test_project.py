@@ -20,7 +20,7 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
     {"_hints", "_repr", "_version"},
-    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched"},
+    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "layers.taps", "terms"},
     {"layers.convolution", "layers.uses", "loss"},

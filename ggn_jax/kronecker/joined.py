@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ggn_jax._checks import compute_dtype, wide_dtype
+from ggn_jax._weights import times, weighted_sum
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.factors import Bases, factor_sums
 from ggn_jax.kronecker.layout import Cuts, Layout
@@ -112,30 +114,24 @@ def add_sums(layout: JoinedLayout, sums: Sequence[dict[str, Any]], weights: Sequ
     sums = [jax.tree.map(lambda x: x.astype(dtype), found) for found in sums]
     weights = [weight.astype(dtype) for weight in weights]
 
-    def times(weight: Array, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.where(weight == 0, 0, weight * x), tree)
+    def scaled(weight: Array, tree: Any) -> Any:
+        return jax.tree.map(partial(times, weight), tree)
+
+    def side_by_side(parts: Sequence[Any]) -> list[list[Any]]:
+        """For each layer, its uses in all functions, of lists with a list of uses for each layer."""
+        return [[x for uses in layer for x in uses] for layer in zip(*parts, strict=True)]
 
     result: dict[str, Any] = {}
     for name in {"a", "count"} & set(sums[0]):
-        result[name] = [
-            [x for use in layer for x in use] for layer in zip(*(found[name] for found in sums), strict=True)
-        ]
+        result[name] = side_by_side([found[name] for found in sums])
     if layout.options.fisher_type is FisherType.FORWARD_ONLY:
         pairs = zip(layout.parts, weights, strict=True)
-        outputs = [times(weight, _ones(layout, part, dtype)) for part, weight in pairs]
-        result["b"] = [[x for use in layer for x in use] for layer in zip(*outputs, strict=True)]
+        result["b"] = side_by_side([scaled(weight, _ones(layout, part, dtype)) for part, weight in pairs])
         return result
-    scaled = [
-        times(weight, {k: x for k, x in found.items() if k not in result})
-        for weight, found in zip(weights, sums, strict=True)
-    ]
-    if "b" in scaled[0]:
-        result["b"] = [
-            [x for use in layer for x in use] for layer in zip(*(found["b"] for found in scaled), strict=True)
-        ]
-    for name in {"own", "corrected"} & set(scaled[0]):
-        trees = [found[name] for found in scaled]
-        result[name] = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *trees)
+    if "b" in sums[0]:
+        result["b"] = side_by_side([scaled(w, found["b"]) for w, found in zip(weights, sums, strict=True)])
+    for name in {"own", "corrected"} & set(sums[0]):
+        result[name] = weighted_sum([found[name] for found in sums], weights)
     return result
 
 

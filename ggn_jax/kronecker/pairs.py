@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ggn_jax._weights import root
 from ggn_jax.kronecker.algebra import Factor, Kronecker, Spectral, combine, diagonal_of, gram, is_diagonal, units
 from ggn_jax.kronecker.linalg import RESOLUTION, Batch, batched, eigh, resolved, rotated, scale_of
 
@@ -185,10 +186,6 @@ def near_pair(block: Kronecker) -> Kronecker:
     return Kronecker(x.a + y.a, x.b + y.b)
 
 
-def _root(x: Array) -> Array:
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
-
-
 def _shift(factor: Factor, by: Float[Array, " G"]) -> Factor:
     if is_diagonal(factor):
         return factor + by[:, None]
@@ -260,7 +257,7 @@ def _alike(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def _assembled(pair: Kronecker, a: _Side, b: _Side) -> PairInverse:
-    roots = [_root(x) * _root(y) for x, y in zip(a.scales, b.scales, strict=True)]
+    roots = [root(x) * root(y) for x, y in zip(a.scales, b.scales, strict=True)]
     present = [jnp.any(x > 0, axis=1) & jnp.any(y > 0, axis=1) for x, y in zip(a.values, b.values, strict=True)]
     roots = [jnp.where(here, root, 0) for here, root in zip(present, roots, strict=True)]
     top = jnp.maximum(*roots)

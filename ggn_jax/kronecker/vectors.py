@@ -104,8 +104,8 @@ def _columns_of_heads(terms: JointTerms, kind: Any, keys: Any) -> Any:
     """Those for one head after the other; 0 for the others, as every head's vector past its last is."""
     fisher_type, mc_samples, positions, together = kind
     makers, starts, start = [], [], 0
-    for i, (loss, f) in enumerate(terms.loss.heads(terms.outputs).values()):
-        own = terms.weighted(list(terms.parts)[i])
+    for i, (name, (loss, f)) in enumerate(terms.loss.heads(terms.outputs).items()):
+        own = terms.weighted(name)
         own_keys = None if keys is None else folded(keys, i)
         makers.append(vector_maker(own, fisher_type, mc_samples, positions, own_keys, together))
         starts.append(start)

@@ -19,7 +19,7 @@ from ggn_jax.layerwise.dots import dense_gram
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import SymmetricLinearOperator, check_number, check_vector, register, vectors_like
-from ggn_jax.operators.outputs import Linearised, keeps_linearisation
+from ggn_jax.operators.outputs import Linearised, with_linearisation
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.terms import Terms, split_terms
 
@@ -164,13 +164,7 @@ class GramLinearOperator(SymmetricLinearOperator):
 
 
 register(GramLinearOperator, positive_semidefinite=True)
-
-
-@lx.linearise.register(GramLinearOperator)
-def _linearise(operator: GramLinearOperator) -> GramLinearOperator:
-    if operator.kept is not None or not keeps_linearisation(operator.problem):
-        return operator
-    return eqx.tree_at(lambda op: op.kept, operator, Linearised.of(operator.problem), is_leaf=lambda leaf: leaf is None)
+lx.linearise.register(GramLinearOperator, with_linearisation)
 
 
 @jax.jit

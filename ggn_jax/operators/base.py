@@ -57,7 +57,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
 
     def as_matrix(self) -> Float[Array, "P P"]:
         """The dense matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`."""
-        return _as_matrix(self)
+        return _submatrix(self, tuple(range(len(jax.tree.leaves(self.in_structure())))))
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, in the order of `ravel_pytree(params)`.
@@ -159,20 +159,7 @@ def _jitted_mv(operator: CurvatureLinearOperator, v: PyTree[Array]) -> PyTree[Ar
 
 @eqx.filter_jit  # a damped operator may hold one of lineax's, with leaves that are not arrays
 @compiler_sharded
-def _as_matrix(operator: SymmetricLinearOperator) -> Float[Array, "P P"]:
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
-    with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-        flat, unravel = ravel_pytree(zeros)
-
-        def column(e: Array) -> Array:
-            return ravel_pytree(operator.mv(unravel(e)))[0]
-
-        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _submatrix(operator: CurvatureLinearOperator, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
+def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
     shapes, tree = jax.tree.flatten(operator.in_structure())
     zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
@@ -273,11 +260,15 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any], like:
 
 
 def register(
-    cls: type[lx.AbstractLinearOperator], *, positive_semidefinite: bool = False, diagonal: bool = False
+    cls: type[lx.AbstractLinearOperator],
+    *,
+    symmetric: bool = True,
+    positive_semidefinite: bool = False,
+    diagonal: bool = False,
 ) -> type[lx.AbstractLinearOperator]:
     """Tell lineax what is known of a class of operators."""
     for question, answer in (
-        (lx.is_symmetric, True),
+        (lx.is_symmetric, symmetric),
         (lx.is_diagonal, diagonal),
         (lx.is_tridiagonal, diagonal),
         (lx.is_lower_triangular, diagonal),
@@ -296,7 +287,8 @@ def register(
 
 def _materialise(operator: Any) -> lx.AbstractLinearOperator:
     """The operator as a pytree of arrays in memory."""
-    tags = lx.positive_semidefinite_tag if lx.is_positive_semidefinite(operator) else lx.symmetric_tag
+    known = ((lx.is_positive_semidefinite, lx.positive_semidefinite_tag), (lx.is_symmetric, lx.symmetric_tag))
+    tags = next((tag for question, tag in known if question(operator)), ())
     return lx.materialise(lx.FunctionLinearOperator(operator.mv, operator.in_structure(), tags))
 
 

@@ -17,6 +17,7 @@ from ggn_jax._draws import example_keys
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax._unbatched import batch_axes, map_batched
+from ggn_jax._weights import weighted_sum
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.linalg import norm
@@ -44,7 +45,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem, pose
-from ggn_jax.operators.weighted import of_terms, weighted_sum
+from ggn_jax.operators.weighted import of_terms
 
 
 class GGNDiagonalLinearOperator(SymmetricLinearOperator):

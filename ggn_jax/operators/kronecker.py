@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import equinox as eqx
-import jax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples
@@ -23,7 +22,7 @@ from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing
 from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
-from ggn_jax.objective import Objective, array_weights
+from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.base import register
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
@@ -191,8 +190,7 @@ class KFACLinearOperator(BlockLinearOperator):
         Raises:
             TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
         """
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
+        parts = parts_of(objective, batches, key)
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
         unknown = set(options) - {field.name for field in fields(Options)}
@@ -200,13 +198,12 @@ class KFACLinearOperator(BlockLinearOperator):
             raise TypeError(f"from_objective got unknown options {sorted(unknown)}; masks are part of the batches.")
         made = Options(**options)
         problems, keys, masks = [], [], []
-        for i, (term, batch) in enumerate(zip(objective.terms, objective.batches(batches), strict=True)):
+        for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = take_apart(f"batches[{i}]", batch)
             args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
             problem = pose(*args, has_aux=has_aux, examples=examples)
             cls._check(problem, made, chunk_size)
             problem.check_examples()
-            own_key = None if key is None else jax.random.fold_in(key, i)
             problems.append(problem)
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))

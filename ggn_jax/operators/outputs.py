@@ -14,12 +14,11 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
-from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
-from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, vectors_like
+from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, register, vectors_like
 from ggn_jax.operators.jacobian import Jacobian
-from ggn_jax.operators.problem import Problem, pose, runs_of
+from ggn_jax.operators.problem import Problem, pose
 
 
 class Linearised(eqx.Module):
@@ -31,7 +30,7 @@ class Linearised(eqx.Module):
 
     @classmethod
     def of(cls, problem: Problem) -> "Linearised":
-        return cls(problem, None if is_chunked(problem) else Jacobian.of(problem, problem.inputs))
+        return cls(problem, Jacobian.of(problem, problem.inputs) if problem.chunks() is None else None)
 
     def outputs(self) -> Float[Array, "N *out"]:
         if self.kept is not None:
@@ -57,31 +56,15 @@ class Linearised(eqx.Module):
         return self.problem.sum_over_chunks(share, u)
 
 
-def is_chunked(problem: Problem) -> bool:
-    return problem.chunk_size is not None and problem.chunk_size < problem.outputs.shape[0]
-
-
 def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
     """`fn(inputs)` of chunks of the batch, whose arrays have examples as first axis, for the whole batch."""
-    if problem.chunk_size is None or not is_chunked(problem):
+    chunks = problem.chunks()
+    if chunks is None:
         return fn(problem.inputs)
-    size = problem.outputs.shape[0]
-    runs, each = runs_of(size, problem.chunk_size)
-    length = size // runs
-    even = length - length % each
-    data = map_batched(lambda x: x.reshape(runs, length, *x.shape[1:]), problem.inputs)
 
-    def part(places: Array) -> PyTree[Array]:
-        chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
-        found = fn(map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
-        return jax.tree.map(lambda x: x.reshape(runs, len(places), *x.shape[1:]), found)
-
-    mapped = jax.lax.map(part, jnp.arange(even).reshape(-1, each))
-    whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(runs, even, *x.shape[3:]), mapped)
-    if even < length:
-        rest = part(jnp.arange(even, length))
-        whole = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), whole, rest)
-    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), whole)
+    take = chunks.taker(problem.inputs)
+    parts = jax.lax.map(lambda places: fn(take(places)), chunks.even)
+    return chunks.put_together(parts, None if chunks.rest is None else fn(take(chunks.rest)))
 
 
 class JacobianLinearOperator(lx.AbstractLinearOperator):
@@ -220,34 +203,16 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
 
 
 for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator):
-    for _question in (
-        lx.is_symmetric,
-        lx.is_diagonal,
-        lx.is_tridiagonal,
-        lx.is_lower_triangular,
-        lx.is_upper_triangular,
-        lx.has_unit_diagonal,
-        lx.is_positive_semidefinite,
-        lx.is_negative_semidefinite,
-    ):
-        _question.register(_cls, lambda operator: False)
-    lx.conj.register(_cls, lambda operator: operator)
-    lx.materialise.register(
-        _cls, lambda operator: lx.materialise(lx.FunctionLinearOperator(operator.mv, operator.in_structure()))
-    )
-    lx.diagonal.register(_cls, lambda operator: jnp.diagonal(operator.as_matrix()))
+    register(_cls, symmetric=False)
 
 
-def keeps_linearisation(problem: Problem) -> bool:
-    """Whether `lineax.linearise` keeps one: not with chunks, and not on a mesh with explicit axes."""
-    return not is_chunked(problem) and explicit_mesh(problem) is None
-
-
-@lx.linearise.register(JacobianLinearOperator)
-def _linearise(operator: JacobianLinearOperator) -> JacobianLinearOperator:
-    if operator.kept is not None or not keeps_linearisation(operator.problem):
+def with_linearisation(operator: Any) -> Any:
+    """An operator of a problem with its linearisation kept; as it is with chunks, and on meshes with explicit axes."""
+    problem: Problem = operator.problem
+    if operator.kept is not None or problem.chunks() is not None or explicit_mesh(problem) is not None:
         return operator
-    return eqx.tree_at(lambda op: op.kept, operator, Linearised.of(operator.problem), is_leaf=lambda leaf: leaf is None)
+    return eqx.tree_at(lambda op: op.kept, operator, Linearised.of(problem), is_leaf=lambda leaf: leaf is None)
 
 
+lx.linearise.register(JacobianLinearOperator, with_linearisation)
 lx.linearise.register(JacobianTransposeLinearOperator, lambda operator: lx.linearise(operator.jacobian).T)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import Examples, as_array, check_count, check_coupled, check_outputs, is_concrete
 from ggn_jax._frozen import Frozen
@@ -78,20 +78,18 @@ class Problem(eqx.Module):
         whole = split_terms(self.loss, zeros, self.targets, batch=True)
         fn = partial(fn, whole.part)
         data = (self.inputs, whole.operand, *per_datum)
+        chunks = self.chunks()
+        if chunks is None:
+            return fn(*data)
+        take = chunks.taker(data)
+        return sum_one_by_one(lambda places: fn(*take(places)), chunks.even, chunks.rest)
+
+    def chunks(self) -> "Chunks | None":
+        """How the batch is cut into chunks; None where it is one."""
         size = self.outputs.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
-            return fn(*data)
-        runs, each = runs_of(size, self.chunk_size)
-        data = map_batched(lambda x: x.reshape(runs, -1, *x.shape[1:]), data)
-        length = size // runs
-        even = length - length % each
-
-        def part(places: Array) -> PyTree[Array]:
-            chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), data)
-            return fn(*map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk))
-
-        rest = jnp.arange(even, length) if even < length else None
-        return sum_one_by_one(part, jnp.arange(even).reshape(-1, each), rest)
+            return None
+        return Chunks(size, *_runs_of(size, self.chunk_size))
 
     @property
     def together(self) -> int:
@@ -100,7 +98,7 @@ class Problem(eqx.Module):
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
-        if self.chunk_size is not None and self.chunk_size < self.outputs.shape[0]:
+        if self.chunks() is not None:
             # What is ignored may be NaN; two examples tell enough, and take little memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, "leave chunk_size out", examples=2, allow_nan=True)
@@ -126,6 +124,51 @@ class Problem(eqx.Module):
             raise indefinite_error(self.loss, f"{count} of {number} terms of this batch")
 
 
+class Chunks(NamedTuple):
+    """A batch of `runs` runs, cut into chunks of `each` examples of each run."""
+
+    size: int
+    runs: int
+    each: int
+
+    @property
+    def length(self) -> int:
+        """Of a run."""
+        return self.size // self.runs
+
+    @property
+    def even(self) -> Int[Array, "chunks each"]:
+        """The places in a run that whole chunks have."""
+        return jnp.arange(self.length - self.length % self.each).reshape(-1, self.each)
+
+    @property
+    def rest(self) -> Int[Array, " few"] | None:
+        """Those of the last one, if it is smaller."""
+        left = self.length % self.each
+        return jnp.arange(self.length - left, self.length) if left else None
+
+    def taker(self, data: PyTree[Array]) -> Callable[[Int[Array, " each"]], PyTree[Array]]:
+        """A function of places that returns the examples at these of each run."""
+        runs = map_batched(lambda x: x.reshape(self.runs, self.length, *x.shape[1:]), data)
+
+        def take(places: Array) -> PyTree[Array]:
+            chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), runs)
+            return map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk)
+
+        return take
+
+    def put_together(self, parts: PyTree[Array], rest: PyTree[Array] | None) -> PyTree[Array]:
+        """What has an example as each row, of all even chunks `[chunks, rows, ...]` and of the rest, in their order."""
+
+        def whole(x: Array, *rest: Array) -> Array:
+            runs = jnp.moveaxis(x.reshape(len(x), self.runs, self.each, *x.shape[2:]), 0, 1)
+            pieces = [runs.reshape(self.runs, -1, *x.shape[2:])]
+            pieces += [y.reshape(self.runs, -1, *y.shape[1:]) for y in rest]
+            return jnp.concatenate(pieces, axis=1).reshape(self.size, *x.shape[2:])
+
+        return jax.tree.map(whole, parts, *(() if rest is None else (rest,)))
+
+
 class WeightedProblems(eqx.Module):
     """`sum_k weights[k] problems[k]`, of the same parameters."""
 
@@ -135,13 +178,6 @@ class WeightedProblems(eqx.Module):
     @property
     def params(self) -> PyTree[Array]:
         return self.problems[0].params
-
-
-def each_problem(problem: Problem | WeightedProblems) -> list[tuple[Problem, Array | None]]:
-    """The problems of a sum, with their weights; or the one that it is."""
-    if isinstance(problem, WeightedProblems):
-        return list(zip(problem.problems, problem.weights, strict=True))
-    return [(problem, None)]
 
 
 def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
@@ -175,7 +211,7 @@ def _count_indefinite(problem: Problem) -> Array:
     return problem.sum_over_chunks(count)
 
 
-def runs_of(size: int, chunk_size: int) -> tuple[int, int]:
+def _runs_of(size: int, chunk_size: int) -> tuple[int, int]:
     """Of how many runs a batch is made, and how many examples of each are in a chunk.
 
     Tracing does not tell how a batch is sharded. Each run is on one device if the batch is cut along its examples, over
@@ -190,7 +226,7 @@ def _chunk_sizes(size: int, chunk_size: int | None) -> set[int]:
     """The sizes of the chunks of a batch."""
     if chunk_size is None or chunk_size >= size:
         return {size}
-    runs, each = runs_of(size, chunk_size)
+    runs, each = _runs_of(size, chunk_size)
     return {runs * each, size % (runs * each)} - {0}
 
 

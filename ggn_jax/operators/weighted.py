@@ -1,14 +1,14 @@
 """Weighted sums of operators on the same parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax.objective import Objective, array_weights
+from ggn_jax._weights import weighted_sum
+from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register
 
 
@@ -38,16 +38,6 @@ class WeightedSumLinearOperator(SymmetricLinearOperator):
         return weighted_sum([operator.mv(vector) for operator in self.operators], self.weights)
 
 
-def weighted_sum(trees: Sequence[PyTree[Array]], weights: Sequence[Array]) -> PyTree[Array]:
-    """`sum_k weights[k] trees[k]`; 0 wins over NaN, so that what is left out may be anything."""
-
-    def one(*leaves: Array) -> Array:
-        parts = [jnp.where(w == 0, 0, w.astype(x.dtype) * x) for w, x in zip(weights, leaves, strict=True)]
-        return sum(parts[1:], start=parts[0])
-
-    return jax.tree.map(one, *trees)
-
-
 register(WeightedSumLinearOperator)
 lx.is_positive_semidefinite.register(
     WeightedSumLinearOperator, lambda operator: all(map(lx.is_positive_semidefinite, operator.operators))
@@ -67,10 +57,8 @@ def of_terms(
     options: dict[str, Any],
 ) -> tuple[list[Any], list[Array]]:
     """An operator for each function of an objective, with a key of its own, and the weights."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
     made = []
-    for i, (term, batch) in enumerate(zip(objective.terms, objective.batches(batches), strict=True)):
-        own = options if key is None else {**options, "key": jax.random.fold_in(key, i)}
+    for term, batch, own_key in parts_of(objective, batches, key):
+        own = options if own_key is None else {**options, "key": own_key}
         made.append(make(term.model_fn, term.loss, params, tuple(batch), **own))
     return made, array_weights(objective)

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples
 from ggn_jax._sharding import vary_like
+from ggn_jax._weights import weighted_sum
 from ggn_jax.kronecker.checks import check_draws
 from ggn_jax.kronecker.joined import JoinedLayout, add_sums
 from ggn_jax.kronecker.layout import Layout
-from ggn_jax.objective import Objective, array_weights
+from ggn_jax.objective import Objective, array_weights, key_of
 from ggn_jax.operators.problem import WeightedProblems
-from ggn_jax.operators.weighted import weighted_sum
 from ggn_jax.optimizer.core import Core, Look
 from ggn_jax.optimizer.curvature import Curvature
 from ggn_jax.optimizer.settings import Settings
@@ -67,10 +66,7 @@ class ObjectiveCore(Core):
         return WeightedProblems([problem for problem, _ in found], weights), [mask for _, mask in found]
 
     def look(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
-        keys = [
-            check_draws(one, self.settings.options, None if key is None else jax.random.fold_in(key, i), 0)
-            for i, one in enumerate(problem.problems)
-        ]
+        keys = [check_draws(one, self.settings.options, key_of(key, i), 0) for i, one in enumerate(problem.problems)]
         return self._look(problem, mask, keys, curvature, gradient)
 
     def _look_at(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:

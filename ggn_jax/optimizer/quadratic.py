@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._sharding import vary_like
+from ggn_jax._weights import weighted_sum
 from ggn_jax.operators.jacobian import Jacobian
-from ggn_jax.operators.problem import Problem, WeightedProblems, each_problem
+from ggn_jax.operators.problem import Problem, WeightedProblems
 from ggn_jax.optimizer.numbers import inner
 
 
@@ -76,13 +77,11 @@ def reduction_ratio(
 
 
 def _total(problem: Problem | WeightedProblems, fn: Callable[[Problem], Array]) -> Array:
-    """The weighted sum of `fn` of each problem."""
-    parts = []
-    for one, weight in each_problem(problem):
-        found = fn(one)
-        parts.append(found if weight is None else jnp.where(weight == 0, 0, weight.astype(found.dtype) * found))
-    with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
-        return sum(parts[1:], start=parts[0])
+    """`fn` of a problem, or the weighted sum of that of several."""
+    if isinstance(problem, Problem):
+        return fn(problem)
+    total: Array = weighted_sum([fn(one) for one in problem.problems], problem.weights)
+    return total
 
 
 def _like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:

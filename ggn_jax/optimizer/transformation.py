@@ -397,7 +397,8 @@ def _see(
         factors = core.look(problem, mask, key, curvature, gradient=False)[2]
     factors = fitted("factors", factors, known.factors)
     current = value_at("damping", damping, curvature.count).astype(curvature.damping.dtype)
-    curvature = follow(curvature, factors, current, core.settings.decay, core.settings.fixed)
-    direction = precondition(curvature, known.stacks, core.settings.fixed, grads)
-    usable = are_made(curvature, known.stacks, core.settings.fixed) & direction.finite
+    settings = core.settings.fixed
+    curvature = follow(curvature, factors, current, core.settings.decay, settings)
+    direction = precondition(curvature, known.stacks, settings, grads)
+    usable = are_made(curvature, known.stacks, settings) & direction.finite
     return _Seen(problem, curvature, direction, factors.batches > 0, usable)

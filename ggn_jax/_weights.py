@@ -1,0 +1,28 @@
+"""Weights of at least 0: products, sums and roots; a weight of 0 leaves out what may be NaN or infinite."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+
+def times(weight: Float[Array, "*#shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`weight * x` in the dtype of `x`; 0 where the weight is."""
+    return jnp.where(weight == 0, 0, weight.astype(x.dtype) * x)
+
+
+def weighted_sum(trees: Sequence[PyTree[Array]], weights: Sequence[Float[Array, ""]]) -> PyTree[Array]:
+    """`sum_k weights[k] trees[k]`, by `times`."""
+
+    def one(*leaves: Array) -> Array:
+        parts = [times(weight, x) for weight, x in zip(weights, leaves, strict=True)]
+        with jax.numpy_dtype_promotion("standard"):  # losses of outputs in several dtypes
+            return sum(parts[1:], start=parts[0])
+
+    return jax.tree.map(one, *trees)
+
+
+def root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The square root of what is positive, else 0; its derivative at 0 is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
