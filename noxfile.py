@@ -1,0 +1,68 @@
+"""The checks of `.ci/run`, one at a time: `nox -s tests`, `nox -l` lists them."""
+
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+PINS = (".ci/constraints-3.11.txt",)
+NEWEST = (".ci/constraints-latest.txt",)
+QUIET = {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+
+def install(session: nox.Session, extras: str, pins: tuple[str, ...] = PINS, *more: str) -> None:
+    session.install(f".[{extras}]", *more, *(arg for pin in pins for arg in ("-c", pin)))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and types."""
+    install(session, "test", PINS, "ruff", "mypy")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The README's test command, with the pinned versions; `nox -s tests -- tests/test_losses.py` for a part."""
+    install(session, "test")
+    session.run("pytest", *session.posargs, env=QUIET)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The tests with the newest versions of everything."""
+    install(session, "test", NEWEST)
+    session.run("pytest", *session.posargs, env=QUIET)
+
+
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """The whole grid of loss options and shapes."""
+    install(session, "test")
+    session.run("pytest", "-m", "sweep", *session.posargs, env=QUIET)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The tests with branch coverage."""
+    install(session, "test", PINS, "pytest-cov")
+    session.run("pytest", "--cov", "--cov-report=term", *session.posargs, env=QUIET)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, in `docs/_build`."""
+    install(session, "docs")
+    session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The source archive and the wheel, in `dist/`."""
+    session.install("build", "twine")
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, sorted(Path("dist").iterdir())))
