@@ -95,16 +95,16 @@ def check_weight_number(name: str, value: Any) -> Array:
     return weight
 
 
-def check_count(name: str, value: Any) -> int:
-    """`value` as a Python int of at least 1."""
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as a Python int, of at least 1 unless stated."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer of at least 1; got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {number}.")
+        raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {number}.")
     return number
 
 

@@ -80,11 +80,11 @@ def batch_sums(
     return {**sums, "divisor": 1 / r}
 
 
-def reduce_sums(problem: Problem, sums: dict[str, Any]) -> dict[str, Any]:
+def reduce_sums(layout: Layout, sums: dict[str, Any]) -> dict[str, Any]:
     """Added `batch_sums` as `factor_sums` of all batches' data."""
     sums = dict(sums)
     divisor = sums.pop("divisor")
-    if problem.loss.reduction == "mean":
+    if layout.loss.reduction == "mean":
         for name in {"b", "own", "corrected"} & set(sums):
             sums[name] = jax.tree.map(lambda x: _divide(x, divisor.astype(x.dtype)), sums[name])
     return sums

@@ -9,6 +9,7 @@ from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 from ggn_jax.operators.outputs import JacobianLinearOperator, JacobianTransposeLinearOperator
+from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.passes import BatchesLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 from ggn_jax.operators.weighted import WeightedSumLinearOperator
@@ -27,6 +28,7 @@ __all__ = [
     "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
+    "PartialSums",
     "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",

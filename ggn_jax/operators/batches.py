@@ -129,8 +129,8 @@ def without_reduction(tree: PyTree[Array], r: Array) -> PyTree[Array]:
     return jax.tree.map(divided, tree)
 
 
-def with_reduction(problem: Problem, total: PyTree[Array], divisor: Array, like: PyTree[Array]) -> PyTree[Array]:
-    """That of all batches, of which `divisor` is the sum of `1 / r`; in the dtypes of `like`."""
-    if problem.loss.reduction == "mean":
+def with_reduction(reduction: str, total: PyTree[Array], divisor: Array, dtypes: PyTree[Any]) -> PyTree[Array]:
+    """That of all batches, of which `divisor` is the sum of `1 / r`."""
+    if reduction == "mean":
         total = jax.tree.map(lambda x: jnp.where(divisor == 0, 0, x / divisor.astype(x.dtype)), total)
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), total, dtypes)

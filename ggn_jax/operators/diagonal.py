@@ -22,6 +22,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.kronecker.stacks import structure
 from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
@@ -44,6 +45,7 @@ from ggn_jax.operators.batches import (
     with_reduction,
     without_reduction,
 )
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums
 from ggn_jax.operators.problem import Problem, pose
 from ggn_jax.operators.weighted import of_terms
 
@@ -157,25 +159,85 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         >>> diagonal.mv(params)["w"].shape
         (2, 3)
         """
+        options = {"mc_samples": mc_samples, "key": key, "chunk_size": chunk_size, "has_aux": has_aux}
+        options |= {"vector_chunk_size": vector_chunk_size, "method": method, "examples": examples}
+        return cls.finish(cls.partial_sums(model_fn, loss, params, batches, progress=progress, **options))
+
+    @classmethod
+    def partial_sums(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        start: int = 0,
+        mc_samples: int = 0,
+        key: Any = None,
+        chunk_size: int | None = None,
+        vector_chunk_size: int = 1,
+        method: Literal["layers", "data"] = "layers",
+        has_aux: bool = False,
+        examples: Examples = "independent",
+        progress: bool = False,
+    ) -> PartialSums:
+        """The sums over some of the data that `finish` makes a diagonal of: a long fit, in parts.
+
+        `partial_sums(first) + partial_sums(rest, start=n)`, with the `n` examples that `first` has, are the sums over
+        both; `PartialSums` says how to save them.
+
+        Args:
+            model_fn, loss, params, batches, mc_samples, key, chunk_size, vector_chunk_size, method, has_aux, examples,
+                progress: as for `from_batches`.
+            start: how many examples come before these: what is drawn for an example depends on its place in the whole.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as `from_batches`, naming the batch.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> args = lambda p, x: x @ p["w"], loss, params
+        >>> parts = [[(jnp.ones((n, 2)), jnp.arange(n) % 3)] for n in (8, 5)]
+        >>> first, second = (ggn_jax.GGNDiagonalLinearOperator.partial_sums(*args, part) for part in parts)
+        >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
+        (2, 3)
+        """
         compute = _Compute(mc_samples, key, vector_chunk_size, method)
         check_iterable(batches)
+        start = check_count("start", start, 0)
 
-        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+        def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
             if mask is not None:
                 raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
             args = model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type
             problem = pose(*args, has_aux=has_aux, examples=examples)
-            if not start:
+            if not seen:
                 compute.check(problem)
                 check_unbatched(problem)
-            return problem, _unreduced(problem, compute(problem, start))
+            return problem, _unreduced(problem, compute(problem, start + seen))
 
-        problem, total, _ = add_up(with_progress(batches, progress, "diagonal"), sums)
+        problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
+        made_of = problem.loss.reduction, structure(params)
+        return PartialSums(totals, jnp.asarray(seen, jnp.int32), Recipe(cls, made_of, made_of))
+
+    @classmethod
+    def finish(cls, sums: PartialSums) -> Self:
+        """The diagonal for all data that `partial_sums` were summed over.
+
+        Args:
+            sums: what `partial_sums` returned, or sums of such.
+
+        Raises:
+            TypeError: for what are no sums of this operator.
+        """
+        check_sums("sums", sums, cls)
+        reduction, (_, dtypes, tree) = sums.recipe.made_of
+        entries, divisor = sums.totals
         made = cls.__new__(cls)
-        entries, divisor = total
-        object.__setattr__(made, "entries", with_reduction(problem, entries, divisor, params))
+        whole = with_reduction(reduction, entries, divisor, jax.tree.unflatten(tree, dtypes))
+        object.__setattr__(made, "entries", whole)
         return made
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:

@@ -247,7 +247,8 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
 
 @jax.jit
 def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
-    return with_reduction(problem, total["products"], total["divisor"], like)
+    dtypes = jax.tree.map(lambda x: x.dtype, like)
+    return with_reduction(problem.loss.reduction, total["products"], total["divisor"], dtypes)
 
 
 def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:

@@ -1,0 +1,380 @@
+"""How operators with Kronecker factors are made: of a batch, of many, of an objective, or of sums kept from before."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ggn_jax._checks import Examples, check_count
+from ggn_jax._frozen import Frozen
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax._supported import check_exact
+from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.checks import check_draws, check_mask
+from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
+from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
+from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.optimal import compute_optimal_blocks
+from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
+from ggn_jax.kronecker.stacks import Blocks, structure
+from ggn_jax.kronecker.vectors import Positions
+from ggn_jax.loss import Loss
+from ggn_jax.objective import Objective, array_weights, parts_of
+from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
+from ggn_jax.operators.blocks import BlockLinearOperator
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, same_examples
+from ggn_jax.operators.problem import Problem, pose, take_apart
+
+
+class FactoredLinearOperator(BlockLinearOperator):
+    """What KFAC, EKFAC and KFOC share: how they are made; what they can do is `BlockLinearOperator`'s."""
+
+    _method: ClassVar[Literal["kfac", "ekfac", "kfoc"]]
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batch: tuple[PyTree, Any],
+        *,
+        fisher_type: FisherType | str = Options.fisher_type,
+        mc_samples: int = Options.mc_samples,
+        key: Any = None,
+        sharing: Sharing = Options.sharing,
+        bias: Bias = Options.bias,
+        tied: Tied = Options.tied,
+        positions: Positions = Options.positions,
+        mask: Any = None,
+        on_uncovered: OnUncovered = Options.on_uncovered,
+        small: Small = Options.small,
+        large: Large = Options.large,
+        max_dense_size: int = Options.max_dense_size,
+        block_size: int = Options.block_size,
+        max_small_size: int = Options.max_small_size,
+        chunk_size: int | None = None,
+        vector_chunk_size: int = Options.vector_chunk_size,
+        has_aux: bool = False,
+        examples: Examples = "independent",
+    ):
+        options = Options(
+            fisher_type,  # type: ignore[arg-type]  # made one there
+            mc_samples,
+            sharing,
+            bias,
+            tied,
+            positions,
+            on_uncovered,
+            small,
+            large,
+            max_dense_size,
+            block_size,
+            max_small_size,
+            vector_chunk_size,
+        )
+        kind = options.fisher_type
+        problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
+        self._check(problem, options, chunk_size)
+        keys = check_draws(problem, options, key, 0)
+        if mask is not None and self._method == "kfoc":
+            raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+        mask = check_mask(mask, problem)
+        problem.check_examples()
+        self.blocks = _compute(problem, keys, mask, options, self._method)
+        self.structure = structure(problem.params)
+
+    @classmethod
+    def from_objective(
+        cls,
+        objective: Objective,
+        params: PyTree[Array],
+        batches: Any,
+        *,
+        key: Any = None,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        examples: Examples = "independent",
+        **options: Any,
+    ) -> Self:
+        """The operator of an objective: of the weighted sum of its functions' GGNs.
+
+        A layer's block has a Kronecker term for each use of its weight, in all functions; with `tied="concatenate"`,
+        one for each function that uses it, whose output factor has the weight in it. `inverse` says how sums of terms
+        are inverted. What has no layer in one of the functions has an exact block of the whole GGN. EKFAC's eigenbases
+        are those of the nearest single products, and its eigenvalues are of the whole GGN.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)`, or `(inputs, targets, mask)`, for each function; they may
+                differ in size.
+            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
+            chunk_size: how many examples are worked on at once.
+            has_aux: whether each `model_fn` returns `(outputs, aux)`.
+            examples: `"coupled"` for functions whose examples depend on each other.
+            **options: those of the constructor.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+        """
+        parts = parts_of(objective, batches, key)
+        if cls._method == "kfoc":
+            raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
+        unknown = set(options) - {field.name for field in fields(Options)}
+        if unknown:
+            raise TypeError(f"from_objective got unknown options {sorted(unknown)}; masks are part of the batches.")
+        made = Options(**options)
+        problems, keys, masks = [], [], []
+        for i, (term, batch, own_key) in enumerate(parts):
+            pair, mask = take_apart(f"batches[{i}]", batch)
+            args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
+            problem = pose(*args, has_aux=has_aux, examples=examples)
+            cls._check(problem, made, chunk_size)
+            problem.check_examples()
+            problems.append(problem)
+            keys.append(check_draws(problem, made, own_key, 0))
+            masks.append(check_mask(mask, problem))
+        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method == "ekfac")
+        return cls._of(blocks, structure(problems[0].params))
+
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        key: Any = None,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        examples: Examples = "independent",
+        progress: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The operator of all data of an iterable of batches, as if they were one batch.
+
+        `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and in the lengths
+        of their sequences. A mean is over all their terms. What is drawn for a datum depends on its place in the whole,
+        so that it does not matter how data are cut into batches. EKFAC goes over them twice, and wants an iterable that
+        can be: a list, or a loader, but no generator. A function is compiled for each size of batch. `progress=True`
+        shows a bar (needs tqdm); `options` are those of the constructor. Must be called outside of `jit` if `batches`
+        are not arrays there.
+
+        **Raises:** as the constructor, naming the batch; ValueError for a batch that does not fit the first, for a loss
+        with a weight for each datum, for an iterable that is empty, or that differs between EKFAC's passes.
+
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> model_fn = lambda p, x: x @ p["w"]
+        >>> kfac = KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
+        >>> kfac.solve(params, damping=0.1)["w"].shape
+        (2, 3)
+        """
+        args = model_fn, loss, params, batches
+        options |= {
+            "key": key,
+            "chunk_size": chunk_size,
+            "has_aux": has_aux,
+            "examples": examples,
+            "progress": progress,
+        }
+        if cls._method != "ekfac":
+            return cls.finish(cls.partial_sums(*args, **options))
+        check_iterable(batches, "EKFAC goes over the batches twice")
+        factors = cls.partial_sums(*args, **options)
+        return cls.finish(cls.partial_sums(*args, factors=factors, **options))
+
+    @classmethod
+    def partial_sums(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        loss: Loss,
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        start: int = 0,
+        factors: PartialSums | None = None,
+        key: Any = None,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        examples: Examples = "independent",
+        progress: bool = False,
+        **options: Any,
+    ) -> PartialSums:
+        """The sums over some of the data that `finish` makes an operator of: a long fit, in parts.
+
+        `partial_sums(first) + partial_sums(rest, start=n)`, with the `n` examples that `first` has, are the sums over
+        both. They can be saved (`PartialSums`), or be made by several processes, each for its share. EKFAC takes two
+        passes: `factors` are the sums of the first one, over all data.
+
+        Args:
+            model_fn, loss, params, batches, key, chunk_size, has_aux, examples, progress, **options: as for
+                `from_batches`.
+            start: how many examples come before these: what is drawn for an example depends on its place in the whole.
+            factors: for EKFAC's second pass, what its first returned; or sums of the second pass, whose eigenbases are
+                taken.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as `from_batches`, naming the batch; for `factors` of other data
+                or another operator.
+
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> args, key = (lambda p, x: x @ p["w"], loss, params), jax.random.key(0)
+        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
+        >>> factors = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, key=key)
+        >>> corrected = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, factors=factors, key=key)
+        >>> ggn_jax.EKFACLinearOperator.finish(corrected)
+        EKFACLinearOperator(params=float32[2, 3], blocks=1)
+        """
+        unknown = set(options) - {field.name for field in fields(Options)}
+        if unknown:
+            raise TypeError(f"options of batches got unknown {sorted(unknown)}; masks are part of the batches.")
+        made = Options(**options)
+        if cls._method == "kfoc":
+            raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
+        check_iterable(batches)
+        start = check_count("start", start, 0)
+        if factors is not None:
+            if cls._method != "ekfac":
+                raise TypeError(f"factors are for EKFAC's second pass; {cls.__name__} takes one: leave them out.")
+            check_sums("factors", factors, cls)
+        bases = None
+        if factors is not None:
+            bases = _bases(factors) if factors.bases is None else factors.bases
+            factors = factors.factors or factors
+        recipes: set[Recipe] = set()  # of the batches: one
+
+        def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
+            args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
+            problem = pose(*args, has_aux=has_aux, examples=examples)
+            if not recipes and factors is None:
+                cls._check(problem, made, chunk_size)
+                check_unbatched(problem)
+                problem.check_examples()
+            kind = made, problem.loss.reduction, structure(problem.params)
+            if not recipes:
+                layout = _layout(problem, made).value
+                recipes.add(Recipe(cls, (_places(layout), *kind), (layout, kind[2])))
+                if factors is not None and {factors.recipe} != recipes:
+                    raise ValueError("factors must be those of the same model, loss and options: these are others'.")
+            keys = check_draws(problem, made, key, start + seen)
+            found, places = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
+            if recipes != {Recipe(cls, (places, *kind))}:
+                raise ValueError("the model's layers are others than for batch 0, or in another order.")
+            return problem, found
+
+        problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
+        if problem is None:
+            raise no_batches(batches)
+        return PartialSums(totals, jnp.asarray(seen, jnp.int32), recipes.pop(), factors, bases)
+
+    @classmethod
+    def finish(cls, sums: PartialSums) -> Self:
+        """The operator of all data that `partial_sums` were summed over.
+
+        Args:
+            sums: what `partial_sums` returned, or sums of such; EKFAC's second pass.
+
+        Raises:
+            TypeError: for what are no sums of this operator.
+            ValueError: for EKFAC's first pass, and for passes over different numbers of examples.
+        """
+        check_sums("sums", sums, cls)
+        if cls._method == "ekfac":
+            if sums.factors is None:
+                raise ValueError(
+                    "EKFAC takes a second pass: sums must be those of partial_sums(..., factors=first), not the first."
+                )
+            same_examples("EKFAC's passes", sums.factors.examples, sums.examples)
+        return cls._of(_finish(sums), sums.recipe.made_of[1])
+
+    @classmethod
+    def _check(cls, problem: Problem, options: Options, chunk_size: int | None) -> None:
+        """Refuse what this operator cannot be made of."""
+        if cls._method != "kfac" and options.fisher_type is FisherType.FORWARD_ONLY:
+            raise NotImplementedError(
+                f"fisher_type 'forward-only' back-propagates nothing, but {cls._method.upper()} is made of gradients:"
+                " use KFACLinearOperator, or another fisher type."
+            )
+        for name in ("tied", "sharing"):
+            if cls._method == "kfoc" and getattr(options, name) != getattr(Options, name):
+                raise NotImplementedError(
+                    f"KFOC is nearest to the exact block, and has no use for {name}={getattr(options, name)!r}: leave"
+                    " it out, or use KFAC."
+                )
+        if cls._method == "kfoc" and chunk_size is not None:
+            raise NotImplementedError(
+                "KFOC's power iterations go over all data many times, and keep them: leave chunk_size out, or use KFAC."
+            )
+        if options.fisher_type is FisherType.TYPE2:
+            check_exact(problem.loss)
+        if options.fisher_type in (FisherType.TYPE2, FisherType.MC):
+            problem.check_curvature()
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
+    if method == "kfoc":
+        return compute_optimal_blocks(problem, keys, mask, options)
+    return compute_blocks(problem, Layout.of(problem, options), keys, mask, method == "ekfac")
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, correct: bool) -> Blocks:
+    layout = JoinedLayout.of_all(problems, options)
+    given = layout, problems, weights, keys, masks
+    sums = joined_sums(*given)
+    if not correct:
+        return assemble_blocks(layout, sums)
+    bases = eigenbases(layout, sums)
+    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _batch_sums(
+    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
+) -> tuple[dict[str, Any], Frozen]:
+    """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
+    layout = Layout.of(problem, options)
+    return batch_sums(problem, layout, keys, mask, bases), _places(layout)
+
+
+def _places(layout: Layout) -> Frozen:
+    return Frozen(tuple((member.spec, member.key) for member in layout.members))
+
+
+class _Traced(eqx.Module):
+    value: Any = eqx.field(static=True)
+
+
+def _layout(problem: Problem, options: Options) -> _Traced:
+    """Which blocks there are, which shapes are enough to know."""
+    traced: _Traced = eqx.filter_eval_shape(lambda problem: _Traced(Layout.of(problem, options)), problem)
+    return traced
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _bases(sums: PartialSums) -> Any:
+    layout, _ = sums.recipe.made_of
+    return eigenbases(layout, reduce_sums(layout, sums.totals))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _finish(sums: PartialSums) -> Blocks:
+    layout, _ = sums.recipe.made_of
+    totals = reduce_sums(layout, sums.totals)
+    if sums.factors is None:
+        return assemble_blocks(layout, totals)
+    # The bases again would be others where eigenvalues are equal.
+    return assemble_blocks(layout, reduce_sums(layout, sums.factors.totals), sums.bases, totals)

@@ -1,0 +1,98 @@
+"""Sums over a part of the data, kept to be saved, added to others, and made an operator."""
+
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from ggn_jax._checks import is_concrete
+from ggn_jax._repr import fields
+
+
+class Recipe:
+    """How an operator is made of sums: equal for sums that may be added."""
+
+    def __init__(self, operator: type, key: Any, made_of: Any = None):
+        self.operator, self.made_of, self._key = operator, made_of, (operator, key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+class PartialSums(eqx.Module):
+    """What some of the data contribute to an operator; made by the operators' `partial_sums`.
+
+    A pytree of arrays, all of which are sums over examples and independent of how these are cut into batches: `a + b`
+    are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save their leaves;
+    their structure is that of the sums over any one batch.
+
+    >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
+    >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+    >>> args, options = (lambda p, x: x @ p["w"], loss, params), {"fisher_type": "type-2"}
+    >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+    >>> some = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[:2], **options)
+    >>> saved = [np.asarray(leaf) for leaf in jax.tree.leaves(some)]  # np.savez(path, *saved)
+    >>> rest = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[2:], start=int(some.examples), **options)
+    >>> restored = jax.tree.unflatten(jax.tree.structure(rest), saved)
+    >>> (restored + rest).examples, ggn_jax.KFACLinearOperator.finish(restored + rest)
+    (Array(21, dtype=int32), KFACLinearOperator(params=float32[2, 3], blocks=1))
+    """
+
+    totals: PyTree[Array]
+    examples: Int[Array, ""]
+    """How many examples were summed over."""
+    recipe: Recipe = eqx.field(static=True)
+    factors: "PartialSums | None" = None
+    """Of EKFAC's second pass: the sums of its first."""
+    bases: PyTree[Array] = None
+    """And the eigenbases that these have."""
+
+    def __repr__(self) -> str:
+        return fields(self, operator=self.recipe.operator.__name__, examples=self.examples, totals=self.totals)
+
+    def __add__(self, other: Any) -> Self:
+        """The sums over the data of both."""
+        if not isinstance(other, PartialSums):
+            raise TypeError(f"partial sums are added to others; got {type(other).__name__}.")
+        if self.recipe != other.recipe or (self.factors is None) != (other.factors is None):
+            raise ValueError(
+                f"partial sums are of one operator, model and set of options; got those of {self._kind} and of"
+                f" {other._kind}, made otherwise."
+            )
+        if self.factors is not None and other.factors is not None:
+            same_examples("the factors of both", self.factors.examples, other.factors.examples)
+            pairs = zip(jax.tree.leaves(self.bases), jax.tree.leaves(other.bases), strict=True)
+            if not all(not is_concrete(x) or not is_concrete(y) or np.array_equal(x, y) for x, y in pairs):
+                raise ValueError(
+                    "the second pass's sums are in different eigenbases, as other machines may find them: start the"
+                    " other parts with factors=, the sums of the first part of this pass."
+                )
+        totals = jax.tree.map(jnp.add, self.totals, other.totals)
+        return type(self)(totals, self.examples + other.examples, self.recipe, self.factors, self.bases)
+
+    @property
+    def _kind(self) -> str:
+        return self.recipe.operator.__name__ + ("'s second pass" if self.factors is not None else "")
+
+
+def same_examples(what: str, one: Array, two: Array) -> None:
+    """Refuse counts of examples that differ, where they are known."""
+    if is_concrete(one) and is_concrete(two) and int(one) != int(two):
+        raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
+
+
+def check_sums(name: str, sums: Any, operator: type) -> None:
+    """Refuse what are no sums for this operator."""
+    if not isinstance(sums, PartialSums):
+        raise TypeError(f"{name} must be what {operator.__name__}.partial_sums returned; got {type(sums).__name__}.")
+    if sums.recipe.operator is not operator:
+        raise TypeError(
+            f"{name} must be what {operator.__name__}.partial_sums returned; got those of"
+            f" {sums.recipe.operator.__name__}."
+        )

@@ -1,0 +1,93 @@
+"""Sums over a part of the data are saved, added, and finished as the operator of all data."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_batches import CE, EKFAC, INPUTS, KFAC, KFOC, LABELS, PARAMS, as_batches, tanh_net
+
+import ggn_jax
+from ggn_jax import GGNDiagonalLinearOperator
+
+ARGS = tanh_net, CE, PARAMS
+DRAWN: dict[str, Any] = {"fisher_type": "mc", "key": jax.random.key(1), "mc_samples": 2}
+FIRST, SECOND = as_batches(3, 1, 3)[:1], as_batches(3, 1, 3)[1:]
+
+
+def through_a_file(sums: ggn_jax.PartialSums, like: ggn_jax.PartialSums, path: Path) -> ggn_jax.PartialSums:
+    np.savez(path, *jax.tree.leaves(sums))
+    with np.load(path) as saved:
+        leaves = [saved[f"arr_{i}"] for i in range(len(saved.files))]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def test_kfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
+    """With the same draws; the first part is saved, and added to the second by another program."""
+    first = KFAC.partial_sums(*ARGS, FIRST, **DRAWN)
+    second = KFAC.partial_sums(*ARGS, SECOND, start=int(first.examples), **DRAWN)
+    restored = through_a_file(first, second, tmp_path / "sums.npz")
+    operator = KFAC.finish(restored + second)
+    whole = KFAC(*ARGS, (INPUTS, LABELS), **DRAWN)
+    assert jax.tree.structure(operator) == jax.tree.structure(whole)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+    assert int((first + second).examples) == 7
+    assert "KFACLinearOperator" in repr(first)
+
+
+def test_ekfac_in_parts_is_that_of_all_data() -> None:
+    """Both passes in parts; the second ones take the first one's eigenbases, of factors with equal eigenvalues."""
+    factors = EKFAC.partial_sums(*ARGS, FIRST, **DRAWN) + EKFAC.partial_sums(*ARGS, SECOND, start=3, **DRAWN)
+    first = EKFAC.partial_sums(*ARGS, FIRST, factors=factors, **DRAWN)
+    second = EKFAC.partial_sums(*ARGS, SECOND, factors=first, start=3, **DRAWN)
+    whole = EKFAC(*ARGS, (INPUTS, LABELS), **DRAWN)
+    np.testing.assert_allclose(EKFAC.finish(first + second).as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_diagonal_in_parts_is_that_of_all_data(reduction: str) -> None:
+    args, options = (
+        (tanh_net, ggn_jax.CrossEntropyLoss(reduction=reduction), PARAMS),
+        {"mc_samples": 2, "key": DRAWN["key"]},
+    )
+    first = GGNDiagonalLinearOperator.partial_sums(*args, FIRST, **options)
+    second = GGNDiagonalLinearOperator.partial_sums(*args, SECOND, start=3, **options)
+    whole = GGNDiagonalLinearOperator(*args, (INPUTS, LABELS), **options)
+    found = GGNDiagonalLinearOperator.finish(first + second)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-14), found.entries, whole.entries)
+
+
+def test_errors_of_partial_sums() -> None:
+    exact = {"fisher_type": "type-2"}
+    sums = KFAC.partial_sums(*ARGS, FIRST, **exact)
+    factors = EKFAC.partial_sums(*ARGS, FIRST, **exact)
+    diagonal = GGNDiagonalLinearOperator.partial_sums(*ARGS, FIRST)
+    with pytest.raises(ValueError, match="one operator, model and set of options"):
+        sums + KFAC.partial_sums(*ARGS, FIRST, bias="separate", **exact)
+    with pytest.raises(ValueError, match=r"of KFACLinearOperator and of EKFACLinearOperator"):
+        sums + factors
+    with pytest.raises(TypeError, match="added to others; got int"):
+        sums + 0
+    with pytest.raises(TypeError, match=r"what KFACLinearOperator\.partial_sums returned; got those of GGNDiag"):
+        KFAC.finish(diagonal)
+    with pytest.raises(TypeError, match="got list"):
+        GGNDiagonalLinearOperator.finish([diagonal])
+    with pytest.raises(ValueError, match="EKFAC takes a second pass"):
+        EKFAC.finish(factors)
+    with pytest.raises(TypeError, match="factors are for EKFAC's second pass"):
+        KFAC.partial_sums(*ARGS, FIRST, factors=sums, **exact)
+    with pytest.raises(TypeError, match=r"factors must be what EKFAC.*got those of KFAC"):
+        EKFAC.partial_sums(*ARGS, FIRST, factors=sums, **exact)
+    with pytest.raises(ValueError, match="factors must be those of the same model"):
+        EKFAC.partial_sums(*ARGS, FIRST, factors=factors, bias="separate", **exact)
+    with pytest.raises(ValueError, match="got sums over 3 examples and over 4"):
+        EKFAC.finish(EKFAC.partial_sums(*ARGS, SECOND, factors=factors, **exact))
+    with pytest.raises(ValueError, match="start must be an integer of at least 0"):
+        KFAC.partial_sums(*ARGS, FIRST, start=-1, **exact)
+    with pytest.raises(NotImplementedError, match="KFOC"):
+        KFOC.partial_sums(*ARGS, FIRST, **exact)
+    with pytest.raises(ValueError, match="at least one batch"):
+        KFAC.partial_sums(*ARGS, [], **exact)
+    with pytest.raises(TypeError, match=r"unknown \['mask'\]"):
+        KFAC.partial_sums(*ARGS, FIRST, mask=None)
