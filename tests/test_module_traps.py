@@ -93,6 +93,23 @@ def test_what_changes_parameters_or_outputs(make: Callable[[], nn.Module]) -> No
     check(make(), draw(3, 4))
 
 
+def hooked_parameter() -> nn.Module:
+    module = nn.Sequential(linear())
+    module[0].weight.register_hook(lambda g: g * 2)
+    return module
+
+
+class HookWithin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        x.register_hook(lambda g: g * 2)
+        return x
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,18 +133,46 @@ class Autocast(nn.Module):
     ("make", "x", "message"),
     [
         (lambda: hooked("register_full_backward_hook"), draw(3, 4), r"backward hooks.*handle.remove\(\)"),
+        (hooked_parameter, draw(3, 4), r"parameter '0.weight' has a hook.*handle.remove\(\)"),
+        (HookWithin, draw(3, 4), "forward puts a hook on a tensor by register_hook"),
         (lambda: nn.Embedding(5, 3, max_norm=1.0), torch.tensor([[0, 1]]), r"max_norm=1.0.*set its max_norm to None"),
         (lambda: nn.Linear(4, 2, dtype=torch.complex64), draw(3, 4).cfloat(), r"'weight' is complex.*torch.complex"),
         (lambda: Packed(), torch.ones(2, 3, 4), "packed sequences.*padded ones"),
         (lambda: Autocast(True), draw(3, 4), "autocast is on.*convert the module without it"),
         (lambda: nn.Sequential(torch.jit.trace(linear(), draw(3, 4))), draw(3, 4), "'0' is a TorchScript module"),
     ],
-    ids=["backward hook", "max_norm", "complex", "packed", "autocast", "TorchScript"],
+    ids=[
+        "backward hook",
+        "parameter's hook",
+        "hook within",
+        "max_norm",
+        "complex",
+        "packed",
+        "autocast",
+        "TorchScript",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_is_refused(make: Callable[[], nn.Module], x: torch.Tensor, message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        torch_bridge.from_module(make(), x)
+    module = make()
+    for train in (False, True):
+        with pytest.raises(NotImplementedError, match=message):
+            torch_bridge.from_module(module, x, train=train)
+
+
+def test_hooks_that_leave_gradients_as_they_are() -> None:
+    """One that runs after a gradient is accumulated, and one that was removed."""
+    module = linear()
+    module.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    module.weight.register_hook(lambda g: g * 2).remove()
+    check(module, draw(3, 4))
+
+
+def test_training_mode_draws_nothing_from_the_callers_generator() -> None:
+    module, before = nn.Sequential(linear(), nn.Dropout(0.5)), torch.get_rng_state()
+    with pytest.raises(NotImplementedError, match="dropout"):
+        torch_bridge.from_module(module, draw(3, 4), train=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_surroundings() -> None:

@@ -71,7 +71,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "unsupported"},
+    {"_cuda", "_fork", "_refused", "unsupported"},
     {"tensors", "generators"},
     {"losses"},
     {"_compute"},
@@ -83,7 +83,7 @@ TORCH_BRIDGE = [
     {"aten.linalg", "aten.metric", "aten.pooling", "aten.recurrent"},
     {"aten.losses"},
     {"aten"},
-    {"_export", "_refused"},
+    {"_export"},
     {"_interpret"},
     {"modules"},
     {"operators"},

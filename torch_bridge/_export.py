@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
+from torch_bridge._refused import NoHooks
 from torch_bridge.tensors import borrow, jax_on
 
 # What makes a new tensor, which a write in place right after it does not show anywhere else.
@@ -46,10 +47,11 @@ class Flat(torch.nn.Module):
         module = self.module
         while isinstance(module, WRAPPERS):
             module = module.module
-        if self.kind == "dict":
-            outputs = module(**inputs)
-        else:
-            outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
+        with NoHooks():
+            if self.kind == "dict":
+                outputs = module(**inputs)
+            else:
+                outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
         flat, structure = jax.tree.flatten(_plain(outputs))
         self.note(jax.tree.unflatten(structure, range(len(flat))))
         return tuple(flat)
@@ -101,12 +103,12 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
 def _check_derivatives(module: torch.nn.Module, leaves: list[Any]) -> None:
     """Refuse functions with derivatives of their own, of which an exported graph holds the forward part only.
 
-    They are found in the graph of a call, in evaluation mode, in which a call draws nothing; it writes into copies.
+    They are found in the graph of a call, which writes into copies, and draws from copies of torch's generators.
     """
-    if any(part.training for part in module.module.modules()):  # type: ignore[union-attr]
-        return
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    outputs = torch.func.functional_call(module, state, tuple(leaf.clone() for leaf in leaves))
+    cards = {tensor.device.index for tensor in [*module.parameters(), *leaves] if tensor.is_cuda}
+    with torch.random.fork_rng(sorted(cards)):
+        outputs = torch.func.functional_call(module, state, tuple(leaf.clone() for leaf in leaves))
     nodes = [output.grad_fn for output in outputs if isinstance(output, torch.Tensor) and output.grad_fn is not None]
     seen = set(nodes)
     while nodes:

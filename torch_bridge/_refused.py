@@ -1,10 +1,13 @@
 """Modules that are no function of their parameters and inputs that could be converted, and what to do about it."""
 
 import traceback
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def check_module(module: object) -> None:
@@ -34,6 +37,34 @@ def check_module(module: object) -> None:
                 f"parameter {path!r} is complex, in which curvature is not defined here: hold its real and imaginary"
                 " parts as parameters, and put them together with torch.complex."
             )
+        if _has_hooks(parameter):
+            raise NotImplementedError(f"parameter {path!r} has {HOOKS}")
+
+
+HOOKS = (
+    "a hook, which changes its gradient behind the function's back: remove it, by handle.remove(), where `handle` is"
+    " what register_hook returned."
+)
+
+
+def _has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether `register_hook` was called on a tensor: torch has a warning for who saves one."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.utils.hooks.warn_if_has_hooks(tensor)
+    return bool(told)
+
+
+class NoHooks(TorchFunctionMode):
+    """Refuse hooks that `forward` puts on tensors, which are in no graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            raise NotImplementedError(
+                "module's forward puts a hook on a tensor by register_hook, which changes its gradient behind the"
+                " function's back: leave it out, or make the change an operator (torch.library.custom_op)."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _name(path: str) -> str:

@@ -31,8 +31,8 @@ def from_module(
 
     - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
       `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
-      Hooks of the forward pass are part of the function; those of gradients are not, and are refused where they are a
-      module's.
+      Hooks of the forward pass are part of the function; those of gradients, of modules, parameters and tensors within,
+      are not, and are refused.
     - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
       and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
       with arrays. Their values do not matter. All whose first axis is as long as the first tensor's have a batch axis
@@ -46,8 +46,7 @@ def from_module(
     **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
     of copies: later changes of the module are not seen. Buffers are constants of `model_fn`. Its outputs are as the
     module's, with classes of mappings as dicts. Integers of 64 bits are of 32 bits where JAX has no others. Places out
-    of range give NaN, not an error. A `torch.autograd.Function` is refused in evaluation mode, and
-    what its forward computes in training mode.
+    of range give NaN, not an error. A `torch.autograd.Function` is refused.
 
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
     them and their modules, and for what is random or writes into buffers; TypeError for inputs that are not tensors,
