@@ -151,3 +151,8 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
         )
         raise ValueError(f"key must be one key; got an array of keys of shape {key.shape}: {way_out}.")
     return key
+
+
+def starts_sum(value: Any) -> bool:
+    """Whether it is the 0 that Python's `sum` begins with."""
+    return isinstance(value, int) and not isinstance(value, bool) and value == 0

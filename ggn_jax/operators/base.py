@@ -5,7 +5,7 @@ import math
 import re
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ import scipy.sparse.linalg  # type: ignore[import-untyped]
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
+from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete, starts_sum
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 
@@ -91,6 +91,9 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         lineax's own `self + damping * lineax.IdentityLinearOperator(...)` loses that tag.
         """
         return DampedLinearOperator(self, damping)
+
+    def __radd__(self, other: Any) -> Self:
+        return self if starts_sum(other) else NotImplemented
 
     def __mul__(self, other: Any) -> lx.AbstractLinearOperator:
         """`other * self`: positive semi-definite where `self` is, and `other` is known and at least 0."""

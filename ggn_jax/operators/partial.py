@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import is_concrete, starts_sum
 from ggn_jax._repr import fields
 
 
@@ -75,6 +75,9 @@ class PartialSums(eqx.Module):
                 )
         totals = jax.tree.map(jnp.add, self.totals, other.totals)
         return type(self)(totals, self.examples + other.examples, self.recipe, self.factors, self.bases)
+
+    def __radd__(self, other: Any) -> Self:
+        return self if starts_sum(other) else NotImplemented
 
     @property
     def _kind(self) -> str:

@@ -281,7 +281,10 @@ def kfac(
     >>> params = optax.apply_updates(params, updates)
     """
     if learning_rate is None:
-        raise TypeError("learning_rate must be given: a number, a function of the number of steps, or 'quadratic'.")
+        hint = " By name: an Objective holds its losses." if isinstance(model_fn, Objective) and loss is not None else ""
+        raise TypeError(
+            f"learning_rate must be given: a number, a function of the number of steps, or 'quadratic'.{hint}"
+        )
     given = locals()
     rule = pick(StepRule, given)
     core = core_of(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
