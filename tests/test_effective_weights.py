@@ -101,11 +101,13 @@ def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
 
 
 def test_scales_that_are_no_number() -> None:
-    """A mask, another parameter, a number that depends on the loop, and 0."""
+    """A mask and a number that depends on the loop have no Kronecker form; another parameter and 0 scale the layer."""
     params, x = {"w": normal(3, 3), "s": jnp.ones(())}, normal(4, 3)
-    for weight in (lambda p: p["w"] * jnp.eye(3), lambda p: p["w"] * p["s"], lambda p: p["w"] * 0.0):
+    scaled = [("uncovered", lambda p: p["w"] * jnp.eye(3))]
+    scaled += [("linear", lambda p: p["w"] * p["s"]), ("linear", lambda p: p["w"] * 0.0)]
+    for kind, weight in scaled:
         found = kinds(lambda p, x, weight=weight: jnp.tanh(x @ weight(p)) * p["s"], params, x)
-        assert found["['w']"][0] == "uncovered"
+        assert found["['w']"][0] == kind
 
     def looped(p: Any, x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(1, 3, lambda i, h: jnp.tanh(h @ (p["w"] / i.astype(float))), x)

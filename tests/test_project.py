@@ -23,7 +23,7 @@ GGN_JAX = [
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "layers.taps", "terms"},
-    {"layers.convolution", "layers.uses", "loss"},
+    {"layers.convolution", "layers.distribute", "layers.uses", "loss"},
     {"layers.run", "layers.labels", "cross_entropy", "joint", "losses", "likelihood"},
     {"layers.trace"},
     {"layers.axes", "layers.capture", "layers.plan", "_supported"},
@@ -231,6 +231,7 @@ ALLOWED = {
     "ggn_jax.kronecker.layout": {"warnings.warn"},
     "torch_bridge._cuda": {"os.environ", "warnings.warn"},
     "torch_bridge._export": {"warnings.catch_warnings", "warnings.simplefilter"},
+    "torch_bridge._refused": {"warnings.catch_warnings", "warnings.simplefilter"},
 }
 
 

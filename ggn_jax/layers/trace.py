@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from ggn_jax._model import Model
 from ggn_jax._sharding import explained, explicit_mesh
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
+from ggn_jax.layers.distribute import WITHOUT_DERIVATIVE, distribute
 from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     CUSTOM_JVP,
@@ -36,7 +37,6 @@ GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
-WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 
 
 @dataclass(frozen=True)
@@ -111,23 +111,17 @@ def trace_model(
             f" shape {outputs.shape}."
         )
     leaves = jax.tree_util.tree_leaves_with_path(like)
-    jaxpr, consts = open_jaxpr(closed)
+    shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))
-    embeddings: frozenset[tuple[int, ...]] = frozenset()
-    with jax.ensure_compile_time_eval():
-        while True:
-            analysis = _Analysis([leaf.shape for _, leaf in leaves], embeddings)
-            labels: list[Value] = [Entries(entries) for entries in analysis.maps]
-            labels += [Data() if is_batched else None for is_batched in batched]
-            results = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
-            # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
-            more = analysis.rows - analysis.weights
-            if not more:
-                break
-            embeddings |= more
-    for label in results:
-        if isinstance(label, Entries | Derived):
-            analysis.block([label], "it is an output of the model without having met data", "", "")
+    analysis, head = _analyse(closed, shapes, batched)
+    if analysis.computed:
+        # Products with computed weights may be products with parameters, in another order.
+        fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
+        with explained():
+            other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
+        found = _analyse(other, shapes, batched)
+        if found[0].uncovered() < analysis.uncovered():
+            closed, (analysis, head) = other, found
     return Trace(
         closed,
         jax.tree.structure(like),
@@ -138,11 +132,31 @@ def trace_model(
         tuple(analysis.small),
         tuple(analysis.blocked),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
-        results[0] if isinstance(results[0], Data) else Data(),
+        head,
         batched,
         examples,
         jax.tree.structure(aux),
     )
+
+
+def _analyse(closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool]) -> tuple["_Analysis", Data]:
+    """What there is in a jaxpr of parameters, then inputs; and the label of its first result."""
+    jaxpr, consts = open_jaxpr(closed)
+    embeddings: frozenset[tuple[int, ...]] = frozenset()
+    with jax.ensure_compile_time_eval():
+        while True:
+            analysis = _Analysis(shapes, embeddings)
+            labels: list[Value] = [Entries(entries) for entries in analysis.maps]
+            labels += [Data() if is_batched else None for is_batched in batched]
+            (result,) = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
+            # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
+            more = analysis.rows - analysis.weights
+            if not more:
+                break
+            embeddings |= more
+    if isinstance(result, Entries | Derived):
+        analysis.block([result], "it is an output of the model without having met data", "", "")
+    return analysis, result if isinstance(result, Data) else Data()
 
 
 class _Analysis:
@@ -157,9 +171,14 @@ class _Analysis:
         self.uses: list[Use] = []
         self.small: list[SmallUse] = []
         self.blocked: list[Blocked] = []
+        self.computed = False  # whether a computed weight met data in a layer's equation
         self.embeddings = embeddings
         self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
         self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
+
+    def uncovered(self) -> frozenset[int]:
+        """The numbers of the parameters with a use that has no Kronecker form."""
+        return frozenset[int]().union(*(blocked.leaves for blocked in self.blocked))
 
     def leaves_of(self, label: Value) -> frozenset[int]:
         """The numbers of the parameters that a value holds."""
@@ -329,6 +348,8 @@ class _Analysis:
             self.weights |= label.rows
         for i in params:
             label = labels[i]
+            if isinstance(label, Derived) and name in LAYERS:
+                self.computed = True
             if isinstance(label, Derived) and label.pending:
                 if name in LAYERS:  # a weight that was computed
                     labels[i] = replace(label, leaves=self.leaves_of(label), pending=())

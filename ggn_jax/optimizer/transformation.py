@@ -281,7 +281,9 @@ def kfac(
     >>> params = optax.apply_updates(params, updates)
     """
     if learning_rate is None:
-        hint = " By name: an Objective holds its losses." if isinstance(model_fn, Objective) and loss is not None else ""
+        hint = (
+            " By name: an Objective holds its losses." if isinstance(model_fn, Objective) and loss is not None else ""
+        )
         raise TypeError(
             f"learning_rate must be given: a number, a function of the number of steps, or 'quadratic'.{hint}"
         )
