@@ -187,8 +187,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         both; `PartialSums` says how to save them.
 
         Args:
-            model_fn, loss, params, batches, mc_samples, key, chunk_size, vector_chunk_size, method, has_aux, examples,
-                progress: as for `from_batches`.
+            model_fn, loss, params, batches: as for `from_batches`, and so are the other options.
             start: how many examples come before these: what is drawn for an example depends on its place in the whole.
 
         Raises:

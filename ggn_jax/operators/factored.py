@@ -213,8 +213,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         passes: `factors` are the sums of the first one, over all data.
 
         Args:
-            model_fn, loss, params, batches, key, chunk_size, has_aux, examples, progress, **options: as for
-                `from_batches`.
+            model_fn, loss, params, batches: as for `from_batches`, and so are the other options.
             start: how many examples come before these: what is drawn for an example depends on its place in the whole.
             factors: for EKFAC's second pass, what its first returned; or sums of the second pass, whose eigenbases are
                 taken.
