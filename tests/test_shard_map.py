@@ -139,6 +139,59 @@ def training(*, shared: bool = True, loop: bool = True, every: int = 0, scale: b
     return run
 
 
+def function_space(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
+    jacobian = ggn_jax.JacobianLinearOperator(model_fn, params, batch[0])
+    outputs = jacobian.mv(params)
+    gram = ggn_jax.GramLinearOperator(model_fn, params, batch[0], loss=loss, targets=batch[1], chunk_size=3)
+    return outputs, jacobian.T.mv(outputs), gram.as_matrix(), gram.mv(outputs), gram.solve_ggn(params, 0.1)
+
+
+def layers(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
+    found = ggn_jax.find_layers(model_fn, params, batch[0])
+    io = ggn_jax.layer_io(found, loss, params, batch, fisher_type="mc", key=KEY)
+    matrices, _ = ggn_jax.to_matrices(found, io.grads)
+
+    def moments(io: ggn_jax.LayersIO) -> Any:
+        return {name: jnp.sum(io[name].per_example_grads() ** 2, axis=(0, 1)) for name in io}
+
+    summed = ggn_jax.sum_layer_io(moments, found, loss, params, batch, chunk_size=3, fisher_type="mc", key=KEY)
+    return io.value, io.grads, matrices, summed
+
+
+def objectives(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
+    """Of two functions, with batches of different sizes."""
+    objective = ggn_jax.Objective(model_fn, loss) + 0.5 * ggn_jax.Objective(model_fn, loss)
+    batches = [batch, jax.tree.map(lambda x: x[:3], batch)]
+    made = [cls.from_objective(objective, params, batches) for cls in (GGN, DIAGONAL)]
+    made += [cls.from_objective(objective, params, batches, fisher_type="empirical") for cls in (KFAC, EKFAC)]
+    return objective(params, batches), [operator.mv(params) for operator in made], made[2].solve(params, 0.1)
+
+
+def coupled(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
+    """Examples that depend on each other."""
+
+    def centred(params: Any, x: jax.Array) -> jax.Array:
+        outputs = model_fn(params, x)
+        return outputs - outputs.mean(0, keepdims=True)
+
+    options: dict[str, Any] = {"examples": "coupled", "fisher_type": "empirical"}
+    made = [cls(centred, loss, params, batch, **options) for cls in (KFAC, EKFAC)]
+    return [operator.as_matrix() for operator in made]
+
+
+def several_outputs(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
+    """A loss of two heads."""
+    joint = ggn_jax.JointLoss({"a": loss, "b": ggn_jax.MSELoss()}, weights={"b": 0.5})
+
+    def heads(params: Any, x: jax.Array) -> Any:
+        return {"a": model_fn(params, x), "b": jnp.tanh(model_fn(params, x)).reshape(len(x), -1)}
+
+    targets = {"a": batch[1], "b": jnp.zeros_like(heads(params, batch[0])["b"])}
+    made = [cls(heads, joint, params, (batch[0], targets)) for cls in (GGN, DIAGONAL)]
+    kfac = KFAC(heads, joint, params, (batch[0], targets), fisher_type="empirical")
+    return [operator.mv(params) for operator in (*made, kfac)]
+
+
 KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
 GGN, DIAGONAL = ggn_jax.GGNLinearOperator, ggn_jax.GGNDiagonalLinearOperator
 FUNCTIONS: dict[str, Fn] = {
@@ -168,6 +221,13 @@ FUNCTIONS: dict[str, Fn] = {
 }
 LIKELIHOOD = ["ggn", "hessian", "kfac-type-2", "vectors-type-2", "vectors-mc", "vectors-empirical", "losses"]
 TOKENS_TOO = ["ggn", "diagonal", "kfac-mc-chunked", "ekfac", "vectors-type-2", "kfac"]
+NEWER: dict[str, Fn] = {
+    "function-space": function_space,
+    "layers": layers,
+    "objectives": objectives,
+    "coupled": coupled,
+    "several-outputs": several_outputs,
+}
 CASES = [("images", name) for name in FUNCTIONS]
 CASES += [("tokens", name) for name in TOKENS_TOO] + [("likelihood", name) for name in LIKELIHOOD]
 
@@ -202,6 +262,20 @@ def test_each_device_has_the_curvature_of_its_shard(model: str, name: str, check
     specs = P(), P("data")
     sharded = jax.shard_map(run, mesh=mesh(), in_specs=specs, out_specs=P("data"), check_vma=check_vma)
     assert_close(jax.jit(sharded)(params, batch), alone(model, name), 1e-9)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_layers_outputs_and_objectives_are_those_of_the_shard(name: str) -> None:
+    model_fn, loss, params, batch = MODELS["images"]
+
+    def run(params: Any, batch: Any) -> Any:
+        return [leaf[None] for leaf in jax.tree.leaves(NEWER[name](model_fn, loss, params, batch))]
+
+    for check_vma in (True, False):
+        sharded = jax.shard_map(run, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check_vma)
+        one = jax.jit(partial(NEWER[name], model_fn, loss))
+        each = [jax.tree.leaves(one(params, shard(batch, number))) for number in range(DEVICES)]
+        assert_close(jax.jit(sharded)(params, batch), [np.stack(x) for x in zip(*each, strict=True)], 1e-9)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ggn_jax._checks import compute_dtype
+from ggn_jax._sharding import vary_like
 from ggn_jax.layers import capture, make_plan, trace_model
 from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO
@@ -79,7 +80,7 @@ def dense_gram(problem: Problem) -> Float[Array, "K K"]:
 
     def parts(inputs: PyTree[Array]) -> Sequence[_Pairs | _Rows | _Whole]:
         captured = capture(trace, problem.params, inputs, own)
-        vectors = jnp.broadcast_to(seeds, (count, *captured.outputs.shape))
+        vectors = vary_like(jnp.broadcast_to(seeds, (count, *captured.outputs.shape)), captured.outputs)
         found, grads = pulled_back(layers, captured, vectors, None)
         result = [part for io in found.values() for part in _parts_of(io, count)]
         rest = [jnp.moveaxis(g, 0, 1).reshape(g.shape[1], count, -1).astype(wide) for g in grads]
