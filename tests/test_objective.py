@@ -60,6 +60,9 @@ GGN = dense(0) + 0.5 * dense(1)
 
 def test_arithmetic_and_errors() -> None:
     assert [term.weight for term in (2 * SUM / 4).terms] == [0.5, 0.25]
+    assert sum([ONE, 0.5 * TWO]).terms == SUM.terms
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = 1 + ONE
     want = CE(classes(PARAMS, BATCHES[0][0]), LABELS) + 0.5 * jnp.mean(
         (values(PARAMS, BATCHES[1][0]) - BATCHES[1][1]) ** 2
     )
@@ -77,6 +80,8 @@ def test_arithmetic_and_errors() -> None:
         ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES)
     with pytest.raises(TypeError, match="an objective has its losses"):
         ggn_jax.kfac(SUM, CE, 0.1, example_inputs=[x for x, _ in BATCHES])
+    with pytest.raises(TypeError, match="By name, since an Objective holds its losses"):
+        ggn_jax.kfac(SUM, 0.1, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="learning_rate must be given"):
         ggn_jax.kfac(SUM, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="example_inputs must be a list of 2"):

@@ -32,7 +32,8 @@ def test_kfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
     whole = KFAC(*ARGS, (INPUTS, LABELS), **DRAWN)
     assert jax.tree.structure(operator) == jax.tree.structure(whole)
     np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
-    assert int((first + second).examples) == 7
+    assert int(sum([first, second]).examples) == 7
+    np.testing.assert_allclose(sum([operator, whole]).trace(), 2 * whole.trace(), rtol=1e-12)
     assert "KFACLinearOperator" in repr(first)
 
 
