@@ -80,7 +80,7 @@ def test_arithmetic_and_errors() -> None:
         ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES)
     with pytest.raises(TypeError, match="an objective has its losses"):
         ggn_jax.kfac(SUM, CE, 0.1, example_inputs=[x for x, _ in BATCHES])
-    with pytest.raises(TypeError, match="By name, since an Objective holds its losses"):
+    with pytest.raises(TypeError, match="By name: an Objective holds its losses"):
         ggn_jax.kfac(SUM, 0.1, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="learning_rate must be given"):
         ggn_jax.kfac(SUM, example_inputs=[x for x, _ in BATCHES])
