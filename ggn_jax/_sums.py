@@ -11,7 +11,7 @@ from ggn_jax._checks import compute_dtype
 from ggn_jax._sharding import vary_like
 
 
-def sum_one_by_one(fn: Callable[[Any], PyTree[Array]], parts: PyTree[Array], rest: Any = None) -> PyTree[Array]:
+def sum_sequentially(fn: Callable[[Any], PyTree[Array]], parts: PyTree[Array], rest: Any = None) -> PyTree[Array]:
     """The sum of `fn(part)` over the leading axis of `parts`, and of `fn(rest)` where there is a part of another size.
 
     It has the dtypes of `fn`, but is added up in at least float32: 16-bit sums stop growing after a few hundred parts.

@@ -224,7 +224,7 @@ class CrossEntropyLoss(Loss):
         softmax = Softmax(f)
         return draw_class(drawn, softmax.exp, softmax.scale)
 
-    def drawn_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Int[Array, "*at"]) -> Float[Array, "C *at"]:
+    def sampled_gradient(self, f: Float[Array, "C *at"], y: Array, drawn: Int[Array, "*at"]) -> Float[Array, "C *at"]:
         return Softmax(f).less_onehot(drawn)
 
     def _weight(self, f: Array) -> Array | None:

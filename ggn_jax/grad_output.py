@@ -179,7 +179,7 @@ def _vectors(
         if fisher_type is FisherType.TYPE2:
             return terms.columns()
         if fisher_type is FisherType.MC:
-            drawn = terms.drawn_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
+            drawn = terms.sampled_gradients(jax.random.split(key, output.shape[0]) if batch else key, num)
             return (drawn / jnp.sqrt(num) if divide else drawn).astype(terms.dtype)
         return terms.empirical().astype(terms.dtype)[None]
 

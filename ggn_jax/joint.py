@@ -154,7 +154,7 @@ class JointLoss(Loss):
         raise NotImplementedError("a JointLoss has terms of several kinds: use those of its losses.")
 
     term_weight = term_count = term_valid = term_value = term_gradient = term_hessian = _refuse
-    draw = settle = drawn_gradient = operand = _refuse
+    draw = settle = sampled_gradient = operand = _refuse
 
 
 @contextmanager
@@ -232,11 +232,13 @@ class JointTerms(eqx.Module):
         """As `Terms.draw`, for each head, with keys of its own."""
         return {k: terms.draw(folded(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
 
-    def drawn_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
-        return self._join({k: times(root(self.weights[k]), t.drawn_gradient(drawn[k])) for k, t in self.parts.items()})
+    def sampled_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
+        return self._join(
+            {k: times(root(self.weights[k]), t.sampled_gradient(drawn[k])) for k, t in self.parts.items()}
+        )
 
-    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
-        return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
+    def sampled_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
+        return jax.vmap(self.sampled_gradient)(self.draw(keys, num))
 
     def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
         vs = self.loss.heads(v)

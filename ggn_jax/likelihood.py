@@ -99,7 +99,7 @@ class LikelihoodLoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.split(key, shape)
 
-    def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
+    def sampled_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
         # A sampler's loop need not end where the output is NaN, as it may be where the term is ignored.
         f = jnp.where(self.term_weight(f, y) == 0, 0, f)
         if self.curvature == "hessian" and depends_on(lambda f, y: jax.hessian(self.nll)(f, y), 1, f, y):

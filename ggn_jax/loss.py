@@ -109,11 +109,11 @@ class Loss(eqx.Module):
         """Random numbers for `shape` terms like `f`, with leading axes `shape`."""
 
     def settle(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Array:
-        """What `drawn_gradient` needs of the term's share of `draw`: a label, say, where that is smaller."""
+        """What `sampled_gradient` needs of the term's share of `draw`: a label, say, where that is smaller."""
         return drawn
 
     @abc.abstractmethod
-    def drawn_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
+    def sampled_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
         """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from what `settle` returns."""
 
     def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:

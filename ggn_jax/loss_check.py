@@ -132,7 +132,7 @@ def _measure_term(loss: Any, f: Float[Array, "*term"], y: Any, key: Array) -> di
             gaps["term_hessian"] = _equal(loss.term_weight(f, y) * matrix, own)
 
     def would_be(word: Array) -> tuple[Array, Array]:
-        g = project(loss.drawn_gradient(f, y, loss.settle(f, y, word)))
+        g = project(loss.sampled_gradient(f, y, loss.settle(f, y, word)))
         return g, jnp.outer(g, g) - (matrix if exact else jnp.outer(g, g))
 
     words = loss.draw(draw_key, (DRAWS,), jax.ShapeDtypeStruct(f.shape, f.dtype))
@@ -212,8 +212,8 @@ def _raise_for(loss: Loss, gaps: dict[str, _Gap]) -> None:
             f"{name}.sample does not fit {name}.nll: the mean of g g^T over gradients of nll at what sample draws is"
             " not that of the Hessians. Draw from the density exp(-nll), as a function of y, with its scale"
         ),
-        "mean": f"the mean of {name}.drawn_gradient over what {name}.draw draws is not 0",
-        "square": f"the mean of g g^T over {name}.drawn_gradient is not {name}.term_hessian",
+        "mean": f"the mean of {name}.sampled_gradient over what {name}.draw draws is not 0",
+        "square": f"the mean of g g^T over {name}.sampled_gradient is not {name}.term_hessian",
     }
     if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher":
         messages["fisher"] = (

@@ -52,7 +52,7 @@ class MSELoss(Loss):
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
         return jax.random.normal(key, shape, f.dtype)
 
-    def drawn_gradient(self, f: Float[Array, "*at"], y: Float[Array, "*at"], drawn: Array) -> Float[Array, "*at"]:
+    def sampled_gradient(self, f: Float[Array, "*at"], y: Float[Array, "*at"], drawn: Array) -> Float[Array, "*at"]:
         return jnp.sqrt(jnp.full_like(f, 2)) * drawn
 
 
@@ -134,7 +134,7 @@ class BCEWithLogitsLoss(Loss):
     def settle(self, f: Float[Array, "*at"], y: Any, drawn: Array) -> Bool[Array, "*at"]:
         return draw_bit(drawn, jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
 
-    def drawn_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Bool[Array, "*at"]) -> Float[Array, "*at"]:
+    def sampled_gradient(self, f: Float[Array, "*at"], y: Any, drawn: Bool[Array, "*at"]) -> Float[Array, "*at"]:
         return jnp.where(drawn, -jax.nn.sigmoid(-f), jax.nn.sigmoid(f))
 
     def _mass(self, y: Any) -> tuple[Array, Array]:

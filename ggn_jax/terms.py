@@ -176,18 +176,18 @@ class Terms(eqx.Module):
         trailing = self._trailing_axes(words[0])
         return jax.vmap(lambda word: self.map(self.loss.settle, word, in_axes=(trailing,), out_axes=trailing))(words)
 
-    def drawn_gradient(self, drawn: Array) -> Float[Array, "*shape"]:
+    def sampled_gradient(self, drawn: Array) -> Float[Array, "*shape"]:
         """A would-be gradient from one sample of `draw`, in the compute dtype.
 
         `E[g g^T]` is the Hessian of the reduced loss.
         """
         args = (drawn, jnp.sqrt(self.scale))
         in_axes = (self._trailing_axes(drawn), ())
-        return self.map(self._scaled(self.loss.drawn_gradient), *args, in_axes=in_axes, out_axes=self.axes)
+        return self.map(self._scaled(self.loss.sampled_gradient), *args, in_axes=in_axes, out_axes=self.axes)
 
-    def drawn_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
+    def sampled_gradients(self, keys: Array, num: int) -> Float[Array, "num *shape"]:
         """The would-be gradients of `num` samples, all at once."""
-        return jax.vmap(self.drawn_gradient)(self.draw(keys, num))
+        return jax.vmap(self.sampled_gradient)(self.draw(keys, num))
 
     def _trailing_axes(self, drawn: Array) -> tuple[int, ...]:
         """The axes of a sample that belong to one term: random numbers follow the positions."""

@@ -45,7 +45,7 @@ class Quadratic(ggn_jax.Loss):
     def draw(self, key: Any, shape: Any, f: Any) -> Any:
         return jax.random.normal(key, shape, f.dtype)
 
-    def drawn_gradient(self, f: Any, y: Any, drawn: Any) -> Any:
+    def sampled_gradient(self, f: Any, y: Any, drawn: Any) -> Any:
         return {"draws is not 0": drawn + 0.3, "g g^T": 0.8 * drawn}.get(self.mistake, drawn)
 
 

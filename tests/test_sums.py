@@ -10,7 +10,7 @@ import pytest
 from designs import covering
 
 import ggn_jax
-from ggn_jax._sums import sum_one_by_one
+from ggn_jax._sums import sum_sequentially
 from ggn_jax.kronecker.parts import sum_in_parts
 
 EXAMPLES = 2048
@@ -55,7 +55,7 @@ def test_dtypes_are_kept(num: int, at_once: int, dtype: str) -> None:
 
 def test_digits_of_float64_are_kept() -> None:
     parts = jnp.asarray([1.0, 2.0**-50, 2.0**-50])
-    assert sum_one_by_one(lambda x: x, parts, jnp.asarray(2.0**-50)) == 1 + 3 * 2.0**-50
+    assert sum_sequentially(lambda x: x, parts, jnp.asarray(2.0**-50)) == 1 + 3 * 2.0**-50
 
 
 def mlp(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Factorisations of stacks of symmetric matrices, with derivatives; norms that neither overflow nor underflow.
 
-LAPACK's calls have a loop around them on CPUs (`one_by_one`), which JAX cannot differentiate; their derivatives are
-products of matrices, and stated here.
+LAPACK's calls have a loop around them on CPUs (`map_sequentially`), which JAX cannot differentiate; their derivatives
+are products of matrices, and stated here.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def norm(x: Float[Array, "..."], axes: tuple[int, ...] | None = None) -> Float[A
     return size * jnp.sqrt(jnp.where(total > 0, total, 1)) * jnp.where(total > 0, 1, total)
 
 
-def one_by_one(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
+def map_sequentially(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -> PyTree[Array]:
     """`vmap(fn)(*stacks)`; on CPUs in a loop.
 
     There, LAPACK calls of a batch share XLA's threads, and with jaxlib 0.10 two such calls at a time wait for each
@@ -68,7 +68,7 @@ def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[A
     sizes = dict.fromkeys((matrix.shape[1], matrix.dtype) for matrix in matrices)
     for size in sizes:
         members = [i for i, matrix in enumerate(matrices) if (matrix.shape[1], matrix.dtype) == size]
-        stacked = one_by_one(fn, jnp.concatenate([matrices[i] for i in members]))
+        stacked = map_sequentially(fn, jnp.concatenate([matrices[i] for i in members]))
         start = 0
         for i in members:
             stop = start + matrices[i].shape[0]

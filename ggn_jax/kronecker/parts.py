@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax._sums import sum_one_by_one
+from ggn_jax._sums import sum_sequentially
 
 
 def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
@@ -19,4 +19,4 @@ def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTre
         return fn(jnp.arange(num))
     even = num // size * size
     rest = jnp.arange(even, num) if even < num else None
-    return sum_one_by_one(fn, jnp.arange(even).reshape(-1, size), rest)
+    return sum_sequentially(fn, jnp.arange(even).reshape(-1, size), rest)

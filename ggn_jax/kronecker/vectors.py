@@ -74,7 +74,7 @@ def vector_maker(
         drawn = terms.draw(keys, mc_samples)
 
         def sample(index: Array) -> Float[Array, "N *out"]:
-            return (terms.drawn_gradient(jax.tree.map(lambda x: x[index], drawn)) / math.sqrt(mc_samples)).astype(
+            return (terms.sampled_gradient(jax.tree.map(lambda x: x[index], drawn)) / math.sqrt(mc_samples)).astype(
                 terms.dtype
             )
 

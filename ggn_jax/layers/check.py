@@ -139,7 +139,7 @@ class _Pass(NamedTuple):
 def _both_ways(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> tuple[_Pass, _Pass]:
     """A batch as it is, and its examples one by one."""
 
-    def one_by_one(params: PyTree, inputs: PyTree) -> Array:
+    def map_sequentially(params: PyTree, inputs: PyTree) -> Array:
         def one(x: PyTree) -> Array:
             return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
 
@@ -150,7 +150,7 @@ def _both_ways(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inpu
         noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype))
         return _Pass(outputs, vjp(noise.astype(outputs.dtype))[0])
 
-    return run(model_fn), run(one_by_one)
+    return run(model_fn), run(map_sequentially)
 
 
 def output_gap(together: Array, apart: Array) -> Array:

@@ -20,7 +20,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import SymmetricLinearOperator, check_number, check_vector, register, vectors_like
 from ggn_jax.operators.outputs import Linearised, with_linearisation
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.terms import Terms, split_terms
 
 
@@ -92,7 +92,7 @@ class GramLinearOperator(SymmetricLinearOperator):
             check_exact(loss)
         chosen = MSELoss() if loss is None else loss
         args = model_fn, chosen, params, (inputs, targets), chunk_size, FisherType.TYPE2
-        self.problem = pose(*args, has_aux=has_aux)
+        self.problem = make_problem(*args, has_aux=has_aux)
         self.problem.check_chunks()
         self.problem.check_curvature()
         self.with_loss, self.centred, self.kept = loss is not None, centred, None

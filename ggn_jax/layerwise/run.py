@@ -25,7 +25,7 @@ from ggn_jax.layerwise.found import COUPLED_WAY_OUT, Layers
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 
 
 def layer_io(
@@ -187,7 +187,7 @@ def _prepare(
         check_exact(loss)
     without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
     args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
-    problem = pose(*args, has_aux=layers.has_aux)
+    problem = make_problem(*args, has_aux=layers.has_aux)
     check_fits(layers, problem)
     if varying_axes((problem.params, problem.inputs)):
         # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import compute_dtype
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, as_batch, take_apart
+from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
@@ -42,7 +42,7 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
     total, count = None, 0
     for number, batch in enumerate(batches):
         inputs = None
-        pair, mask = take_apart(f"batch {number}", batch, " One is [batch].")
+        pair, mask = unpack_batch(f"batch {number}", batch, " One is [batch].")
         try:
             inputs, targets, size = as_batch(pair)
             if first is not None:

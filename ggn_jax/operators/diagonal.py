@@ -46,7 +46,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.operators.weighted import of_terms
 
 
@@ -102,7 +102,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
     ):
         compute = _Compute(mc_samples, key, vector_chunk_size, method)
         kind = compute.fisher_type
-        problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
+        problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
         self.entries = compute(problem, 0)
 
@@ -209,7 +209,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
             if mask is not None:
                 raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
             args = model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type
-            problem = pose(*args, has_aux=has_aux, examples=examples)
+            problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not seen:
                 compute.check(problem)
                 check_unbatched(problem)
@@ -394,7 +394,7 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
         """The sum over vectors of squared gradients of one datum: a batch of one, or of coupled examples."""
         outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
         terms = terms_at(outputs, operand)
-        drawn = terms.drawn_gradients(*keys, num) / math.sqrt(num) if keys else None
+        drawn = terms.sampled_gradients(*keys, num) / math.sqrt(num) if keys else None
 
         def squared(index: Array) -> PyTree[Array]:
             if drawn is not None:

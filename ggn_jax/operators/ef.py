@@ -11,12 +11,12 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import wide_dtype
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import vary_like
-from ggn_jax._sums import sum_one_by_one
+from ggn_jax._sums import sum_sequentially
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register, vectors_like
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.passes import DataLinearOperator
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.terms import Terms
 
 
@@ -62,7 +62,7 @@ class EFLinearOperator(DataLinearOperator):
     ):
         if per not in ("term", "datum"):
             raise ValueError(f"per must be 'term' or 'datum'; got {per!r}.")
-        self.problem, self.per = pose(model_fn, loss, params, batch, chunk_size, has_aux=has_aux), per
+        self.problem, self.per = make_problem(model_fn, loss, params, batch, chunk_size, has_aux=has_aux), per
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -98,7 +98,7 @@ def _one_by_one(jacobian: Jacobian, terms: Terms, per_term: bool, v: PyTree[Arra
         inner = jnp.stack([jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in pairs]).sum()
         return jax.tree.map(lambda x: inner.astype(x.dtype) * x, gradient)
 
-    return sum_one_by_one(outer, jnp.arange(count))
+    return sum_sequentially(outer, jnp.arange(count))
 
 
 register(EFLinearOperator, positive_semidefinite=True)

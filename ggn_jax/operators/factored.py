@@ -26,7 +26,7 @@ from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, same_examples
-from ggn_jax.operators.problem import Problem, pose, take_apart
+from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
 
 class FactoredLinearOperator(BlockLinearOperator):
@@ -76,7 +76,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             vector_chunk_size,
         )
         kind = options.fisher_type
-        problem = pose(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
+        problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
         if mask is not None and self._method == "kfoc":
@@ -129,9 +129,9 @@ class FactoredLinearOperator(BlockLinearOperator):
         made = Options(**options)
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
-            pair, mask = take_apart(f"batches[{i}]", batch)
+            pair, mask = unpack_batch(f"batches[{i}]", batch)
             args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
-            problem = pose(*args, has_aux=has_aux, examples=examples)
+            problem = make_problem(*args, has_aux=has_aux, examples=examples)
             cls._check(problem, made, chunk_size)
             problem.check_examples()
             problems.append(problem)
@@ -251,7 +251,7 @@ class FactoredLinearOperator(BlockLinearOperator):
 
         def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
             args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
-            problem = pose(*args, has_aux=has_aux, examples=examples)
+            problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not recipes and factors is None:
                 cls._check(problem, made, chunk_size)
                 check_unbatched(problem)

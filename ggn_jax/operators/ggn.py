@@ -24,7 +24,7 @@ from ggn_jax.operators.base import (
 )
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.passes import DataLinearOperator
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.terms import Terms
 
 
@@ -99,7 +99,7 @@ class GGNLinearOperator(DataLinearOperator):
     ):
         mc_samples, key = check_sampling(mc_samples, key, wanted_by="GGNLinearOperator")
         fisher_type = FisherType.MC if mc_samples else FisherType.TYPE2
-        self.problem = pose(model_fn, loss, params, batch, chunk_size, fisher_type, has_aux=has_aux)
+        self.problem = make_problem(model_fn, loss, params, batch, chunk_size, fisher_type, has_aux=has_aux)
         if not mc_samples:
             check_exact(loss)
         self.problem.check_chunks()
@@ -136,7 +136,7 @@ class GGNLinearOperator(DataLinearOperator):
         tangent = fusion_boundary(tangent)
         if not keys:
             return terms.product("mv", tangent)
-        vectors = terms.drawn_gradients(keys[0], self.mc_samples)
+        vectors = terms.sampled_gradients(keys[0], self.mc_samples)
         # A datum's vectors see that datum's outputs only.
         axes = tuple(range(2, vectors.ndim))
         inner = jnp.sum(vectors * tangent.astype(vectors.dtype)[None], axis=axes, keepdims=True)

@@ -12,7 +12,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register, vectors_like
 from ggn_jax.operators.jacobian import differentiated_twice
 from ggn_jax.operators.passes import DataLinearOperator
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 
 
 class HessianLinearOperator(DataLinearOperator):
@@ -45,7 +45,7 @@ class HessianLinearOperator(DataLinearOperator):
         chunk_size: int | None = None,
         has_aux: bool = False,
     ):
-        self.problem = pose(model_fn, loss, params, batch, chunk_size, has_aux=has_aux)
+        self.problem = make_problem(model_fn, loss, params, batch, chunk_size, has_aux=has_aux)
         self.problem.check_chunks()
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:

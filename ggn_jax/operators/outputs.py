@@ -18,7 +18,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, register, vectors_like
 from ggn_jax.operators.jacobian import Jacobian
-from ggn_jax.operators.problem import Problem, pose
+from ggn_jax.operators.problem import Problem, make_problem
 
 
 class Linearised(eqx.Module):
@@ -106,7 +106,7 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
         has_aux: bool = False,
     ):
         args = model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2
-        self.problem = pose(*args, has_aux=has_aux)
+        self.problem = make_problem(*args, has_aux=has_aux)
         self.problem.check_chunks()
         self.kept = None
 

@@ -19,7 +19,7 @@ from ggn_jax._model import Model
 from ggn_jax._outputs import cut as cut_outputs
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
-from ggn_jax._sums import sum_one_by_one
+from ggn_jax._sums import sum_sequentially
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
@@ -33,7 +33,7 @@ from ggn_jax.terms import check_values, split_terms, term_positions
 
 
 class Problem(eqx.Module):
-    """`loss(model_fn(params, inputs), targets)`, as a pytree; made by `pose`."""
+    """`loss(model_fn(params, inputs), targets)`, as a pytree; made by `make_problem`."""
 
     model_fn: Model
     loss: Loss
@@ -82,7 +82,7 @@ class Problem(eqx.Module):
         if chunks is None:
             return fn(*data)
         take = chunks.taker(data)
-        return sum_one_by_one(lambda places: fn(*take(places)), chunks.even, chunks.rest)
+        return sum_sequentially(lambda places: fn(*take(places)), chunks.even, chunks.rest)
 
     def chunks(self) -> "Chunks | None":
         """How the batch is cut into chunks; None where it is one."""
@@ -310,7 +310,7 @@ def as_batch(batch: Any) -> tuple[PyTree[Array], Any, int]:
     return inputs, targets, size
 
 
-def take_apart(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
+def unpack_batch(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     """The pair of inputs and targets, and the mask or None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
@@ -336,7 +336,7 @@ def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: Fis
     return loss, stand_in_targets(loss, outputs, fisher_type, batch=True)
 
 
-def pose(
+def make_problem(
     model_fn: Callable[[PyTree, PyTree], Array],
     loss: Any,
     params: Any,

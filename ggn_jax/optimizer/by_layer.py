@@ -17,7 +17,7 @@ from ggn_jax.layerwise.matrices import from_matrices, to_matrices
 from ggn_jax.layerwise.run import layer_io
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import take_apart
+from ggn_jax.operators.problem import unpack_batch
 from ggn_jax.optimizer.checks import as_arrays, check_grads, check_static
 from ggn_jax.optimizer.masked import check_full, model_of_part
 
@@ -142,7 +142,7 @@ def scale_by_layers(
         check_grads(updates, params)
         if full_params is not None:
             full_params = check_full(full_params, full)
-        pair, mask = take_apart("batch", batch)
+        pair, mask = unpack_batch("batch", batch)
         layers = find(structure_of(params), structure_of(pair[0]), full_params if full_params is not None else full)
         if set(layers.names) != set(state.layers):
             raise ValueError(

@@ -142,7 +142,7 @@ def check_type(name: str, got: Any, wanted: type) -> None:
         raise TypeError(f"{name} must be a {wanted.__name__}; got {type(got).__name__}.{order} {_OWN}")
 
 
-def fitted(name: str, got: Any, wanted: Any) -> Any:
+def check_structure(name: str, got: Any, wanted: Any) -> Any:
     """`got` with the structure of `wanted`, whose leaves need shapes only; refused if its arrays are others.
 
     Named tuples are compared field by field. Anything that wraps single arrays, as `nnx.Optimizer` does, comes off.
@@ -150,7 +150,7 @@ def fitted(name: str, got: Any, wanted: Any) -> Any:
     if hasattr(wanted, "_fields"):
         check_type(name, got, type(wanted))
         parts = zip(wanted._fields, got, wanted, strict=True)
-        return type(wanted)(*(fitted(f"{name}.{field}", g, w) for field, g, w in parts))
+        return type(wanted)(*(check_structure(f"{name}.{field}", g, w) for field, g, w in parts))
     leaves, shapes = jax.tree.leaves(as_plain(got)), [leaf.shape for leaf in jax.tree.leaves(as_plain(wanted))]
     if len(leaves) != len(shapes):
         raise ValueError(f"{name} must hold {len(shapes)} arrays; got {len(leaves)}. {_OWN}")

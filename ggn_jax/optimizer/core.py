@@ -31,8 +31,8 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, pose, take_apart
-from ggn_jax.optimizer.checks import as_arrays, check_flag, check_static, fitted
+from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
+from ggn_jax.optimizer.checks import as_arrays, check_flag, check_static, check_structure
 from ggn_jax.optimizer.curvature import (
     Curvature,
     Factors,
@@ -53,7 +53,7 @@ TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
 """What a chunk adds to the factors, and to EKFAC's eigenvalues."""
 
-Look = tuple[Any, PyTree[Array] | None, Factors]
+PassResult = tuple[Any, PyTree[Array] | None, Factors]
 """The loss, its gradient, and the factors."""
 
 
@@ -103,7 +103,7 @@ class Core:
     def _prepare(self, settings: Settings, full_params: PyTree | None) -> None:
         self.settings, self.full_params = settings, full_params
         self._known: dict[Any, Known] = {}
-        self._look = compiled(self._look_at)
+        self._look = compiled(self._compute_pass)
 
     def start(self, params: PyTree[Array], damping: Array) -> Curvature:
         """The state before the first step; refuses models whose examples depend on each other.
@@ -159,7 +159,7 @@ class Core:
     def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:
         """The curvature in a state that may be wrapped, also array by array."""
         try:
-            return fitted("the state's Curvature", find_curvature(state), self.known(params).curvature)
+            return check_structure("the state's Curvature", find_curvature(state), self.known(params).curvature)
         except ValueError as error:
             if self.full_params is None or is_masked(params):
                 raise
@@ -173,13 +173,13 @@ class Core:
         self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None, *, value: bool
     ) -> tuple[Problem, Any]:
         """The checked batch, and its mask; `value` says whether the loss's value is needed, and so its targets."""
-        pair, mask = take_apart("batch", batch)
+        pair, mask = unpack_batch("batch", batch)
         if full_params is not None:
             full_params = check_full(full_params, self.full_params)
         model_fn = model_of_part(self.model_fn, params, full_params)
         fisher_type = None if value else self.settings.options.fisher_type
         args = model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type
-        problem = pose(*args, has_aux=self.has_aux, examples=self.examples)
+        problem = make_problem(*args, has_aux=self.has_aux, examples=self.examples)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
 
@@ -199,12 +199,12 @@ class Core:
             trace = trace_model(Model(model_fn, self.has_aux), like, self.example_inputs, coupled=self.coupled)
         return loss, trace
 
-    def look(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
+    def run_pass(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
         keys = check_draws(problem, self.settings.options, key, 0)
         return self._look(problem, mask, keys, curvature, gradient)
 
-    def _look_at(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:
+    def _compute_pass(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
         layout, counts = Layout.of(problem, self.settings.options), problem.counts()
         self._check_layers(layout, problem.params, problem.inputs)
         value, grads, sums = self._sums(problem, layout, mask, keys, curvature, counts, layout, gradient)

@@ -141,7 +141,7 @@ def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
 
 
 @compiled
-def follow(curvature: Curvature, seen: Factors, damping: Array, decay: Any, settings: Settings) -> Curvature:
+def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: Any, settings: Settings) -> Curvature:
     """Take a batch's factors into the averages, and renew the inverses that are due."""
     finite = all_finite((seen.blocks, seen.corrections))
     present = seen.weight > 0
@@ -301,7 +301,7 @@ def precondition(
 
 
 @compiled
-def are_made(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
+def inverses_available(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
     """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
 
     The diagonal of a damped inverse is positive, and eigenvectors have no row of zeros; eigenvalues before damping may

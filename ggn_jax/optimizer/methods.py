@@ -102,4 +102,4 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
         curvature = self.core.curvature_in(state, params)
         problem, mask = self.core.problem(params, batch, full_params, value=gradient)
-        return self.core.look(problem, mask, key, curvature, gradient=gradient)
+        return self.core.run_pass(problem, mask, key, curvature, gradient=gradient)

@@ -9,10 +9,10 @@ from jaxtyping import Array, PyTree
 from ggn_jax._checks import check_count
 from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
-from ggn_jax.optimizer.checks import check_type, fitted
+from ggn_jax.optimizer.checks import check_structure, check_type
 from ggn_jax.optimizer.curvature import Factors
 from ggn_jax.optimizer.methods import KFACTransformation
-from ggn_jax.optimizer.numbers import all_finite, choose, wide_zeros_like, zeros_like
+from ggn_jax.optimizer.numbers import all_finite, tree_where, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.storage import as_plain
 
 
@@ -89,13 +89,16 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
             raise ValueError("update needs params: pass the parameters that the gradient was taken at.")
         check_type("state", state, MultiStepsState)
         wanted = optimizer.core.known(params).factors
-        mean, total = fitted("state.gradient", state.gradient, params), fitted("state.factors", state.factors, wanted)
+        mean, total = (
+            check_structure("state.gradient", state.gradient, params),
+            check_structure("state.factors", state.factors, wanted),
+        )
         batch, seen, key = (extra_args.pop(name, None) for name in ("batch", "factors", "key"))
         if seen is None:
             if batch is None:
                 raise TypeError("update needs batch=(inputs, targets) or factors=..., as those of kfac do.")
             seen = optimizer.factors(params, batch, state.inner, key=key, full_params=extra_args.get("full_params"))
-        seen = fitted("factors", seen, wanted)
+        seen = check_structure("factors", seen, wanted)
 
         good = all_finite((updates, seen))
         bad = (~good).astype(jnp.int32)
@@ -120,7 +123,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
         final, inner = jax.lax.cond(done, act, wait, mean, total, previous)
 
         def rest(x: PyTree[Array]) -> PyTree[Array]:
-            return choose(done, zeros_like(x), x)
+            return tree_where(done, zeros_like(x), x)
 
         step, left_out = rest(state.micro_step + 1), rest(state.bad + bad)
         return final, MultiStepsState(step, left_out, state.skipped + bad, inner, rest(mean), as_plain(rest(total)))

@@ -57,7 +57,7 @@ def cast(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def choose(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyTree[Array]:
+def tree_where(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyTree[Array]:
     """`yes` or `no`, for all leaves."""
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
 

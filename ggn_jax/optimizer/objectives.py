@@ -13,7 +13,7 @@ from ggn_jax.kronecker.joined import JoinedLayout, add_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.objective import Objective, array_weights, key_of
 from ggn_jax.operators.problem import WeightedProblems
-from ggn_jax.optimizer.core import Core, Look
+from ggn_jax.optimizer.core import Core, PassResult
 from ggn_jax.optimizer.curvature import Curvature
 from ggn_jax.optimizer.settings import Settings
 
@@ -65,11 +65,11 @@ class ObjectiveCore(Core):
         weights = vary_like(array_weights(self._objective), params)
         return WeightedProblems([problem for problem, _ in found], weights), [mask for _, mask in found]
 
-    def look(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> Look:
+    def run_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         keys = [check_draws(one, self.settings.options, key_of(key, i), 0) for i, one in enumerate(problem.problems)]
         return self._look(problem, mask, keys, curvature, gradient)
 
-    def _look_at(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> Look:
+    def _compute_pass(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
         problems, weights = problem.problems, problem.weights
         layout = JoinedLayout.of_all(problems, self.settings.options)
         self._check_layers(layout, problems[0].params, [one.inputs for one in problems])

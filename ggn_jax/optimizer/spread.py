@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax.kronecker.algebra import Block
-from ggn_jax.kronecker.linalg import batched, one_by_one
+from ggn_jax.kronecker.linalg import batched, map_sequentially
 
 Groups = tuple[int, ...] | None
 """Which of a device's groups; None for all."""
@@ -107,7 +107,7 @@ class Spread:
             return batched(fn, matrices)
 
         def mine(*matrices: Array) -> list[Any]:
-            return [one_by_one(fn, x) for x in matrices]
+            return [map_sequentially(fn, x) for x in matrices]
 
         shared = jax.shard_map(mine, mesh=self._auto, in_specs=self.spec, out_specs=self.spec, check_vma=False)
         return list(shared(*matrices)) if matrices else []

@@ -18,11 +18,11 @@ from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.problem import Problem
-from ggn_jax.optimizer.checks import check_grads, check_schedule, fitted
+from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
-from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, are_made, follow, precondition
+from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
 from ggn_jax.optimizer.methods import KFACTransformation
-from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, choose, value_at, wide_zeros_like, zeros_like
+from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
 from ggn_jax.optimizer.step import StepRule
@@ -135,10 +135,10 @@ def scale_by_kfac(
     ) -> tuple[PyTree[Array], ScaleByKFACState]:
         del extra_args  # other transformations'
         wanted: Any = ScaleByKFACState(_wanted(core, params), _COUNTER)
-        state = fitted("state", state, wanted)
+        state = check_structure("state", state, wanted)
         seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False)
         fine = seen.usable & all_finite(seen.direction.entries)
-        scaled = choose(seal(fine & seen.counts), seen.direction.entries, zeros_like(updates))
+        scaled = tree_where(seal(fine & seen.counts), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(as_plain(seen.curvature), state.rejected + (~fine).astype(jnp.int32))
 
     def like(updates: Any, state: Any, *_: Any, **__: Any) -> Any:
@@ -316,7 +316,7 @@ def kfac(
                 " adapt_damping."
             )
         wanted: Any = KFACState(_wanted(core, params), None if momentum is None else params, _COUNTER)
-        state = fitted("state", state, wanted)
+        state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
         used = damping if adapt_damping is None else last.damping
         seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
@@ -325,7 +325,7 @@ def kfac(
         )
         fine = seen.usable & all_finite(final)
         moves = seal(fine & seen.counts)
-        final = choose(moves, final, zeros_like(final))
+        final = tree_where(moves, final, zeros_like(final))
         velocity = state.velocity
         if velocity is not None:
             velocity = jax.tree.map(lambda s, v: jnp.where(moves, s.astype(v.dtype), v), step, velocity)
@@ -399,11 +399,11 @@ def _see(
         problem, mask = core.problem(params, batch, full_params, value=value)
     if factors is None:
         assert problem is not None
-        factors = core.look(problem, mask, key, curvature, gradient=False)[2]
-    factors = fitted("factors", factors, known.factors)
+        factors = core.run_pass(problem, mask, key, curvature, gradient=False)[2]
+    factors = check_structure("factors", factors, known.factors)
     current = value_at("damping", damping, curvature.count).astype(curvature.damping.dtype)
     settings = core.settings.fixed
-    curvature = follow(curvature, factors, current, core.settings.decay, settings)
+    curvature = update_averages(curvature, factors, current, core.settings.decay, settings)
     direction = precondition(curvature, known.stacks, settings, grads)
-    usable = are_made(curvature, known.stacks, settings) & direction.finite
+    usable = inverses_available(curvature, known.stacks, settings) & direction.finite
     return _Seen(problem, curvature, direction, factors.batches > 0, usable)
