@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
+from torch_bridge._faithful import check_faithful, outputs_of
 from torch_bridge.tensors import borrow, jax_on
 
 # What makes a new tensor, which a write in place right after it does not show anywhere else.
@@ -86,8 +87,9 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
     outputs: list[Any] = []
     flat = Flat(module, structure, kind, outputs.append)
     with _quietly(), torch.enable_grad():
-        _check_derivatives(flat, leaves)
+        wanted = outputs_of(flat, leaves)
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+        check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
             if _calls(exported.graph_module, NO_GRAD):
                 raise NotImplementedError(
@@ -96,37 +98,6 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
                 )
             exported = exported.run_decompositions({})
     return _program(exported, module, outputs[-1], sizes)
-
-
-def _check_derivatives(module: torch.nn.Module, leaves: list[Any]) -> None:
-    """Refuse functions with derivatives of their own, of which an exported graph holds the forward part only.
-
-    They are found in the graph of a call, in evaluation mode, in which a call draws nothing; it writes into copies.
-    """
-    if any(part.training for part in module.module.modules()):  # type: ignore[union-attr]
-        return
-    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    outputs = torch.func.functional_call(module, state, tuple(leaf.clone() for leaf in leaves))
-    nodes = [output.grad_fn for output in outputs if isinstance(output, torch.Tensor) and output.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        # Those of a torch.library.custom_op have this name; the operator itself is in the graph.
-        generated = node.name().startswith("GeneratedBackwardFor_")
-        if node.name().startswith("BackwardHookFunction"):
-            raise NotImplementedError(
-                "module has backward hooks, which change gradients behind the function's back: remove them, by"
-                " handle.remove(), where `handle` is what register_full_backward_hook returned."
-            )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
-            raise NotImplementedError(
-                f"module uses a torch.autograd.Function ({node.name().removesuffix('Backward')}), whose own derivative"
-                " torch.export drops: make it a torch.library.custom_op, and say what it is in JAX with"
-                " torch_bridge.register_operator."
-            )
-        more = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= more
-        nodes += more
 
 
 @contextlib.contextmanager

@@ -6,6 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from torch_bridge.losses import GLOBAL_HOOKS
+
+TENSOR_HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
+
 
 def check_module(module: object) -> None:
     """Refuse what can be seen without running it."""
@@ -28,7 +32,35 @@ def check_module(module: object) -> None:
                 f"{_name(path)} has max_norm={part.max_norm}, which writes into its weight whenever it is called: set"
                 " its max_norm to None, and scale the weight's rows yourself, between steps."
             )
+        if "quantized" in type(part).__module__.split("."):
+            raise NotImplementedError(
+                f"{_name(path)} is quantised ({type(part).__name__}), and so has no derivative: convert the module that"
+                " it was made of."
+            )
+    if any(len(hooks) for hooks in GLOBAL_HOOKS):
+        raise NotImplementedError(
+            "there are hooks for all modules (torch.nn.modules.module.register_module_*), which torch.export does not"
+            " follow: remove them, by handle.remove()."
+        )
+    for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise NotImplementedError(
+                f"{path!r} is on the meta device, where tensors have no values: load the module's first, by"
+                " module.to_empty(device=...) and load_state_dict."
+            )
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise NotImplementedError(
+                f"{path!r} is a sparse, nested or quantised tensor ({tensor.layout}, {tensor.dtype}), of which there is"
+                " none in JAX: convert a module that holds to_dense() or dequantize() of it."
+            )
     for path, parameter in module.named_parameters():
+        # A tensor tells of its hooks in no public way.
+        if any(getattr(parameter, hooks, None) for hooks in TENSOR_HOOKS):
+            raise NotImplementedError(
+                f"parameter {path!r} has hooks, which a function of JAX does not run: remove them, by handle.remove(),"
+                " where `handle` is what register_hook or register_post_accumulate_grad_hook returned, and do what they"
+                " do to the gradient that you take."
+            )
         if parameter.is_complex():
             raise NotImplementedError(
                 f"parameter {path!r} is complex, in which curvature is not defined here: hold its real and imaginary"
@@ -54,6 +86,11 @@ def of_export(error: Exception, dynamic: bool) -> Exception:
             "module has a recurrent layer that torch.export cannot follow. If it is given packed sequences, whose"
             " number of entries at each step depends on data: give it padded ones, take each one's output at its last"
             f" position, and leave the others out of the loss. It says: {error}"
+        )
+    if "found a fake tensor" in str(error):
+        return NotImplementedError(
+            "module uses tensor.data (use tensor.detach()), or derivatives of its own parts (torch.autograd.grad),"
+            f" which torch.export does not follow. It says: {error}"
         )
     way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
     return RuntimeError(f"torch.export could not export module. {way_out}It says: {error}")

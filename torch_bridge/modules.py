@@ -31,11 +31,10 @@ def from_module(
 
     - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
       `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
-      Hooks of the forward pass are part of the function; those of gradients are not, and are refused where they are a
-      module's.
+      Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all modules are refused.
     - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
       and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
-      with arrays. Their values do not matter. All whose first axis is as long as the first tensor's have a batch axis
+      with arrays. Use values that it works for. All whose first axis is as long as the first tensor's have a batch axis
       there.
     - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in. What is
       random then, or changes buffers, is refused.
@@ -44,10 +43,13 @@ def from_module(
       of the module.
 
     **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
-    of copies: later changes of the module are not seen. Buffers are constants of `model_fn`. Its outputs are as the
-    module's, with classes of mappings as dicts. Integers of 64 bits are of 32 bits where JAX has no others. Places out
-    of range give NaN, not an error. A `torch.autograd.Function` is refused in evaluation mode, and
-    what its forward computes in training mode.
+    of copies: later changes of the module are not seen. Frozen ones (`requires_grad=False`) are among them, and have
+    derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
+    constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. Integers of 64 bits are
+    of 32 bits where JAX has no others. Places out of range give NaN, not an error.
+
+    `torch.export` drops some things in silence. Torch runs the module and the graph on `example_inputs`, and where an
+    output or a gradient differs by more than rounding, as with a `torch.autograd.Function`, the module is refused.
 
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
     them and their modules, and for what is random or writes into buffers; TypeError for inputs that are not tensors,

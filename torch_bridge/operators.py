@@ -195,7 +195,9 @@ class GGNLinearOperator(TorchLinearOperator):
       dropout or batch normalisation is refused. Converting and compiling takes seconds, each time: for a training loop
       convert once, and use `ggn_jax`'s operators of `model_fn` inside of `jax.jit`.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
-    - `params`: a list or dict of parameters of the module; all others are constants.
+    - `params`: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+      gradients, and all others are constants. For those that are trained: `[p for p in module.parameters() if
+      p.requires_grad]`.
     - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of
       all, also where class weights or ignored targets make a mean one over something else than examples.
     - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
