@@ -32,6 +32,8 @@ class Program:
     inputs: tuple[str, ...]  # placeholders, in the order of the inputs' leaves
     outputs: Any  # a pytree of numbers: which of the graph's outputs
     sizes: tuple[tuple[int | None, ...], ...]  # of each input; None is the batch's
+    buffers: dict[str, str]  # by placeholder: the buffer's name
+    updated: tuple[str, ...]  # the buffers whose new values come before the outputs
 
 
 class Flat(torch.nn.Module):
@@ -71,8 +73,10 @@ def _plain(outputs: Any) -> Any:
     )
 
 
-def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool) -> Program:
-    """The module's graph for these inputs, for any size of batch if `dynamic`.
+def export(
+    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool, updates: bool
+) -> Program:
+    """The module's graph for these inputs, for any size of batch if `dynamic`; if `updates`, it may change buffers.
 
     Everything of the module is left as it was.
     """
@@ -97,7 +101,7 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
                     " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
                 )
             exported = exported.run_decompositions({})
-    return _program(exported, module, outputs[-1], sizes)
+    return _program(exported, module, outputs[-1], sizes, updates)
 
 
 @contextlib.contextmanager
@@ -138,7 +142,14 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 
 def _writes(graph: torch.fx.GraphModule) -> bool:
     """Whether there are writes in place that something else may see."""
-    return any(writes_in_place(node) and not _unseen(node) for node in operators(graph))
+    return any((writes_in_place(node) and not _unseen(node)) or _updates_statistics(node) for node in operators(graph))
+
+
+def _updates_statistics(node: torch.fx.Node) -> bool:
+    """Whether it is a normalisation that changes its running mean, of which its name says nothing."""
+    if packet_name(node) not in ("batch_norm", "instance_norm") or len(node.args) < 6:
+        return False
+    return node.args[3] is not None and node.args[5] is True
 
 
 def _unseen(node: torch.fx.Node) -> bool:
@@ -152,21 +163,24 @@ def _unseen(node: torch.fx.Node) -> bool:
     return name in FRESH or name.startswith("conv")
 
 
-def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any) -> Program:
+def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool) -> Program:
     signature = exported.graph_signature
+    updated = []
     for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
+        if updates and spec.kind is OutputKind.BUFFER_MUTATION:
+            updated.append((spec.target or "").removeprefix("module."))
+        elif spec.kind is not OutputKind.USER_OUTPUT:
             what = (
                 "its inputs"
                 if spec.kind is OutputKind.USER_INPUT_MUTATION
                 else (spec.target or "").removeprefix("module.")
             )
             raise NotImplementedError(
-                f"module writes into {what} when it is called, which a pure function cannot: use train=False, or a"
-                " module that returns what is new."
+                f"module writes into {what} when it is called, which a pure function cannot: use train=False,"
+                " train=True, which returns new buffers, or a module that returns what is new."
             )
     first = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters, constants = {}, {}
+    parameters, constants, buffers = {}, {}, {}
     inputs = []
     for spec in signature.input_specs:
         name = spec.arg.name
@@ -178,10 +192,12 @@ def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any) -
             parameters[name] = first[id(module.get_parameter(target))]
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             value = exported.state_dict.get(spec.target)
+            if spec.kind is InputKind.BUFFER:
+                buffers[name] = target
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
             raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
-    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes)
+    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated))
 
 
 def as_constant(tensor: torch.Tensor) -> np.ndarray:
