@@ -86,6 +86,7 @@ TORCH_BRIDGE = [
     {"_export"},
     {"_interpret"},
     {"modules"},
+    {"converted"},
     {"operators"},
     {"optimizer"},
     {""},
