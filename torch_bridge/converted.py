@@ -57,12 +57,11 @@ class ConvertedModule:
 
     **Attributes:** `module`, and `model_fn`, as `from_module` returns it. `params()` gives the parameters as they are.
 
-    >>> import torch
+    >>> import torch, torch_bridge
     >>> module = torch.nn.Linear(2, 3)
-    >>> converted, params = ConvertedModule(module, torch.ones(1, 2)), list(module.parameters())
-    >>> from torch_bridge import KFACLinearOperator
+    >>> converted, params = torch_bridge.ConvertedModule(module, torch.ones(1, 2)), list(module.parameters())
     >>> for batch in 2 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
-    ...     kfac = KFACLinearOperator(converted, torch.nn.CrossEntropyLoss(), params, [batch])
+    ...     kfac = torch_bridge.KFACLinearOperator(converted, torch.nn.CrossEntropyLoss(), params, [batch])
     ...     with torch.no_grad():
     ...         _ = [p.add_(-0.1 * step) for p, step in zip(params, kfac.inverse(damping=0.1) @ params)]
     """
