@@ -140,3 +140,40 @@ def test_names_of_ggn_jax_are_refused_with_the_ones_here(option: dict[str, Any],
     for kind in (torch_bridge.KFACLinearOperator, torch_bridge.EKFACLinearOperator):
         with pytest.raises(TypeError, match=rf"{next(iter(option))} \(.*{place}"):
             kind(module, nn.CrossEntropyLoss(), list(module.parameters()), data, **option)
+
+
+def test_one_conversion_for_several_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators at several values of the parameters and for batches of several sizes, of all parameters and of some."""
+    module, loss, params, data = setting(mlp, nn.CrossEntropyLoss())
+    converted = torch_bridge.ConvertedModule(module, data[0][0])
+    monkeypatch.setattr(torch.export, "export", None)
+    for chosen in (params, params[2:]):
+        for batch in data:
+            ours = torch_bridge.GGNLinearOperator(converted, loss, chosen, [batch])
+            theirs = curvlinops.GGNLinearOperator(module, loss, chosen, [batch])
+            torch.testing.assert_close(dense(ours), dense(theirs), rtol=1e-8, atol=1e-10)
+            with torch.no_grad():
+                params[0].mul_(1.5)
+                params[2].add_(0.1)
+    with pytest.raises(ValueError, match="inputs must be like example_inputs"):
+        torch_bridge.KFACLinearOperator(converted, loss, params, [(torch.ones(3, 5, dtype=torch.float64), data[0][1])])
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda module: module[1].running_mean.add_(1), "1.running_mean"),
+        (lambda module: module.train(), "the whole, 0, 1"),
+        (lambda module: module.register_module("1", nn.Identity()), "1.num_batches_tracked"),
+        (lambda module: module[0].register_parameter("bias", nn.Parameter(torch.ones(3))), "0.bias"),
+        (lambda module: module[0].register_parameter("bias", None), "0.bias"),
+    ],
+    ids=["buffer", "mode", "part", "parameter", "less"],
+)
+def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any], Any], what: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    converted = torch_bridge.ConvertedModule(module, torch.ones(2, 4))
+    assert list(converted.params()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    change(module)
+    with pytest.raises(RuntimeError, match=rf"{what}.*changed or were replaced.*convert it anew"):
+        converted.params()

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from module_cases import draw
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -93,21 +95,139 @@ def test_what_changes_parameters_or_outputs(make: Callable[[], nn.Module]) -> No
     check(make(), draw(3, 4))
 
 
-def hooked_parameter() -> nn.Module:
+def with_tensor_hook(kind: str) -> nn.Module:
     module = nn.Sequential(linear())
-    module[0].weight.register_hook(lambda g: g * 2)
+    getattr(module[0].weight, kind)(lambda grad: None)
     return module
 
 
-class HookWithin(nn.Module):
-    def __init__(self) -> None:
+class Twice(nn.Module):
+    """Two layers, the first of them called by a function; and a product with what the second gives."""
+
+    def __init__(self, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
         super().__init__()
-        self.linear = linear()
+        self.first, self.second, self.call = linear(), linear(), call
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.linear(x)
-        x.register_hook(lambda g: g * 2)
-        return x
+        return self.call(self.first, x) * self.second(x)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def in_inference_mode(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        y = layer(x)
+    return y.clone()
+
+
+def hooked_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = layer(x)
+    if y.requires_grad:
+        y.register_hook(lambda grad: 3 * grad)
+    return y
+
+
+def hooked_saved(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: 2 * t, lambda t: t):
+        return torch.tanh(layer(x))
+
+
+def exported_otherwise(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x) * (2 if torch.compiler.is_exporting() else 1)
+
+
+def without_gradient(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return layer(x)
+
+
+def gradient_inside(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)[0][:, :2]
+
+
+def checkpointed(use_reentrant: bool) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    return lambda layer, x: torch.utils.checkpoint.checkpoint(layer, layer(x).repeat(1, 2), use_reentrant=use_reentrant)
+
+
+def buffer_of_a_weight() -> nn.Module:
+    module = Twice(lambda layer, x: nn.functional.linear(x, layer.double_weight))
+    module.first.register_buffer("double_weight", 2 * module.first.weight)
+    return module
+
+
+def sparse_buffer() -> nn.Module:
+    module = linear()
+    module.register_buffer("eye", torch.eye(2).to_sparse())
+    return module
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 2)), {nn.Linear}, dtype=torch.qint8)
+
+
+DROPPED = "what torch.export makes of the module has other values"
+
+
+@pytest.mark.parametrize("call", [checkpointed(False), without_gradient])
+@pytest.mark.parametrize("change", [lambda module: module, frozen], ids=["trained", "frozen"])
+def test_what_torch_export_follows(call: Callable[..., torch.Tensor], change: Callable[[nn.Module], nn.Module]) -> None:
+    """Values and gradients: of frozen parameters, too, since a function of JAX knows of no such."""
+    module, x = change(Twice(call)), draw(3, 4)
+    model_fn, params = torch_bridge.from_module(module, x)
+    flags = {parameter.requires_grad for parameter in module.parameters()}
+    assert flags == {change is not frozen}
+    value, grads = jax.value_and_grad(lambda p: (model_fn(p, jnp.asarray(x.numpy())) ** 2).sum())(params)
+    wanted = (module.requires_grad_(True)(x) ** 2).sum()
+    theirs = torch.autograd.grad(wanted, list(module.parameters()), allow_unused=True)
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)
+    for (name, parameter), grad in zip(module.named_parameters(), theirs, strict=True):
+        expected = np.zeros(parameter.shape) if grad is None else grad.numpy()
+        np.testing.assert_allclose(grads[name], expected, rtol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [lambda module: module, frozen], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (in_inference_mode, DROPPED + r".*: gradient in 'first.weight', gradient in 'first.bias'"),
+        (hooked_output, DROPPED + ".*gradient in 'first.weight'"),
+        (hooked_saved, DROPPED + ".*gradient in 'first.weight'"),
+        (exported_otherwise, DROPPED + ".*: outputs"),
+        (lambda layer, x: layer(x) + x.data[:, :2], "use tensor.detach"),
+        (gradient_inside, "derivatives of its own parts"),
+        (checkpointed(True), "use_reentrant=False"),
+    ],
+    ids=["inference mode", "hook", "saved tensors", "exporting", "data", "gradient", "checkpoint"],
+)
+def test_what_torch_export_drops(
+    call: Callable[..., torch.Tensor], message: str, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        torch_bridge.from_module(change(Twice(call)), draw(3, 4))
+
+
+def test_hooks_for_all_modules_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
+    try:
+        with pytest.raises(NotImplementedError, match=r"hooks for all modules.*handle.remove"):
+            torch_bridge.from_module(linear(), draw(3, 4))
+    finally:
+        handle.remove()
+    check(linear(), draw(3, 4))
+
+
+def test_random_state_is_left_alone() -> None:
+    module = linear()
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    torch_bridge.from_module(module, draw(3, 4))
+    assert torch.equal(torch.rand(2), wanted)
 
 
 class Packed(nn.Module):
@@ -133,46 +253,43 @@ class Autocast(nn.Module):
     ("make", "x", "message"),
     [
         (lambda: hooked("register_full_backward_hook"), draw(3, 4), r"backward hooks.*handle.remove\(\)"),
-        (hooked_parameter, draw(3, 4), r"parameter '0.weight' has a hook.*handle.remove\(\)"),
-        (HookWithin, draw(3, 4), "forward puts a hook on a tensor by register_hook"),
         (lambda: nn.Embedding(5, 3, max_norm=1.0), torch.tensor([[0, 1]]), r"max_norm=1.0.*set its max_norm to None"),
         (lambda: nn.Linear(4, 2, dtype=torch.complex64), draw(3, 4).cfloat(), r"'weight' is complex.*torch.complex"),
+        (lambda: with_tensor_hook("register_hook"), draw(3, 4), r"'0.weight' has hooks.*handle.remove\(\)"),
+        (lambda: nn.Linear(4, 2, device="meta"), draw(3, 4), "'weight' is on the meta device.*load_state_dict"),
+        (sparse_buffer, draw(3, 4), r"'eye' is a sparse.*to_dense\(\)"),
+        (buffer_of_a_weight, draw(3, 4), DROPPED + ".*buffers computed from parameters"),
+        (quantised, draw(3, 4), r"'0' is quantised \(Linear\)"),
         (lambda: Packed(), torch.ones(2, 3, 4), "packed sequences.*padded ones"),
         (lambda: Autocast(True), draw(3, 4), "autocast is on.*convert the module without it"),
         (lambda: nn.Sequential(torch.jit.trace(linear(), draw(3, 4))), draw(3, 4), "'0' is a TorchScript module"),
     ],
     ids=[
         "backward hook",
-        "parameter's hook",
-        "hook within",
         "max_norm",
         "complex",
+        "hook",
+        "meta",
+        "sparse",
+        "buffer",
+        "quantised",
         "packed",
         "autocast",
         "TorchScript",
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_what_is_refused(make: Callable[[], nn.Module], x: torch.Tensor, message: str) -> None:
-    module = make()
-    for train in (False, True):
-        with pytest.raises(NotImplementedError, match=message):
-            torch_bridge.from_module(module, x, train=train)
+    with pytest.raises(NotImplementedError, match=message):
+        torch_bridge.from_module(make(), x)
 
 
 def test_hooks_that_leave_gradients_as_they_are() -> None:
     """One that runs after a gradient is accumulated, and one that was removed."""
-    module = linear()
-    module.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    module.weight.register_hook(lambda g: g * 2).remove()
+    module = with_tensor_hook("register_post_accumulate_grad_hook")
+    module[0].weight.register_hook(lambda g: g * 2).remove()
     check(module, draw(3, 4))
-
-
-def test_training_mode_draws_nothing_from_the_callers_generator() -> None:
-    module, before = nn.Sequential(linear(), nn.Dropout(0.5)), torch.get_rng_state()
-    with pytest.raises(NotImplementedError, match="dropout"):
-        torch_bridge.from_module(module, draw(3, 4), train=True)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_surroundings() -> None:

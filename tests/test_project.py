@@ -71,7 +71,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "_refused", "unsupported"},
+    {"_cuda", "_fork", "unsupported"},
     {"tensors", "generators"},
     {"losses"},
     {"_compute"},
@@ -83,9 +83,11 @@ TORCH_BRIDGE = [
     {"aten.linalg", "aten.metric", "aten.pooling", "aten.recurrent"},
     {"aten.losses"},
     {"aten"},
+    {"_faithful", "_refused"},
     {"_export"},
     {"_interpret"},
     {"modules"},
+    {"converted"},
     {"operators"},
     {"optimizer"},
     {""},

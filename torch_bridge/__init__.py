@@ -3,6 +3,7 @@
 import ggn_jax as _ggn_jax
 from ggn_jax import FisherType
 from torch_bridge.aten import register_operator
+from torch_bridge.converted import ConvertedModule
 from torch_bridge.grad_output import (
     loss_hessian_matrix_sqrt,
     make_batch_grad_output_fn,
@@ -23,6 +24,7 @@ from torch_bridge.optimizer import KFAC
 from torch_bridge.tensors import to_jax, to_torch
 
 __all__ = [  # noqa: RUF022  # in plain order
+    "ConvertedModule",
     "EFLinearOperator",
     "EKFACLinearOperator",
     "FisherType",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
-from torch_bridge._refused import NoHooks
+from torch_bridge._faithful import check_faithful, outputs_of
 from torch_bridge.tensors import borrow, jax_on
 
 # What makes a new tensor, which a write in place right after it does not show anywhere else.
@@ -32,6 +32,8 @@ class Program:
     inputs: tuple[str, ...]  # placeholders, in the order of the inputs' leaves
     outputs: Any  # a pytree of numbers: which of the graph's outputs
     sizes: tuple[tuple[int | None, ...], ...]  # of each input; None is the batch's
+    buffers: dict[str, str]  # by placeholder: the buffer's name
+    updated: tuple[str, ...]  # the buffers whose new values come before the outputs
 
 
 class Flat(torch.nn.Module):
@@ -47,11 +49,10 @@ class Flat(torch.nn.Module):
         module = self.module
         while isinstance(module, WRAPPERS):
             module = module.module
-        with NoHooks():
-            if self.kind == "dict":
-                outputs = module(**inputs)
-            else:
-                outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
+        if self.kind == "dict":
+            outputs = module(**inputs)
+        else:
+            outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
         flat, structure = jax.tree.flatten(_plain(outputs))
         self.note(jax.tree.unflatten(structure, range(len(flat))))
         return tuple(flat)
@@ -72,8 +73,10 @@ def _plain(outputs: Any) -> Any:
     )
 
 
-def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool) -> Program:
-    """The module's graph for these inputs, for any size of batch if `dynamic`.
+def export(
+    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool, updates: bool
+) -> Program:
+    """The module's graph for these inputs, for any size of batch if `dynamic`; if `updates`, it may change buffers.
 
     Everything of the module is left as it was.
     """
@@ -88,8 +91,9 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
     outputs: list[Any] = []
     flat = Flat(module, structure, kind, outputs.append)
     with _quietly(), torch.enable_grad():
-        _check_derivatives(flat, leaves)
+        wanted = outputs_of(flat, leaves)
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
+        check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
             if _calls(exported.graph_module, NO_GRAD):
                 raise NotImplementedError(
@@ -97,38 +101,7 @@ def export(module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str
                     " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
                 )
             exported = exported.run_decompositions({})
-    return _program(exported, module, outputs[-1], sizes)
-
-
-def _check_derivatives(module: torch.nn.Module, leaves: list[Any]) -> None:
-    """Refuse functions with derivatives of their own, of which an exported graph holds the forward part only.
-
-    They are found in the graph of a call, which writes into copies, and draws from copies of torch's generators.
-    """
-    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    cards = {tensor.device.index for tensor in [*module.parameters(), *leaves] if tensor.is_cuda}
-    with torch.random.fork_rng(sorted(cards)):
-        outputs = torch.func.functional_call(module, state, tuple(leaf.clone() for leaf in leaves))
-    nodes = [output.grad_fn for output in outputs if isinstance(output, torch.Tensor) and output.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        # Those of a torch.library.custom_op have this name; the operator itself is in the graph.
-        generated = node.name().startswith("GeneratedBackwardFor_")
-        if node.name().startswith("BackwardHookFunction"):
-            raise NotImplementedError(
-                "module has backward hooks, which change gradients behind the function's back: remove them, by"
-                " handle.remove(), where `handle` is what register_full_backward_hook returned."
-            )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
-            raise NotImplementedError(
-                f"module uses a torch.autograd.Function ({node.name().removesuffix('Backward')}), whose own derivative"
-                " torch.export drops: make it a torch.library.custom_op, and say what it is in JAX with"
-                " torch_bridge.register_operator."
-            )
-        more = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= more
-        nodes += more
+    return _program(exported, module, outputs[-1], sizes, updates)
 
 
 @contextlib.contextmanager
@@ -169,7 +142,14 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 
 def _writes(graph: torch.fx.GraphModule) -> bool:
     """Whether there are writes in place that something else may see."""
-    return any(writes_in_place(node) and not _unseen(node) for node in operators(graph))
+    return any((writes_in_place(node) and not _unseen(node)) or _updates_statistics(node) for node in operators(graph))
+
+
+def _updates_statistics(node: torch.fx.Node) -> bool:
+    """Whether it is a normalisation that changes its running mean, of which its name says nothing."""
+    if packet_name(node) not in ("batch_norm", "instance_norm") or len(node.args) < 6:
+        return False
+    return node.args[3] is not None and node.args[5] is True
 
 
 def _unseen(node: torch.fx.Node) -> bool:
@@ -183,21 +163,24 @@ def _unseen(node: torch.fx.Node) -> bool:
     return name in FRESH or name.startswith("conv")
 
 
-def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any) -> Program:
+def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool) -> Program:
     signature = exported.graph_signature
+    updated = []
     for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
+        if updates and spec.kind is OutputKind.BUFFER_MUTATION:
+            updated.append((spec.target or "").removeprefix("module."))
+        elif spec.kind is not OutputKind.USER_OUTPUT:
             what = (
                 "its inputs"
                 if spec.kind is OutputKind.USER_INPUT_MUTATION
                 else (spec.target or "").removeprefix("module.")
             )
             raise NotImplementedError(
-                f"module writes into {what} when it is called, which a pure function cannot: use train=False, or a"
-                " module that returns what is new."
+                f"module writes into {what} when it is called, which a pure function cannot: use train=False,"
+                " train=True, which returns new buffers, or a module that returns what is new."
             )
     first = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters, constants = {}, {}
+    parameters, constants, buffers = {}, {}, {}
     inputs = []
     for spec in signature.input_specs:
         name = spec.arg.name
@@ -209,10 +192,12 @@ def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any) -
             parameters[name] = first[id(module.get_parameter(target))]
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             value = exported.state_dict.get(spec.target)
+            if spec.kind is InputKind.BUFFER:
+                buffers[name] = target
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
             raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
-    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes)
+    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated))
 
 
 def as_constant(tensor: torch.Tensor) -> np.ndarray:

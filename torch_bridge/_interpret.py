@@ -1,7 +1,8 @@
 """Running an exported graph in JAX, each operator by its function in the table."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,18 +84,25 @@ def _is_python(node: torch.fx.Node) -> bool:
     )
 
 
-def run(program: Program, params: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
-    """The module's outputs."""
+def run(program: Program, params: Mapping[str, Any], leaves: Sequence[Any], key: jax.Array | None) -> Any:
+    """The module's outputs, and its new buffers by name; `params` may hold buffers, `key` is for what is drawn."""
     check_dtypes(program)
     values: dict[str, Any] = {name: jnp.asarray(array) for name, array in program.constants.items()}
     values |= {name: params[parameter] for name, parameter in program.parameters.items()}
+    for name, buffer in program.buffers.items():
+        if buffer in params:  # as constants are, of 32 bits where JAX has no others
+            values[name] = jnp.asarray(params[buffer], values[name].dtype)
     values |= dict(zip(program.inputs, leaves, strict=True))
     placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
-    results = _run_graph(program.graph, [values.get(node.name) for node in placeholders])
-    return jax.tree.map(lambda i: results[i], program.outputs)
+    keys = (None if key is None else jax.random.fold_in(key, number) for number in itertools.count())
+    results = _run_graph(program.graph, [values.get(node.name) for node in placeholders], keys)
+    count = len(program.updated)
+    return jax.tree.map(lambda i: results[count + i], program.outputs), dict(
+        zip(program.updated, results[:count], strict=True)
+    )
 
 
-def _run_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+def _run_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], keys: Iterator[jax.Array | None]) -> Any:
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(inputs)
     for node in graph.graph.nodes:
@@ -106,16 +114,16 @@ def _run_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
             return torch.fx.node.map_arg(node.args[0], values.__getitem__)
         else:
             with jax.named_scope(module_path(node).replace(".", "/") or "module"):
-                values[node] = _call(node, values)
+                values[node] = _call(node, values, keys)
     raise AssertionError("a graph has an output")
 
 
-def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
+def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[jax.Array | None]) -> Any:
     args: Any = torch.fx.node.map_arg(node.args, values.__getitem__)
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
     if str(node.target) == NO_GRAD:
         enabled, graph, *inputs = args
-        results = _run_graph(graph, inputs)
+        results = _run_graph(graph, inputs, keys)
         return results if enabled else jax.tree.map(jax.lax.stop_gradient, results)
     if str(node.target) == AUTOCAST:
         _, _, enabled, _, graph, *inputs = args
@@ -124,7 +132,7 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
                 f"torch.autocast is on in {where(node)}: convert the module without it, or in the lower precision"
                 " itself, module.bfloat16()."
             )
-        return _run_graph(graph, inputs)
+        return _run_graph(graph, inputs, keys)
     if _is_python(node):
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         if isinstance(result, NoIndices) and node.users:
@@ -138,8 +146,10 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
     args, kwargs = jax.tree.map(_argument, (list(args), dict(kwargs)), is_leaf=_is_argument)
     if packet_name(node) not in KEPT:
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
-    if kwargs.get("dtype") is None and isinstance(expected, torch.Tensor) and _takes_dtype(function, args):
+    if kwargs.get("dtype") is None and isinstance(expected, torch.Tensor) and _takes(function, "dtype"):
         kwargs["dtype"] = to_dtype(expected.dtype)
+    if _takes(function, "key"):
+        kwargs["key"] = next(keys)
     try:
         result = function(*args, **kwargs)
     except NotImplementedError as error:
@@ -159,10 +169,10 @@ def _argument(value: Any) -> Any:
     return to_dtype(value) if isinstance(value, torch.dtype) else value
 
 
-def _takes_dtype(function: Any, args: Sequence[Any]) -> bool:
-    """Whether it has an argument for a dtype, by keyword only."""
+def _takes(function: Any, name: str) -> bool:
+    """Whether it has such an argument, by keyword only."""
     try:
-        parameter = inspect.signature(function).parameters.get("dtype")
+        parameter = inspect.signature(function).parameters.get(name)
     except (TypeError, ValueError):
         return False
     return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY

@@ -3,11 +3,11 @@
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from torch_bridge.losses import GLOBAL_HOOKS
 
 
 def check_module(module: object) -> None:
@@ -31,20 +31,38 @@ def check_module(module: object) -> None:
                 f"{_name(path)} has max_norm={part.max_norm}, which writes into its weight whenever it is called: set"
                 " its max_norm to None, and scale the weight's rows yourself, between steps."
             )
+        if "quantized" in type(part).__module__.split("."):
+            raise NotImplementedError(
+                f"{_name(path)} is quantised ({type(part).__name__}), and so has no derivative: convert the module that"
+                " it was made of."
+            )
+    if any(len(hooks) for hooks in GLOBAL_HOOKS):
+        raise NotImplementedError(
+            "there are hooks for all modules (torch.nn.modules.module.register_module_*), which torch.export does not"
+            " follow: remove them, by handle.remove()."
+        )
+    for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise NotImplementedError(
+                f"{path!r} is on the meta device, where tensors have no values: load the module's first, by"
+                " module.to_empty(device=...) and load_state_dict."
+            )
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise NotImplementedError(
+                f"{path!r} is a sparse, nested or quantised tensor ({tensor.layout}, {tensor.dtype}), of which there is"
+                " none in JAX: convert a module that holds to_dense() or dequantize() of it."
+            )
     for path, parameter in module.named_parameters():
+        if _has_hooks(parameter):
+            raise NotImplementedError(
+                f"parameter {path!r} has hooks, which a function of JAX does not run: remove them, by handle.remove(),"
+                " where `handle` is what register_hook returned, and do what they do to the gradient that you take."
+            )
         if parameter.is_complex():
             raise NotImplementedError(
                 f"parameter {path!r} is complex, in which curvature is not defined here: hold its real and imaginary"
                 " parts as parameters, and put them together with torch.complex."
             )
-        if _has_hooks(parameter):
-            raise NotImplementedError(f"parameter {path!r} has {HOOKS}")
-
-
-HOOKS = (
-    "a hook, which changes its gradient behind the function's back: remove it, by handle.remove(), where `handle` is"
-    " what register_hook returned."
-)
 
 
 def _has_hooks(tensor: torch.Tensor) -> bool:
@@ -53,18 +71,6 @@ def _has_hooks(tensor: torch.Tensor) -> bool:
         warnings.simplefilter("always")
         torch.utils.hooks.warn_if_has_hooks(tensor)
     return bool(told)
-
-
-class NoHooks(TorchFunctionMode):
-    """Refuse hooks that `forward` puts on tensors, which are in no graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.register_hook:
-            raise NotImplementedError(
-                "module's forward puts a hook on a tensor by register_hook, which changes its gradient behind the"
-                " function's back: leave it out, or make the change an operator (torch.library.custom_op)."
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def _name(path: str) -> str:
@@ -85,6 +91,11 @@ def of_export(error: Exception, dynamic: bool) -> Exception:
             "module has a recurrent layer that torch.export cannot follow. If it is given packed sequences, whose"
             " number of entries at each step depends on data: give it padded ones, take each one's output at its last"
             f" position, and leave the others out of the loss. It says: {error}"
+        )
+    if "found a fake tensor" in str(error):
+        return NotImplementedError(
+            "module uses tensor.data (use tensor.detach()), or derivatives of its own parts (torch.autograd.grad),"
+            f" which torch.export does not follow. It says: {error}"
         )
     way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
     return RuntimeError(f"torch.export could not export module. {way_out}It says: {error}")

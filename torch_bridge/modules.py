@@ -15,7 +15,7 @@ from torch_bridge._refused import check_examples, check_module, of_export
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.tensors import to_jax
 
-ModelFn = Callable[[dict[str, jax.Array], Any], Any]
+ModelFn = Callable[..., Any]
 
 
 def from_module(
@@ -31,26 +31,32 @@ def from_module(
 
     - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
       `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
-      Hooks of the forward pass are part of the function; those of gradients, of modules, parameters and tensors within,
-      are not, and are refused.
+      Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all modules are refused.
     - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
       and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
-      with arrays. Their values do not matter. All whose first axis is as long as the first tensor's have a batch axis
+      with arrays. Use values that it works for. All whose first axis is as long as the first tensor's have a batch axis
       there.
-    - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in. What is
-      random then, or changes buffers, is refused.
+    - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in, in which
+      what is random or changes buffers is refused. With True, `model_fn(params, inputs, key=None)` returns `(outputs,
+      buffers)`: a dict of those that the call changed, such as running statistics, by torch's names, from what the
+      module had, or from buffers that `params` holds beside the parameters. `key` is for dropout.
     - `dynamic_batch`: one graph for all sizes of batch. A batch of one runs the graph of larger ones. Where `forward`
       depends on the size, torch.export refuses: pass False, and a graph is made for each size as it is met, from a copy
       of the module.
 
     **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
-    of copies: later changes of the module are not seen. Buffers are constants of `model_fn`. Its outputs are as the
-    module's, with classes of mappings as dicts. Integers of 64 bits are of 32 bits where JAX has no others. Places out
-    of range give NaN, not an error. A `torch.autograd.Function` is refused.
+    of copies: later changes of the module are not seen. Frozen ones (`requires_grad=False`) are among them, and have
+    derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
+    constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. Integers of 64 bits are
+    of 32 bits where JAX has no others. Places out of range give NaN, not an error.
+
+    `torch.export` drops some things in silence. Torch runs the module and the graph on `example_inputs`, and where an
+    output or a gradient differs by more than rounding, as with a `torch.autograd.Function`, the module is refused.
 
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
-    them and their modules, and for what is random or writes into buffers; TypeError for inputs that are not tensors,
-    and for float64 where JAX has 64-bit types switched off; RuntimeError where torch.export fails.
+    them and their modules, and, unless `train=True`, for what is random or writes into buffers; TypeError for inputs
+    that are not tensors, and for float64 where JAX has 64-bit types switched off; RuntimeError where
+    torch.export fails.
 
     >>> import torch, jax, ggn_jax
     >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
@@ -90,7 +96,7 @@ def from_module(
             programs[key] = program
         return programs[key]
 
-    def model_fn(params: dict[str, jax.Array], inputs: Any) -> Any:
+    def model_fn(params: dict[str, jax.Array], inputs: Any, *, key: jax.Array | None = None) -> Any:
         arrays, given = jax.tree.flatten(inputs)
         if given != structure:  # type: ignore[operator]  # untyped in jaxlib
             raise ValueError(f"inputs must have the structure of example_inputs, {structure}; got {given}.")
@@ -100,14 +106,16 @@ def from_module(
         absent = [name for name in program.parameters.values() if name not in params]
         if absent:
             raise KeyError(f"params must hold all of the module's parameters; {', '.join(absent)} are missing.")
-        return run(program, params, arrays)
+        outputs, buffers = run(program, params, arrays, key)
+        return (outputs, buffers) if train else outputs
 
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     program_for(shapes)
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     like = [jax.ShapeDtypeStruct(shape, to_dtype(leaf.dtype)) for shape, leaf in zip(shapes, leaves, strict=True)]
     structs = {name: jax.ShapeDtypeStruct(tuple(p.shape), to_dtype(p.dtype)) for name, p in parameters.items()}
-    jax.eval_shape(model_fn, structs, jax.tree.unflatten(structure, like))
+    key = jax.random.key(0) if train else None  # elsewhere, what is random is refused
+    jax.eval_shape(lambda p, inputs: model_fn(p, inputs, key=key), structs, jax.tree.unflatten(structure, like))
     return model_fn, {name: to_jax(parameter) for name, parameter in parameters.items()}
 
 
@@ -136,7 +144,7 @@ def _export(
 ) -> Program:
     with _in_mode(module, train):
         try:
-            return export(module, leaves, structure, kind, dynamic=dynamic)
+            return export(module, leaves, structure, kind, dynamic=dynamic, updates=train is True)
         except NotImplementedError:
             raise
         except Exception as error:

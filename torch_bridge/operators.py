@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge.converted import ConvertedModule
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.modules import from_module
 from torch_bridge.tensors import jax_on, to_jax, to_torch
 
 SEED = 2147483647
@@ -28,9 +28,12 @@ Params = Sequence[Tensor] | dict[str, Tensor]
 class Setting:
     """A module, its loss, and all data as one batch, in JAX; and which of the parameters the curvature is in."""
 
-    def __init__(self, module: Any, loss_func: Any, params: Params, data: Iterable[Any]):
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"model_func must be a torch.nn.Module; got {type(module).__name__}.")
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        if not isinstance(model_func, torch.nn.Module | ConvertedModule):
+            raise TypeError(
+                f"model_func must be a torch.nn.Module or a ConvertedModule; got {type(model_func).__name__}."
+            )
+        module: torch.nn.Module = model_func.module if isinstance(model_func, ConvertedModule) else model_func
         self.params = list(params.values()) if isinstance(params, dict) else list(params)
         if not self.params:
             raise ValueError("params must hold at least one parameter of the module.")
@@ -50,10 +53,14 @@ class Setting:
         entry = find_loss(loss_func)
         text, tensors = entry.take_apart(loss_func)
         with jax_on(self.device):
-            model_fn, values = converted(module, batches[0][0])
+            converted = model_func
+            if not isinstance(converted, ConvertedModule):
+                converted = ConvertedModule(module, batches[0][0])
+            model_fn, values = converted.model_fn, converted.params()
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
-            self.model_fn = lambda params, inputs: model_fn({**fixed, **params}, inputs)
+            # The same function for the same conversion, if it can be, so that what is compiled is used again.
+            self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
             self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
             self.size = max(len(batch[1]) for batch in batches)
@@ -72,16 +79,6 @@ class Setting:
             raise RuntimeError(
                 f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
             )
-
-
-def converted(module: torch.nn.Module, inputs: Any) -> Any:
-    """The module as a function, in the mode that it is in."""
-    try:
-        return from_module(module, inputs, train=None)
-    except NotImplementedError as error:
-        if not any(part.training for part in module.modules()):
-            raise
-        raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
 
 
 def _sampling(mc_samples: int, seed: int) -> dict[str, Any]:
@@ -192,10 +189,12 @@ class GGNLinearOperator(TorchLinearOperator):
     **Arguments**, named and ordered as curvlinops':
 
     - `model_func`: a `torch.nn.Module`, converted by `from_module` in the mode that it is in: one in training mode with
-      dropout or batch normalisation is refused. Converting and compiling takes seconds, each time: for a training loop
-      convert once, and use `ggn_jax`'s operators of `model_fn` inside of `jax.jit`.
+      dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values of
+      the parameters, pass a `ConvertedModule`.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
-    - `params`: a list or dict of parameters of the module; all others are constants.
+    - `params`: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+      gradients, and all others are constants. For those that are trained: `[p for p in module.parameters() if
+      p.requires_grad]`.
     - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of
       all, also where class weights or ignored targets make a mean one over something else than examples.
     - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge.converted import ConvertedModule, Snapshot
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.operators import converted
 from torch_bridge.tensors import jax_on, to_jax, to_torch
 
 OWN = {"learning_rate", "damping", "weight_decay", "example_inputs", "mesh", "full_params", "weight_decay_mask"}
@@ -116,7 +116,8 @@ class KFAC(torch.optim.Optimizer):
 
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
-        converted_fn, values = converted(self._module, example)
+        converted = ConvertedModule(self._module, example)
+        converted_fn, values = converted.model_fn, converted.params()
         fixed = {name: value for name, value in values.items() if name not in params}
         loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -148,28 +149,12 @@ class KFAC(torch.optim.Optimizer):
         self._kfac_state = optimizer(inputs, *(self.param_groups[0][name] for name in NUMBERS)).init(params)
         if self._saved is not None:
             self._kfac_state, self._saved = self._restored(self._saved), None
-        self._constants = {name: tensor.clone() for name, tensor in self._untrained().items()}
-        self._parts = self._modes()
+        self._snapshot = Snapshot(self._module, self._trained)
         self._run = jax.jit(run, donate_argnums=1)
-
-    def _untrained(self) -> dict[str, Tensor]:
-        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return {name: tensor for name, tensor in tensors if name not in self._trained}
-
-    def _modes(self) -> dict[str, tuple[torch.nn.Module, bool]]:
-        return {name: (part, part.training) for name, part in self._module.named_modules()}
 
     def _check_unchanged(self) -> None:
         """Refuse to go on with constants that are not the module's any more."""
-        now = dict(self._module.named_parameters())
-        changed = [name for name, parameter in self._trained.items() if now.get(name) is not parameter]
-        tensors = self._untrained()
-        changed += sorted(tensors.keys() ^ self._constants.keys())
-        changed += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
-        parts = self._modes()
-        names = sorted(parts.keys() | self._parts.keys())
-        changed += [name or "the whole" for name in names if parts.get(name) != self._parts.get(name)]
-        if changed:
+        if changed := self._snapshot.changed():
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
                 " constants: make the optimizer anew."
@@ -205,7 +190,3 @@ class KFAC(torch.optim.Optimizer):
         self._count, self._seed = own["count"], own["seed"]
         self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
         self._run = self._kfac_state = None  # the next step starts from what was saved
-
-
-def _same(now: Tensor | None, before: Tensor) -> bool:
-    return now is not None and torch.equal(now, before)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_bridge.aten.dtypes import align, safe_sqrt, wide
-from torch_bridge.aten.registry import aten
+from torch_bridge.aten.registry import NoIndices, aten
 
 
 def _normalise(x: Array, axes: Sequence[int], eps: float) -> Array:
@@ -101,8 +101,8 @@ def batch_norm(
 ) -> Array:
     if training and running_mean is not None:
         raise NotImplementedError(
-            "batch normalisation changes its running statistics in training mode: use train=False, or"
-            " track_running_stats=False, or another normalisation"
+            "batch normalisation changes its running statistics in training mode: use train=True, which returns the new"
+            " ones, train=False, or track_running_stats=False"
         )
     if training or running_mean is None or running_var is None:
         y = _normalise(x, (0, *range(2, x.ndim)), eps)
@@ -110,6 +110,36 @@ def batch_norm(
         mean, var = (wide(p.reshape(1, -1, *[1] * (x.ndim - 2))) for p in (running_mean, running_var))
         y = (wide(x) - mean) * lax.rsqrt(var + eps)
     return _scaled(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
+
+
+@aten("_native_batch_norm_legit_functional")
+def batch_norm_functional(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, ...]:
+    """The result and, in the last two places, new running statistics, with Bessel's correction as torch has it."""
+    saved = NoIndices("the batch's statistics"), NoIndices("the batch's statistics")
+    if not training:
+        y = batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)
+        return y, *saved, running_mean, running_var
+    count = x.size // x.shape[1]
+    if count == 1:
+        raise ValueError(
+            "batch normalisation in training mode requires more than one value per channel: pass a batch of several"
+            " examples, and examples='coupled' where ggn_jax calls the model."
+        )
+    axes = (0, *range(2, x.ndim))
+    values = lax.stop_gradient(wide(x))
+    new = jnp.mean(values, axes), jnp.var(values, axes, ddof=1)
+    means = [(1 - momentum) * wide(old) + momentum * n for old, n in zip((running_mean, running_var), new, strict=True)]
+    y = batch_norm(x, weight, bias, None, None, True, momentum, eps)
+    return y, *saved, means[0].astype(running_mean.dtype), means[1].astype(running_var.dtype)
 
 
 @aten("_native_batch_norm_legit_no_training")

@@ -1,0 +1,136 @@
+"""Modules in training mode: statistics of the batch, new buffers, and dropout with a key."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from module_cases import draw
+from torch import nn
+
+import ggn_jax
+import torch_bridge
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3), nn.BatchNorm1d(3, momentum=0.3)
+    ).double()
+
+
+def test_batch_normalisation() -> None:
+    """Value, gradients and statistics of two calls, the second one with the buffers of the first; and the module."""
+    module, x = normalised(), draw(5, 1, 3, 3)
+    state = copy.deepcopy(module.state_dict())
+    model_fn, params = torch_bridge.from_module(module, x, train=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+    @jax.jit
+    def run(params: Any, buffers: Any, x: Any) -> Any:
+        def objective(params: Any) -> Any:
+            outputs, new = model_fn({**params, **buffers}, x)
+            return jnp.sum(outputs**3), (outputs, new)
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    buffers = {name: jnp.asarray(buffer.numpy()) for name, buffer in module.named_buffers()}
+    for size in (5, 4):
+        grads, (outputs, buffers) = run(params, buffers, jnp.asarray(x[:size].numpy()))
+        wanted = module.train()(x[:size])
+        theirs = torch.autograd.grad((wanted**3).sum(), list(module.parameters()))
+        np.testing.assert_allclose(outputs, wanted.detach(), rtol=1e-10)
+        for name, grad in zip(params, theirs, strict=True):
+            np.testing.assert_allclose(grads[name], grad, rtol=1e-10, atol=1e-10, err_msg=name)
+        assert buffers.keys() == dict(module.named_buffers()).keys()
+        for name, buffer in module.named_buffers():
+            np.testing.assert_allclose(buffers[name], buffer, rtol=1e-10, err_msg=name)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        jax.eval_shape(model_fn, params, jnp.asarray(x[:1].numpy()))
+
+
+def test_one_pass_of_the_optimizer() -> None:
+    """`has_aux` and coupled examples: loss, gradient and statistics are torch's."""
+    module, x, y = normalised(), draw(5, 1, 3, 3), torch.tensor([0, 1, 2, 1, 0])
+    model_fn, params = torch_bridge.from_module(module, x, train=True)
+    batch = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+    optimizer = ggn_jax.kfac(
+        model_fn, ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0], examples="coupled", has_aux=True
+    )
+    passed = jax.jit(lambda p: optimizer.value_and_grad_and_factors(p, batch, optimizer.init(p), key=jax.random.key(0)))
+    (value, buffers), grads, _ = passed(params)
+    wanted = nn.CrossEntropyLoss()(module.train()(x), y)
+    theirs = torch.autograd.grad(wanted, list(module.parameters()))
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)
+    for name, grad in zip(params, theirs, strict=True):
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-10, atol=1e-10, err_msg=name)
+    np.testing.assert_allclose(buffers["1.running_var"], module[1].running_var, rtol=1e-10)
+
+
+def test_buffers_of_ones_own() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2).double()
+            self.register_buffer("count", torch.tensor(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 3
+            return self.linear(x) * self.count
+
+    module, x = Counts(), draw(3, 4)
+    model_fn, params = torch_bridge.from_module(module, x, train=True)
+    outputs, buffers = model_fn(params, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(outputs, module(x).detach(), rtol=1e-10)
+    assert buffers == {"count": 5}
+
+
+class Noisy(nn.Module):
+    """Three dropouts of ones, the last one of whole channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Dropout(0.25), nn.Dropout(0.25), nn.Dropout2d(0.5)])
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part(x * self.scale) for part in self.parts]
+
+
+def test_dropout() -> None:
+    model_fn, params = torch_bridge.from_module(Noisy(), torch.ones(2, 3, 5, 7), train=True)
+    run = jax.jit(model_fn)
+    ones = jnp.ones((200, 3, 5, 7), jnp.float32)
+    (first, second, channels), buffers = run(params, ones, key=jax.random.key(0))
+    assert not buffers
+    for part, p in ((first, 0.25), (second, 0.25), (channels[:, :, 0, 0], 0.5)):
+        kept = np.asarray(part) != 0
+        np.testing.assert_allclose(np.asarray(part)[kept], 1 / (1 - p), rtol=1e-6)
+        # Hoeffding: outside of this with a probability below 1e-6.
+        assert abs(np.mean(kept) - (1 - p)) < np.sqrt(np.log(2e6) / 2 / kept.size)
+    assert np.array_equal(channels, np.broadcast_to(channels[:, :, :1, :1], channels.shape))
+    assert not np.array_equal(first, second)
+    again, other = (run(params, ones, key=jax.random.key(seed))[0][0] for seed in (0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    with pytest.raises(NotImplementedError, match=r"'parts.0': it is random.*key=\.\.\."):
+        model_fn(params, ones)
+
+
+def test_dropout_beside_batch_normalisation() -> None:
+    """In the graph of modules that change buffers, dropout is another operator."""
+    module, x = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)).double(), draw(6, 4)
+    model_fn, params = torch_bridge.from_module(module, x, train=True)
+    outputs, _ = model_fn(params, jnp.asarray(x.numpy()), key=jax.random.key(0))
+    wanted = 2 * module.train()[0](x).detach().numpy()
+    np.testing.assert_allclose(outputs, np.where(np.asarray(outputs) == 0, 0, wanted), rtol=1e-10)
+    assert 0 < np.mean(np.asarray(outputs) == 0) < 1
+
+
+@pytest.mark.parametrize("make", [lambda: nn.AlphaDropout(0.5), lambda: nn.RReLU()], ids=["alpha", "rrelu"])
+def test_what_else_is_random_is_refused(make: Any) -> None:
+    with pytest.raises(NotImplementedError, match=r"alpha_dropout|rrelu"):
+        torch_bridge.from_module(make(), torch.ones(3, 4), train=True)

@@ -1,0 +1,88 @@
+"""A module that was converted, for operators at many values of its parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import torch
+from torch import Tensor, nn
+
+from torch_bridge.modules import from_module
+from torch_bridge.tensors import to_jax
+
+
+class Snapshot:
+    """What a module was like but for the values of some of its parameters, `free`."""
+
+    def __init__(self, module: nn.Module, free: Mapping[str, Tensor]):
+        self._module, self._free = module, dict(free)
+        self._constants = {name: tensor.clone() for name, tensor in self._fixed().items()}
+        self._parts = self._modes()
+
+    def _fixed(self) -> dict[str, Tensor]:
+        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
+        return {name: tensor for name, tensor in tensors if name not in self._free}
+
+    def _modes(self) -> dict[str, tuple[nn.Module, bool]]:
+        return {name: (part, part.training) for name, part in self._module.named_modules()}
+
+    def changed(self) -> list[str]:
+        """The names of what changed or was replaced since: parameters, buffers, parts and their modes."""
+        now, tensors, parts = dict(self._module.named_parameters()), self._fixed(), self._modes()
+        names = [name for name, parameter in self._free.items() if now.get(name) is not parameter]
+        names += sorted(tensors.keys() ^ self._constants.keys())
+        names += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
+        paths = sorted(parts.keys() | self._parts.keys())
+        return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
+
+
+def _same(now: Tensor | None, before: Tensor) -> bool:
+    return now is not None and torch.equal(now, before)
+
+
+class ConvertedModule:
+    """A module that is converted once, by `from_module`, for operators at many values of its parameters.
+
+    The operators of `torch_bridge` take it in place of the module. Each of them is then made at the values that the
+    parameters have at that time, without another export; where it is of all parameters, its compiled functions are
+    used again, too.
+
+    **Arguments:**
+
+    - `module`: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
+      as they are, and parameters may change their values, but not be replaced: operators made after that raise
+      RuntimeError. What is in no tensor, such as an attribute that is a number, must not change either, which is not
+      seen.
+    - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
+
+    **Attributes:** `module`, and `model_fn`, as `from_module` returns it. `params()` gives the parameters as they are.
+
+    >>> import torch, torch_bridge
+    >>> module = torch.nn.Linear(2, 3)
+    >>> converted, params = torch_bridge.ConvertedModule(module, torch.ones(1, 2)), list(module.parameters())
+    >>> for batch in 2 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
+    ...     kfac = torch_bridge.KFACLinearOperator(converted, torch.nn.CrossEntropyLoss(), params, [batch])
+    ...     with torch.no_grad():
+    ...         _ = [p.add_(-0.1 * step) for p, step in zip(params, kfac.inverse(damping=0.1) @ params)]
+    """
+
+    def __init__(self, module: nn.Module, example_inputs: Any):
+        try:
+            self.model_fn, values = from_module(module, example_inputs, train=None)
+        except NotImplementedError as error:
+            if not any(part.training for part in module.modules()):
+                raise
+            raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
+        self.module = module
+        self._names = list(values)
+        parameters = dict(module.named_parameters())
+        self._snapshot = Snapshot(module, {name: parameters[name] for name in values})
+
+    def params(self) -> dict[str, jax.Array]:
+        """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""
+        if changed := self._snapshot.changed():
+            raise RuntimeError(
+                f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it anew."
+            )
+        parameters = dict(self.module.named_parameters())
+        return {name: to_jax(parameters[name]) for name in self._names}
