@@ -223,3 +223,16 @@ def test_inputs_without_batch_axis() -> None:
     options: dict[str, Any] = {"fisher_type": "empirical"}
     run = jax.jit(lambda w: ggn_jax.sum_layer_io(fn, layers, loss, w, (inputs, y), chunk_size=2, **options))
     assert_close(run(w)[0], jax.jit(jax.grad(lambda w: loss(plain(w, x), y)))(w))
+
+
+def test_one_output_and_layers_with_two_positions() -> None:
+    """A network plus its slope, of which each layer is used for both; wide enough that no rows of `J` are made."""
+    w, b, v, x = normal("w", 16, 16), normal("b", 16), normal("v", 16, 1), normal("x", N, 16)
+
+    def one(p: Any, x: jax.Array) -> jax.Array:
+        return sum(jax.jvp(lambda x: jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["u"]) @ p["v"], (x,), (jnp.ones(16),)))
+
+    model_fn, params = jax.vmap(one, (None, 0)), {"w": w / 4, "u": w.T / 4, "b": b, "v": v}
+    flat_params, unravel = ravel_pytree(params)
+    j = jax.jit(jax.jacrev(lambda p: model_fn(unravel(p), x)[:, 0]))(flat_params)
+    assert_close(GramLinearOperator(model_fn, params, x).as_matrix(), np.asarray(j @ j.T))

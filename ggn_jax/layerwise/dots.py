@@ -59,9 +59,9 @@ class _Whole(eqx.Module):
 
 
 def _contract(inner: Float[Array, "N G S S"], one: Float[Array, "V G S out"], grads: Array) -> Float[Array, "V N V"]:
-    if inner.shape[-1] == 1:
-        outer = jnp.einsum("vgo,nwgo->vnwg", one[:, :, 0], grads[:, :, :, 0])  # one product of matrices for all rows
-        return jnp.sum(outer * inner[None, :, None, :, 0, 0], axis=-1)
+    if len(one) == 1 or inner.shape[-1] == 1:
+        outer = jnp.einsum("vgso,nwgto->vnwgst", one, grads)  # one product of matrices for all rows
+        return jnp.sum(outer * inner[None, :, None], axis=(-3, -2, -1))
     mixed = jnp.einsum("ngst,nwgto->nwgso", inner, grads)
     return jnp.einsum("vgso,nwgso->vnw", one, mixed)
 
