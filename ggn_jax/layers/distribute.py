@@ -27,77 +27,20 @@ from ggn_jax.layers.jaxprs import (
     run_scan,
     scan_sizes,
 )
-
-DOTS = frozenset({"dot_general"})
-CONVOLUTIONS = frozenset({"conv_general_dilated"})
-GATHERS = frozenset({"gather"})
-WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
-CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
-# Moves that act on the factors of an elementwise product alike.
-MOVES = frozenset({"transpose", "reshape", "broadcast_in_dim", "squeeze", "slice", "rev"}) | CASTS
-ELEMENTWISE = (
-    frozenset(
-        {
-            "add",
-            "sub",
-            "mul",
-            "div",
-            "neg",
-            "exp",
-            "log",
-            "tanh",
-            "sqrt",
-            "rsqrt",
-            "integer_pow",
-            "logistic",
-            "abs",
-            "square",
-        }
-    )
-    | CASTS
+from ggn_jax.layers.weights import (
+    CONVOLUTIONS,
+    DOTS,
+    GATHERS,
+    Product,
+    Scaled,
+    Sum,
+    Weight,
+    as_weight,
+    is_complex,
+    of_weights,
+    plain,
+    rank_of,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A value that depends on parameters and constants alone, and what it was made of."""
-
-    value: Any
-    leaves: frozenset[int]
-    varies: frozenset[int]
-    """The axes along which it may differ."""
-    form: "Sum | Scaled | Product | None" = None
-
-
-@dataclass(frozen=True)
-class Sum:
-    """`sum_i part_i`, of parameters of their own."""
-
-    parts: tuple[Weight, ...]
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """`of * by`, entry by entry; `by` has the rank of `of`, or none."""
-
-    of: Weight
-    by: Weight
-
-
-@dataclass(frozen=True)
-class Product:
-    """The contraction of two weights over axes of each, with the free axes of the first one in front, then permuted."""
-
-    first: Weight
-    second: Weight
-    axes: tuple[tuple[int, ...], tuple[int, ...]]
-    order: tuple[int, ...]
-
-    def origins(self) -> list[tuple[int, int]]:
-        """For each axis of the result, which factor has it, and where."""
-        factors = self.first, self.second
-        free = [(i, a) for i in (0, 1) for a in range(_rank(factors[i])) if a not in self.axes[i]]
-        return [free[axis] for axis in self.order]
 
 
 def distribute(closed: Any, num_params: int, fixed: Sequence[bool]) -> Callable[..., list[Any]]:
@@ -108,11 +51,11 @@ def distribute(closed: Any, num_params: int, fixed: Sequence[bool]) -> Callable[
     jaxpr, consts = open_jaxpr(closed)
 
     def run(*values: Any) -> list[Any]:
-        given: list[Any] = [_weight(value, {number}) for number, value in enumerate(values[:num_params])]
+        given: list[Any] = [as_weight(value, {number}) for number, value in enumerate(values[:num_params])]
         given += [
-            _weight(value) if is_fixed else value for value, is_fixed in zip(values[num_params:], fixed, strict=True)
+            as_weight(value) if is_fixed else value for value, is_fixed in zip(values[num_params:], fixed, strict=True)
         ]
-        return [_plain(x) for x in _run(jaxpr, consts, given)]
+        return [plain(x) for x in _run(jaxpr, consts, given)]
 
     return run
 
@@ -120,9 +63,9 @@ def distribute(closed: Any, num_params: int, fixed: Sequence[bool]) -> Callable[
 def _run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     def step(eqn: Any, path: tuple[int, ...], values: list[Any]) -> list[Any]:
         literals = [not isinstance(value, Weight | jax.Array) for value in values]
-        return _evaluate(eqn, [_weight(x) if literal else x for x, literal in zip(values, literals, strict=True)])
+        return _evaluate(eqn, [as_weight(x) if literal else x for x, literal in zip(values, literals, strict=True)])
 
-    return run_jaxpr(jaxpr, [_weight(const) for const in consts], values, (), step)
+    return run_jaxpr(jaxpr, [as_weight(const) for const in consts], values, (), step)
 
 
 def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
@@ -131,7 +74,7 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
     if name in INLINED - CUSTOM_JVP:
         return _run(*open_jaxpr(inner_jaxpr(eqn)), values)
     if all(isinstance(value, Weight) for value in values):
-        return _of_weights(eqn, values)
+        return of_weights(eqn, values)
     if name in REMAT:
         return _across(eqn, values, partial(run_remat, eqn))
     if name in SCAN:
@@ -141,102 +84,9 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
         number = int(isinstance(values[1], Weight))
         weight = values[number]
         # The gradients of real parameters of complex layers are real parts: these are no layers.
-        if isinstance(weight, Weight) and weight.leaves and weight.form is not None and not _is_complex(weight):
+        if isinstance(weight, Weight) and weight.leaves and weight.form is not None and not is_complex(weight):
             found = _distributed(eqn, values, number)
-    return bind(eqn, list(map(_plain, values))) if found is None else [found]
-
-
-# Weights. ------------------------------------------------------------------------------------------------------------
-
-
-def _of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
-    """The results of an equation of weights, with their forms where there are any."""
-    if eqn.primitive.name == "integer_pow" and eqn.params["y"] == 1:
-        return values
-    results = bind(eqn, [value.value for value in values])
-    leaves = frozenset[int]().union(*(value.leaves for value in values))
-    if eqn.primitive.name in WITHOUT_DERIVATIVE:
-        leaves = frozenset()  # a constant, to derivatives
-    if len(results) > 1:
-        return [_weight(result, leaves) for result in results]
-    return [Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)]
-
-
-def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
-    name = eqn.primitive.name
-    if name == "neg":
-        return Scaled(values[0], _number(-1, values[0]))
-    if len(values) == 1:
-        return _moved(eqn, values[0]) if name in MOVES else None
-    if len(values) != 2 or values[0].leaves & values[1].leaves:
-        return None  # uses of one parameter that see the same data are no layers of their own
-    first, second = values
-    if name in ("add", "add_any", "sub"):
-        shape = eqn.outvars[0].aval.shape
-        return Sum((_repeated(first, shape), _repeated(_negative(second) if name == "sub" else second, shape)))
-    if name == "div" and first.leaves and _fits(second, first):
-        return Scaled(first, Weight(1 / second.value, second.leaves, second.varies))
-    if name == "mul":
-        # What varies along fewer axes is the scale.
-        pairs = [(x, y) for x, y in ((first, second), (second, first)) if x.leaves and _fits(y, x)]
-        return Scaled(*min(pairs, key=lambda pair: len(pair[1].varies))) if pairs else None
-    if name in DOTS and eqn.params["dimension_numbers"][1] == ((), ()):
-        axes = tuple(map(tuple, eqn.params["dimension_numbers"][0]))
-        rank = len(eqn.outvars[0].aval.shape)
-        return Product(first, second, axes, tuple(range(rank)))  # type: ignore[arg-type]  # two of them
-    return None
-
-
-def _fits(by: Weight, weight: Weight) -> bool:
-    """Whether `by` has an entry, or a repeated one, for each of the weight's."""
-    small, large = jnp.shape(by.value), jnp.shape(weight.value)
-    return not small or (len(small) == len(large) and all(m in (1, n) for m, n in zip(small, large, strict=True)))
-
-
-def _repeated(weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """A weight along axes along which it repeats."""
-    if jnp.shape(weight.value) == shape:
-        return weight
-    return Weight(jnp.broadcast_to(weight.value, shape), weight.leaves, weight.varies)
-
-
-def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
-    """The form of a weight that is moved about, or cast to a type that is no narrower."""
-    form, name = value.form, eqn.primitive.name
-    before, after = (jnp.dtype(var.aval.dtype) for var in (eqn.invars[0], eqn.outvars[0]))
-    if form is None or (after.itemsize < before.itemsize):
-        return None
-
-    def move(part: Weight) -> Weight:
-        return _of_weights(eqn, [part])[0]
-
-    if isinstance(form, Sum):
-        return Sum(tuple(map(move, form.parts)))
-    if isinstance(form, Scaled):
-        scalar = not jnp.shape(form.by.value) and name not in CASTS
-        return Scaled(move(form.of), form.by if scalar else move(form.by))
-    if name in CASTS:
-        return Product(move(form.first), move(form.second), form.axes, form.order)
-    if name == "transpose":
-        return Product(form.first, form.second, form.axes, tuple(form.order[a] for a in eqn.params["permutation"]))
-    return None
-
-
-def _varies(eqn: Any, values: list[Weight], result: Any) -> frozenset[int]:
-    """Along which axes the result of an equation may differ."""
-    name, shape = eqn.primitive.name, jnp.shape(result)
-    if name in ELEMENTWISE and all(jnp.ndim(value.value) in (0, len(shape)) for value in values):
-        return frozenset[int]().union(*(value.varies for value in values))
-    if name == "broadcast_in_dim":
-        return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in values[0].varies)
-    if name == "transpose":
-        return frozenset(i for i, axis in enumerate(eqn.params["permutation"]) if axis in values[0].varies)
-    if name in ("reshape", "squeeze"):
-        long = [i for i, size in enumerate(jnp.shape(values[0].value)) if size > 1]
-        longer = [i for i, size in enumerate(shape) if size > 1]
-        if [jnp.shape(values[0].value)[i] for i in long] == [shape[i] for i in longer]:
-            return frozenset(new for old, new in zip(long, longer, strict=True) if old in values[0].varies)
-    return _all_axes(result)
+    return bind(eqn, list(map(plain, values))) if found is None else [found]
 
 
 # Products with data. -------------------------------------------------------------------------------------------------
@@ -259,7 +109,7 @@ def _distributed(eqn: Any, values: list[Any], number: int) -> Any:
     if name in CONVOLUTIONS and number == 1 and params["batch_group_count"] == 1:
         return _convolution(eqn, x, weight)
     if name in GATHERS and number == 0:
-        return _rows(eqn, list(map(_plain, values[1:])), weight)
+        return _rows(eqn, list(map(plain, values[1:])), weight)
     return None
 
 
@@ -290,7 +140,7 @@ class _Dot:
         return jax.lax.dot_general(x, weight.value, numbers, **options)
 
     def _scaled(self, x: Array, form: Scaled, options: dict[str, Any]) -> Array | None:
-        by, rank = form.by, _rank(form.of)
+        by, rank = form.by, rank_of(form.of)
         if by.varies <= set(self.weight_axes):
             places = dict(zip(self.weight_axes, self.axes, strict=True))
             return self(x * _spread(by, places, jnp.ndim(x)), form.of, options)
@@ -311,12 +161,12 @@ class _Dot:
                 continue
             # x with the near factor: [*free axes of x, *axes that the factors share].
             hidden = _Dot(self.axes, tuple(origins[a][1] for a in self.weight_axes))(x, near, options)
-            shared = [a for a in range(_rank(near)) if a in form.axes[i]]
+            shared = [a for a in range(rank_of(near)) if a in form.axes[i]]
             matching = tuple(form.axes[1 - i][form.axes[i].index(a)] for a in shared)
             first = jnp.ndim(hidden) - len(shared)
             result = _Dot(tuple(range(first, jnp.ndim(hidden))), matching)(hidden, far, options)
             # The far factor's free axes are in its own order; wanted is the weight's.
-            own = [a for a in range(_rank(far)) if a not in form.axes[1 - i]]
+            own = [a for a in range(rank_of(far)) if a not in form.axes[1 - i]]
             order = [own.index(a) for factor, a in origins if factor != i]
             return jnp.transpose(result, [*range(first), *(first + place for place in order)])
         return None
@@ -369,9 +219,9 @@ def _across(eqn: Any, values: list[Any], call: Callable[..., Any]) -> list[Any]:
     jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
 
     def fn(*arrays: Any) -> list[Any]:
-        return list(map(_plain, _run(jaxpr, consts, _again(values, arrays))))
+        return list(map(plain, _run(jaxpr, consts, _again(values, arrays))))
 
-    return list(call(fn, *map(_plain, values)))
+    return list(call(fn, *map(plain, values)))
 
 
 def _scan(eqn: Any, values: list[Any]) -> list[Any]:
@@ -381,41 +231,12 @@ def _scan(eqn: Any, values: list[Any]) -> list[Any]:
     kinds = [None if i in carried else value for i, value in enumerate(values)]  # a carry may become data
 
     def fn(arrays: Any, _: Any) -> tuple[list[Any], tuple[()]]:
-        return list(map(_plain, _run(jaxpr, consts, _again(kinds, arrays)))), ()
+        return list(map(plain, _run(jaxpr, consts, _again(kinds, arrays)))), ()
 
-    return list(run_scan(eqn, fn, list(map(_plain, values)), ())[0])
+    return list(run_scan(eqn, fn, list(map(plain, values)), ())[0])
 
 
 def _again(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """Arrays as weights of the same parameters, where they were weights."""
     pairs = zip(values, arrays, strict=True)
-    return [_weight(array, value.leaves) if isinstance(value, Weight) else array for value, array in pairs]
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Weight) else value
-
-
-def _weight(value: Any, leaves: Any = ()) -> Weight:
-    return Weight(value, frozenset(leaves), _all_axes(value))
-
-
-def _number(number: float, like: Weight) -> Weight:
-    return Weight(jnp.asarray(number, jnp.result_type(like.value)), frozenset(), frozenset())
-
-
-def _negative(weight: Weight) -> Weight:
-    form = Scaled(weight, _number(-1, weight)) if weight.leaves else None
-    return Weight(-weight.value, weight.leaves, weight.varies, form)
-
-
-def _is_complex(weight: Weight) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(weight.value), jnp.complexfloating))
-
-
-def _all_axes(value: Any) -> frozenset[int]:
-    return frozenset(axis for axis, size in enumerate(jnp.shape(value)) if size > 1)
-
-
-def _rank(weight: Weight) -> int:
-    return jnp.ndim(weight.value)
+    return [as_weight(array, value.leaves) if isinstance(value, Weight) else array for value, array in pairs]

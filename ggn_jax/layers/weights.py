@@ -1,0 +1,198 @@
+"""Values that depend on parameters and constants alone, and what they were made of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from ggn_jax.layers.jaxprs import bind
+
+DOTS = frozenset({"dot_general"})
+CONVOLUTIONS = frozenset({"conv_general_dilated"})
+GATHERS = frozenset({"gather"})
+WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
+CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
+# Moves that act on the factors of an elementwise product alike.
+MOVES = frozenset({"transpose", "reshape", "broadcast_in_dim", "squeeze", "slice", "rev"}) | CASTS
+ELEMENTWISE = (
+    frozenset(
+        {
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "neg",
+            "exp",
+            "log",
+            "tanh",
+            "sqrt",
+            "rsqrt",
+            "integer_pow",
+            "logistic",
+            "abs",
+            "square",
+        }
+    )
+    | CASTS
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A value that depends on parameters and constants alone, and what it was made of."""
+
+    value: Any
+    leaves: frozenset[int]
+    varies: frozenset[int]
+    """The axes along which it may differ."""
+    form: "Sum | Scaled | Product | None" = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`sum_i part_i`, of parameters of their own."""
+
+    parts: tuple[Weight, ...]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`of * by`, entry by entry; `by` has the rank of `of`, or none."""
+
+    of: Weight
+    by: Weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """The contraction of two weights over axes of each, with the free axes of the first one in front, then permuted."""
+
+    first: Weight
+    second: Weight
+    axes: tuple[tuple[int, ...], tuple[int, ...]]
+    order: tuple[int, ...]
+
+    def origins(self) -> list[tuple[int, int]]:
+        """For each axis of the result, which factor has it, and where."""
+        factors = self.first, self.second
+        free = [(i, a) for i in (0, 1) for a in range(rank_of(factors[i])) if a not in self.axes[i]]
+        return [free[axis] for axis in self.order]
+
+
+def of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
+    """The results of an equation of weights, with their forms where there are any."""
+    if eqn.primitive.name == "integer_pow" and eqn.params["y"] == 1:
+        return values
+    results = bind(eqn, [value.value for value in values])
+    leaves = frozenset[int]().union(*(value.leaves for value in values))
+    if eqn.primitive.name in WITHOUT_DERIVATIVE:
+        leaves = frozenset()  # a constant, to derivatives
+    if len(results) > 1:
+        return [as_weight(result, leaves) for result in results]
+    return [Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)]
+
+
+def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
+    name = eqn.primitive.name
+    if name == "neg":
+        return Scaled(values[0], _number(-1, values[0]))
+    if len(values) == 1:
+        return _moved(eqn, values[0]) if name in MOVES else None
+    if len(values) != 2 or values[0].leaves & values[1].leaves:
+        return None  # uses of one parameter that see the same data are no layers of their own
+    first, second = values
+    if name in ("add", "add_any", "sub"):
+        shape = eqn.outvars[0].aval.shape
+        return Sum((_repeated(first, shape), _repeated(_negative(second) if name == "sub" else second, shape)))
+    if name == "div" and first.leaves and _fits(second, first):
+        return Scaled(first, Weight(1 / second.value, second.leaves, second.varies))
+    if name == "mul":
+        # What varies along fewer axes is the scale.
+        pairs = [(x, y) for x, y in ((first, second), (second, first)) if x.leaves and _fits(y, x)]
+        return Scaled(*min(pairs, key=lambda pair: len(pair[1].varies))) if pairs else None
+    if name in DOTS and eqn.params["dimension_numbers"][1] == ((), ()):
+        axes = tuple(map(tuple, eqn.params["dimension_numbers"][0]))
+        rank = len(eqn.outvars[0].aval.shape)
+        return Product(first, second, axes, tuple(range(rank)))  # type: ignore[arg-type]  # two of them
+    return None
+
+
+def _fits(by: Weight, weight: Weight) -> bool:
+    """Whether `by` has an entry, or a repeated one, for each of the weight's."""
+    small, large = jnp.shape(by.value), jnp.shape(weight.value)
+    return not small or (len(small) == len(large) and all(m in (1, n) for m, n in zip(small, large, strict=True)))
+
+
+def _repeated(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """A weight along axes along which it repeats."""
+    if jnp.shape(weight.value) == shape:
+        return weight
+    return Weight(jnp.broadcast_to(weight.value, shape), weight.leaves, weight.varies)
+
+
+def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
+    """The form of a weight that is moved about, or cast to a type that is no narrower."""
+    form, name = value.form, eqn.primitive.name
+    before, after = (jnp.dtype(var.aval.dtype) for var in (eqn.invars[0], eqn.outvars[0]))
+    if form is None or (after.itemsize < before.itemsize):
+        return None
+
+    def move(part: Weight) -> Weight:
+        return of_weights(eqn, [part])[0]
+
+    if isinstance(form, Sum):
+        return Sum(tuple(map(move, form.parts)))
+    if isinstance(form, Scaled):
+        scalar = not jnp.shape(form.by.value) and name not in CASTS
+        return Scaled(move(form.of), form.by if scalar else move(form.by))
+    if name in CASTS:
+        return Product(move(form.first), move(form.second), form.axes, form.order)
+    if name == "transpose":
+        return Product(form.first, form.second, form.axes, tuple(form.order[a] for a in eqn.params["permutation"]))
+    return None
+
+
+def _varies(eqn: Any, values: list[Weight], result: Any) -> frozenset[int]:
+    """Along which axes the result of an equation may differ."""
+    name, shape = eqn.primitive.name, jnp.shape(result)
+    if name in ELEMENTWISE and all(jnp.ndim(value.value) in (0, len(shape)) for value in values):
+        return frozenset[int]().union(*(value.varies for value in values))
+    if name == "broadcast_in_dim":
+        return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in values[0].varies)
+    if name == "transpose":
+        return frozenset(i for i, axis in enumerate(eqn.params["permutation"]) if axis in values[0].varies)
+    if name in ("reshape", "squeeze"):
+        long = [i for i, size in enumerate(jnp.shape(values[0].value)) if size > 1]
+        longer = [i for i, size in enumerate(shape) if size > 1]
+        if [jnp.shape(values[0].value)[i] for i in long] == [shape[i] for i in longer]:
+            return frozenset(new for old, new in zip(long, longer, strict=True) if old in values[0].varies)
+    return _all_axes(result)
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, Weight) else value
+
+
+def as_weight(value: Any, leaves: Any = ()) -> Weight:
+    return Weight(value, frozenset(leaves), _all_axes(value))
+
+
+def _number(number: float, like: Weight) -> Weight:
+    return Weight(jnp.asarray(number, jnp.result_type(like.value)), frozenset(), frozenset())
+
+
+def _negative(weight: Weight) -> Weight:
+    form = Scaled(weight, _number(-1, weight)) if weight.leaves else None
+    return Weight(-weight.value, weight.leaves, weight.varies, form)
+
+
+def is_complex(weight: Weight) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(weight.value), jnp.complexfloating))
+
+
+def _all_axes(value: Any) -> frozenset[int]:
+    return frozenset(axis for axis, size in enumerate(jnp.shape(value)) if size > 1)
+
+
+def rank_of(weight: Weight) -> int:
+    return jnp.ndim(weight.value)
