@@ -14,27 +14,8 @@ WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
 # Moves that act on the factors of an elementwise product alike.
 MOVES = frozenset({"transpose", "reshape", "broadcast_in_dim", "squeeze", "slice", "rev"}) | CASTS
-ELEMENTWISE = (
-    frozenset(
-        {
-            "add",
-            "sub",
-            "mul",
-            "div",
-            "neg",
-            "exp",
-            "log",
-            "tanh",
-            "sqrt",
-            "rsqrt",
-            "integer_pow",
-            "logistic",
-            "abs",
-            "square",
-        }
-    )
-    | CASTS
-)
+ELEMENTWISE = CASTS | {"add", "sub", "mul", "div", "neg", "abs", "max", "min", "square", "integer_pow", "pow"}
+ELEMENTWISE |= {"exp", "exp2", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt"}
 
 
 @dataclass(frozen=True, eq=False)
