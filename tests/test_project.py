@@ -91,7 +91,7 @@ TORCH_BRIDGE = [
     {"modules"},
     {"converted"},
     {"operators"},
-    {"optimizer"},
+    {"laplace", "optimizer"},
     {""},
 ]
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}

@@ -348,6 +348,43 @@ class KFACLinearOperator(BlockTorchLinearOperator):
             key = jax.random.key(seed) if drawn else None
             super().__init__(setting, self._kind(*setting.args, key=key, **options))
 
+    def factors(self) -> dict[str, tuple[Tensor, ...]]:
+        """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
+
+        `B (x) A` is on the parameter as a matrix `[out, in]`, rows first, which has all its axes but the first in its
+        columns.
+
+        **Raises:** NotImplementedError for a parameter whose block is no such product: of a bias that is one more
+        input, an embedding, groups of channels, several uses, a transposed convolution; naming it.
+        """
+        with jax_on(self.device):
+            found = self._operator.factors()
+            named = dict(zip(self._setting.names, self._setting.params, strict=True))
+            return {name: _factors(name, p.shape, found, self._operator) for name, p in named.items()}
+
+
+def _factors(name: str, shape: torch.Size, found: dict[str, Any], operator: Any) -> tuple[Tensor, ...]:
+    block = found.get(f"['{name}']")
+    if block is None:
+        raise NotImplementedError(f"{name} has no block of its own: pass separate_weight_and_bias=True.")
+    if len(shape) < 2:
+        return (to_torch(operator.block(f"['{name}']")),)
+    a: Any = getattr(block, "a", ())
+    b: Any = getattr(block, "b", ())
+    size = shape[0], shape[1:].numel()
+    if len(a) == 1 and a[0].shape == (1, size[1], size[1]) and b[0].shape == (1, size[0], size[0]):
+        vector = {n: jnp.zeros(x.shape, x.dtype) for n, x in operator.in_structure().items()}
+        probe = jnp.cos(jnp.arange(1.0, size[0] * size[1] + 1)).reshape(size).astype(a[0].dtype)
+        vector[name] = probe.reshape(vector[name].shape).astype(vector[name].dtype)
+        wanted, product = operator.mv(vector)[name].reshape(size), b[0][0] @ probe @ a[0][0]
+        if np.allclose(wanted, product, rtol=1e-3, atol=1e-4 * float(jnp.abs(product).max())):
+            return to_torch(b[0][0]), to_torch(a[0][0])
+    raise NotImplementedError(
+        f"{name} of shape {tuple(shape)} has a block that is not one Kronecker product of its rows and columns"
+        " (groups, an embedding, several uses, or another layout): ggn_jax.KFACLinearOperator of from_module's function"
+        " has it."
+    )
+
 
 class EKFACLinearOperator(KFACLinearOperator):
     """EKFAC of a module's loss: `ggn_jax.EKFACLinearOperator` for PyTorch.
