@@ -195,6 +195,8 @@ def test_imports(name: str) -> None:
         elif top == "flax":
             assert name == "ggn_jax.models"
             assert module not in at_import
+        elif top == "laplace":
+            assert name == "torch_bridge.laplace", "for those who have laplace-torch"
         elif top == "tqdm":
             assert module not in at_import, "a progress bar is an extra"
         else:
