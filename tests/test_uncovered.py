@@ -158,3 +158,57 @@ def test_the_report_explains_gradients_that_cancel(dtype: Any) -> None:
         params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (p, normal(4, 9, 4, seed=seed)))
         found = ggn_jax.report(model_fn, params, x)
         assert found.passed, str(found)
+
+
+def class_token(p: Any, x: jax.Array) -> jax.Array:
+    token = jnp.broadcast_to(p["token"][None, None], (len(x), 1, 3))
+    x = jnp.concatenate([token, x], axis=1)
+    weights = jax.nn.softmax(jnp.einsum("nsi,nti->nst", x @ p["q"], x), axis=-1)
+    return (weights @ x)[:, 0] @ p["w"]
+
+
+def mask_token(p: Any, x: jax.Array) -> jax.Array:
+    x = jnp.where(x[..., :1] > 0, x, p["token"][None, None])
+    return jnp.tanh(x @ p["q"]).mean(1) @ p["w"]
+
+
+def written_token(p: Any, x: jax.Array) -> jax.Array:
+    x = jax.lax.dynamic_update_slice(x, jnp.broadcast_to(p["token"][None, None], (len(x), 1, 3)), (0, 1, 0))
+    return jnp.tanh(x @ p["q"]).mean(1) @ p["w"]
+
+
+def first_state(p: Any, x: jax.Array) -> jax.Array:
+    def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(h @ p["q"] + x), None
+
+    return jax.lax.scan(step, jnp.broadcast_to(p["token"][None], (len(x), 3)), jnp.moveaxis(x, 1, 0))[0] @ p["w"]
+
+
+@pytest.mark.parametrize("model_fn", [class_token, mask_token, written_token, first_state])
+def test_tokens_and_first_states_are_shifts(model_fn: Any) -> None:
+    """They are put beside data, in the place of some, or at the start of a loop: their block is the GGN's."""
+    params, batch = {"q": normal(3, 3), "token": normal(3), "w": normal(3, 2)}, (normal(5, 4, 3), normal(5, 2, seed=1))
+    report = ggn_jax.report(model_fn, params, batch[0])
+    assert report.passed, str(report)
+    assert {row.parameter: row.kind for row in report.rows}["['token']"] == "shift"
+    exact = ggn(model_fn, MSE, params, batch)[9:12, 9:12]
+    kfac = KFAC(model_fn, MSE, params, batch, fisher_type="type-2", on_uncovered="error")
+    np.testing.assert_allclose(kfac.block("token"), exact, atol=1e-14)
+
+
+def test_a_query_and_its_weight_are_layers() -> None:
+    """A learned query is multiplied with a weight before it meets data."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        query = p["query"] @ p["w"]
+        weights = jax.nn.softmax(jnp.einsum("qi,nti->nqt", query, x), axis=-1)
+        return (weights @ x).reshape(len(x), -1) @ p["v"]
+
+    params, batch = (
+        {"query": normal(2, 3), "w": normal(3, 3), "v": normal(6, 2)},
+        (normal(5, 4, 3), normal(5, 2, seed=1)),
+    )
+    report = ggn_jax.report(model_fn, params, batch[0])
+    assert report.passed, str(report)
+    kinds = {row.parameter: row.kind for row in report.rows}
+    assert kinds == {"['query']": "linear", "['v']": "linear", "['w']": "linear"}

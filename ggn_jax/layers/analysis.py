@@ -33,6 +33,7 @@ GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
+PLACES = frozenset({*JOINS, "select_n", "pad", "dynamic_update_slice"})
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,10 @@ class Analysis:
             self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
             # With its bias, it is the layer's output still: the gradient is that of the sum.
             return [Data() if owner is None else labels[1 - params[0]]]
+        if name in PLACES:
+            # Put beside data or in the place of some, parameters are added to zeros there.
+            self.small += [SmallUse("shift", self.leaves_of(labels[i]), *where) for i in params]
+            return [Data()] * len(eqn.outvars)
         why = f"it meets data in {name}"
         if len(params) > 1 and name in LAYERS | ELEMENTWISE:
             why += " together with another parameter"
@@ -345,8 +350,11 @@ class Analysis:
             inner[carried] = joined
             del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
         for before, after in zip(labels[carried], inner[carried], strict=True):
-            if isinstance(after, Data):
-                self.block([before], "it is the initial value of a loop's carry", *where)
+            if isinstance(after, Data) and isinstance(before, Entries | Derived):
+                leaves = before.leaves if isinstance(before, Derived) else self.leaves_of(before)
+                if isinstance(before, Derived):
+                    self.commit(before)
+                self.small.append(SmallUse("shift", leaves, *where))  # a state that data are added to
         for after, result in zip(inner[carried], results[:num_carry], strict=True):
             if isinstance(after, Data) and isinstance(result, Entries | Derived):
                 self.block([result], "it is the value of a loop's carry", *where)
