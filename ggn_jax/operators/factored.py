@@ -171,7 +171,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
         >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
         >>> model_fn = lambda p, x: x @ p["w"]
-        >>> kfac = KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
+        >>> kfac = ggn_jax.KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
         >>> kfac.solve(params, damping=0.1)["w"].shape
         (2, 3)
         """
