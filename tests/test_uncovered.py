@@ -212,3 +212,15 @@ def test_a_query_and_its_weight_are_layers() -> None:
     assert report.passed, str(report)
     kinds = {row.parameter: row.kind for row in report.rows}
     assert kinds == {"['query']": "linear", "['v']": "linear", "['w']": "linear"}
+
+
+def test_the_self_check_knows_of_types_on_the_way() -> None:
+    """A weight that is rounded to 16 bits on its way has a gradient that is."""
+    params = {"v": normal(16, 3).astype(jnp.float32), "w": normal(4, 16).astype(jnp.float32)}
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32)) @ p["v"]
+
+    report = ggn_jax.report(model_fn, params, normal(8, 4).astype(jnp.float32))
+    assert report.passed, str(report)
+    assert report.tolerance == 0.1

@@ -5,6 +5,7 @@ from itertools import compress
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
@@ -43,11 +44,23 @@ def inner_jaxpr(eqn: Any) -> Any:
     return next(eqn.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in eqn.params)
 
 
+def called_by(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation calls."""
+    params = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
+    return [opened for opened, _ in map(open_jaxpr, params) if hasattr(opened, "eqns")]
+
+
 def holds(eqn: Any, names: frozenset[str]) -> bool:
     """Whether an equation, or one in what it calls, is of a primitive with one of these names."""
-    params = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
-    called = [opened for opened, _ in map(open_jaxpr, params) if hasattr(opened, "eqns")]
-    return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called for inner in jaxpr.eqns)
+    return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called_by(eqn) for inner in jaxpr.eqns)
+
+
+def floating_dtypes(jaxpr: Any) -> set[Any]:
+    """The dtypes of all values that a jaxpr, and what it calls, computes, as far as they have derivatives."""
+    opened, _ = open_jaxpr(jaxpr)
+    found = {var.aval.dtype for eqn in opened.eqns for var in eqn.outvars if hasattr(var.aval, "dtype")}
+    found = {dtype for dtype in found if jnp.issubdtype(dtype, jnp.floating)}
+    return found.union(*(floating_dtypes(inner) for eqn in opened.eqns for inner in called_by(eqn)))
 
 
 def is_reverse_only(jaxpr: Any) -> bool:
