@@ -139,8 +139,8 @@ def confidence(module: nn.Module, data: Batch, test: Tensor, angles: Sequence[in
 
 
 def plot(results: dict[str, Any], angles: Sequence[int], path: Path) -> None:
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    rows = figure.subplots(2, 3)
+    figure = Figure(figsize=(15, 3.75 * len(results)), layout="constrained")
+    rows = figure.subplots(len(results), 3, squeeze=False)
     for (name, result), axes in zip(results.items(), rows, strict=True):
         for optimizer, losses in result["losses"].items():
             axes[0].plot(losses, color=COLORS[optimizer], label=optimizer)
@@ -153,8 +153,9 @@ def plot(results: dict[str, Any], angles: Sequence[int], path: Path) -> None:
     for kind, values in results["digits"]["confidence"].items():
         rows[0][2].plot(angles, values, marker="o", markersize=4, label=kind)
     rows[0][2].set(title="digits: mean confidence", xlabel="rotation of the test digits, degrees", ylim=(0, 1.03))
-    rows[1][2].axis("off")
-    for ax in (*rows[0], *rows[1][:2]):
+    for row in rows[1:]:
+        row[2].axis("off")
+    for ax in (*rows[0], *(ax for row in rows[1:] for ax in row[:2])):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150, help="of each training")
     parser.add_argument("--eigenvalues", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="few steps and eigenvalues")
+    parser.add_argument("--quick", action="store_true", help="few steps and eigenvalues, of the digits alone")
     parser.add_argument("--output", type=Path, default=default, help="where the figure goes")
     args = parser.parse_args(argv)
     angles = range(0, 181, 60 if args.quick else 20)
@@ -190,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             (windows[0][:, :-1], windows[0][:, 1:]),
         ),
     }
+    if args.quick:
+        del tasks["code"]
     results: dict[str, Any] = {}
     for name, (make, batches, data) in tasks.items():
         runs = {optimizer: train(make, optimizer, batches) for optimizer in ("AdamW", "KFAC")}
