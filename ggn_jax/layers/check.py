@@ -15,7 +15,7 @@ from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.capture import capture
-from ggn_jax.layers.jaxprs import floating_dtypes
+from ggn_jax.layers.jaxprs import narrowed_dtypes
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
@@ -194,8 +194,9 @@ def tolerance(*dtypes: jnp.dtype) -> float:
 
 
 def dtypes_of(trace: Trace) -> set[Any]:
-    """The dtypes that a model computes in, also on the way between others."""
-    return {*trace.dtypes, trace.outputs.dtype, *floating_dtypes(trace.closed)}
+    """The dtypes that a model computes in, and those that it rounds to on the way."""
+    computed = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
+    return computed | narrowed_dtypes(trace.closed)
 
 
 class _Pair(NamedTuple):

@@ -55,12 +55,17 @@ def holds(eqn: Any, names: frozenset[str]) -> bool:
     return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called_by(eqn) for inner in jaxpr.eqns)
 
 
-def floating_dtypes(jaxpr: Any) -> set[Any]:
-    """The dtypes of all values that a jaxpr, and what it calls, computes, as far as they have derivatives."""
+def narrowed_dtypes(jaxpr: Any) -> set[Any]:
+    """The dtypes that a jaxpr, or what it calls, rounds wider floating numbers to, and their gradients with them."""
     opened, _ = open_jaxpr(jaxpr)
-    found = {var.aval.dtype for eqn in opened.eqns for var in eqn.outvars if hasattr(var.aval, "dtype")}
-    found = {dtype for dtype in found if jnp.issubdtype(dtype, jnp.floating)}
-    return found.union(*(floating_dtypes(inner) for eqn in opened.eqns for inner in called_by(eqn)))
+    found: set[Any] = set()
+    for eqn in opened.eqns:
+        if eqn.primitive.name == "convert_element_type":
+            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if all(jnp.issubdtype(x, jnp.floating) for x in (before, after)) and after.itemsize < before.itemsize:
+                found.add(after)
+        found = found.union(*map(narrowed_dtypes, called_by(eqn)))
+    return found
 
 
 def is_reverse_only(jaxpr: Any) -> bool:
