@@ -90,6 +90,7 @@ TORCH_BRIDGE = [
     {"_interpret"},
     {"modules"},
     {"converted"},
+    {"setting"},
     {"operators"},
     {"laplace", "optimizer"},
     {""},

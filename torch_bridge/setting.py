@@ -1,0 +1,91 @@
+"""A PyTorch module, its loss, and all data as one batch, in JAX: what operators of modules are made of."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import Tensor
+
+from torch_bridge.converted import ConvertedModule
+from torch_bridge.losses import build_loss, find_loss
+from torch_bridge.tensors import jax_on, to_jax
+
+Params = Sequence[Tensor] | dict[str, Tensor]
+
+
+class Setting:
+    """A module, its loss, and all data as one batch, in JAX; and which of the parameters the curvature is in."""
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+        if not isinstance(model_func, torch.nn.Module | ConvertedModule):
+            raise TypeError(
+                f"model_func must be a torch.nn.Module or a ConvertedModule; got {type(model_func).__name__}."
+            )
+        module: torch.nn.Module = model_func.module if isinstance(model_func, ConvertedModule) else model_func
+        self.params = list(params.values()) if isinstance(params, dict) else list(params)
+        if not self.params:
+            raise ValueError("params must hold at least one parameter of the module.")
+        found = {id(parameter): name for name, parameter in module.named_parameters()}
+        foreign = [i for i, parameter in enumerate(self.params) if id(parameter) not in found]
+        if foreign or len({id(parameter) for parameter in self.params}) < len(self.params):
+            raise ValueError(f"params must be different parameters of model_func; numbers {foreign} are not.")
+        self.names = [found[id(parameter)] for parameter in self.params]
+        kinds = {(p.dtype, p.device) for p in self.params}
+        if len(kinds) > 1:
+            raise ValueError(f"params must have one dtype and one device; got {sorted(map(str, kinds))}.")
+        ((self.dtype, self.device),) = kinds
+        self.before = [parameter.detach().clone() for parameter in self.params]
+        batches = [_pair(number, batch) for number, batch in enumerate(data)]
+        if not batches:
+            raise ValueError("data must yield at least one batch.")
+        entry = find_loss(loss_func)
+        text, tensors = entry.take_apart(loss_func)
+        with jax_on(self.device):
+            converted = model_func
+            if not isinstance(converted, ConvertedModule):
+                converted = ConvertedModule(module, batches[0][0])
+            model_fn, values = converted.model_fn, converted.params()
+            self.values = {name: values[name] for name in self.names}
+            fixed = {name: value for name, value in values.items() if name not in self.values}
+            # The same function for the same conversion, if it can be, so that what is compiled is used again.
+            self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
+            self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
+            self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
+            self.size = max(len(batch[1]) for batch in batches)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.model_fn, self.loss, self.values, self.batch
+
+    def to_jax(self, tensor: Tensor) -> jax.Array:
+        return to_jax(tensor.to(self.device))
+
+    def check_unchanged(self) -> None:
+        """Refuse to work with parameters that are not those of the module any more."""
+        changed = [n for n, p, b in zip(self.names, self.params, self.before, strict=True) if not torch.equal(p, b)]
+        if changed:
+            raise RuntimeError(
+                f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
+            )
+
+
+def _pair(number: int, batch: Any) -> tuple[Any, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise TypeError(
+            "data must yield pairs of inputs and a tensor of targets, as a DataLoader or a list [(X, y)] does;"
+            f" batch {number} is a {type(batch).__name__} that is no such pair."
+        )
+    return batch[0], batch[1]
+
+
+def _joined(batches: list[Any]) -> Any:
+    """The batches as one."""
+    try:
+        return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts), *batches)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+            f" operator for each ({error})."
+        ) from error
