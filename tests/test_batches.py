@@ -94,7 +94,7 @@ def test_errors_of_batches() -> None:
         make(iter(as_batches(3, 4)), EKFAC)
     with pytest.raises(NotImplementedError, match="KFOC"):
         make(as_batches(3, 4), KFOC)
-    with pytest.raises(TypeError, match=r"unknown.*mask"):
+    with pytest.raises(TypeError, match=r"unknown options.*mask"):
         make(as_batches(3, 4), mask=None)
     with pytest.raises(ValueError, match="sharing must be"):
         make(as_batches(3, 4), sharing="both")

@@ -307,6 +307,16 @@ def test_what_is_not_covered_is_named(name: str) -> None:
         assert found.passed, str(found)
 
 
+def test_a_carry_that_is_only_added_to_is_a_shift() -> None:
+    def model_fn(w: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, s: (jnp.sin(h) + s, None), jnp.broadcast_to(w[:1], x.shape), x[None])[0]
+
+    found = ggn_jax.report(lambda p, x: model_fn(p["w"], x), {"w": normal(3, 3)}, normal(4, 3))
+    (row,) = found.rows
+    assert (row.kind, row.curvature) == ("shift", "block")
+    assert found.passed, str(found)
+
+
 def test_indices_of_an_outer_function_are_not_known() -> None:
     def kinds(places: jax.Array) -> tuple[str, ...]:
         trace = trace_model(lambda w, x: x @ w[places], normal(4, 2), normal(5, 4))

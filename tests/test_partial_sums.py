@@ -90,5 +90,5 @@ def test_errors_of_partial_sums() -> None:
         KFOC.partial_sums(*ARGS, FIRST, **exact)
     with pytest.raises(ValueError, match="at least one batch"):
         KFAC.partial_sums(*ARGS, [], **exact)
-    with pytest.raises(TypeError, match=r"unknown \['mask'\]"):
+    with pytest.raises(TypeError, match=r"unknown options \['mask'\]"):
         KFAC.partial_sums(*ARGS, FIRST, mask=None)

@@ -51,17 +51,12 @@ class _JAX(CurvatureInterface):
     def _kron(self, x: Tensor, y: Tensor, N: int, fisher_type: str, kwargs: dict[str, Any]) -> tuple[Tensor, Kron]:
         options: dict[str, Any] = {"fisher_type": fisher_type, "seed": _seed(), **kwargs}
         found = KFACLinearOperator(*self._args(x, y), **options).factors()
-        kron = Kron([list(found[name]) for name in _names(self._module, self.params)])
+        kron = Kron(list(map(list, found.values())))  # in the order of the parameters
         for factors in kron.kfacs:
             if len(factors) == 2:  # so that the sums over batches of input factors are means over all data
                 factors[1] = factors[1] * (len(y) / N)
         kron *= self.factor
         return self._loss(x, y), kron
-
-
-def _names(module: nn.Module, params: list[nn.Parameter]) -> list[str]:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names[id(parameter)] for parameter in params]
 
 
 def _seed() -> int:

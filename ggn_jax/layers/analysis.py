@@ -26,10 +26,9 @@ from ggn_jax.layers.jaxprs import (
 )
 from ggn_jax.layers.labels import Data, Derived, Entries, Known, Value, constants, join, known, scale_of
 from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
-from ggn_jax.layers.weights import WITHOUT_DERIVATIVE
+from ggn_jax.layers.weights import GATHERS, WITHOUT_DERIVATIVE
 
 ADDITIONS = frozenset({"add", "add_any"})
-GATHERS = frozenset({"gather"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ggn_jax.layers.convolution import CONVOLUTION
 from ggn_jax.layers.jaxprs import (
     CUSTOM_JVP,
     INLINED,
@@ -28,7 +29,6 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
 )
 from ggn_jax.layers.weights import (
-    CONVOLUTIONS,
     DOTS,
     GATHERS,
     Product,
@@ -106,7 +106,7 @@ def _distributed(eqn: Any, values: list[Any], number: int) -> Any:
             axes = range(jnp.ndim(result))
             result = jnp.transpose(result, [*axes[:lead], *axes[lead + free :], *axes[lead : lead + free]])
         return result
-    if name in CONVOLUTIONS and number == 1 and params["batch_group_count"] == 1:
+    if name in CONVOLUTION and number == 1 and params["batch_group_count"] == 1:
         return _convolution(eqn, x, weight)
     if name in GATHERS and number == 0:
         return _rows(eqn, list(map(plain, values[1:])), weight)

@@ -81,7 +81,7 @@ def trace_model(
     return Trace(
         closed,
         jax.tree.structure(like),
-        tuple(leaf.shape for _, leaf in leaves),
+        tuple(shapes),
         tuple(leaf.dtype for _, leaf in leaves),
         tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tuple(analysis.uses),

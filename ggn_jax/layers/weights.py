@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from ggn_jax.layers.jaxprs import bind
 
 DOTS = frozenset({"dot_general"})
-CONVOLUTIONS = frozenset({"conv_general_dilated"})
 GATHERS = frozenset({"gather"})
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})

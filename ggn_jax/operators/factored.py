@@ -123,10 +123,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         parts = parts_of(objective, batches, key)
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
-        unknown = set(options) - {field.name for field in fields(Options)}
-        if unknown:
-            raise TypeError(f"from_objective got unknown options {sorted(unknown)}; masks are part of the batches.")
-        made = Options(**options)
+        made = _as_options("from_objective", options)
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
@@ -231,10 +228,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> ggn_jax.EKFACLinearOperator.finish(corrected)
         EKFACLinearOperator(params=float32[2, 3], blocks=1)
         """
-        unknown = set(options) - {field.name for field in fields(Options)}
-        if unknown:
-            raise TypeError(f"options of batches got unknown {sorted(unknown)}; masks are part of the batches.")
-        made = Options(**options)
+        made = _as_options("partial_sums", options)
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
         check_iterable(batches)
@@ -258,7 +252,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 problem.check_examples()
             kind = made, problem.loss.reduction, structure(problem.params)
             if not recipes:
-                layout = _layout(problem, made).value
+                layout = _layout(problem, made)
                 recipes.add(Recipe(cls, (_places(layout), *kind), (layout, kind[2])))
                 if factors is not None and {factors.recipe} != recipes:
                     raise ValueError("factors must be those of the same model, loss and options: these are others'.")
@@ -317,6 +311,14 @@ class FactoredLinearOperator(BlockLinearOperator):
             problem.check_curvature()
 
 
+def _as_options(name: str, given: dict[str, Any]) -> Options:
+    """Refuse what are no options, for what takes batches."""
+    unknown = set(given) - {field.name for field in fields(Options)}
+    if unknown:
+        raise TypeError(f"{name} got unknown options {sorted(unknown)}; masks are part of the batches.")
+    return Options(**given)
+
+
 @eqx.filter_jit
 @compiler_sharded
 def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
@@ -351,14 +353,10 @@ def _places(layout: Layout) -> Frozen:
     return Frozen(tuple((member.spec, member.key) for member in layout.members))
 
 
-class _Traced(eqx.Module):
-    value: Any = eqx.field(static=True)
-
-
-def _layout(problem: Problem, options: Options) -> _Traced:
+def _layout(problem: Problem, options: Options) -> Layout:
     """Which blocks there are, which shapes are enough to know."""
-    traced: _Traced = eqx.filter_eval_shape(lambda problem: _Traced(Layout.of(problem, options)), problem)
-    return traced
+    layout: Layout = eqx.filter_eval_shape(lambda problem: Frozen(Layout.of(problem, options)), problem).thaw()
+    return layout
 
 
 @eqx.filter_jit

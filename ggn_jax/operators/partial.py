@@ -92,10 +92,7 @@ def same_examples(what: str, one: Array, two: Array) -> None:
 
 def check_sums(name: str, sums: Any, operator: type) -> None:
     """Refuse what are no sums for this operator."""
-    if not isinstance(sums, PartialSums):
-        raise TypeError(f"{name} must be what {operator.__name__}.partial_sums returned; got {type(sums).__name__}.")
-    if sums.recipe.operator is not operator:
-        raise TypeError(
-            f"{name} must be what {operator.__name__}.partial_sums returned; got those of"
-            f" {sums.recipe.operator.__name__}."
-        )
+    found = sums.recipe.operator if isinstance(sums, PartialSums) else None
+    if found is not operator:
+        got = type(sums).__name__ if found is None else f"those of {found.__name__}"
+        raise TypeError(f"{name} must be what {operator.__name__}.partial_sums returned; got {got}.")
