@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CACHE = tempfile.TemporaryDirectory(prefix="ggn-jax-tests-")
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", CACHE.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 from jaxtyping import install_import_hook
 

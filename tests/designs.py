@@ -26,6 +26,13 @@ def thinned(cases: Sequence[tuple[Hashable, ...]], strength: int) -> list[Any]:
     return [_marked(case, case in chosen) for case in cases]
 
 
+def swept(cases: Sequence[tuple[Hashable, ...]], by_default: Collection[tuple[Hashable, ...]]) -> list[Any]:
+    """The cases, of which those that are not named run with `-m sweep` only."""
+    unknown = set(by_default) - set(cases)
+    assert not unknown, unknown
+    return [_marked(case, case in by_default) for case in cases]
+
+
 def _marked(case: tuple[Any, ...], by_default: bool) -> Any:
     return pytest.param(*case, marks=[] if by_default else [pytest.mark.sweep])
 

@@ -10,16 +10,18 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from designs import covering
+from designs import covering, swept
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 from optimizer_cases import assert_close, mlp, mlp_params, normal
-from test_shard_map import DIAGONAL, EKFAC, FUNCTIONS, GGN, KEY, KFAC, MODELS, Fn
+from test_shard_map import BY_DEFAULT, DIAGONAL, EKFAC, FUNCTIONS, GGN, KEY, KFAC, MODELS, Fn
 
 import ggn_jax
 
 NAMES = [name for name in FUNCTIONS if not name.startswith("vectors")]  # vectors have other tests
 CASES = [("images", name) for name in NAMES] + [("tokens", "kfac-mc-chunked")]
+ELSEWHERE = {*BY_DEFAULT.split()} - {"kfac", "losses"}  # by default these run inside of `shard_map`
+DEFAULT = [case for case in CASES if case[1] not in ELSEWHERE]
 
 
 @cache
@@ -37,13 +39,19 @@ def alone(model: str, name: str) -> Any:
     return jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
 
 
-@covering(1, case=CASES, is_set=[False, True], ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
-def test_results_are_those_of_one_device(case: tuple[str, str], is_set: bool) -> None:
-    model_fn, loss, params, batch = MODELS[case[0]]
+@pytest.mark.parametrize(
+    ("model", "name", "is_set"),
+    swept(
+        [(*case, is_set) for case in CASES for is_set in (False, True)],
+        [(*case, number % 2 == 1) for number, case in enumerate(DEFAULT)],
+    ),
+)
+def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) -> None:
+    model_fn, loss, params, batch = MODELS[model]
     params, batch = place(params), place(batch, "data")
     with jax.set_mesh(mesh()) if is_set else nullcontext():
-        got = jax.jit(partial(FUNCTIONS[case[1]], model_fn, loss))(params, batch)
-    assert_close(got, alone(*case), 1e-7)
+        got = jax.jit(partial(FUNCTIONS[name], model_fn, loss))(params, batch)
+    assert_close(got, alone(model, name), 1e-7)
 
 
 @pytest.mark.parametrize("name", ["ggn-chunked", "diagonal", "ekfac", "losses", "kfac", "multi-steps"])

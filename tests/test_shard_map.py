@@ -10,6 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from designs import swept
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from optimizer_cases import assert_close, mlp, mlp_params, normal
@@ -230,6 +231,11 @@ NEWER: dict[str, Fn] = {
 }
 CASES = [("images", name) for name in FUNCTIONS]
 CASES += [("tokens", name) for name in TOKENS_TOO] + [("likelihood", name) for name in LIKELIHOOD]
+# What runs by default here; the other functions run on explicit meshes by default, and all of both with `-m sweep`.
+BY_DEFAULT = "ggn-chunked hessian diagonal-mc-chunked kfac-type-2 kfac-mc-chunked ekfac vectors-mc vectors-empirical losses"
+BY_DEFAULT += " kfac training-ekfac training-quadratic multi-steps"
+DEFAULT = [("images", name) for name in BY_DEFAULT.split()]
+DEFAULT += [("tokens", "kfac-mc-chunked"), ("tokens", "vectors-type-2"), ("likelihood", "kfac-type-2")]
 
 
 def mesh() -> jax.sharding.Mesh:
@@ -252,7 +258,7 @@ def alone(model: str, name: str) -> Any:
 
 # What does not keep types of variation hardly differs from one device.
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(("model", "name"), swept(CASES, DEFAULT))
 def test_each_device_has_the_curvature_of_its_shard(model: str, name: str, check_vma: bool) -> None:
     model_fn, loss, params, batch = MODELS[model]
 
