@@ -232,8 +232,8 @@ NEWER: dict[str, Fn] = {
 CASES = [("images", name) for name in FUNCTIONS]
 CASES += [("tokens", name) for name in TOKENS_TOO] + [("likelihood", name) for name in LIKELIHOOD]
 # What runs by default here; the other functions run on explicit meshes by default, and all of both with `-m sweep`.
-BY_DEFAULT = "ggn-chunked hessian diagonal-mc-chunked kfac-type-2 kfac-mc-chunked ekfac vectors-mc vectors-empirical losses"
-BY_DEFAULT += " kfac training-ekfac training-quadratic multi-steps"
+BY_DEFAULT = "ggn-chunked hessian diagonal-mc-chunked kfac-type-2 kfac-mc-chunked ekfac vectors-mc losses"
+BY_DEFAULT += " vectors-empirical kfac training-ekfac training-quadratic multi-steps"
 DEFAULT = [("images", name) for name in BY_DEFAULT.split()]
 DEFAULT += [("tokens", "kfac-mc-chunked"), ("tokens", "vectors-type-2"), ("likelihood", "kfac-type-2")]
 
