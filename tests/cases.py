@@ -144,8 +144,8 @@ CASES = _mse() + _bce() + _ce()
 def _core() -> set[str]:
     """The cases that run by default; the whole grid runs with `-m sweep`.
 
-    Any two options of a loss meet in one of them. The mean of the cross-entropy depends on weights and on what is ignored
-    at once: with both, every value of the other options is there.
+    Any two options of a loss meet in one of them. The mean of the cross-entropy depends on weights and on what is
+    ignored at once: with both, every value of the other options is there.
     """
     names = [tuple(case.name.split("-")) for case in CASES]
     chosen = [cover([name for name in names if name[0] == kind], 2) for kind in ("mse", "bce", "ce")]
