@@ -1,7 +1,8 @@
 """Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from functools import partial
+from itertools import combinations, count
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,10 +13,11 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype, is_concrete, wide_dtype
 from ggn_jax._fusion import stack_scalars
-from ggn_jax._sharding import compiler_sharded
+from ggn_jax._sharding import NOT_SHARDED, compiler_sharded
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.jaxprs import narrowed_dtypes
+from ggn_jax.layers.noise import noise, words
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
@@ -44,11 +46,11 @@ def check_independent(
         return
 
     def measure(given: bool) -> tuple[float, bool]:
-        result = _coupling(model_fn, params, inputs, examples, jnp.asarray(given))
-        if not is_concrete(result[0]):
-            with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-                result = _coupling(model_fn, params, inputs, examples, jnp.asarray(given))
-        return float(result[0]), bool(result[1])
+        passes = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
+        if is_concrete(passes[0].outputs):
+            return _coupling(*passes)
+        with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+            return _coupling(*_both_ways(model_fn, params, inputs, examples, jnp.asarray(given)))
 
     gap, is_nan = measure(False)
     if is_nan:  # other values may be outside of the model's domain
@@ -62,23 +64,78 @@ def check_independent(
         )
 
 
+class _Pass(NamedTuple):
+    """The outputs of a batch, and the parameters' gradient for a random cotangent."""
+
+    outputs: Any
+    gradient: Any
+
+
+def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass]:
+    return (_Pass(NOT_SHARDED, params),) * 2
+
+
 @eqx.filter_jit
-@compiler_sharded
-def _coupling(
+@partial(compiler_sharded, like=_as_parameters)
+def _both_ways(
     model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
-) -> tuple[Array, Array]:
-    """How far examples depend on each other, as far as it is told, and whether something is NaN.
+) -> tuple[_Pass, _Pass]:
+    """A few examples as a batch, and one by one.
 
     `given` asks for the examples as they are, also where they are alike.
     """
     few = first_examples(inputs, examples)
     few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, different(few))
-    together, apart = _both_ways(model_fn, params, few)
-    gap = output_gap(together.outputs, apart.outputs)
+
+    def one_by_one(params: PyTree, inputs: PyTree) -> Array:
+        def one(x: PyTree) -> Array:
+            return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
+
+        return jax.vmap(one, [batch_axes(inputs)])(inputs)
+
+    def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
+        outputs, vjp = jax.vjp(lambda params: fn(params, few), params)
+        return _Pass(outputs, vjp(_cotangent(outputs))[0])
+
+    return run(model_fn), run(one_by_one)
+
+
+def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:
+    """How far examples depend on each other, as far as it is told, and whether something is NaN.
+
+    The largest of all parameters' gaps also tells what does not show in the outputs, such as batch statistics before a
+    head that starts at 0. Arrays are compared one by one: in one program, the comparisons of a deep model's parameters
+    take longer to build than both passes do.
+    """
+    a, b = jax.tree.leaves(together.gradient), jax.tree.leaves(apart.gradient)
+    squares = np.array([_compare(*pair) for pair in zip(a, b, strict=True)], float).reshape(-1, 3)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [together.outputs, *a])
+    with np.errstate(all="ignore"):
+        gaps, *sizes = np.sqrt(squares.T)
+        least = eps**0.5 * np.linalg.norm(sizes[0])
+        sizes = np.maximum(np.maximum(*sizes), least)
+        gap_of_gradient = np.max(np.where(sizes == 0, 0, gaps / sizes), initial=0)
+    found = [float(_gap_or_lost(together.outputs, apart.outputs)), float(gap_of_gradient)]
+    known = [gap for gap in found if not np.isnan(gap)]
+    return max(known, default=np.nan), len(known) < len(found)
+
+
+@jax.jit
+@compiler_sharded
+def _compare(a: Array, b: Array) -> Float[Array, "3"]:
+    """The squared norms of a difference and of both."""
+    wide = wide_dtype([a, b])
+    a, b = a.astype(wide), b.astype(wide)
+    return jnp.stack([jnp.sum(jnp.square(x)) for x in (a - b, a, b)])
+
+
+@jax.jit
+@compiler_sharded
+def _gap_or_lost(together: Array, apart: Array) -> Float[Array, ""]:
+    gap = output_gap(together, apart)
     # As with batch statistics of one example: only the batch has values.
-    lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together.outputs))
-    gaps = jnp.stack([jnp.where(lost, jnp.inf, gap), gradient_gap(together, apart)])
-    return jnp.nanmax(gaps), jnp.any(jnp.isnan(gaps))
+    lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together))
+    return jnp.where(lost, jnp.inf, gap)
 
 
 def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
@@ -97,22 +154,22 @@ def different(inputs: PyTree[Array]) -> PyTree[Array]:
     Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers and
     truth values are drawn from those that are there, or 0 and 1.
     """
-    keys = iter(jax.random.split(jax.random.key(0), len(batched_leaves(inputs))))
-    return map_batched(lambda x: _varied(x, next(keys)), inputs)
+    numbers = count(1)
+    return map_batched(lambda x: _varied(x, next(numbers)), inputs)
 
 
-def _varied(x: Array, key: Array) -> Array:
+def _varied(x: Array, number: int) -> Array:
     if not x.size or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
     rows = x.reshape(len(x), -1)
     alike = [jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]
     if jnp.issubdtype(x.dtype, jnp.inexact):
         size = jnp.max(jnp.abs(x))
-        noise = jax.random.uniform(key, x.shape, jnp.finfo(x.dtype).dtype)
-        other = x + (jnp.where(size > 0, size, 1) * noise).astype(x.dtype)
+        more = jnp.abs(noise(x.shape, compute_dtype(jnp.finfo(x.dtype).dtype), number))
+        other = x + (jnp.where(size > 0, size, 1).astype(more.dtype) * more).astype(x.dtype)
     else:
-        drawn = rows.reshape(-1)[jax.random.randint(key, x.shape, 0, x.size)]
-        bits = jax.random.bernoulli(key, shape=x.shape).astype(x.dtype)
+        drawn = rows.reshape(-1)[words(x.shape, number) % np.uint32(x.size)]
+        bits = (words(x.shape, number) >> np.uint32(31)).astype(x.dtype)
         other = drawn if x.dtype == bool else jnp.where(jnp.all(x == 0), bits, drawn)
     return jnp.where(jnp.any(jnp.stack(alike)), other, x)
 
@@ -130,28 +187,8 @@ def coupling_message(gap: float, way_out: str) -> str:
     )
 
 
-class _Pass(NamedTuple):
-    """The outputs of a batch, and the parameters' gradient for a random cotangent."""
-
-    outputs: Array
-    gradient: PyTree[Array]
-
-
-def _both_ways(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> tuple[_Pass, _Pass]:
-    """A batch as it is, and its examples one by one."""
-
-    def map_sequentially(params: PyTree, inputs: PyTree) -> Array:
-        def one(x: PyTree) -> Array:
-            return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
-
-        return jax.vmap(one, [batch_axes(inputs)])(inputs)
-
-    def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
-        outputs, vjp = jax.vjp(lambda params: fn(params, inputs), params)
-        noise = jax.random.normal(jax.random.key(0), outputs.shape, compute_dtype(outputs.dtype))
-        return _Pass(outputs, vjp(noise.astype(outputs.dtype))[0])
-
-    return run(model_fn), run(map_sequentially)
+def _cotangent(outputs: Array) -> Array:
+    return noise(outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
 
 
 def output_gap(together: Array, apart: Array) -> Array:
@@ -159,17 +196,6 @@ def output_gap(together: Array, apart: Array) -> Array:
     same = together == apart  # also where both are infinite
     size = jnp.linalg.norm(jnp.where(jnp.isfinite(together), together, 0).astype(compute_dtype(together.dtype)))
     return _distances([jnp.where(same, 0, together)], [jnp.where(same, 0, apart)], size)[0]
-
-
-def gradient_gap(together: _Pass, apart: _Pass) -> Array:
-    """The same of the parameters' gradients, the largest of all parameters.
-
-    It also tells what does not show in the outputs, such as batch statistics before a head that starts at 0.
-    """
-    a, b = jax.tree.leaves(together.gradient), jax.tree.leaves(apart.gradient)
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in [together.outputs, *a])
-    total = jnp.sqrt(jnp.sum(_squares(a)))
-    return jnp.max(_distances(a, b, eps**0.5 * total))
 
 
 def _squares(leaves: Sequence[Array]) -> Float[Array, " n"]:
@@ -237,8 +263,7 @@ def explain(
     leftovers = [left.leaf for left in plan.leftovers]
     captured = capture(trace, params, inputs, leftovers)
     together, vjp = jax.vjp(lambda params: model_fn(params, inputs), params)
-    noise = jax.random.normal(jax.random.key(0), together.shape, compute_dtype(together.dtype))
-    vector = noise.astype(together.dtype)
+    vector = _cotangent(together)
     output_grads, per_example = captured.pull_back(vector)
     wide = compute_dtype(together.dtype)
     wanted = [leaf.reshape(-1).astype(wide) for leaf in jax.tree.leaves(vjp(vector)[0])]
