@@ -109,7 +109,7 @@ def test_what_is_refused() -> None:
     optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1)
     with pytest.raises(NotImplementedError, match="one group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(TypeError, match=r"batch \(inputs, targets\)"):
+    with pytest.raises(TypeError, match=r"batch must be a pair \(inputs, targets\)"):
         optimizer.step(lambda: 0)
     with pytest.raises(ValueError, match="no entry 'kfac'"):
         optimizer.load_state_dict(torch.optim.SGD(module.parameters(), 0.1).state_dict())

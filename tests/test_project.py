@@ -73,7 +73,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "unsupported"},
+    {"_cuda", "_fork", "batches", "unsupported"},
     {"tensors", "generators"},
     {"losses"},
     {"_compute"},

@@ -7,6 +7,7 @@ import jax
 import torch
 from torch import Tensor, nn
 
+from torch_bridge.batches import as_outputs
 from torch_bridge.modules import from_module
 from torch_bridge.tensors import to_jax
 
@@ -55,7 +56,8 @@ class ConvertedModule:
       seen.
     - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
 
-    **Attributes:** `module`, and `model_fn`, as `from_module` returns it. `params()` gives the parameters as they are.
+    **Attributes:** `module`; `model_fn`, as `from_module` returns it; `output_fn`, the same, but for the `logits` alone
+    of a module that returns a mapping with these. `params()` gives the parameters as they are.
 
     >>> import torch, torch_bridge
     >>> module = torch.nn.Linear(2, 3)
@@ -73,10 +75,14 @@ class ConvertedModule:
             if not any(part.training for part in module.modules()):
                 raise
             raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
+        self.output_fn = self._outputs  # one object, whose compilations are found again
         self.module = module
         self._names = list(values)
         parameters = dict(module.named_parameters())
         self._snapshot = Snapshot(module, {name: parameters[name] for name in values})
+
+    def _outputs(self, params: dict[str, jax.Array], inputs: Any) -> Any:
+        return as_outputs(self.model_fn(params, inputs))
 
     def params(self) -> dict[str, jax.Array]:
         """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""

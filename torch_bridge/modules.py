@@ -13,6 +13,7 @@ from torch_bridge._export import Program, export
 from torch_bridge._interpret import check_dtypes, check_operators, run
 from torch_bridge._refused import check_examples, check_module, of_export
 from torch_bridge.aten.dtypes import to_dtype
+from torch_bridge.batches import Call, as_inputs, check_tensors, how_to_call
 from torch_bridge.tensors import to_jax
 
 ModelFn = Callable[..., Any]
@@ -32,10 +33,11 @@ def from_module(
     - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
       `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
       Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all modules are refused.
-    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
-      and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
-      with arrays. Use values that it works for. All whose first axis is as long as the first tensor's have a batch axis
-      there.
+    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments, of tensors
+      and nested containers of them (arguments that are no tensors: wrap the module). The mapping may be of any class,
+      such as Hugging Face's `BatchEncoding`; where none of its keys is an argument of `forward`, it is the one
+      argument. `inputs` has the same structure, with arrays, and any mapping for a mapping. Use values that it works
+      for. All whose first axis is as long as the first tensor's have a batch axis there.
     - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in, in which
       what is random or changes buffers is refused. With True, `model_fn(params, inputs, key=None)` returns `(outputs,
       buffers)`: a dict of those that the call changed, such as running statistics, by torch's names, from what the
@@ -69,16 +71,9 @@ def from_module(
     (3, 2)
     """
     check_module(module)
-    kind = (
-        "dict" if isinstance(example_inputs, dict) else "tuple" if isinstance(example_inputs, tuple | list) else "one"
-    )
-    leaves, structure = jax.tree.flatten(example_inputs)
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"example_inputs must hold tensors only; got {type(leaf).__name__}. Fix other arguments in a module"
-                " around this one."
-            )
+    check_tensors("example_inputs", example_inputs)
+    call = how_to_call(module, example_inputs)
+    leaves, structure = jax.tree.flatten(as_inputs(example_inputs))
     check_examples(leaves)
     leaves = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
     programs: dict[Any, Program] = {}
@@ -90,14 +85,14 @@ def from_module(
             examples = leaves
             if not dynamic_batch:
                 examples = [_resized(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
-            program = _export(source, examples, structure, kind, train, dynamic_batch)
+            program = _export(source, examples, structure, call, train, dynamic_batch)
             check_operators(program)
             check_dtypes(program)
             programs[key] = program
         return programs[key]
 
     def model_fn(params: dict[str, jax.Array], inputs: Any, *, key: jax.Array | None = None) -> Any:
-        arrays, given = jax.tree.flatten(inputs)
+        arrays, given = jax.tree.flatten(as_inputs(inputs))
         if given != structure:  # type: ignore[operator]  # untyped in jaxlib
             raise ValueError(f"inputs must have the structure of example_inputs, {structure}; got {given}.")
         arrays = [jnp.asarray(array) for array in arrays]
@@ -140,11 +135,11 @@ def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.
 
 
 def _export(
-    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, train: bool | None, dynamic: bool
+    module: torch.nn.Module, leaves: list[Any], structure: Any, call: Call, train: bool | None, dynamic: bool
 ) -> Program:
     with _in_mode(module, train):
         try:
-            return export(module, leaves, structure, kind, dynamic=dynamic, updates=train is True)
+            return export(module, leaves, structure, call, dynamic=dynamic, updates=train is True)
         except NotImplementedError:
             raise
         except Exception as error:

@@ -117,8 +117,10 @@ class GGNLinearOperator(TorchLinearOperator):
     - `params`: a list or dict of parameters of the module: the curvature is in these, whether or not they require
       gradients, and all others are constants. For those that are trained: `[p for p in module.parameters() if
       p.requires_grad]`.
-    - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of
-      all, also where class weights or ignored targets make a mean one over something else than examples.
+    - `data`: an iterable of batches, read once and put together: the operator is that of one batch of all, also where
+      class weights or ignored targets make a mean one over something else than examples. A batch is a pair (inputs,
+      targets), with inputs as for `from_module`, or a mapping of tensors whose targets are its `labels`; of a module
+      that returns a mapping, the loss is of its `logits`.
     - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
 
     Products are those at the parameters' values when it was made, and refused once these have changed.

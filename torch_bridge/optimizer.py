@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule, Snapshot
 from torch_bridge.losses import build_loss, find_loss
 from torch_bridge.tensors import jax_on, to_jax, to_torch
@@ -93,17 +94,18 @@ class KFAC(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, batch: tuple[Any, Tensor]) -> Tensor:  # type: ignore[override]  # it needs no closure
-        """Change the parameters by one step on a batch `(inputs, targets)`, and return its loss before that."""
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise TypeError(
-                f"step takes a batch (inputs, targets), whose loss it computes itself; got {type(batch).__name__}."
-            )
+    def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
+        """Change the parameters by one step on a batch, and return its loss before that.
+
+        `batch` is a pair `(inputs, targets)`, or a mapping of tensors whose targets are its `labels`.
+        """
+        example, target = as_pair("batch", batch)
+        check_tensors("inputs of batch", example)
         with jax_on(self._device):
-            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), tuple(batch))
+            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
             params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
             if self._run is None:
-                self._start(batch[0], inputs, params)
+                self._start(example, inputs, params)
             assert self._run is not None
             self._check_unchanged()
             numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
@@ -117,7 +119,7 @@ class KFAC(torch.optim.Optimizer):
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
         converted = ConvertedModule(self._module, example)
-        converted_fn, values = converted.model_fn, converted.params()
+        converted_fn, values = converted.output_fn, converted.params()
         fixed = {name: value for name, value in values.items() if name not in params}
         loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)

@@ -1,6 +1,6 @@
 """A PyTorch module, its loss, and all data as one batch, in JAX: what operators of modules are made of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
 from torch_bridge.losses import build_loss, find_loss
 from torch_bridge.tensors import jax_on, to_jax
@@ -37,22 +38,20 @@ class Setting:
             raise ValueError(f"params must have one dtype and one device; got {sorted(map(str, kinds))}.")
         ((self.dtype, self.device),) = kinds
         self.before = [parameter.detach().clone() for parameter in self.params]
-        batches = [_pair(number, batch) for number, batch in enumerate(data)]
-        if not batches:
-            raise ValueError("data must yield at least one batch.")
+        batches = _pairs(data)
         entry = find_loss(loss_func)
         text, tensors = entry.take_apart(loss_func)
         with jax_on(self.device):
             converted = model_func
             if not isinstance(converted, ConvertedModule):
                 converted = ConvertedModule(module, batches[0][0])
-            model_fn, values = converted.model_fn, converted.params()
+            model_fn, values = converted.output_fn, converted.params()
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
             # The same function for the same conversion, if it can be, so that what is compiled is used again.
             self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
-            self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
+            self.batch = _joined([jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches])
             self.size = max(len(batch[1]) for batch in batches)
 
     @property
@@ -71,13 +70,17 @@ class Setting:
             )
 
 
-def _pair(number: int, batch: Any) -> tuple[Any, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+def _pairs(data: Iterable[Any]) -> list[tuple[Any, Tensor]]:
+    if isinstance(data, Mapping | Tensor):
         raise TypeError(
-            "data must yield pairs of inputs and a tensor of targets, as a DataLoader or a list [(X, y)] does;"
-            f" batch {number} is a {type(batch).__name__} that is no such pair."
+            f"data must be an iterable of batches, as a DataLoader or a list [batch] is; got a {type(data).__name__}."
         )
-    return batch[0], batch[1]
+    pairs = [as_pair(f"batch {number} of data", batch) for number, batch in enumerate(data)]
+    for number, (inputs, _) in enumerate(pairs):
+        check_tensors(f"inputs of batch {number} of data", inputs)
+    if not pairs:
+        raise ValueError("data must yield at least one batch.")
+    return pairs
 
 
 def _joined(batches: list[Any]) -> Any:
