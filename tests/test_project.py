@@ -92,6 +92,8 @@ TORCH_BRIDGE = [
     {"converted"},
     {"setting"},
     {"operators"},
+    {"states"},
+    {"structured"},
     {"laplace", "optimizer"},
     {""},
 ]

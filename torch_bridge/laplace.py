@@ -13,12 +13,8 @@ from laplace.utils import Kron
 from torch import Tensor, nn
 
 from torch_bridge.converted import ConvertedModule
-from torch_bridge.operators import (
-    EFLinearOperator,
-    GGNDiagonalLinearOperator,
-    GGNLinearOperator,
-    KFACLinearOperator,
-)
+from torch_bridge.operators import EFLinearOperator, GGNLinearOperator
+from torch_bridge.structured import GGNDiagonalLinearOperator, KFACLinearOperator
 
 
 class _JAX(CurvatureInterface):
