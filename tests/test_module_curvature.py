@@ -177,3 +177,34 @@ def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any]
     change(module)
     with pytest.raises(RuntimeError, match=rf"{what}.*changed or were replaced.*convert it anew"):
         converted.params()
+
+
+@pytest.mark.parametrize("name", ["GGN", "Hessian", "EF", "KFAC", "EKFAC", "GGNDiagonal"])
+def test_progress(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Batch by batch, with a bar, to the same matrix; also for what is drawn."""
+    args = setting(mlp, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]).double()))
+    kind, fits = getattr(torch_bridge, f"{name}LinearOperator"), {"rtol": 1e-9, "atol": 1e-12}
+    found = dense(kind(*args, progress=True))
+    bar = {"KFAC": "factors", "EKFAC": "corrections", "GGNDiagonal": "diagonal"}.get(name, "products")
+    assert f"{bar}: 100%" in capfd.readouterr().err
+    torch.testing.assert_close(found, dense(kind(*args)), **fits)
+    if name in ("GGN", "Hessian"):
+        whole = [tuple(map(torch.cat, zip(*args[3], strict=True)))]  # whose means are of single batches
+        theirs = getattr(curvlinops, f"{name}LinearOperator")(*args[:3], whole)
+        torch.testing.assert_close(found, dense(theirs), **fits)
+    if name in ("GGN", "GGNDiagonal"):
+        drawn = [dense(kind(*args, mc_samples=2, progress=progress)) for progress in (True, False)]
+        torch.testing.assert_close(*drawn, **fits)
+
+
+def test_what_has_no_progress() -> None:
+    module, _, params, data = setting(mlp, nn.BCEWithLogitsLoss())
+    weighted = nn.BCEWithLogitsLoss(weight=torch.rand(5, 1).double())
+    data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
+    with pytest.raises(ValueError, match=r"something for each datum.*leave progress out"):
+        torch_bridge.EFLinearOperator(module, weighted, params, data, progress=True)
+    torch_bridge.EFLinearOperator(module, weighted, params, data)
+    with pytest.raises(NotImplementedError, match="mask is of all data.*leave progress out"):
+        torch_bridge.KFACLinearOperator(
+            module, nn.BCEWithLogitsLoss(), params, data, mask=torch.ones(5, 1), progress=True
+        )

@@ -114,6 +114,8 @@ class GGNLinearOperator(TorchLinearOperator):
       targets), with inputs as for `from_module`, or a mapping of tensors whose targets are its `labels`; of a module
       that returns a mapping, the loss is of its `logits`.
     - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
+    - `progress`: go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix, but for
+      rounding. They may differ in sizes for which the module is converted; a function is compiled for each.
 
     Products are those at the parameters' values when it was made, and refused once these have changed.
 
@@ -134,11 +136,12 @@ class GGNLinearOperator(TorchLinearOperator):
         *,
         mc_samples: int = 0,
         seed: int = SEED,
+        progress: bool = False,
     ):
-        setting = Setting(model_func, loss_func, params, data)
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
         with jax_on(setting.device):
-            options = sampling(mc_samples, seed) | {"chunk_size": setting.size}
-            super().__init__(setting, ggn_jax.GGNLinearOperator(*setting.args, **options), follows=True)
+            operator = setting.operator(ggn_jax.GGNLinearOperator, sampling(mc_samples, seed))
+        super().__init__(setting, operator, follows=True)
 
 
 class DerivativeLinearOperator(TorchLinearOperator):
@@ -146,10 +149,10 @@ class DerivativeLinearOperator(TorchLinearOperator):
 
     _kind: Any
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
-        setting = Setting(model_func, loss_func, params, data)
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
         with jax_on(setting.device):
-            operator = self._kind(*setting.args, chunk_size=setting.size)
+            operator = setting.operator(self._kind, {})
         super().__init__(setting, operator, follows=True)
 
 

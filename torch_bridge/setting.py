@@ -1,4 +1,4 @@
-"""A PyTorch module, its loss, and all data as one batch, in JAX: what operators of modules are made of."""
+"""A PyTorch module, its loss and its data, in JAX: what operators of modules are made of."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,9 +17,12 @@ Params = Sequence[Tensor] | dict[str, Tensor]
 
 
 class Setting:
-    """A module, its loss, and all data as one batch, in JAX; and which of the parameters the curvature is in."""
+    """A module, its loss and all data, in JAX; and which of the parameters the curvature is in.
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+    Data are one batch; or, for `progress`, the batches as they came.
+    """
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
         if not isinstance(model_func, torch.nn.Module | ConvertedModule):
             raise TypeError(
                 f"model_func must be a torch.nn.Module or a ConvertedModule; got {type(model_func).__name__}."
@@ -51,12 +54,20 @@ class Setting:
             # The same function for the same conversion, if it can be, so that what is compiled is used again.
             self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
-            self.batch = _joined([jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches])
+            arrays = [jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches]
+            self.data = arrays if progress else _joined(arrays)
             self.size = max(len(batch[1]) for batch in batches)
+        self._progress = progress
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self.model_fn, self.loss, self.values, self.batch
+    def operator(self, kind: Any, options: dict[str, Any]) -> Any:
+        """An operator of `ggn_jax`."""
+        args = self.model_fn, self.loss, self.values, self.data
+        if self._progress:
+            try:
+                return kind.from_batches(*args, **options, progress=True)
+            except ValueError as error:
+                raise ValueError(f"{error} With tensors of PyTorch, leave progress out for all data as one.") from error
+        return kind(*args, **options, chunk_size=self.size)
 
     def to_jax(self, tensor: Tensor) -> jax.Array:
         return to_jax(tensor.to(self.device))

@@ -28,8 +28,7 @@ class ComputedLinearOperator(TorchLinearOperator):
         """Compute it; `given` are the constructor's options."""
         self._given = given
         with jax_on(setting.device):
-            options = self._options(given) | {"chunk_size": setting.size}
-            super().__init__(setting, self._kind(*setting.args, **options))
+            super().__init__(setting, setting.operator(self._kind, self._options(given)))
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +87,7 @@ class ComputedLinearOperator(TorchLinearOperator):
             return cls._kind(setting.model_fn, setting.loss, values, batch, **cls._options(made._given))
 
         with jax_on(setting.device):
-            like = jax.eval_shape(make, setting.values, setting.batch)
+            like = jax.eval_shape(make, setting.values, setting.data)
             TorchLinearOperator.__init__(made, setting, _restored(state, like, setting.device))
         return made
 

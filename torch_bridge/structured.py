@@ -13,14 +13,17 @@ import ggn_jax
 from torch_bridge.operators import SEED, TorchLinearOperator, sampling
 from torch_bridge.setting import Params, Setting
 from torch_bridge.states import ComputedLinearOperator
-from torch_bridge.tensors import jax_on, to_torch
+from torch_bridge.tensors import jax_on, to_jax, to_torch
 
-# What `ggn_jax.KFACLinearOperator` calls otherwise, and where it is given here.
+# What `ggn_jax.KFACLinearOperator` or curvlinops call otherwise, and where it is given here.
 ELSEWHERE = {
     "sharing": "kfac_approx",
     "bias": "separate_weight_and_bias",
     "chunk_size": "the batches of data",
     "key": "seed",
+    "progressbar": "progress",
+    "num_data": "the batches of data",
+    "batch_size_fn": "the batches of data",
 }
 
 
@@ -62,9 +65,11 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
     - `seed`, `fisher_type`, `mc_samples`: as for `ggn_jax.KFACLinearOperator`.
     - `kfac_approx`: `"expand"` or `"reduce"`.
     - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
+    - `progress`: as for `GGNLinearOperator`; EKFAC takes two passes.
     - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
 
-    **Raises:** TypeError for `sharing`, `bias`, `key` and `chunk_size`, which the arguments above and `data` stand for.
+    **Raises:** TypeError for `sharing`, `bias`, `key`, `chunk_size` and other names that the arguments above and `data`
+    stand for.
 
     It is computed when it is made, at the parameters' values then.
 
@@ -89,19 +94,24 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         mc_samples: int = 1,
         kfac_approx: str = "expand",
         separate_weight_and_bias: bool = True,
+        progress: bool = False,
         **options: Any,
     ):
         if given := sorted(options.keys() & ELSEWHERE):
             ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
             raise TypeError(f"these options have another place here, in brackets: {ways}.")
+        if progress and options.get("mask") is not None:
+            raise NotImplementedError("mask is of all data as one batch: leave progress out, or mask.")
         options |= {"seed": seed, "fisher_type": ggn_jax.FisherType(fisher_type).value, "mc_samples": mc_samples}
         options |= {"kfac_approx": kfac_approx, "separate_weight_and_bias": separate_weight_and_bias}
-        super().__init__(Setting(model_func, loss_func, params, data), options)
+        super().__init__(Setting(model_func, loss_func, params, data, progress=progress), options)
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:
         options = {"positions": "exact"} | given
         seed = options.pop("seed")
+        if isinstance(options.get("mask"), Tensor):
+            options["mask"] = to_jax(options["mask"])
         drawn = options["fisher_type"] == "mc" or options["positions"] == "signs"
         options["sharing"] = options.pop("kfac_approx")
         options["bias"] = "separate" if options.pop("separate_weight_and_bias") else "joint"
@@ -183,8 +193,10 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator):
         *,
         mc_samples: int = 0,
         seed: int = SEED,
+        progress: bool = False,
     ):
-        super().__init__(Setting(model_func, loss_func, params, data), {"mc_samples": mc_samples, "seed": seed})
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
+        super().__init__(setting, {"mc_samples": mc_samples, "seed": seed})
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:
