@@ -204,7 +204,14 @@ def test_what_has_no_progress() -> None:
     with pytest.raises(ValueError, match=r"something for each datum.*leave progress out"):
         torch_bridge.EFLinearOperator(module, weighted, params, data, progress=True)
     torch_bridge.EFLinearOperator(module, weighted, params, data)
-    with pytest.raises(NotImplementedError, match="mask is of all data.*leave progress out"):
-        torch_bridge.KFACLinearOperator(
-            module, nn.BCEWithLogitsLoss(), params, data, mask=torch.ones(5, 1), progress=True
-        )
+    with pytest.raises(NotImplementedError, match=r"mask is of all data.*leave progress out"):
+        torch_bridge.KFACLinearOperator(module, nn.MSELoss(), params, data, mask=torch.ones(5, 1), progress=True)
+
+
+def test_a_mask() -> None:
+    """Of real inputs, as a tensor; others are left out of the input factors."""
+    torch.manual_seed(0)
+    module, x, y = nn.Linear(4, 2).double(), torch.randn(3, 5, 4).double(), torch.randn(3, 5, 2).double()
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    kfac = torch_bridge.KFACLinearOperator(module, nn.MSELoss(), list(module.parameters()), [(x, y)], mask=mask)
+    torch.testing.assert_close(kfac.factors()["weight"][1], x[mask].T @ x[mask] / 10, rtol=1e-10, atol=1e-12)
