@@ -211,6 +211,56 @@ def test_what_torch_export_drops(
         torch_bridge.from_module(change(Twice(call)), draw(3, 4))
 
 
+def test_choices_by_values_are_refused() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([linear(), linear()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x[:, :2])
+            for i in (x.sum() > 0).long().nonzero():
+                y = y + self.experts[int(i)](x)
+            return y
+
+    with pytest.raises(NotImplementedError, match=r"by values of its data.*'batched_mm'.*It says"):
+        torch_bridge.from_module(Experts(), draw(3, 4))
+
+
+@torch.library.custom_op("traps::grouped_mm", mutates_args=())
+def grouped_mm(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+grouped_mm.register_fake(torch.empty_like)
+
+
+def test_kernels_of_experts_have_an_alternative() -> None:
+    with pytest.raises(NotImplementedError, match=r"traps.grouped_mm.default.*'batched_mm'\) first"):
+        torch_bridge.from_module(Twice(lambda layer, x: layer(grouped_mm(x))), draw(3, 4))
+
+
+def test_what_the_module_computes_in_float32() -> None:
+    """Casts inside of it stay: a float64 module is then as exact as float32 allows, in JAX as in torch."""
+
+    class Normalised(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.linear, self.dtype = linear(), dtype
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = x.to(self.dtype)
+            return self.linear((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(x.dtype))
+
+    x = draw(3, 4)
+    check(Normalised(torch.float64), x)
+    module = Normalised(torch.float32)
+    model_fn, params = torch_bridge.from_module(module, x)
+    wanted = module(x).detach().numpy()
+    error = np.abs(model_fn(params, jnp.asarray(x.numpy())) - wanted).max()
+    assert error < 10 * np.finfo(np.float32).eps * np.abs(wanted).max()
+
+
 def test_hooks_for_all_modules_are_refused() -> None:
     handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
     try:

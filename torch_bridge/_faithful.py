@@ -115,8 +115,9 @@ def _check_nodes(outputs: Sequence[Any]) -> None:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
             raise NotImplementedError(
                 f"module uses a torch.autograd.Function ({node.name().removesuffix('Backward')}), whose own derivative"
-                " torch.export drops: make it a torch.library.custom_op, and say what it is in JAX with"
-                " torch_bridge.register_operator."
+                " torch.export drops: put plain operators in its place, if their derivative is the same, as"
+                " torch.nn.GELU('tanh') for Bloom's gelu_impl; or make it a torch.library.custom_op, and say what it is"
+                " in JAX with torch_bridge.register_operator."
             )
         more = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= more

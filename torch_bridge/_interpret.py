@@ -56,8 +56,14 @@ def check_operators(program: Program) -> None:
         raise NotImplementedError(
             f"module uses operators that have no JAX function here: {found}. Say what"
             " they are with torch_bridge.register_operator(torch.ops.<library>.<operator>, function). What is random,"
-            " or makes tensors whose sizes depend on data, cannot be converted."
+            f" or makes tensors whose sizes depend on data, cannot be converted.{_experts(found)}"
         )
+
+
+def _experts(found: str) -> str:
+    """What to do about kernels of mixtures of experts, for which Hugging Face's models have an alternative."""
+    way_out = " For Hugging Face's mixtures of experts, call module.set_experts_implementation('batched_mm') first."
+    return way_out if "grouped_mm" in found else ""
 
 
 def check_dtypes(program: Program) -> None:

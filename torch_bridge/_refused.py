@@ -97,5 +97,11 @@ def of_export(error: Exception, dynamic: bool) -> Exception:
             "module uses tensor.data (use tensor.detach()), or derivatives of its own parts (torch.autograd.grad),"
             f" which torch.export does not follow. It says: {error}"
         )
+    if "data-dependent" in str(error):
+        return NotImplementedError(
+            "module decides by values of its data which operators run, or how large tensors are, which one graph does"
+            " not: compute all cases, and choose with torch.where or indices. A mixture of experts of Hugging Face does"
+            f" so after module.set_experts_implementation('batched_mm'). It says: {str(error).partition(chr(10))[0]}"
+        )
     way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
     return RuntimeError(f"torch.export could not export module. {way_out}It says: {error}")
