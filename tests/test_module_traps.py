@@ -365,3 +365,36 @@ def test_examples_keep_their_values_for_other_sizes() -> None:
     np.testing.assert_allclose(
         model_fn(params, 2 * jnp.ones((5, 1, 1)) * jnp.eye(2)[None]), np.eye(2)[None] / 2 + np.zeros((5, 1, 1))
     )
+
+
+class Integers(nn.Module):
+    """Arithmetic with integers: with a buffer of this size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = linear()
+        self.register_buffer("size", torch.tensor(size))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear((ids * self.size % 7 + torch.arange(4)).to(self.linear.weight.dtype))
+
+
+def test_integers_of_64_bits() -> None:
+    """They are exact where JAX has them; and of 32 bits where it has not, or refused."""
+    ids = torch.tensor([[1, 2, 3, 4], [5, 1000003, 7, 8]])
+    check(Integers(1000003), ids)
+    with jax.enable_x64(False):
+        for make, name in ((lambda: Integers(2**40), "size, aten.mul.Tensor"), (lambda: Integers(1000003), "aten.mul")):
+            with pytest.raises(TypeError, match=rf"more than 32 bits with example_inputs \({name}.*enable_x64"):
+                torch_bridge.from_module(make().float(), ids)
+        module = Integers(100).float()
+        model_fn, params = torch_bridge.from_module(module, ids)
+        array = torch_bridge.to_jax(ids)
+        assert array.dtype == np.int64
+        with pytest.raises(ValueError, match=r"wanted int32.*got int64.*jnp.asarray\(array, jnp.int32\)"):
+            model_fn(params, array)
+        outputs = model_fn(params, jnp.asarray(array, jnp.int32))
+        np.testing.assert_allclose(outputs, module(ids).detach(), rtol=1e-5)
+    model_fn, params = torch_bridge.from_module(Integers(2**40).float(), ids)
+    with jax.enable_x64(False), pytest.raises(TypeError, match="more than 32 bits"):
+        model_fn(params, jnp.asarray(ids.numpy(), jnp.int32))

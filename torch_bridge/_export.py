@@ -34,6 +34,7 @@ class Program:
     sizes: tuple[tuple[int | None, ...], ...]  # of each input; None is the batch's
     buffers: dict[str, str]  # by placeholder: the buffer's name
     updated: tuple[str, ...]  # the buffers whose new values come before the outputs
+    wide: tuple[str, ...]  # integers of more than 32 bits
 
 
 class Flat(torch.nn.Module):
@@ -87,7 +88,7 @@ def export(
     with _quietly(), torch.enable_grad():
         wanted = outputs_of(flat, leaves)
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
-        check_faithful(flat, wanted, exported, leaves)
+        wide = check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
             if _calls(exported.graph_module, NO_GRAD):
                 raise NotImplementedError(
@@ -95,7 +96,7 @@ def export(
                     " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
                 )
             exported = exported.run_decompositions({})
-    return _program(exported, module, outputs[-1], sizes, updates)
+    return _program(exported, module, outputs[-1], sizes, updates, tuple(wide))
 
 
 @contextlib.contextmanager
@@ -157,7 +158,9 @@ def _unseen(node: torch.fx.Node) -> bool:
     return name in FRESH or name.startswith("conv")
 
 
-def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool) -> Program:
+def _program(
+    exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool, wide: tuple[str, ...]
+) -> Program:
     signature = exported.graph_signature
     updated = []
     for spec in signature.output_specs:
@@ -191,7 +194,8 @@ def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, u
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
             raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
-    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated))
+    graph = exported.graph_module
+    return Program(graph, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated), wide)
 
 
 def as_constant(tensor: torch.Tensor) -> np.ndarray:

@@ -67,16 +67,22 @@ def _experts(found: str) -> str:
 
 
 def check_dtypes(program: Program) -> None:
-    """Refuse 64-bit floating numbers where JAX has none."""
+    """Refuse 64-bit floating numbers, and integers that need 64 bits, where JAX has none."""
     if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
         return
+    way_out = "convert it and call model_fn inside of `with jax.enable_x64(True)`"
+    if program.wide:
+        raise TypeError(
+            f"module has integers of more than 32 bits with example_inputs ({', '.join(program.wide)}), but JAX's"
+            f" 64-bit types are switched off: {way_out}, or make these smaller."
+        )
     for node in program.graph.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in (torch.float64, torch.complex128):
             what = where(node) if node.op == "call_function" else program.parameters.get(node.name, node.name)
             raise TypeError(
-                f"module computes in {value.dtype} ({what}), but JAX's 64-bit types are switched off: convert it"
-                " and call model_fn inside of `with jax.enable_x64(True)`, or use module.float()."
+                f"module computes in {value.dtype} ({what}), but JAX's 64-bit types are switched off: {way_out}, or"
+                " use module.float()."
             )
 
 

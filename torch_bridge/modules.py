@@ -50,7 +50,8 @@ def from_module(
     of copies: later changes of the module are not seen. Frozen ones (`requires_grad=False`) are among them, and have
     derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
     constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. Integers of 64 bits are
-    of 32 bits where JAX has no others. Places out of range give NaN, not an error.
+    of 32 bits where JAX has no others, and refused where `example_inputs` lead to larger ones. Places out of range give
+    NaN, not an error.
 
     `torch.export` drops some things in silence. Torch runs the module and the graph on `example_inputs`, and where an
     output or a gradient differs by more than rounding, as with a `torch.autograd.Function`, the module is refused.
@@ -130,8 +131,19 @@ def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.
             shape = ", ".join("N" if size is None else str(size) for size in sizes)
             raise ValueError(
                 f"inputs must be like example_inputs: wanted {to_dtype(leaf.dtype)} of shape [{shape}], got"
-                f" {array.dtype} of shape {array.shape}. For other sizes than the batch's, convert the module again."
+                f" {array.dtype} of shape {array.shape}.{_way_out(array.dtype, to_dtype(leaf.dtype))}"
             )
+
+
+def _way_out(got: Any, wanted: Any) -> str:
+    if got == wanted:
+        return " For other sizes than the batch's, convert the module again."
+    if got.kind == wanted.kind and got.itemsize == 8:
+        return (
+            f" As JAX's 64-bit types are switched off, the module's integers are of 32 bits: pass jnp.asarray(array,"
+            f" jnp.{wanted}), or convert it and call model_fn inside of `with jax.enable_x64(True)`."
+        )
+    return f" Cast them to {wanted}, or convert the module again for others."
 
 
 def _export(
