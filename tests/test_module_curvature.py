@@ -167,8 +167,12 @@ def test_one_conversion_for_several_operators(monkeypatch: pytest.MonkeyPatch) -
         (lambda module: module.register_module("1", nn.Identity()), "1.num_batches_tracked"),
         (lambda module: module[0].register_parameter("bias", nn.Parameter(torch.ones(3))), "0.bias"),
         (lambda module: module[0].register_parameter("bias", None), "0.bias"),
+        (lambda module: setattr(module[1], "eps", 0.1), "1.eps"),
+        (lambda module: setattr(module[0], "forward", torch.tanh), "0.forward"),
+        (lambda module: module[0].register_forward_hook(lambda part, args, output: 2 * output), "0.forward_hooks"),
+        (lambda module: module.register_forward_pre_hook(lambda part, args: None), "forward_pre_hooks"),
     ],
-    ids=["buffer", "mode", "part", "parameter", "less"],
+    ids=["buffer", "mode", "part", "parameter", "less", "number", "function", "hook", "pre-hook"],
 )
 def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any], Any], what: str) -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
@@ -215,3 +219,24 @@ def test_a_mask() -> None:
     mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
     kfac = torch_bridge.KFACLinearOperator(module, nn.MSELoss(), list(module.parameters()), [(x, y)], mask=mask)
     torch.testing.assert_close(kfac.factors()["weight"][1], x[mask].T @ x[mask] / 10, rtol=1e-10, atol=1e-12)
+
+
+def test_what_may_change_after_a_conversion() -> None:
+    """What calls of the module and of `compile` leave behind."""
+
+    class Keeping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    module = nn.Sequential(Keeping(4, 3), nn.Tanh())
+    converted = torch_bridge.ConvertedModule(module, torch.ones(2, 4))
+    module(torch.ones(5, 4)).sum().backward()
+    module.compile()
+    assert len(converted.params()) == 2
+
+
+def test_a_failure_in_evaluation_mode_too_is_not_put_down_to_training() -> None:
+    with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on") as found:
+        torch_bridge.ConvertedModule(nn.Linear(4, 3).train(), torch.ones(2, 4))
+    assert "eval()" not in str(found.value)

@@ -122,6 +122,10 @@ def test_what_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"the whole.*of the module changed"):
         optimizer.step(batch)
     module.eval()
+    module[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"0.bias of the module changed"):
+        optimizer.step(batch)
+    module[0].bias.requires_grad_(True)
     module[0].weight = nn.Parameter(torch.zeros(3, 4).double())
     with pytest.raises(RuntimeError, match=r"0.weight of the module changed"):
         optimizer.step(batch)

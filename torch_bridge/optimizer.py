@@ -30,8 +30,9 @@ class KFAC(torch.optim.Optimizer):
     **Arguments:**
 
     - `module`: converted by `from_module` at the first step, in the mode that it is in; its parameters that require
-      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode
-      changes, or parameters are replaced, the next step raises.
+      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode,
+      an attribute that is a number, or a hook changes, parameters are replaced, or others require gradients, the next
+      step raises.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
     - `lr`, `damping`, `weight_decay`: read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
     - `seed`: for what is drawn.
@@ -156,7 +157,9 @@ class KFAC(torch.optim.Optimizer):
 
     def _check_unchanged(self) -> None:
         """Refuse to go on with constants that are not the module's any more."""
-        if changed := self._snapshot.changed():
+        changed = self._snapshot.changed()
+        changed += [n for n, p in self._module.named_parameters() if p.requires_grad != (n in self._trained)]
+        if changed:
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
                 " constants: make the optimizer anew."
