@@ -104,7 +104,7 @@ def test_arguments() -> None:
         torch_bridge.GGNLinearOperator(module, loss, [params[0], nn.Parameter(torch.ones(2))], data)
     with pytest.raises(ValueError, match="at least one batch"):
         torch_bridge.GGNLinearOperator(module, loss, params, [])
-    with pytest.raises(TypeError, match=r"batch 0 of data must be a pair.*got a Tensor"):
+    with pytest.raises(TypeError, match=r"data\[0\] must be a pair.*got a Tensor"):
         torch_bridge.GGNLinearOperator(module, loss, params, [torch.ones(2)])
 
 
@@ -120,7 +120,7 @@ def test_modules_in_training_mode_are_refused(part: torch.nn.Module) -> None:
     torch_bridge.EFLinearOperator(*args)
     with pytest.raises(TypeError, match=r"torch tensors.*got ndarray"):
         torch_bridge.EFLinearOperator(*args) @ np.ones(9)
-    with pytest.raises(TypeError, match=r"batch 0 of data must be a pair"):
+    with pytest.raises(TypeError, match=r"data\[0\] must be a pair"):
         torch_bridge.EFLinearOperator(*args[:3], data[0])
 
 

@@ -73,9 +73,9 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "batches", "unsupported"},
+    {"_cuda", "_fork", "unsupported"},
     {"tensors", "generators"},
-    {"losses"},
+    {"batches", "losses"},
     {"_compute"},
     {"_op"},
     {"grad_output"},

@@ -12,6 +12,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from torch_bridge._faithful import check_faithful, outputs_of
+from torch_bridge._refused import ModuleCallError
 from torch_bridge.batches import Call, unwrapped
 from torch_bridge.tensors import borrow, jax_on
 
@@ -86,7 +87,12 @@ def export(
     outputs: list[Any] = []
     flat = Flat(module, structure, call, outputs.append)
     with _quietly(), torch.enable_grad():
-        wanted = outputs_of(flat, leaves)
+        try:
+            wanted = outputs_of(flat, leaves)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise ModuleCallError(f"module itself fails on example_inputs, called by torch: {error}") from error
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
         wide = check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):

@@ -44,7 +44,7 @@ def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leave
         theirs = _gradients([a for a, _ in tensors], list(parameters.values()))
         ours = _gradients([b for _, b in tensors], list(parameters.values()))
     if theirs is not None and not differ:
-        size = max((float(g.abs().max()) for g in theirs if g.numel()), default=0.0)
+        size = max((float(g.nan_to_num(0, 0, 0).abs().max()) for g in theirs if g.numel()), default=0.0)
         names = [name.removeprefix("module.") for name in parameters]
         differ = [
             f"gradient in {n!r}"

@@ -77,6 +77,20 @@ def _name(path: str) -> str:
     return f"module's {path!r}" if path else "module"
 
 
+class ModuleCallError(RuntimeError):
+    """What the module itself raises on the example inputs."""
+
+
+def check_initialised(module: nn.Module) -> None:
+    """Refuse lazy parameters that have no shape yet."""
+    lazy = [name for name, parameter in module.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"{', '.join(lazy)} of the module have no shape yet, as those of lazy modules: call the module on a batch"
+            " first."
+        )
+
+
 def check_examples(leaves: list[torch.Tensor]) -> None:
     """Refuse inputs with nothing in them, of which torch.export would make a graph for that size only."""
     if any(leaf.ndim and not len(leaf) for leaf in leaves):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import torch
 from torch import Tensor, nn
+
+from torch_bridge.tensors import check_tensor
 
 WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
 LABELS = "labels"  # Hugging Face's name, which its collators and models share
@@ -77,18 +78,21 @@ def as_pair(name: str, batch: Any) -> tuple[Any, Tensor]:
     return batch[0], batch[1]
 
 
-def check_tensors(name: str, inputs: Any) -> None:
-    """Refuse leaves that are no tensors, by their places."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(as_inputs(inputs)):
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"{name} must hold tensors only; got {type(leaf).__name__}{_at(path)}. Fix other arguments in a module"
-                " around this one."
-            )
-
-
-def _at(path: Any) -> str:
-    return f" at {jax.tree_util.keystr(path)}" if path else ""
+def check_tensors(name: str, value: Any) -> None:
+    """Refuse leaves that are no tensors with values, by their places."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            check_tensors(f"{name}[{key!r}]", part)
+        return
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor; got {type(value).__name__}. Fix other arguments in a module around this one."
+        )
+    check_tensor(name, value)
+    if value.is_meta:
+        raise NotImplementedError(f"{name} is on the meta device, where tensors have no values.")
 
 
 def as_outputs(outputs: Any) -> Any:

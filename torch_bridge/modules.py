@@ -11,7 +11,7 @@ import torch
 
 from torch_bridge._export import Program, export
 from torch_bridge._interpret import check_dtypes, check_operators, run
-from torch_bridge._refused import check_examples, check_module, of_export
+from torch_bridge._refused import ModuleCallError, check_examples, check_module, of_export
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.batches import Call, as_inputs, check_tensors, how_to_call
 from torch_bridge.tensors import to_jax
@@ -59,7 +59,7 @@ def from_module(
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
     them and their modules, and, unless `train=True`, for what is random or writes into buffers; TypeError for inputs
     that are not tensors, and for float64 where JAX has 64-bit types switched off; RuntimeError where
-    torch.export fails.
+    torch.export fails, or the module itself.
 
     >>> import torch, jax, ggn_jax
     >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
@@ -152,7 +152,7 @@ def _export(
     with _in_mode(module, train):
         try:
             return export(module, leaves, structure, call, dynamic=dynamic, updates=train is True)
-        except NotImplementedError:
+        except (NotImplementedError, ModuleCallError):
             raise
         except Exception as error:
             raise of_export(error, dynamic) from error

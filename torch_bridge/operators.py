@@ -15,8 +15,15 @@ from torch_bridge.tensors import jax_on, to_jax, to_torch
 SEED = 2147483647
 
 
+def as_key(seed: Any) -> jax.Array:
+    """The key of a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    return jax.random.key(int(seed))
+
+
 def sampling(mc_samples: int, seed: int) -> dict[str, Any]:
-    return {"mc_samples": mc_samples, "key": jax.random.key(seed) if mc_samples else None}
+    return {"mc_samples": mc_samples, "key": as_key(seed) if mc_samples else None}
 
 
 class TorchLinearOperator:
@@ -54,7 +61,8 @@ class TorchLinearOperator:
             parts = other.split(self._sizes)
             tensors = [part.reshape(*shape, *other.shape[1:]) for part, shape in zip(parts, self._shapes, strict=True)]
             results = self._product(tensors, columns=other.ndim == 2)
-            return torch.cat([result.reshape(-1, *other.shape[1:]) for result in results])
+            pairs = zip(self._sizes, results, strict=True)
+            return torch.cat([result.reshape(size, *other.shape[1:]) for size, result in pairs])
         tensors = list(other)
         if not all(isinstance(tensor, Tensor) for tensor in tensors):
             raise TypeError(
@@ -74,12 +82,16 @@ class TorchLinearOperator:
         if not columns:
             return self._times(tensors)
         number = tensors[0].shape[-1]
+        if not number:
+            return [tensor.to(self.device, self.dtype) for tensor in tensors]
         results = [self._times([tensor[..., k] for tensor in tensors]) for k in range(number)]
         return [torch.stack(parts, dim=-1) for parts in zip(*results, strict=True)]
 
     def _times(self, tensors: list[Tensor]) -> list[Tensor]:
         with jax_on(self.device):
             names = self._setting.names
+            if any(tensor.is_complex() for tensor in tensors):
+                raise TypeError("the operator is real; got a complex tensor: multiply its real and imaginary parts.")
             vector = {n: to_jax(t.to(self.device, self.dtype)) for n, t in zip(names, tensors, strict=True)}
             product = self._operator.mv(vector)
             return [to_torch(product[name]) for name in names]
@@ -89,7 +101,7 @@ class TorchLinearOperator:
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
 
         def product(x: Any) -> Any:
-            result = self @ torch.as_tensor(np.asarray(x), device=self.device, dtype=self.dtype)
+            result = self @ torch.as_tensor(np.asarray(x), device=self.device)
             return result.cpu().numpy().astype(x.dtype)
 
         return LinearOperator(

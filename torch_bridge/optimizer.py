@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule, Snapshot
 from torch_bridge.losses import build_loss, find_loss
@@ -69,6 +71,7 @@ class KFAC(torch.optim.Optimizer):
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
             raise TypeError(f"{unknown} are no options of KFAC, which has {', '.join(sorted(OPTIONS))}.")
+        check_initialised(module)
         numbers = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -101,7 +104,7 @@ class KFAC(torch.optim.Optimizer):
         `batch` is a pair `(inputs, targets)`, or a mapping of tensors whose targets are its `labels`.
         """
         example, target = as_pair("batch", batch)
-        check_tensors("inputs of batch", example)
+        check_tensors("batch", batch)
         with jax_on(self._device):
             inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
             params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
@@ -109,6 +112,8 @@ class KFAC(torch.optim.Optimizer):
                 self._start(example, inputs, params)
             assert self._run is not None
             self._check_unchanged()
+            if self._device.type == "cpu":  # elsewhere this would wait for the device, and the loss is NaN
+                self._check_targets(params, inputs, targets)
             numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
             key = jax.random.fold_in(jax.random.key(self._seed), self._count)
             new, self._kfac_state, value = self._run(params, self._kfac_state, (inputs, targets), key, numbers)
@@ -153,7 +158,20 @@ class KFAC(torch.optim.Optimizer):
         if self._saved is not None:
             self._kfac_state, self._saved = self._restored(self._saved), None
         self._snapshot = Snapshot(self._module, self._trained)
+
+        def valid(params: Any, inputs: Any, targets: Any) -> Any:
+            return jnp.all(loss.targets_valid(_zeros(model_fn, params, inputs), targets))
+
+        def value(params: Any, inputs: Any, targets: Any) -> Any:
+            return loss(_zeros(model_fn, params, inputs), targets)
+
+        self._valid, self._value = jax.jit(valid), value
         self._run = jax.jit(run, donate_argnums=1)
+
+    def _check_targets(self, params: Any, inputs: Any, targets: Any) -> None:
+        """Refuse targets that are not of the loss's domain, where they can be looked at."""
+        if not bool(self._valid(params, inputs, targets)):
+            self._value(params, inputs, targets)  # raises, with the first place
 
     def _check_unchanged(self) -> None:
         """Refuse to go on with constants that are not the module's any more."""
@@ -195,3 +213,9 @@ class KFAC(torch.optim.Optimizer):
         self._count, self._seed = own["count"], own["seed"]
         self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
         self._run = self._kfac_state = None  # the next step starts from what was saved
+
+
+def _zeros(model_fn: Callable[..., Any], params: Any, inputs: Any) -> jax.Array:
+    """An array like the outputs, of which only the shape counts."""
+    outputs = jax.eval_shape(model_fn, params, inputs)
+    return jnp.zeros(outputs.shape, outputs.dtype)

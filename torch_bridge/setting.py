@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
 from torch_bridge.losses import build_loss, find_loss
@@ -32,10 +33,14 @@ class Setting:
         if not self.params:
             raise ValueError("params must hold at least one parameter of the module.")
         found = {id(parameter): name for name, parameter in module.named_parameters()}
-        foreign = [i for i, parameter in enumerate(self.params) if id(parameter) not in found]
-        if foreign or len({id(parameter) for parameter in self.params}) < len(self.params):
-            raise ValueError(f"params must be different parameters of model_func; numbers {foreign} are not.")
-        self.names = [found[id(parameter)] for parameter in self.params]
+        seen = [id(parameter) for parameter in self.params]
+        wrong = [i for i, key in enumerate(seen) if key not in found or key in seen[:i]]
+        if wrong:
+            raise ValueError(
+                f"params must be different parameters of model_func, in a list or dict; numbers {wrong} are not."
+            )
+        check_initialised(module)
+        self.names = [found[key] for key in seen]
         kinds = {(p.dtype, p.device) for p in self.params}
         if len(kinds) > 1:
             raise ValueError(f"params must have one dtype and one device; got {sorted(map(str, kinds))}.")
@@ -67,7 +72,8 @@ class Setting:
                 return kind.from_batches(*args, **options, progress=True)
             except ValueError as error:
                 raise ValueError(f"{error} With tensors of PyTorch, leave progress out for all data as one.") from error
-        return kind(*args, **options, chunk_size=self.size)
+        whole = options.get("examples") == "coupled"
+        return kind(*args, **options, chunk_size=None if whole else self.size)
 
     def to_jax(self, tensor: Tensor) -> jax.Array:
         return to_jax(tensor.to(self.device))
@@ -86,20 +92,35 @@ def _pairs(data: Iterable[Any]) -> list[tuple[Any, Tensor]]:
         raise TypeError(
             f"data must be an iterable of batches, as a DataLoader or a list [batch] is; got a {type(data).__name__}."
         )
-    pairs = [as_pair(f"batch {number} of data", batch) for number, batch in enumerate(data)]
-    for number, (inputs, _) in enumerate(pairs):
-        check_tensors(f"inputs of batch {number} of data", inputs)
+    pairs = []
+    for number, batch in enumerate(data):
+        pairs.append(as_pair(f"data[{number}]", batch))
+        check_tensors(f"data[{number}]", batch)
     if not pairs:
         raise ValueError("data must yield at least one batch.")
-    return pairs
+    return [pair for pair in pairs if len(pair[1])] or pairs  # such as the last one of a loader
 
 
 def _joined(batches: list[Any]) -> Any:
     """The batches as one."""
-    try:
-        return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts), *batches)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
-            f" operator for each ({error})."
-        ) from error
+    if len(batches) == 1:
+        return batches[0]
+    first = jax.tree.structure(batches[0])
+    leaves = jax.tree_util.tree_leaves_with_path(batches[0])
+    for number, batch in enumerate(batches):
+        if jax.tree.structure(batch) != first:  # type: ignore[operator]  # untyped in jaxlib
+            raise _unlike(number, f"is {jax.tree.structure(batch)}, and batch 0 {first}")
+        for (path, like), leaf in zip(leaves, jax.tree.leaves(batch), strict=True):
+            if leaf.dtype != like.dtype or leaf.ndim != like.ndim or leaf.shape[1:] != like.shape[1:]:
+                place = ("inputs", "targets")[path[0].idx] + jax.tree_util.keystr(path[1:])
+                raise _unlike(
+                    number, f"has {leaf.dtype}{list(leaf.shape)} as {place}, batch 0 {like.dtype}{list(like.shape)}"
+                )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+
+
+def _unlike(number: int, how: str) -> ValueError:
+    return ValueError(
+        "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+        f" operator for each. Batch {number} {how}."
+    )

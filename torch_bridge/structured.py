@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge.operators import SEED, TorchLinearOperator, sampling
+from torch_bridge.operators import SEED, TorchLinearOperator, as_key, sampling
 from torch_bridge.setting import Params, Setting
 from torch_bridge.states import ComputedLinearOperator
 from torch_bridge.tensors import jax_on, to_jax, to_torch
@@ -50,9 +49,10 @@ class BlockTorchLinearOperator(TorchLinearOperator):
         """The Frobenius norm."""
         return self._number("frobenius_norm")
 
-    def inverse(self, damping: float = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
+    def inverse(self, damping: float | Tensor = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
         """The inverse of `self + damping * I`; `heuristic` splits the damping between the factors."""
         method = "heuristic" if heuristic else "exact"
+        damping = damping.item() if isinstance(damping, Tensor) else damping
         with jax_on(self.device):
             return BlockTorchLinearOperator(self._setting, self._operator.inverse(damping, method))
 
@@ -100,6 +100,8 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         if given := sorted(options.keys() & ELSEWHERE):
             ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
             raise TypeError(f"these options have another place here, in brackets: {ways}.")
+        if kfac_approx not in ("expand", "reduce"):
+            raise ValueError(f"kfac_approx must be 'expand' or 'reduce'; got {kfac_approx!r}.")
         if progress and options.get("mask") is not None:
             raise NotImplementedError("mask is of all data as one batch: leave progress out, or mask.")
         options |= {"seed": seed, "fisher_type": ggn_jax.FisherType(fisher_type).value, "mc_samples": mc_samples}
@@ -115,7 +117,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         drawn = options["fisher_type"] == "mc" or options["positions"] == "signs"
         options["sharing"] = options.pop("kfac_approx")
         options["bias"] = "separate" if options.pop("separate_weight_and_bias") else "joint"
-        return options | {"key": jax.random.key(seed) if drawn else None}
+        return options | {"key": as_key(seed) if drawn else None}
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
@@ -223,7 +225,8 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator):
         """The Frobenius norm."""
         return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
 
-    def inverse(self, damping: float = 0.0) -> TorchLinearOperator:
+    def inverse(self, damping: float | Tensor = 0.0) -> TorchLinearOperator:
         """The inverse of `self + damping * I`."""
+        damping = damping.item() if isinstance(damping, Tensor) else damping
         with jax_on(self.device):
             return TorchLinearOperator(self._setting, self._operator.damped(damping).inverse())
