@@ -263,3 +263,17 @@ def test_indices_that_cannot_hold_the_rows_numbers(dtype: Any) -> None:
     diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
     wide = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, (x.astype(jnp.int32), batch[1]), method="data")
     np.testing.assert_allclose(diagonal.entries["table"], wide.entries["table"], atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (1, 1)])
+def test_a_part_of_a_weight_that_is_scaled_along_some_axes(shape: tuple[int, ...]) -> None:
+    """For one example, KFAC is the GGN, however the weight was made."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ (p["v"] * p["g"])[1:3]) @ p["w"]
+
+    params, batch = {"v": normal(4, 3), "g": normal(*shape), "w": normal(3, 2)}, (normal(1, 2), jnp.array([1]))
+    kfac = KFAC(model_fn, CE, params, batch, fisher_type="type-2")
+    wanted = ggn(lambda p, x: model_fn(params | p, x), CE, {"v": params["v"]}, batch)
+    start = params["g"].size
+    np.testing.assert_allclose(kfac.as_matrix()[start : start + 12, start : start + 12], wanted, atol=1e-12)

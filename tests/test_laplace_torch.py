@@ -72,3 +72,33 @@ def test_laplace_approximations(structure: str, subset: str, likelihood: str) ->
 
 def _tensors(prediction: Any) -> list[np.ndarray]:
     return [part.detach().numpy() for part in (prediction if isinstance(prediction, tuple) else (prediction,))]
+
+
+class Masked(nn.Module):
+    """Of one mapping, as laplace-torch calls a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, data: Any) -> torch.Tensor:
+        return self.layers(data["pixel_values"] * data["mask"])
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_mappings(structure: str) -> None:
+    laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed")
+    curvlinops = pytest.importorskip("laplace.curvature.curvlinops", reason="laplace-torch is not installed")
+    from torch_bridge.laplace import JAXGGN
+
+    keep = (INPUTS > 0).double()
+    data = [{"pixel_values": INPUTS[n], "mask": keep[n], "labels": LABELS[n]} for n in range(10)]
+
+    def fitted(backend: Any) -> float:
+        options = {"subset_of_weights": "all", "hessian_structure": structure, "backend": backend}
+        options |= {"dict_key_x": "pixel_values"}
+        approximation = laplace.Laplace(Masked(), "classification", prior_precision=0.7, **options)
+        approximation.fit(DataLoader(data, batch_size=5))  # type: ignore[arg-type]
+        return float(approximation.log_marginal_likelihood())
+
+    np.testing.assert_allclose(fitted(JAXGGN), fitted(curvlinops.CurvlinopsGGN), rtol=1e-5)

@@ -104,7 +104,7 @@ def test_arguments() -> None:
         torch_bridge.GGNLinearOperator(module, loss, [params[0], nn.Parameter(torch.ones(2))], data)
     with pytest.raises(ValueError, match="at least one batch"):
         torch_bridge.GGNLinearOperator(module, loss, params, [])
-    with pytest.raises(TypeError, match="batch 0 is a Tensor"):
+    with pytest.raises(TypeError, match=r"data\[0\] must be a pair.*got a Tensor"):
         torch_bridge.GGNLinearOperator(module, loss, params, [torch.ones(2)])
 
 
@@ -120,7 +120,7 @@ def test_modules_in_training_mode_are_refused(part: torch.nn.Module) -> None:
     torch_bridge.EFLinearOperator(*args)
     with pytest.raises(TypeError, match=r"torch tensors.*got ndarray"):
         torch_bridge.EFLinearOperator(*args) @ np.ones(9)
-    with pytest.raises(TypeError, match=r"\[\(X, y\)\]"):
+    with pytest.raises(TypeError, match=r"data\[0\] must be a pair"):
         torch_bridge.EFLinearOperator(*args[:3], data[0])
 
 
@@ -167,8 +167,12 @@ def test_one_conversion_for_several_operators(monkeypatch: pytest.MonkeyPatch) -
         (lambda module: module.register_module("1", nn.Identity()), "1.num_batches_tracked"),
         (lambda module: module[0].register_parameter("bias", nn.Parameter(torch.ones(3))), "0.bias"),
         (lambda module: module[0].register_parameter("bias", None), "0.bias"),
+        (lambda module: setattr(module[1], "eps", 0.1), "1.eps"),
+        (lambda module: setattr(module[0], "forward", torch.tanh), "0.forward"),
+        (lambda module: module[0].register_forward_hook(lambda part, args, output: 2 * output), "0.forward_hooks"),
+        (lambda module: module.register_forward_pre_hook(lambda part, args: None), "forward_pre_hooks"),
     ],
-    ids=["buffer", "mode", "part", "parameter", "less"],
+    ids=["buffer", "mode", "part", "parameter", "less", "number", "function", "hook", "pre-hook"],
 )
 def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any], Any], what: str) -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
@@ -177,3 +181,62 @@ def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any]
     change(module)
     with pytest.raises(RuntimeError, match=rf"{what}.*changed or were replaced.*convert it anew"):
         converted.params()
+
+
+@pytest.mark.parametrize("name", ["GGN", "Hessian", "EF", "KFAC", "EKFAC", "GGNDiagonal"])
+def test_progress(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Batch by batch, with a bar, to the same matrix; also for what is drawn."""
+    args = setting(mlp, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]).double()))
+    kind, fits = getattr(torch_bridge, f"{name}LinearOperator"), {"rtol": 1e-9, "atol": 1e-12}
+    found = dense(kind(*args, progress=True))
+    bar = {"KFAC": "factors", "EKFAC": "corrections", "GGNDiagonal": "diagonal"}.get(name, "products")
+    assert f"{bar}: 100%" in capfd.readouterr().err
+    torch.testing.assert_close(found, dense(kind(*args)), **fits)
+    if name in ("GGN", "Hessian"):
+        whole = [tuple(map(torch.cat, zip(*args[3], strict=True)))]  # whose means are of single batches
+        theirs = getattr(curvlinops, f"{name}LinearOperator")(*args[:3], whole)
+        torch.testing.assert_close(found, dense(theirs), **fits)
+    if name in ("GGN", "GGNDiagonal"):
+        drawn = [dense(kind(*args, mc_samples=2, progress=progress)) for progress in (True, False)]
+        torch.testing.assert_close(*drawn, **fits)
+
+
+def test_what_has_no_progress() -> None:
+    module, _, params, data = setting(mlp, nn.BCEWithLogitsLoss())
+    weighted = nn.BCEWithLogitsLoss(weight=torch.rand(5, 1).double())
+    data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
+    with pytest.raises(ValueError, match=r"something for each datum.*leave progress out"):
+        torch_bridge.EFLinearOperator(module, weighted, params, data, progress=True)
+    torch_bridge.EFLinearOperator(module, weighted, params, data)
+    with pytest.raises(NotImplementedError, match=r"mask is of all data.*leave progress out"):
+        torch_bridge.KFACLinearOperator(module, nn.MSELoss(), params, data, mask=torch.ones(5, 1), progress=True)
+
+
+def test_a_mask() -> None:
+    """Of real inputs, as a tensor; others are left out of the input factors."""
+    torch.manual_seed(0)
+    module, x, y = nn.Linear(4, 2).double(), torch.randn(3, 5, 4).double(), torch.randn(3, 5, 2).double()
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    kfac = torch_bridge.KFACLinearOperator(module, nn.MSELoss(), list(module.parameters()), [(x, y)], mask=mask)
+    torch.testing.assert_close(kfac.factors()["weight"][1], x[mask].T @ x[mask] / 10, rtol=1e-10, atol=1e-12)
+
+
+def test_what_may_change_after_a_conversion() -> None:
+    """What calls of the module and of `compile` leave behind."""
+
+    class Keeping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    module = nn.Sequential(Keeping(4, 3), nn.Tanh())
+    converted = torch_bridge.ConvertedModule(module, torch.ones(2, 4))
+    module(torch.ones(5, 4)).sum().backward()
+    module.compile()
+    assert len(converted.params()) == 2
+
+
+def test_a_failure_in_evaluation_mode_too_is_not_put_down_to_training() -> None:
+    with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on") as found:
+        torch_bridge.ConvertedModule(nn.Linear(4, 3).train(), torch.ones(2, 4))
+    assert "eval()" not in str(found.value)

@@ -109,7 +109,7 @@ def test_what_is_refused() -> None:
     optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1)
     with pytest.raises(NotImplementedError, match="one group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(TypeError, match=r"batch \(inputs, targets\)"):
+    with pytest.raises(TypeError, match=r"batch must be a pair \(inputs, targets\)"):
         optimizer.step(lambda: 0)
     with pytest.raises(ValueError, match="no entry 'kfac'"):
         optimizer.load_state_dict(torch.optim.SGD(module.parameters(), 0.1).state_dict())
@@ -122,6 +122,10 @@ def test_what_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"the whole.*of the module changed"):
         optimizer.step(batch)
     module.eval()
+    module[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"0.bias of the module changed"):
+        optimizer.step(batch)
+    module[0].bias.requires_grad_(True)
     module[0].weight = nn.Parameter(torch.zeros(3, 4).double())
     with pytest.raises(RuntimeError, match=r"0.weight of the module changed"):
         optimizer.step(batch)

@@ -211,6 +211,56 @@ def test_what_torch_export_drops(
         torch_bridge.from_module(change(Twice(call)), draw(3, 4))
 
 
+def test_choices_by_values_are_refused() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([linear(), linear()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x[:, :2])
+            for i in (x.sum() > 0).long().nonzero():
+                y = y + self.experts[int(i)](x)
+            return y
+
+    with pytest.raises(NotImplementedError, match=r"by values of its data.*'batched_mm'.*It says"):
+        torch_bridge.from_module(Experts(), draw(3, 4))
+
+
+@torch.library.custom_op("traps::grouped_mm", mutates_args=())
+def grouped_mm(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+grouped_mm.register_fake(torch.empty_like)
+
+
+def test_kernels_of_experts_have_an_alternative() -> None:
+    with pytest.raises(NotImplementedError, match=r"traps.grouped_mm.default.*'batched_mm'\) first"):
+        torch_bridge.from_module(Twice(lambda layer, x: layer(grouped_mm(x))), draw(3, 4))
+
+
+def test_what_the_module_computes_in_float32() -> None:
+    """Casts inside of it stay: a float64 module is then as exact as float32 allows, in JAX as in torch."""
+
+    class Normalised(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.linear, self.dtype = linear(), dtype
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = x.to(self.dtype)
+            return self.linear((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(x.dtype))
+
+    x = draw(3, 4)
+    check(Normalised(torch.float64), x)
+    module = Normalised(torch.float32)
+    model_fn, params = torch_bridge.from_module(module, x)
+    wanted = module(x).detach().numpy()
+    error = np.abs(model_fn(params, jnp.asarray(x.numpy())) - wanted).max()
+    assert error < 10 * np.finfo(np.float32).eps * np.abs(wanted).max()
+
+
 def test_hooks_for_all_modules_are_refused() -> None:
     handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
     try:
@@ -315,3 +365,36 @@ def test_examples_keep_their_values_for_other_sizes() -> None:
     np.testing.assert_allclose(
         model_fn(params, 2 * jnp.ones((5, 1, 1)) * jnp.eye(2)[None]), np.eye(2)[None] / 2 + np.zeros((5, 1, 1))
     )
+
+
+class Integers(nn.Module):
+    """Arithmetic with integers: with a buffer of this size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = linear()
+        self.register_buffer("size", torch.tensor(size))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear((ids * self.size % 7 + torch.arange(4)).to(self.linear.weight.dtype))
+
+
+def test_integers_of_64_bits() -> None:
+    """They are exact where JAX has them; and of 32 bits where it has not, or refused."""
+    ids = torch.tensor([[1, 2, 3, 4], [5, 1000003, 7, 8]])
+    check(Integers(1000003), ids)
+    with jax.enable_x64(False):
+        for make, name in ((lambda: Integers(2**40), "size, aten.mul.Tensor"), (lambda: Integers(1000003), "aten.mul")):
+            with pytest.raises(TypeError, match=rf"more than 32 bits with example_inputs \({name}.*enable_x64"):
+                torch_bridge.from_module(make().float(), ids)
+        module = Integers(100).float()
+        model_fn, params = torch_bridge.from_module(module, ids)
+        array = torch_bridge.to_jax(ids)
+        assert array.dtype == np.int64
+        with pytest.raises(ValueError, match=r"wanted int32.*got int64.*jnp.asarray\(array, jnp.int32\)"):
+            model_fn(params, array)
+        outputs = model_fn(params, jnp.asarray(array, jnp.int32))
+        np.testing.assert_allclose(outputs, module(ids).detach(), rtol=1e-5)
+    model_fn, params = torch_bridge.from_module(Integers(2**40).float(), ids)
+    with jax.enable_x64(False), pytest.raises(TypeError, match="more than 32 bits"):
+        model_fn(params, jnp.asarray(ids.numpy(), jnp.int32))

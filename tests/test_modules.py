@@ -241,7 +241,7 @@ def test_arguments() -> None:
     linear = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="module must be"):
         torch_bridge.from_module(lambda x: x, torch.ones(3, 2))
-    with pytest.raises(TypeError, match="must hold tensors only; got float"):
+    with pytest.raises(TypeError, match="must be a tensor; got float"):
         torch_bridge.from_module(linear, (torch.ones(3, 2), 1.0))
     with jax.enable_x64(False), pytest.raises(TypeError, match=r"float64 \(weight\).*jax.enable_x64"):
         torch_bridge.from_module(nn.Linear(2, 2).double(), torch.ones(3, 2).double())

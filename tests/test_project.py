@@ -75,7 +75,7 @@ GGN_JAX = [
 TORCH_BRIDGE = [
     {"_cuda", "_fork", "unsupported"},
     {"tensors", "generators"},
-    {"losses"},
+    {"batches", "losses"},
     {"_compute"},
     {"_op"},
     {"grad_output"},
@@ -92,6 +92,8 @@ TORCH_BRIDGE = [
     {"converted"},
     {"setting"},
     {"operators"},
+    {"states"},
+    {"structured"},
     {"laplace", "optimizer"},
     {""},
 ]

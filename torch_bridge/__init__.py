@@ -12,15 +12,9 @@ from torch_bridge.grad_output import (
 )
 from torch_bridge.losses import register_loss
 from torch_bridge.modules import from_module
-from torch_bridge.operators import (
-    EFLinearOperator,
-    EKFACLinearOperator,
-    GGNDiagonalLinearOperator,
-    GGNLinearOperator,
-    HessianLinearOperator,
-    KFACLinearOperator,
-)
+from torch_bridge.operators import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
 from torch_bridge.optimizer import KFAC
+from torch_bridge.structured import EKFACLinearOperator, GGNDiagonalLinearOperator, KFACLinearOperator
 from torch_bridge.tensors import to_jax, to_torch
 
 __all__ = [  # noqa: RUF022  # in plain order

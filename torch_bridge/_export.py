@@ -12,13 +12,14 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from torch_bridge._faithful import check_faithful, outputs_of
+from torch_bridge._refused import ModuleCallError
+from torch_bridge.batches import Call, unwrapped
 from torch_bridge.tensors import borrow, jax_on
 
 # What makes a new tensor, which a write in place right after it does not show anywhere else.
 FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
 NO_GRAD = "wrap_with_set_grad_enabled"
 AUTOCAST = "wrap_with_autocast"
-WRAPPERS = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
 NESTED = {NO_GRAD, AUTOCAST}  # operators that run a graph
 
 
@@ -34,25 +35,20 @@ class Program:
     sizes: tuple[tuple[int | None, ...], ...]  # of each input; None is the batch's
     buffers: dict[str, str]  # by placeholder: the buffer's name
     updated: tuple[str, ...]  # the buffers whose new values come before the outputs
+    wide: tuple[str, ...]  # integers of more than 32 bits
 
 
 class Flat(torch.nn.Module):
     """A module as a function of the leaves of its inputs, that notes how its outputs are put together."""
 
-    def __init__(self, module: torch.nn.Module, structure: Any, kind: str, note: Callable[[Any], None]):
+    def __init__(self, module: torch.nn.Module, structure: Any, call: Call, note: Callable[[Any], None]):
         super().__init__()
         # What is assigned while torch.export runs the module is lost, so that the note is taken elsewhere.
-        self.module, self.structure, self.kind, self.note = module, structure, kind, note
+        self.module, self.structure, self.call, self.note = module, structure, call, note
 
     def forward(self, *leaves: Any) -> Any:
         inputs = jax.tree.unflatten(self.structure, leaves)
-        module = self.module
-        while isinstance(module, WRAPPERS):
-            module = module.module
-        if self.kind == "dict":
-            outputs = module(**inputs)
-        else:
-            outputs = module(*inputs) if self.kind == "tuple" else module(inputs)
+        outputs = self.call(unwrapped(self.module), inputs)
         flat, structure = jax.tree.flatten(_plain(outputs))
         self.note(jax.tree.unflatten(structure, range(len(flat))))
         return tuple(flat)
@@ -74,7 +70,7 @@ def _plain(outputs: Any) -> Any:
 
 
 def export(
-    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, *, dynamic: bool, updates: bool
+    module: torch.nn.Module, leaves: list[Any], structure: Any, call: Call, *, dynamic: bool, updates: bool
 ) -> Program:
     """The module's graph for these inputs, for any size of batch if `dynamic`; if `updates`, it may change buffers.
 
@@ -89,11 +85,16 @@ def export(
     axis = torch.export.Dim("batch")
     shapes = tuple({0: axis} if b else None for b in batched)
     outputs: list[Any] = []
-    flat = Flat(module, structure, kind, outputs.append)
+    flat = Flat(module, structure, call, outputs.append)
     with _quietly(), torch.enable_grad():
-        wanted = outputs_of(flat, leaves)
+        try:
+            wanted = outputs_of(flat, leaves)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise ModuleCallError(f"module itself fails on example_inputs, called by torch: {error}") from error
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
-        check_faithful(flat, wanted, exported, leaves)
+        wide = check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
             if _calls(exported.graph_module, NO_GRAD):
                 raise NotImplementedError(
@@ -101,7 +102,7 @@ def export(
                     " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
                 )
             exported = exported.run_decompositions({})
-    return _program(exported, module, outputs[-1], sizes, updates)
+    return _program(exported, module, outputs[-1], sizes, updates, tuple(wide))
 
 
 @contextlib.contextmanager
@@ -163,7 +164,9 @@ def _unseen(node: torch.fx.Node) -> bool:
     return name in FRESH or name.startswith("conv")
 
 
-def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool) -> Program:
+def _program(
+    exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, updates: bool, wide: tuple[str, ...]
+) -> Program:
     signature = exported.graph_signature
     updated = []
     for spec in signature.output_specs:
@@ -197,7 +200,8 @@ def _program(exported: Any, module: torch.nn.Module, outputs: Any, sizes: Any, u
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
             raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
-    return Program(exported.graph_module, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated))
+    graph = exported.graph_module
+    return Program(graph, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated), wide)
 
 
 def as_constant(tensor: torch.Tensor) -> np.ndarray:

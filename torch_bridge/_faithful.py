@@ -27,22 +27,24 @@ def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
     return outputs
 
 
-def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leaves: Sequence[Any]) -> None:
+def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leaves: Sequence[Any]) -> list[str]:
     """Refuse a graph whose outputs or gradients differ from the module's, on the example inputs.
+
+    Returns the names of integers in it that have more than 32 bits there.
 
     What torch.export does not follow is dropped without a word: hooks, derivatives of one's own, grad modes. Rather
     than to look for each, what is left is compared, with the same random numbers.
     """
     parameters = {name: p for name, p in flat.named_parameters() if p.is_floating_point()}
     with _all_require_gradients(flat), _same_draws():
-        results = _run(flat, exported, leaves)
+        results, wide = _run(flat, exported, leaves)
         pairs = zip(outputs, results[len(results) - len(outputs) :], strict=True)  # new buffers come first
         tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
         differ = [] if all(_same(a, b) for a, b in tensors) else ["outputs"]
         theirs = _gradients([a for a, _ in tensors], list(parameters.values()))
         ours = _gradients([b for _, b in tensors], list(parameters.values()))
     if theirs is not None and not differ:
-        size = max((float(g.abs().max()) for g in theirs if g.numel()), default=0.0)
+        size = max((float(g.nan_to_num(0, 0, 0).abs().max()) for g in theirs if g.numel()), default=0.0)
         names = [name.removeprefix("module.") for name in parameters]
         differ = [
             f"gradient in {n!r}"
@@ -54,6 +56,7 @@ def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leave
             f"what torch.export makes of the module has other values than the module: {', '.join(differ)}. It follows"
             f" no {CAUSES}."
         )
+    return wide
 
 
 @contextlib.contextmanager
@@ -78,8 +81,25 @@ def _same_draws() -> Iterator[None]:
         yield
 
 
-def _run(flat: nn.Module, exported: Any, leaves: Sequence[Any]) -> list[Any]:
-    """All outputs of the graph, run by torch with the module's own parameters."""
+class _Noting(torch.fx.Interpreter):
+    """Runs a graph, and notes which integers in it 32 bits do not hold."""
+
+    def __init__(self, graph: torch.fx.GraphModule, names: dict[str, str]):
+        super().__init__(graph)
+        self.wide: list[str] = []
+        self._names = names  # of inputs and what the module holds
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.uint64) and value.numel():
+            limits = torch.iinfo(torch.int32 if value.dtype == torch.int64 else torch.uint32)
+            if not limits.min <= int(value.min()) <= int(value.max()) <= limits.max:
+                self.wide.append(self._names.get(n.name, str(n.target)))
+        return value
+
+
+def _run(flat: nn.Module, exported: Any, leaves: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """All outputs of the graph, run by torch with the module's own parameters; and its wide integers."""
     given = iter(leaves)
     values: list[Any] = []
     for spec in exported.graph_signature.input_specs:
@@ -91,7 +111,11 @@ def _run(flat: nn.Module, exported: Any, leaves: Sequence[Any]) -> list[Any]:
             value = exported.state_dict.get(spec.target)
             value = exported.constants.get(spec.target) if value is None else value
             values.append(value.detach().clone() if isinstance(value, Tensor) else value)
-    return list(exported.graph_module.forward(*values))  # not by a call, which runs hooks
+    specs = exported.graph_signature.input_specs
+    names = {spec.arg.name: (spec.target or "inputs").removeprefix("module.") for spec in specs}
+    noting = _Noting(exported.graph_module, names)
+    results = noting.run(*values)  # not by a call, which runs hooks
+    return list(results), noting.wide
 
 
 def _check_nodes(outputs: Sequence[Any]) -> None:
@@ -115,8 +139,9 @@ def _check_nodes(outputs: Sequence[Any]) -> None:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not generated:
             raise NotImplementedError(
                 f"module uses a torch.autograd.Function ({node.name().removesuffix('Backward')}), whose own derivative"
-                " torch.export drops: make it a torch.library.custom_op, and say what it is in JAX with"
-                " torch_bridge.register_operator."
+                " torch.export drops: put plain operators in its place, if their derivative is the same, as"
+                " torch.nn.GELU('tanh') for Bloom's gelu_impl; or make it a torch.library.custom_op, and say what it is"
+                " in JAX with torch_bridge.register_operator."
             )
         more = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= more

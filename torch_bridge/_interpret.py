@@ -56,21 +56,33 @@ def check_operators(program: Program) -> None:
         raise NotImplementedError(
             f"module uses operators that have no JAX function here: {found}. Say what"
             " they are with torch_bridge.register_operator(torch.ops.<library>.<operator>, function). What is random,"
-            " or makes tensors whose sizes depend on data, cannot be converted."
+            f" or makes tensors whose sizes depend on data, cannot be converted.{_experts(found)}"
         )
 
 
+def _experts(found: str) -> str:
+    """What to do about kernels of mixtures of experts, for which Hugging Face's models have an alternative."""
+    way_out = " For Hugging Face's mixtures of experts, call module.set_experts_implementation('batched_mm') first."
+    return way_out if "grouped_mm" in found else ""
+
+
 def check_dtypes(program: Program) -> None:
-    """Refuse 64-bit floating numbers where JAX has none."""
+    """Refuse 64-bit floating numbers, and integers that need 64 bits, where JAX has none."""
     if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
         return
+    way_out = "convert it and call model_fn inside of `with jax.enable_x64(True)`"
+    if program.wide:
+        raise TypeError(
+            f"module has integers of more than 32 bits with example_inputs ({', '.join(program.wide)}), but JAX's"
+            f" 64-bit types are switched off: {way_out}, or make these smaller."
+        )
     for node in program.graph.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in (torch.float64, torch.complex128):
             what = where(node) if node.op == "call_function" else program.parameters.get(node.name, node.name)
             raise TypeError(
-                f"module computes in {value.dtype} ({what}), but JAX's 64-bit types are switched off: convert it"
-                " and call model_fn inside of `with jax.enable_x64(True)`, or use module.float()."
+                f"module computes in {value.dtype} ({what}), but JAX's 64-bit types are switched off: {way_out}, or"
+                " use module.float()."
             )
 
 

@@ -77,6 +77,20 @@ def _name(path: str) -> str:
     return f"module's {path!r}" if path else "module"
 
 
+class ModuleCallError(RuntimeError):
+    """What the module itself raises on the example inputs."""
+
+
+def check_initialised(module: nn.Module) -> None:
+    """Refuse lazy parameters that have no shape yet."""
+    lazy = [name for name, parameter in module.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"{', '.join(lazy)} of the module have no shape yet, as those of lazy modules: call the module on a batch"
+            " first."
+        )
+
+
 def check_examples(leaves: list[torch.Tensor]) -> None:
     """Refuse inputs with nothing in them, of which torch.export would make a graph for that size only."""
     if any(leaf.ndim and not len(leaf) for leaf in leaves):
@@ -96,6 +110,12 @@ def of_export(error: Exception, dynamic: bool) -> Exception:
         return NotImplementedError(
             "module uses tensor.data (use tensor.detach()), or derivatives of its own parts (torch.autograd.grad),"
             f" which torch.export does not follow. It says: {error}"
+        )
+    if "data-dependent" in str(error):
+        return NotImplementedError(
+            "module decides by values of its data which operators run, or how large tensors are, which one graph does"
+            " not: compute all cases, and choose with torch.where or indices. A mixture of experts of Hugging Face does"
+            f" so after module.set_experts_implementation('batched_mm'). It says: {str(error).partition(chr(10))[0]}"
         )
     way_out = "If it depends on the batch's size, pass dynamic_batch=False. " if dynamic else ""
     return RuntimeError(f"torch.export could not export module. {way_out}It says: {error}")

@@ -7,6 +7,7 @@ import jax
 import torch
 from torch import Tensor, nn
 
+from torch_bridge.batches import WRAPPERS, as_outputs
 from torch_bridge.modules import from_module
 from torch_bridge.tensors import to_jax
 
@@ -17,7 +18,7 @@ class Snapshot:
     def __init__(self, module: nn.Module, free: Mapping[str, Tensor]):
         self._module, self._free = module, dict(free)
         self._constants = {name: tensor.clone() for name, tensor in self._fixed().items()}
-        self._parts = self._modes()
+        self._parts, self._values = self._modes(), self._attributes()
 
     def _fixed(self) -> dict[str, Tensor]:
         tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
@@ -26,14 +27,42 @@ class Snapshot:
     def _modes(self) -> dict[str, tuple[nn.Module, bool]]:
         return {name: (part, part.training) for name, part in self._module.named_modules()}
 
+    def _attributes(self) -> dict[str, Any]:
+        """What else a module computes with: numbers, text, functions, and hooks, each by its name."""
+        found = {}
+        for path, part in self._module.named_modules():
+            for name, value in [] if isinstance(part, WRAPPERS) else vars(part).items():
+                if name.endswith(("ward_hooks", "ward_pre_hooks")):
+                    found[f"{path}.{name[1:]}".removeprefix(".")] = tuple(value.values())
+                elif not name.startswith("_") and name != "training" and _is_plain(value):
+                    found[f"{path}.{name}".removeprefix(".")] = _frozen(value)
+        return found
+
     def changed(self) -> list[str]:
         """The names of what changed or was replaced since: parameters, buffers, parts and their modes."""
         now, tensors, parts = dict(self._module.named_parameters()), self._fixed(), self._modes()
         names = [name for name, parameter in self._free.items() if now.get(name) is not parameter]
         names += sorted(tensors.keys() ^ self._constants.keys())
         names += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
+        values = self._attributes()
+        names += [n for n in {**self._values, **values} if not _equal(values.get(n, ()), self._values.get(n, ()))]
         paths = sorted(parts.keys() | self._parts.keys())
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    function = callable(value) and not isinstance(value, nn.Module)
+    return value is None or isinstance(value, bool | int | float | str) or function
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _equal(now: Any, before: Any) -> bool:
+    return now is before or bool(now == before)
 
 
 def _same(now: Tensor | None, before: Tensor) -> bool:
@@ -50,12 +79,13 @@ class ConvertedModule:
     **Arguments:**
 
     - `module`: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
-      as they are, and parameters may change their values, but not be replaced: operators made after that raise
-      RuntimeError. What is in no tensor, such as an attribute that is a number, must not change either, which is not
-      seen.
+      as they are, and so must attributes that are numbers, text or functions, and hooks; parameters may change their
+      values, but not be replaced: operators made after that raise RuntimeError. Attributes of other kinds, such as a
+      config, must not change either, which is not seen.
     - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
 
-    **Attributes:** `module`, and `model_fn`, as `from_module` returns it. `params()` gives the parameters as they are.
+    **Attributes:** `module`; `model_fn`, as `from_module` returns it; `output_fn`, the same, but for the `logits` alone
+    of a module that returns a mapping with these. `params()` gives the parameters as they are.
 
     >>> import torch, torch_bridge
     >>> module = torch.nn.Linear(2, 3)
@@ -70,13 +100,17 @@ class ConvertedModule:
         try:
             self.model_fn, values = from_module(module, example_inputs, train=None)
         except NotImplementedError as error:
-            if not any(part.training for part in module.modules()):
+            if "train=True" not in str(error):  # which is what changes in evaluation mode
                 raise
             raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
+        self.output_fn = self._outputs  # one object, whose compilations are found again
         self.module = module
         self._names = list(values)
         parameters = dict(module.named_parameters())
         self._snapshot = Snapshot(module, {name: parameters[name] for name in values})
+
+    def _outputs(self, params: dict[str, jax.Array], inputs: Any) -> Any:
+        return as_outputs(self.model_fn(params, inputs))
 
     def params(self) -> dict[str, jax.Array]:
         """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""

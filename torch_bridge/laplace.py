@@ -5,7 +5,6 @@
 This module needs laplace-torch (0.3); `import torch_bridge` does not import it.
 """
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -14,12 +13,8 @@ from laplace.utils import Kron
 from torch import Tensor, nn
 
 from torch_bridge.converted import ConvertedModule
-from torch_bridge.operators import (
-    EFLinearOperator,
-    GGNDiagonalLinearOperator,
-    GGNLinearOperator,
-    KFACLinearOperator,
-)
+from torch_bridge.operators import EFLinearOperator, GGNLinearOperator
+from torch_bridge.structured import GGNDiagonalLinearOperator, KFACLinearOperator
 
 
 class _JAX(CurvatureInterface):
@@ -34,11 +29,6 @@ class _JAX(CurvatureInterface):
         return module
 
     def _args(self, x: Any, y: Tensor) -> tuple[Any, ...]:
-        if isinstance(x, MutableMapping):
-            raise NotImplementedError(
-                "the JAX backends take batches (inputs, targets) of tensors; for dict-like ones wrap the module, or use"
-                " CurvlinopsGGN."
-            )
         if self._converted is None or self._converted.module is not self._module:
             self._converted = ConvertedModule(self._module, x)
         return self._converted, self.lossfunc, self.params, [(x, y)]
@@ -66,6 +56,8 @@ def _seed() -> int:
 
 class JAXGGN(_JAX, GGNInterface):
     """The GGN by JAX, exact or (`stochastic`) by Monte-Carlo samples, as a backend of laplace-torch.
+
+    Batches are pairs, or mappings, with which the module is called as laplace-torch calls it.
 
     For `hessian_structure` "kron", "diag" and "full", of all layers or the last one. Modules are those of
     `torch_bridge.from_module`. "kron" takes linear layers and convolutions without groups; biases, scales and shifts

@@ -11,8 +11,9 @@ import torch
 
 from torch_bridge._export import Program, export
 from torch_bridge._interpret import check_dtypes, check_operators, run
-from torch_bridge._refused import check_examples, check_module, of_export
+from torch_bridge._refused import ModuleCallError, check_examples, check_module, of_export
 from torch_bridge.aten.dtypes import to_dtype
+from torch_bridge.batches import Call, as_inputs, check_tensors, how_to_call
 from torch_bridge.tensors import to_jax
 
 ModelFn = Callable[..., Any]
@@ -32,10 +33,11 @@ def from_module(
     - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
       `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
       Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all modules are refused.
-    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments, of tensors
-      and nested containers of them (arguments that are no tensors: wrap the module). `inputs` has the same structure,
-      with arrays. Use values that it works for. All whose first axis is as long as the first tensor's have a batch axis
-      there.
+    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments, of tensors
+      and nested containers of them (arguments that are no tensors: wrap the module). The mapping may be of any class,
+      such as Hugging Face's `BatchEncoding`; where none of its keys is an argument of `forward`, it is the one
+      argument. `inputs` has the same structure, with arrays, and any mapping for a mapping. Use values that it works
+      for. All whose first axis is as long as the first tensor's have a batch axis there.
     - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in, in which
       what is random or changes buffers is refused. With True, `model_fn(params, inputs, key=None)` returns `(outputs,
       buffers)`: a dict of those that the call changed, such as running statistics, by torch's names, from what the
@@ -48,7 +50,8 @@ def from_module(
     of copies: later changes of the module are not seen. Frozen ones (`requires_grad=False`) are among them, and have
     derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
     constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. Integers of 64 bits are
-    of 32 bits where JAX has no others. Places out of range give NaN, not an error.
+    of 32 bits where JAX has no others, and refused where `example_inputs` lead to larger ones. Places out of range give
+    NaN, not an error.
 
     `torch.export` drops some things in silence. Torch runs the module and the graph on `example_inputs`, and where an
     output or a gradient differs by more than rounding, as with a `torch.autograd.Function`, the module is refused.
@@ -56,7 +59,7 @@ def from_module(
     **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
     them and their modules, and, unless `train=True`, for what is random or writes into buffers; TypeError for inputs
     that are not tensors, and for float64 where JAX has 64-bit types switched off; RuntimeError where
-    torch.export fails.
+    torch.export fails, or the module itself.
 
     >>> import torch, jax, ggn_jax
     >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
@@ -69,16 +72,9 @@ def from_module(
     (3, 2)
     """
     check_module(module)
-    kind = (
-        "dict" if isinstance(example_inputs, dict) else "tuple" if isinstance(example_inputs, tuple | list) else "one"
-    )
-    leaves, structure = jax.tree.flatten(example_inputs)
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"example_inputs must hold tensors only; got {type(leaf).__name__}. Fix other arguments in a module"
-                " around this one."
-            )
+    check_tensors("example_inputs", example_inputs)
+    call = how_to_call(module, example_inputs)
+    leaves, structure = jax.tree.flatten(as_inputs(example_inputs))
     check_examples(leaves)
     leaves = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
     programs: dict[Any, Program] = {}
@@ -90,14 +86,14 @@ def from_module(
             examples = leaves
             if not dynamic_batch:
                 examples = [_resized(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
-            program = _export(source, examples, structure, kind, train, dynamic_batch)
+            program = _export(source, examples, structure, call, train, dynamic_batch)
             check_operators(program)
             check_dtypes(program)
             programs[key] = program
         return programs[key]
 
     def model_fn(params: dict[str, jax.Array], inputs: Any, *, key: jax.Array | None = None) -> Any:
-        arrays, given = jax.tree.flatten(inputs)
+        arrays, given = jax.tree.flatten(as_inputs(inputs))
         if given != structure:  # type: ignore[operator]  # untyped in jaxlib
             raise ValueError(f"inputs must have the structure of example_inputs, {structure}; got {given}.")
         arrays = [jnp.asarray(array) for array in arrays]
@@ -135,17 +131,28 @@ def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.
             shape = ", ".join("N" if size is None else str(size) for size in sizes)
             raise ValueError(
                 f"inputs must be like example_inputs: wanted {to_dtype(leaf.dtype)} of shape [{shape}], got"
-                f" {array.dtype} of shape {array.shape}. For other sizes than the batch's, convert the module again."
+                f" {array.dtype} of shape {array.shape}.{_way_out(array.dtype, to_dtype(leaf.dtype))}"
             )
 
 
+def _way_out(got: Any, wanted: Any) -> str:
+    if got == wanted:
+        return " For other sizes than the batch's, convert the module again."
+    if got.kind == wanted.kind and got.itemsize == 8:
+        return (
+            f" As JAX's 64-bit types are switched off, the module's integers are of 32 bits: pass jnp.asarray(array,"
+            f" jnp.{wanted}), or convert it and call model_fn inside of `with jax.enable_x64(True)`."
+        )
+    return f" Cast them to {wanted}, or convert the module again for others."
+
+
 def _export(
-    module: torch.nn.Module, leaves: list[Any], structure: Any, kind: str, train: bool | None, dynamic: bool
+    module: torch.nn.Module, leaves: list[Any], structure: Any, call: Call, train: bool | None, dynamic: bool
 ) -> Program:
     with _in_mode(module, train):
         try:
-            return export(module, leaves, structure, kind, dynamic=dynamic, updates=train is True)
-        except NotImplementedError:
+            return export(module, leaves, structure, call, dynamic=dynamic, updates=train is True)
+        except (NotImplementedError, ModuleCallError):
             raise
         except Exception as error:
             raise of_export(error, dynamic) from error

@@ -1,10 +1,9 @@
-"""Curvature operators of PyTorch modules: torch tensors go in and come out, jitted JAX does the work."""
+"""Curvature operators of PyTorch modules: torch tensors go in and come out. Here those that are products."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,17 +13,17 @@ from torch_bridge.setting import Params, Setting
 from torch_bridge.tensors import jax_on, to_jax, to_torch
 
 SEED = 2147483647
-# What `ggn_jax.KFACLinearOperator` calls otherwise, and where it is given here.
-ELSEWHERE = {
-    "sharing": "kfac_approx",
-    "bias": "separate_weight_and_bias",
-    "chunk_size": "the batches of data",
-    "key": "seed",
-}
 
 
-def _sampling(mc_samples: int, seed: int) -> dict[str, Any]:
-    return {"mc_samples": mc_samples, "key": jax.random.key(seed) if mc_samples else None}
+def as_key(seed: Any) -> jax.Array:
+    """The key of a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer; got {seed!r}.")
+    return jax.random.key(int(seed))
+
+
+def sampling(mc_samples: int, seed: int) -> dict[str, Any]:
+    return {"mc_samples": mc_samples, "key": as_key(seed) if mc_samples else None}
 
 
 class TorchLinearOperator:
@@ -62,7 +61,8 @@ class TorchLinearOperator:
             parts = other.split(self._sizes)
             tensors = [part.reshape(*shape, *other.shape[1:]) for part, shape in zip(parts, self._shapes, strict=True)]
             results = self._product(tensors, columns=other.ndim == 2)
-            return torch.cat([result.reshape(-1, *other.shape[1:]) for result in results])
+            pairs = zip(self._sizes, results, strict=True)
+            return torch.cat([result.reshape(size, *other.shape[1:]) for size, result in pairs])
         tensors = list(other)
         if not all(isinstance(tensor, Tensor) for tensor in tensors):
             raise TypeError(
@@ -82,12 +82,16 @@ class TorchLinearOperator:
         if not columns:
             return self._times(tensors)
         number = tensors[0].shape[-1]
+        if not number:
+            return [tensor.to(self.device, self.dtype) for tensor in tensors]
         results = [self._times([tensor[..., k] for tensor in tensors]) for k in range(number)]
         return [torch.stack(parts, dim=-1) for parts in zip(*results, strict=True)]
 
     def _times(self, tensors: list[Tensor]) -> list[Tensor]:
         with jax_on(self.device):
             names = self._setting.names
+            if any(tensor.is_complex() for tensor in tensors):
+                raise TypeError("the operator is real; got a complex tensor: multiply its real and imaginary parts.")
             vector = {n: to_jax(t.to(self.device, self.dtype)) for n, t in zip(names, tensors, strict=True)}
             product = self._operator.mv(vector)
             return [to_torch(product[name]) for name in names]
@@ -97,7 +101,7 @@ class TorchLinearOperator:
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
 
         def product(x: Any) -> Any:
-            result = self @ torch.as_tensor(np.asarray(x), device=self.device, dtype=self.dtype)
+            result = self @ torch.as_tensor(np.asarray(x), device=self.device)
             return result.cpu().numpy().astype(x.dtype)
 
         return LinearOperator(
@@ -117,9 +121,13 @@ class GGNLinearOperator(TorchLinearOperator):
     - `params`: a list or dict of parameters of the module: the curvature is in these, whether or not they require
       gradients, and all others are constants. For those that are trained: `[p for p in module.parameters() if
       p.requires_grad]`.
-    - `data`: an iterable of pairs (inputs, targets), read once and put together: the operator is that of one batch of
-      all, also where class weights or ignored targets make a mean one over something else than examples.
+    - `data`: an iterable of batches, read once and put together: the operator is that of one batch of all, also where
+      class weights or ignored targets make a mean one over something else than examples. A batch is a pair (inputs,
+      targets), with inputs as for `from_module`, or a mapping of tensors whose targets are its `labels`; of a module
+      that returns a mapping, the loss is of its `logits`.
     - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
+    - `progress`: go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix, but for
+      rounding. They may differ in sizes for which the module is converted; a function is compiled for each.
 
     Products are those at the parameters' values when it was made, and refused once these have changed.
 
@@ -140,11 +148,12 @@ class GGNLinearOperator(TorchLinearOperator):
         *,
         mc_samples: int = 0,
         seed: int = SEED,
+        progress: bool = False,
     ):
-        setting = Setting(model_func, loss_func, params, data)
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
         with jax_on(setting.device):
-            options = _sampling(mc_samples, seed) | {"chunk_size": setting.size}
-            super().__init__(setting, ggn_jax.GGNLinearOperator(*setting.args, **options), follows=True)
+            operator = setting.operator(ggn_jax.GGNLinearOperator, sampling(mc_samples, seed))
+        super().__init__(setting, operator, follows=True)
 
 
 class DerivativeLinearOperator(TorchLinearOperator):
@@ -152,10 +161,10 @@ class DerivativeLinearOperator(TorchLinearOperator):
 
     _kind: Any
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
-        setting = Setting(model_func, loss_func, params, data)
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
         with jax_on(setting.device):
-            operator = self._kind(*setting.args, chunk_size=setting.size)
+            operator = setting.operator(self._kind, {})
         super().__init__(setting, operator, follows=True)
 
 
@@ -189,189 +198,3 @@ class HessianLinearOperator(DerivativeLinearOperator):
     """
 
     _kind = ggn_jax.HessianLinearOperator
-
-
-class BlockTorchLinearOperator(TorchLinearOperator):
-    """A block-diagonal operator: what KFAC, EKFAC and their inverses share."""
-
-    def _number(self, name: str) -> Tensor:
-        with jax_on(self.device):
-            return to_torch(getattr(self._operator, name)())
-
-    def trace(self) -> Tensor:
-        """The trace."""
-        return self._number("trace")
-
-    def det(self) -> Tensor:
-        """The determinant; `logdet` does not overflow."""
-        return self._number("det")
-
-    def logdet(self) -> Tensor:
-        """The logarithm of the determinant."""
-        return self._number("logdet")
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
-        return self._number("frobenius_norm")
-
-    def inverse(self, damping: float = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
-        """The inverse of `self + damping * I`; `heuristic` splits the damping between the factors."""
-        method = "heuristic" if heuristic else "exact"
-        with jax_on(self.device):
-            return BlockTorchLinearOperator(self._setting, self._operator.inverse(damping, method))
-
-
-class KFACLinearOperator(BlockTorchLinearOperator):
-    """KFAC of a module's loss: `ggn_jax.KFACLinearOperator` for PyTorch.
-
-    **Arguments:** `model_func`, `loss_func`, `params`, `data` as for `GGNLinearOperator`, and, named as curvlinops',
-
-    - `seed`, `fisher_type`, `mc_samples`: as for `ggn_jax.KFACLinearOperator`.
-    - `kfac_approx`: `"expand"` or `"reduce"`.
-    - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
-    - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
-
-    **Raises:** TypeError for `sharing`, `bias`, `key` and `chunk_size`, which the arguments above and `data` stand for.
-
-    It is computed when it is made, at the parameters' values then.
-
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> kfac = KFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = kfac.inverse(damping=0.1) @ list(module.parameters())
-    """
-
-    _kind: Any = ggn_jax.KFACLinearOperator
-
-    def __init__(
-        self,
-        model_func: Any,
-        loss_func: Any,
-        params: Params,
-        data: Iterable[Any],
-        *,
-        seed: int = SEED,
-        fisher_type: ggn_jax.FisherType | str = "mc",
-        mc_samples: int = 1,
-        kfac_approx: str = "expand",
-        separate_weight_and_bias: bool = True,
-        **options: Any,
-    ):
-        if given := sorted(options.keys() & ELSEWHERE):
-            ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
-            raise TypeError(f"these options have another place here, in brackets: {ways}.")
-        setting = Setting(model_func, loss_func, params, data)
-        options = {"positions": "exact"} | options
-        drawn = ggn_jax.FisherType(fisher_type) is ggn_jax.FisherType.MC or options["positions"] == "signs"
-        options |= {"fisher_type": fisher_type, "mc_samples": mc_samples, "sharing": kfac_approx}
-        options |= {"bias": "separate" if separate_weight_and_bias else "joint", "chunk_size": setting.size}
-        with jax_on(setting.device):
-            key = jax.random.key(seed) if drawn else None
-            super().__init__(setting, self._kind(*setting.args, key=key, **options))
-
-    def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
-
-        `B (x) A` is on the parameter as a matrix `[out, in]`, rows first, which has all its axes but the first in its
-        columns.
-
-        **Raises:** NotImplementedError for a parameter whose block is no such product: of a bias that is one more
-        input, an embedding, groups of channels, several uses, a transposed convolution; naming it.
-        """
-        with jax_on(self.device):
-            found = self._operator.factors()
-            named = dict(zip(self._setting.names, self._setting.params, strict=True))
-            return {name: _factors(name, p.shape, found, self._operator) for name, p in named.items()}
-
-
-def _factors(name: str, shape: torch.Size, found: dict[str, Any], operator: Any) -> tuple[Tensor, ...]:
-    block = found.get(f"['{name}']")
-    if block is None:
-        raise NotImplementedError(f"{name} has no block of its own: pass separate_weight_and_bias=True.")
-    if len(shape) < 2:
-        return (to_torch(operator.block(f"['{name}']")),)
-    a: Any = getattr(block, "a", ())
-    b: Any = getattr(block, "b", ())
-    size = shape[0], shape[1:].numel()
-    if len(a) == 1 and a[0].shape == (1, size[1], size[1]) and b[0].shape == (1, size[0], size[0]):
-        vector = {n: jnp.zeros(x.shape, x.dtype) for n, x in operator.in_structure().items()}
-        probe = jnp.cos(jnp.arange(1.0, size[0] * size[1] + 1)).reshape(size).astype(a[0].dtype)
-        vector[name] = probe.reshape(vector[name].shape).astype(vector[name].dtype)
-        wanted, product = operator.mv(vector)[name].reshape(size), b[0][0] @ probe @ a[0][0]
-        if np.allclose(wanted, product, rtol=1e-3, atol=1e-4 * float(jnp.abs(product).max())):
-            return to_torch(b[0][0]), to_torch(a[0][0])
-    raise NotImplementedError(
-        f"{name} of shape {tuple(shape)} has a block that is not one Kronecker product of its rows and columns"
-        " (groups, an embedding, several uses, or another layout): ggn_jax.KFACLinearOperator of from_module's function"
-        " has it."
-    )
-
-
-class EKFACLinearOperator(KFACLinearOperator):
-    """EKFAC of a module's loss: `ggn_jax.EKFACLinearOperator` for PyTorch.
-
-    **Arguments:** as for `KFACLinearOperator`.
-
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> ekfac = EKFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = ekfac.inverse(damping=0.1) @ list(module.parameters())
-    """
-
-    _kind = ggn_jax.EKFACLinearOperator
-
-
-class GGNDiagonalLinearOperator(TorchLinearOperator):
-    """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
-
-    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
-
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
-    """
-
-    def __init__(
-        self,
-        model_func: Any,
-        loss_func: Any,
-        params: Params,
-        data: Iterable[Any],
-        *,
-        mc_samples: int = 0,
-        seed: int = SEED,
-    ):
-        setting = Setting(model_func, loss_func, params, data)
-        with jax_on(setting.device):
-            options = _sampling(mc_samples, seed) | {"chunk_size": setting.size}
-            super().__init__(setting, ggn_jax.GGNDiagonalLinearOperator(*setting.args, **options))
-
-    def diagonal(self) -> list[Tensor]:
-        """The diagonal, as tensors like the parameters."""
-        with jax_on(self.device):
-            return [to_torch(self._operator.entries[name]) for name in self._setting.names]
-
-    def trace(self) -> Tensor:
-        """The trace."""
-        return torch.stack([entries.sum() for entries in self.diagonal()]).sum()
-
-    def logdet(self) -> Tensor:
-        """The logarithm of the determinant."""
-        return torch.stack([entries.log().sum() for entries in self.diagonal()]).sum()
-
-    def det(self) -> Tensor:
-        """The determinant; `logdet` does not overflow."""
-        return self.logdet().exp()
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
-        return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
-
-    def inverse(self, damping: float = 0.0) -> TorchLinearOperator:
-        """The inverse of `self + damping * I`."""
-        with jax_on(self.device):
-            return TorchLinearOperator(self._setting, self._operator.damped(damping).inverse())

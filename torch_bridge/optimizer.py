@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge._refused import check_initialised
+from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule, Snapshot
 from torch_bridge.losses import build_loss, find_loss
 from torch_bridge.tensors import jax_on, to_jax, to_torch
@@ -29,8 +32,9 @@ class KFAC(torch.optim.Optimizer):
     **Arguments:**
 
     - `module`: converted by `from_module` at the first step, in the mode that it is in; its parameters that require
-      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode
-      changes, or parameters are replaced, the next step raises.
+      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode,
+      an attribute that is a number, or a hook changes, parameters are replaced, or others require gradients, the next
+      step raises.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
     - `lr`, `damping`, `weight_decay`: read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
     - `seed`: for what is drawn.
@@ -67,6 +71,7 @@ class KFAC(torch.optim.Optimizer):
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
             raise TypeError(f"{unknown} are no options of KFAC, which has {', '.join(sorted(OPTIONS))}.")
+        check_initialised(module)
         numbers = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -93,19 +98,22 @@ class KFAC(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, batch: tuple[Any, Tensor]) -> Tensor:  # type: ignore[override]  # it needs no closure
-        """Change the parameters by one step on a batch `(inputs, targets)`, and return its loss before that."""
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise TypeError(
-                f"step takes a batch (inputs, targets), whose loss it computes itself; got {type(batch).__name__}."
-            )
+    def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
+        """Change the parameters by one step on a batch, and return its loss before that.
+
+        `batch` is a pair `(inputs, targets)`, or a mapping of tensors whose targets are its `labels`.
+        """
+        example, target = as_pair("batch", batch)
+        check_tensors("batch", batch)
         with jax_on(self._device):
-            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), tuple(batch))
+            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
             params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
             if self._run is None:
-                self._start(batch[0], inputs, params)
+                self._start(example, inputs, params)
             assert self._run is not None
             self._check_unchanged()
+            if self._device.type == "cpu":  # elsewhere this would wait for the device, and the loss is NaN
+                self._check_targets(params, inputs, targets)
             numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
             key = jax.random.fold_in(jax.random.key(self._seed), self._count)
             new, self._kfac_state, value = self._run(params, self._kfac_state, (inputs, targets), key, numbers)
@@ -117,7 +125,7 @@ class KFAC(torch.optim.Optimizer):
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
         converted = ConvertedModule(self._module, example)
-        converted_fn, values = converted.model_fn, converted.params()
+        converted_fn, values = converted.output_fn, converted.params()
         fixed = {name: value for name, value in values.items() if name not in params}
         loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -150,11 +158,26 @@ class KFAC(torch.optim.Optimizer):
         if self._saved is not None:
             self._kfac_state, self._saved = self._restored(self._saved), None
         self._snapshot = Snapshot(self._module, self._trained)
+
+        def valid(params: Any, inputs: Any, targets: Any) -> Any:
+            return jnp.all(loss.targets_valid(_zeros(model_fn, params, inputs), targets))
+
+        def value(params: Any, inputs: Any, targets: Any) -> Any:
+            return loss(_zeros(model_fn, params, inputs), targets)
+
+        self._valid, self._value = jax.jit(valid), value
         self._run = jax.jit(run, donate_argnums=1)
+
+    def _check_targets(self, params: Any, inputs: Any, targets: Any) -> None:
+        """Refuse targets that are not of the loss's domain, where they can be looked at."""
+        if not bool(self._valid(params, inputs, targets)):
+            self._value(params, inputs, targets)  # raises, with the first place
 
     def _check_unchanged(self) -> None:
         """Refuse to go on with constants that are not the module's any more."""
-        if changed := self._snapshot.changed():
+        changed = self._snapshot.changed()
+        changed += [n for n, p in self._module.named_parameters() if p.requires_grad != (n in self._trained)]
+        if changed:
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
                 " constants: make the optimizer anew."
@@ -190,3 +213,9 @@ class KFAC(torch.optim.Optimizer):
         self._count, self._seed = own["count"], own["seed"]
         self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
         self._run = self._kfac_state = None  # the next step starts from what was saved
+
+
+def _zeros(model_fn: Callable[..., Any], params: Any, inputs: Any) -> jax.Array:
+    """An array like the outputs, of which only the shape counts."""
+    outputs = jax.eval_shape(model_fn, params, inputs)
+    return jnp.zeros(outputs.shape, outputs.dtype)

@@ -1,6 +1,6 @@
-"""A PyTorch module, its loss, and all data as one batch, in JAX: what operators of modules are made of."""
+"""A PyTorch module, its loss and its data, in JAX: what operators of modules are made of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+from torch_bridge._refused import check_initialised
+from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
 from torch_bridge.losses import build_loss, find_loss
 from torch_bridge.tensors import jax_on, to_jax
@@ -16,9 +18,12 @@ Params = Sequence[Tensor] | dict[str, Tensor]
 
 
 class Setting:
-    """A module, its loss, and all data as one batch, in JAX; and which of the parameters the curvature is in."""
+    """A module, its loss and all data, in JAX; and which of the parameters the curvature is in.
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]):
+    Data are one batch; or, for `progress`, the batches as they came.
+    """
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
         if not isinstance(model_func, torch.nn.Module | ConvertedModule):
             raise TypeError(
                 f"model_func must be a torch.nn.Module or a ConvertedModule; got {type(model_func).__name__}."
@@ -28,36 +33,47 @@ class Setting:
         if not self.params:
             raise ValueError("params must hold at least one parameter of the module.")
         found = {id(parameter): name for name, parameter in module.named_parameters()}
-        foreign = [i for i, parameter in enumerate(self.params) if id(parameter) not in found]
-        if foreign or len({id(parameter) for parameter in self.params}) < len(self.params):
-            raise ValueError(f"params must be different parameters of model_func; numbers {foreign} are not.")
-        self.names = [found[id(parameter)] for parameter in self.params]
+        seen = [id(parameter) for parameter in self.params]
+        wrong = [i for i, key in enumerate(seen) if key not in found or key in seen[:i]]
+        if wrong:
+            raise ValueError(
+                f"params must be different parameters of model_func, in a list or dict; numbers {wrong} are not."
+            )
+        check_initialised(module)
+        self.names = [found[key] for key in seen]
         kinds = {(p.dtype, p.device) for p in self.params}
         if len(kinds) > 1:
             raise ValueError(f"params must have one dtype and one device; got {sorted(map(str, kinds))}.")
         ((self.dtype, self.device),) = kinds
         self.before = [parameter.detach().clone() for parameter in self.params]
-        batches = [_pair(number, batch) for number, batch in enumerate(data)]
-        if not batches:
-            raise ValueError("data must yield at least one batch.")
+        batches = _pairs(data)
         entry = find_loss(loss_func)
         text, tensors = entry.take_apart(loss_func)
         with jax_on(self.device):
             converted = model_func
             if not isinstance(converted, ConvertedModule):
                 converted = ConvertedModule(module, batches[0][0])
-            model_fn, values = converted.model_fn, converted.params()
+            model_fn, values = converted.output_fn, converted.params()
             self.values = {name: values[name] for name in self.names}
             fixed = {name: value for name, value in values.items() if name not in self.values}
             # The same function for the same conversion, if it can be, so that what is compiled is used again.
             self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
-            self.batch = _joined([jax.tree.map(self.to_jax, batch) for batch in batches])
+            arrays = [jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches]
+            self.data = arrays if progress else _joined(arrays)
             self.size = max(len(batch[1]) for batch in batches)
+        self._progress = progress
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self.model_fn, self.loss, self.values, self.batch
+    def operator(self, kind: Any, options: dict[str, Any]) -> Any:
+        """An operator of `ggn_jax`."""
+        args = self.model_fn, self.loss, self.values, self.data
+        if self._progress:
+            try:
+                return kind.from_batches(*args, **options, progress=True)
+            except ValueError as error:
+                raise ValueError(f"{error} With tensors of PyTorch, leave progress out for all data as one.") from error
+        whole = options.get("examples") == "coupled"
+        return kind(*args, **options, chunk_size=None if whole else self.size)
 
     def to_jax(self, tensor: Tensor) -> jax.Array:
         return to_jax(tensor.to(self.device))
@@ -71,21 +87,40 @@ class Setting:
             )
 
 
-def _pair(number: int, batch: Any) -> tuple[Any, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+def _pairs(data: Iterable[Any]) -> list[tuple[Any, Tensor]]:
+    if isinstance(data, Mapping | Tensor):
         raise TypeError(
-            "data must yield pairs of inputs and a tensor of targets, as a DataLoader or a list [(X, y)] does;"
-            f" batch {number} is a {type(batch).__name__} that is no such pair."
+            f"data must be an iterable of batches, as a DataLoader or a list [batch] is; got a {type(data).__name__}."
         )
-    return batch[0], batch[1]
+    pairs = []
+    for number, batch in enumerate(data):
+        pairs.append(as_pair(f"data[{number}]", batch))
+        check_tensors(f"data[{number}]", batch)
+    if not pairs:
+        raise ValueError("data must yield at least one batch.")
+    return [pair for pair in pairs if len(pair[1])] or pairs  # such as the last one of a loader
 
 
 def _joined(batches: list[Any]) -> Any:
     """The batches as one."""
-    try:
-        return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts), *batches)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
-            f" operator for each ({error})."
-        ) from error
+    if len(batches) == 1:
+        return batches[0]
+    first = jax.tree.structure(batches[0])
+    leaves = jax.tree_util.tree_leaves_with_path(batches[0])
+    for number, batch in enumerate(batches):
+        if jax.tree.structure(batch) != first:  # type: ignore[operator]  # untyped in jaxlib
+            raise _unlike(number, f"is {jax.tree.structure(batch)}, and batch 0 {first}")
+        for (path, like), leaf in zip(leaves, jax.tree.leaves(batch), strict=True):
+            if leaf.dtype != like.dtype or leaf.ndim != like.ndim or leaf.shape[1:] != like.shape[1:]:
+                place = ("inputs", "targets")[path[0].idx] + jax.tree_util.keystr(path[1:])
+                raise _unlike(
+                    number, f"has {leaf.dtype}{list(leaf.shape)} as {place}, batch 0 {like.dtype}{list(like.shape)}"
+                )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+
+
+def _unlike(number: int, how: str) -> ValueError:
+    return ValueError(
+        "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+        f" operator for each. Batch {number} {how}."
+    )

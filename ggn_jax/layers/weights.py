@@ -123,8 +123,10 @@ def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
     if isinstance(form, Sum):
         return Sum(tuple(map(move, form.parts)))
     if isinstance(form, Scaled):
-        scalar = not jnp.shape(form.by.value) and name not in CASTS
-        return Scaled(move(form.of), form.by if scalar else move(form.by))
+        if not jnp.shape(form.by.value) and name not in CASTS:
+            return Scaled(move(form.of), form.by)
+        # Only where `by` has an entry for each of the weight's are both moved alike.
+        return Scaled(move(form.of), move(_repeated(form.by, jnp.shape(form.of.value))))
     if name in CASTS:
         return Product(move(form.first), move(form.second), form.axes, form.order)
     if name == "transpose":

@@ -1,0 +1,157 @@
+"""Operators that are computed once, as dicts of tensors and plain values, which `torch.save` writes, and back."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+import ggn_jax
+from torch_bridge.operators import TorchLinearOperator
+from torch_bridge.setting import Params, Setting
+from torch_bridge.tensors import jax_on, to_jax, to_torch
+
+KEYS = {"kind", "version", "parameters", "options", "layout", "leaves", "product"}
+PLAIN = (str, int, float, bool, type(None))
+
+
+class ComputedLinearOperator(TorchLinearOperator):
+    """An operator that is computed when it is made, at the parameters' values then, and can be saved."""
+
+    _kind: ClassVar[Any]
+
+    def __init__(self, setting: Setting, given: dict[str, Any]):
+        """Compute it; `given` are the constructor's options."""
+        self._given = given
+        with jax_on(setting.device):
+            super().__init__(setting, setting.operator(self._kind, self._options(given)))
+
+    @staticmethod
+    def _options(given: dict[str, Any]) -> dict[str, Any]:
+        """The options as `ggn_jax` calls them."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it consists of, as tensors, strings and numbers: for `torch.save`, and `from_state_dict`.
+
+        >>> import io, torch, torch_bridge
+        >>> module, loss = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
+        >>> args = module, loss, list(module.parameters()), [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> diagonal, file = torch_bridge.GGNDiagonalLinearOperator(*args), io.BytesIO()
+        >>> torch.save(diagonal.state_dict(), file)
+        >>> _ = file.seek(0)
+        >>> state = torch.load(file, weights_only=True)
+        >>> again = torch_bridge.GGNDiagonalLinearOperator.from_state_dict(state, *args)
+        >>> torch.equal(again @ torch.ones(9), diagonal @ torch.ones(9))
+        True
+        """
+        with jax_on(self.device):
+            leaves, structure = jax.tree.flatten(self._operator)
+            return {
+                "kind": type(self).__name__,
+                "version": ggn_jax.__version__,
+                "parameters": _parameters(self._setting),
+                "options": _plain(self._given),
+                "layout": str(structure),
+                "leaves": [to_torch(leaf) for leaf in leaves],
+                "product": _probe(self._operator),
+            }
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]
+    ) -> Self:
+        """The operator that `state_dict` was called of, with the same products to the last bit; nothing is computed.
+
+        Args:
+            state: what `state_dict` returned, on any device.
+            model_func, loss_func, params: as for the constructor, with the same parameters, of any values.
+            data: as for the constructor; only the first batch is looked at, for its shapes.
+
+        Raises:
+            TypeError: for what is no state.
+            ValueError: for the state of another kind of operator, of other parameters, or of a module that uses them
+                otherwise.
+        """
+        _check_kind(state, cls)
+        setting = Setting(model_func, loss_func, params, itertools.islice(data, 1))
+        _check_parameters(state["parameters"], _parameters(setting))
+        made = cls.__new__(cls)
+        made._given = state["options"]
+
+        def make(values: Any, batch: Any) -> Any:
+            return cls._kind(setting.model_fn, setting.loss, values, batch, **cls._options(made._given))
+
+        with jax_on(setting.device):
+            like = jax.eval_shape(make, setting.values, setting.data)
+            TorchLinearOperator.__init__(made, setting, _restored(state, like, setting.device))
+        return made
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that say which blocks there are, all of which are plain; a mask is data."""
+    items = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    return {name: value for name, value in items.items() if type(value) in PLAIN}
+
+
+def _parameters(setting: Setting) -> dict[str, Any]:
+    """What parameters there are, in a form that torch loads with its defaults."""
+    pairs = zip(setting.names, setting.params, strict=True)
+    return {name: [str(parameter.dtype), *parameter.shape] for name, parameter in pairs}
+
+
+def _probe(operator: Any) -> list[Tensor]:
+    """A product that tells where entries belong, which the text of a layout leaves out."""
+    start, vector = 0, {}
+    for name, like in operator.in_structure().items():
+        numbers = jnp.cos(jnp.arange(start, start + like.size, dtype=jnp.float64)).reshape(like.shape)
+        start, vector[name] = start + like.size, numbers.astype(like.dtype)
+    return [to_torch(part) for part in jax.tree.leaves(operator.mv(vector))]
+
+
+def _check_kind(state: Any, cls: type) -> None:
+    if not isinstance(state, Mapping) or state.keys() != KEYS:
+        got = f"a mapping with {list(state)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise TypeError(f"state must be what state_dict() of an operator returned; got {got}.")
+    if state["kind"] != cls.__name__:
+        raise ValueError(
+            f"state is that of a {state['kind']}, not a {cls.__name__}: call {state['kind']}.from_state_dict."
+        )
+
+
+def _check_parameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    differ = [
+        f"{name}: {saved.get(name, 'none')} in the state, {here.get(name, 'none')} here"
+        for name in [*here, *(name for name in saved if name not in here)]
+        if saved.get(name) != here.get(name)
+    ]
+    if differ:
+        raise ValueError(f"state must be of the same parameters as params, but {'; '.join(differ)}.")
+
+
+def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
+    """The operator of `ggn_jax`, made of the state's tensors."""
+    shapes, structure = jax.tree.flatten(like)
+    leaves = [to_jax(leaf.to(device)) for leaf in state["leaves"]]
+    fits = str(structure) == state["layout"] and all(
+        (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype) for leaf, shape in zip(leaves, shapes, strict=True)
+    )
+    if fits:
+        restored = jax.tree.unflatten(structure, leaves)
+        pairs = zip(_probe(restored), state["product"], strict=True)
+        if all(_close(product, saved.to(device)) for product, saved in pairs):
+            return restored
+    raise ValueError(
+        "state is of a module that uses its parameters otherwise, or of another version of ggn_jax: it was saved by"
+        f" {state['version']}, this is {ggn_jax.__version__}. Compute the operator anew."
+    )
+
+
+def _close(product: Tensor, saved: Tensor) -> bool:
+    """But for rounding, which is other on another machine."""
+    tolerance = torch.finfo(saved.dtype).eps ** 0.5
+    return torch.allclose(product, saved, rtol=0, atol=tolerance * float(saved.abs().max()), equal_nan=True)

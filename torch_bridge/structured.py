@@ -1,0 +1,232 @@
+"""Curvature operators of PyTorch modules that are kept as blocks or entries: KFAC, EKFAC and the GGN's diagonal."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+import ggn_jax
+from torch_bridge.operators import SEED, TorchLinearOperator, as_key, sampling
+from torch_bridge.setting import Params, Setting
+from torch_bridge.states import ComputedLinearOperator
+from torch_bridge.tensors import jax_on, to_jax, to_torch
+
+# What `ggn_jax.KFACLinearOperator` or curvlinops call otherwise, and where it is given here.
+ELSEWHERE = {
+    "sharing": "kfac_approx",
+    "bias": "separate_weight_and_bias",
+    "chunk_size": "the batches of data",
+    "key": "seed",
+    "progressbar": "progress",
+    "num_data": "the batches of data",
+    "batch_size_fn": "the batches of data",
+}
+
+
+class BlockTorchLinearOperator(TorchLinearOperator):
+    """A block-diagonal operator: what KFAC, EKFAC and their inverses share."""
+
+    def _number(self, name: str) -> Tensor:
+        with jax_on(self.device):
+            return to_torch(getattr(self._operator, name)())
+
+    def trace(self) -> Tensor:
+        """The trace."""
+        return self._number("trace")
+
+    def det(self) -> Tensor:
+        """The determinant; `logdet` does not overflow."""
+        return self._number("det")
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant."""
+        return self._number("logdet")
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm."""
+        return self._number("frobenius_norm")
+
+    def inverse(self, damping: float | Tensor = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
+        """The inverse of `self + damping * I`; `heuristic` splits the damping between the factors."""
+        method = "heuristic" if heuristic else "exact"
+        damping = damping.item() if isinstance(damping, Tensor) else damping
+        with jax_on(self.device):
+            return BlockTorchLinearOperator(self._setting, self._operator.inverse(damping, method))
+
+
+class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
+    """KFAC of a module's loss: `ggn_jax.KFACLinearOperator` for PyTorch.
+
+    **Arguments:** `model_func`, `loss_func`, `params`, `data` as for `GGNLinearOperator`, and, named as curvlinops',
+
+    - `seed`, `fisher_type`, `mc_samples`: as for `ggn_jax.KFACLinearOperator`.
+    - `kfac_approx`: `"expand"` or `"reduce"`.
+    - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
+    - `progress`: as for `GGNLinearOperator`; EKFAC takes two passes.
+    - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
+
+    **Raises:** TypeError for `sharing`, `bias`, `key`, `chunk_size` and other names that the arguments above and `data`
+    stand for.
+
+    It is computed when it is made, at the parameters' values then.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> kfac = KFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = kfac.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind: ClassVar[Any] = ggn_jax.KFACLinearOperator
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        seed: int = SEED,
+        fisher_type: ggn_jax.FisherType | str = "mc",
+        mc_samples: int = 1,
+        kfac_approx: str = "expand",
+        separate_weight_and_bias: bool = True,
+        progress: bool = False,
+        **options: Any,
+    ):
+        if given := sorted(options.keys() & ELSEWHERE):
+            ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
+            raise TypeError(f"these options have another place here, in brackets: {ways}.")
+        if kfac_approx not in ("expand", "reduce"):
+            raise ValueError(f"kfac_approx must be 'expand' or 'reduce'; got {kfac_approx!r}.")
+        if progress and options.get("mask") is not None:
+            raise NotImplementedError("mask is of all data as one batch: leave progress out, or mask.")
+        options |= {"seed": seed, "fisher_type": ggn_jax.FisherType(fisher_type).value, "mc_samples": mc_samples}
+        options |= {"kfac_approx": kfac_approx, "separate_weight_and_bias": separate_weight_and_bias}
+        super().__init__(Setting(model_func, loss_func, params, data, progress=progress), options)
+
+    @staticmethod
+    def _options(given: dict[str, Any]) -> dict[str, Any]:
+        options = {"positions": "exact"} | given
+        seed = options.pop("seed")
+        if isinstance(options.get("mask"), Tensor):
+            options["mask"] = to_jax(options["mask"])
+        drawn = options["fisher_type"] == "mc" or options["positions"] == "signs"
+        options["sharing"] = options.pop("kfac_approx")
+        options["bias"] = "separate" if options.pop("separate_weight_and_bias") else "joint"
+        return options | {"key": as_key(seed) if drawn else None}
+
+    def factors(self) -> dict[str, tuple[Tensor, ...]]:
+        """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
+
+        `B (x) A` is on the parameter as a matrix `[out, in]`, rows first, which has all its axes but the first in its
+        columns.
+
+        **Raises:** NotImplementedError for a parameter whose block is no such product: of a bias that is one more
+        input, an embedding, groups of channels, several uses, a transposed convolution; naming it.
+        """
+        with jax_on(self.device):
+            found = self._operator.factors()
+            named = dict(zip(self._setting.names, self._setting.params, strict=True))
+            return {name: _factors(name, p.shape, found, self._operator) for name, p in named.items()}
+
+
+def _factors(name: str, shape: torch.Size, found: dict[str, Any], operator: Any) -> tuple[Tensor, ...]:
+    block = found.get(f"['{name}']")
+    if block is None:
+        raise NotImplementedError(f"{name} has no block of its own: pass separate_weight_and_bias=True.")
+    if len(shape) < 2:
+        return (to_torch(operator.block(f"['{name}']")),)
+    a: Any = getattr(block, "a", ())
+    b: Any = getattr(block, "b", ())
+    size = shape[0], shape[1:].numel()
+    if len(a) == 1 and a[0].shape == (1, size[1], size[1]) and b[0].shape == (1, size[0], size[0]):
+        vector = {n: jnp.zeros(x.shape, x.dtype) for n, x in operator.in_structure().items()}
+        probe = jnp.cos(jnp.arange(1.0, size[0] * size[1] + 1)).reshape(size).astype(a[0].dtype)
+        vector[name] = probe.reshape(vector[name].shape).astype(vector[name].dtype)
+        wanted, product = operator.mv(vector)[name].reshape(size), b[0][0] @ probe @ a[0][0]
+        if np.allclose(wanted, product, rtol=1e-3, atol=1e-4 * float(jnp.abs(product).max())):
+            return to_torch(b[0][0]), to_torch(a[0][0])
+    raise NotImplementedError(
+        f"{name} of shape {tuple(shape)} has a block that is not one Kronecker product of its rows and columns"
+        " (groups, an embedding, several uses, or another layout): ggn_jax.KFACLinearOperator of from_module's function"
+        " has it."
+    )
+
+
+class EKFACLinearOperator(KFACLinearOperator):
+    """EKFAC of a module's loss: `ggn_jax.EKFACLinearOperator` for PyTorch.
+
+    **Arguments:** as for `KFACLinearOperator`.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> ekfac = EKFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = ekfac.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind = ggn_jax.EKFACLinearOperator
+
+
+class GGNDiagonalLinearOperator(ComputedLinearOperator):
+    """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
+
+    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind = ggn_jax.GGNDiagonalLinearOperator
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        seed: int = SEED,
+        progress: bool = False,
+    ):
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
+        super().__init__(setting, {"mc_samples": mc_samples, "seed": seed})
+
+    @staticmethod
+    def _options(given: dict[str, Any]) -> dict[str, Any]:
+        return sampling(**given)
+
+    def diagonal(self) -> list[Tensor]:
+        """The diagonal, as tensors like the parameters."""
+        with jax_on(self.device):
+            return [to_torch(self._operator.entries[name]) for name in self._setting.names]
+
+    def trace(self) -> Tensor:
+        """The trace."""
+        return torch.stack([entries.sum() for entries in self.diagonal()]).sum()
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant."""
+        return torch.stack([entries.log().sum() for entries in self.diagonal()]).sum()
+
+    def det(self) -> Tensor:
+        """The determinant; `logdet` does not overflow."""
+        return self.logdet().exp()
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm."""
+        return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
+
+    def inverse(self, damping: float | Tensor = 0.0) -> TorchLinearOperator:
+        """The inverse of `self + damping * I`."""
+        damping = damping.item() if isinstance(damping, Tensor) else damping
+        with jax_on(self.device):
+            return TorchLinearOperator(self._setting, self._operator.damped(damping).inverse())
