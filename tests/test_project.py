@@ -53,6 +53,7 @@ GGN_JAX = [
     {"layerwise.io", "layerwise.matrices"},
     {"layerwise.run"},
     {"layerwise.dots"},
+    {"layerwise.space"},
     {"layerwise.gram"},
     {"kronecker.joined"},
     {"kronecker.optimal", "kronecker.diagonal"},

@@ -3,6 +3,7 @@
 import abc
 import math
 import re
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self
@@ -232,10 +233,35 @@ def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct
         spread = jax.tree.map(lambda number, tree: [number] * len(jax.tree.leaves(tree)), damping, structure)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            "damping must be a number, or a pytree of numbers that is a prefix of the parameters: wanted a prefix of"
-            f" {jax.tree.structure(structure)}, got {jax.tree.structure(damping)}."
+            f"{_misfit(damping, structure)}. damping is a number, or a pytree of numbers that is a prefix of the"
+            " parameters."
         ) from error
     return jax.tree.leaves(spread)
+
+
+def _misfit(damping: PyTree[Array], structure: PyTree, name: str = "damping") -> str:
+    """Where a pytree is no prefix of another, and what is there in both; empty if it is one."""
+    if jax.tree_util.all_leaves([damping]):
+        return ""
+    (own, kind), (wanted, wanted_kind) = _children(damping), _children(structure)
+    if kind != wanted_kind:
+        one = "one number" if jax.tree_util.all_leaves([structure]) else f"a number, or {_described(structure)}"
+        return f"{name} must be {one}, as the parameters are; got {_described(damping)}"
+    found = (_misfit(x, wanted[key], name + key) for key, x in own.items())
+    return next(filter(None, found), "")
+
+
+def _children(tree: PyTree) -> tuple[dict[str, PyTree], Any]:
+    """What a node holds, by the paths from it, and the node's own structure."""
+    here: Callable[[Any], bool] = lambda x: x is not tree  # noqa: E731
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=here)
+    return {jax.tree_util.keystr(path): x for path, x in pairs}, jax.tree.structure(tree, is_leaf=here)
+
+
+def _described(tree: PyTree) -> str:
+    kind = type(tree).__name__
+    names = list(_children(tree)[0])
+    return f"a {kind} of {', '.join(names)}" if names else "None" if tree is None else f"an empty {kind}"
 
 
 def simple_path(name: str) -> str:
