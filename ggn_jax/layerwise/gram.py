@@ -1,6 +1,6 @@
 """Gram matrices of a model's Jacobian: curvature in function space."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -10,23 +10,25 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete, prefixed
+from ggn_jax._checks import prefixed
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.space import Function, Functions, matrix, product, solve
+from ggn_jax.layerwise.batches import BatchesGramLinearOperator
+from ggn_jax.layerwise.space import Function, Functions, FunctionSpaceLinearOperator, matrix, product, solve
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
 from ggn_jax.objective import Objective, array_weights, parts_of
-from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, register, vectors_like
+from ggn_jax.operators.base import check_vector, register, vectors_like
+from ggn_jax.operators.batches import check_unbatched
 from ggn_jax.operators.outputs import with_linearisation
-from ggn_jax.operators.problem import make_problem
+from ggn_jax.operators.problem import Problem, make_problem
 
 T = TypeVar("T")
 
 
-class GramLinearOperator(SymmetricLinearOperator):
+class GramLinearOperator(FunctionSpaceLinearOperator):
     r"""`J J^T` of a model's Jacobian `J`, or `S^T J J^T S` with a loss's square root `S`; on arrays `[N, *out]`.
 
     With the loss it has the eigenvalues of the GGN `J^T S S^T J` other than 0 (`GGNLinearOperator`), so that a solve
@@ -90,6 +92,58 @@ class GramLinearOperator(SymmetricLinearOperator):
             raise ValueError("targets are for a loss: pass loss=... as well, or leave them out for J J^T.")
         self.functions = (_function(model_fn, loss, params, (inputs, targets), None, centred, chunk_size, has_aux),)
         self.several = False
+
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        centred: bool = False,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        progress: bool = False,
+    ) -> BatchesGramLinearOperator:
+        """Of all data of an iterable of batches, whose outputs follow each other, as if they were one batch.
+
+        One batch is held at a time, and of all data what has the outputs' size: these and the targets, which the first
+        pass collects, vectors, and the dense matrix where it is made. A product takes two passes, by `J^T` and by `J`,
+        `as_matrix` one for each batch, with the rows of that and the columns of those after it, and `solve_ggn` two
+        more. All run on the host, outside of `jit` only.
+
+        Args:
+            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently, which is
+                checked on the first batch.
+            params: a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)` that yields the same data in each pass, in the same order; their
+                sizes may differ.
+            loss: a `Loss` that holds nothing for each example; its mean is over the terms of all data. None for `J
+                J^T`, which looks at no targets.
+            centred: whether to subtract the mean over all examples from the rows of `J`.
+            chunk_size, has_aux: those of the constructor.
+            progress: show a bar for each pass (needs tqdm).
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
+                batch at all, for outputs of other shapes, and for passes over different data.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((20, 3)) / 20}, ggn_jax.CrossEntropyLoss()
+        >>> batches = [(jnp.eye(n, 20), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"])
+        >>> gram = ggn_jax.GramLinearOperator.from_batches(model_fn, params, batches, loss=loss)
+        >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
+        ((63, 63), (20, 3))
+        """
+
+        def make(inputs: PyTree, targets: Any) -> Problem:
+            problem = _function(model_fn, loss, params, (inputs, targets), None, centred, chunk_size, has_aux).problem
+            check_unbatched(problem)
+            return problem
+
+        return BatchesGramLinearOperator(make, loss, batches, centred, progress)
 
     @classmethod
     def from_objective(
@@ -162,30 +216,12 @@ class GramLinearOperator(SymmetricLinearOperator):
         self._check_independent()
         return _dense(self)
 
-    def solve_ggn(self, vector: PyTree[Array], damping: Any) -> PyTree[Array]:
-        """`(J^T S S^T J + D)^-1 vector`, by a Cholesky factorisation of the size of the outputs.
+    def _params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return vectors_like(self.functions[0].problem.params)
 
-        `J^T J` without a loss, and of the centred Jacobian with `centred`. In float32, choose `damping` well above 1e-6
-        times the largest eigenvalue; what is left of `vector` is divided by it.
-
-        Args:
-            vector: a pytree like the parameters.
-            damping: a number above 0, `D = damping * I`; or a pytree of such numbers that is a prefix of the
-                parameters: one for each layer, as a prior precision. Inner products of a layer whose weight is made of
-                several parameters with numbers of their own (fused queries and keys, say) are made of its gradients.
-
-        Returns:
-            A pytree like the parameters.
-
-        Raises:
-            ValueError: for a vector that is not like the parameters, or a damping that is not above 0, or is no prefix
-                of the parameters.
-        """
-        params = vectors_like(self.functions[0].problem.params)
-        damping = check_positive(damping, params)
-        check_vector(lx.IdentityLinearOperator(params), vector)
+    def _solve(self, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
         self._check_independent()
-        return _solve(self, vector, damping)
+        return _solve(self, v, number, damping)
 
     def _check_independent(self) -> None:
         way_out = "use products with the operator, which take such a model"
@@ -207,15 +243,6 @@ def _function(
     problem.check_chunks()
     problem.check_curvature()
     return Function(problem, None, weight, loss is not None, centred)
-
-
-def check_positive(damping: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
-    """`check_damping`, above 0."""
-    checked = check_damping(damping, structure)
-    for path, number in jax.tree_util.tree_leaves_with_path(checked):
-        if is_concrete(number) and not number > 0:
-            raise ValueError(f"damping{jax.tree_util.keystr(path)} must be above 0; got {number}.")
-    return checked
 
 
 register(GramLinearOperator, positive_semidefinite=True)
@@ -244,9 +271,8 @@ def _dense(operator: GramLinearOperator) -> Float[Array, "K K"]:
 
 
 @eqx.filter_jit
-@partial(compiler_sharded, like=lambda operator, v, damping: vectors_like(operator.functions[0].problem.params))
-def _solve(operator: GramLinearOperator, v: PyTree[Array], damping: PyTree[Array]) -> PyTree[Array]:
-    space = Functions(operator.functions)
-    if isinstance(damping, jax.Array):
-        return solve(space, v, damping, None)
-    return solve(space, v, jnp.ones(()), damping)
+@partial(compiler_sharded, like=lambda operator, *_: operator._params())
+def _solve(
+    operator: GramLinearOperator, v: PyTree[Array], number: Array, damping: PyTree[Array] | None
+) -> PyTree[Array]:
+    return solve(Functions(operator.functions), v, number, damping)

@@ -9,17 +9,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._checks import is_concrete
+from ggn_jax._eager import compiled
 from ggn_jax._weights import root, times, weighted_sum
 from ggn_jax.layerwise.dots import gradients, products
-from ggn_jax.operators.base import leaf_dampings
+from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, leaf_dampings
 from ggn_jax.operators.outputs import Linearised
 from ggn_jax.operators.problem import Problem
 from ggn_jax.terms import split_terms
 
 Outputs = Sequence[Float[Array, "N *out"]]
 """For each function, an array like its outputs."""
+Shapes = Sequence[jax.ShapeDtypeStruct]
 
 
 class Root(eqx.Module):
@@ -32,6 +36,10 @@ class Root(eqx.Module):
     @classmethod
     def of(cls, loss: Any, outputs: Array, targets: Any, centred: bool) -> "Root":
         return cls(None if loss is None else split_terms(loss, outputs, targets, batch=True), centred)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.terms is None and not self.centred
 
     def right(self, u: Array) -> Array:
         """`C S u`."""
@@ -50,7 +58,7 @@ class Space(eqx.Module):
     """The outputs of one or several functions, with the Jacobian of all of them."""
 
     @abc.abstractmethod
-    def shapes(self) -> Sequence[jax.ShapeDtypeStruct]:
+    def shapes(self) -> Shapes:
         """Of each function's outputs."""
 
     @abc.abstractmethod
@@ -90,7 +98,7 @@ class Functions(Space):
         self.functions = functions
         self.linearised = tuple(f.kept or Linearised.of(f.problem) for f in functions)
 
-    def shapes(self) -> Sequence[jax.ShapeDtypeStruct]:
+    def shapes(self) -> Shapes:
         return [f.problem.outputs for f in self.functions]
 
     def roots(self) -> Sequence[Root]:
@@ -135,50 +143,115 @@ def inverse_roots(damping: PyTree[Array] | None, params: PyTree[Array]) -> list[
 def product(space: Space, us: Outputs) -> Outputs:
     """`X^T X u`."""
     roots = space.roots()
-    v = space.vjp([r.right(u) for r, u in zip(roots, us, strict=True)])
-    return [r.left(u) for r, u in zip(roots, space.jvp(v), strict=True)]
+    return _left(roots, space.jvp(space.vjp(_right(roots, us))))
 
 
 def matrix(space: Space, damping: PyTree[Array] | None = None) -> Float[Array, "K K"]:
     """`X^T D^-1 X`, in at least float32; rows and columns are the outputs' entries, one function after the other."""
     roots, gram = space.roots(), space.gram(damping)
-    if all(r.terms is None and not r.centred for r in roots):
-        return gram
-
-    def left(row: Float[Array, " K"]) -> Float[Array, " K"]:
-        return _join([r.left(u) for r, u in zip(roots, _split(row, space), strict=True)], row.dtype)
-
-    for _ in range(2):  # a symmetric matrix, from both sides
-        gram = jax.vmap(left)(gram).T
-    return gram
+    return gram if all(r.is_identity for r in roots) else _from_both_sides(roots, space.shapes(), gram)
 
 
 def solve(space: Space, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
     """`(X X^T + d D)^-1 v = D^-1 (v - X (X^T D^-1 X + d I)^-1 X^T D^-1 v) / d`, with `D = I` for None."""
     roots, gram = space.roots(), matrix(space, damping)
+    inner = _left(roots, space.jvp(_divided(v, damping)))
+    back = space.vjp(_right(roots, _dual(gram, number, inner, space.shapes())))
+    return _rest(v, back, number, damping)
 
-    def divided(v: PyTree[Array]) -> PyTree[Array]:
-        if damping is None:
-            return v
-        leaves, tree = jax.tree.flatten(v)
-        numbers = leaf_dampings(damping, v)
-        return jax.tree.unflatten(tree, [x / d.astype(x.dtype) for x, d in zip(leaves, numbers, strict=True)])
 
+# Each is one program where it is called outside of `jit`.
+
+
+@compiled
+def _left(roots: Sequence[Root], us: Outputs) -> Outputs:
+    return [r.left(u) for r, u in zip(roots, us, strict=True)]
+
+
+@compiled
+def _right(roots: Sequence[Root], us: Outputs) -> Outputs:
+    return [r.right(u) for r, u in zip(roots, us, strict=True)]
+
+
+@compiled
+def _from_both_sides(roots: Sequence[Root], shapes: Shapes, gram: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    def left(row: Float[Array, " K"]) -> Float[Array, " K"]:
+        return _join([r.left(u) for r, u in zip(roots, _split(row, shapes), strict=True)], row.dtype)
+
+    for _ in range(2):  # it is symmetric
+        gram = jax.vmap(left)(gram).T
+    return gram
+
+
+@compiled
+def _dual(gram: Float[Array, "K K"], number: Array, inner: Outputs, shapes: Shapes) -> Outputs:
+    """`(gram + number I)^-1 inner`."""
     wide = gram.dtype
-    inner = [r.left(u) for r, u in zip(roots, space.jvp(divided(v)), strict=True)]
-    factor = jax.scipy.linalg.cho_factor(gram + number.astype(wide) * jnp.eye(len(gram), dtype=wide), lower=True)
-    found = _split(jax.scipy.linalg.cho_solve(factor, _join(inner, wide)), space)
-    us = [u.astype(s.dtype) for u, s in zip(found, space.shapes(), strict=True)]
-    back = space.vjp([r.right(u) for r, u in zip(roots, us, strict=True)])
-    return divided(jax.tree.map(lambda x, y: (x - y) / number.astype(x.dtype), v, back))
+    damped = gram + number.astype(wide) * jnp.eye(len(gram), dtype=wide)
+    factor = jax.scipy.linalg.cho_factor(damped, lower=True)
+    found = _split(jax.scipy.linalg.cho_solve(factor, _join(inner, wide)), shapes)
+    return [u.astype(s.dtype) for u, s in zip(found, shapes, strict=True)]
 
 
-def _split(row: Float[Array, " K"], space: Space) -> Outputs:
+@compiled
+def _divided(v: PyTree[Array], damping: PyTree[Array] | None) -> PyTree[Array]:
+    """`D^-1 v`."""
+    if damping is None:
+        return v
+    leaves, tree = jax.tree.flatten(v)
+    numbers = leaf_dampings(damping, v)
+    return jax.tree.unflatten(tree, [x / d.astype(x.dtype) for x, d in zip(leaves, numbers, strict=True)])
+
+
+@compiled
+def _rest(v: PyTree[Array], back: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
+    return _divided(jax.tree.map(lambda x, y: (x - y) / number.astype(x.dtype), v, back), damping)
+
+
+def _split(row: Float[Array, " K"], shapes: Shapes) -> Outputs:
     """A vector as an array for each function."""
-    shapes = space.shapes()
     ends = list(accumulate(prod(s.shape) for s in shapes))
     return [part.reshape(s.shape) for part, s in zip(jnp.split(row, ends[:-1]), shapes, strict=True)]
 
 
 def _join(parts: Outputs, dtype: Any) -> Float[Array, " K"]:
     return jnp.concatenate([part.reshape(-1).astype(dtype) for part in parts])
+
+
+class FunctionSpaceLinearOperator(SymmetricLinearOperator):
+    """An operator `X^T X` on outputs, with solves by `X X^T` in the parameters."""
+
+    @abc.abstractmethod
+    def _params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """The structure of the parameters."""
+
+    @abc.abstractmethod
+    def _solve(self, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
+        """`solve`, with a damping `number D`."""
+
+    def solve_ggn(self, vector: PyTree[Array], damping: Any) -> PyTree[Array]:
+        """`(J^T S S^T J + D)^-1 vector`, by a Cholesky factorisation of the size of the outputs.
+
+        `J^T J` without a loss, and of the centred Jacobian with `centred`. In float32, choose `damping` well above 1e-6
+        times the largest eigenvalue; what is left of `vector` is divided by it.
+
+        Args:
+            vector: a pytree like the parameters.
+            damping: a number above 0, `D = damping * I`; or a pytree of such numbers that is a prefix of the
+                parameters: one for each layer, as a prior precision. Inner products of a layer whose weight is made of
+                several parameters with numbers of their own (fused queries and keys, say) are made of its gradients.
+
+        Returns:
+            A pytree like the parameters.
+
+        Raises:
+            ValueError: for a vector that is not like the parameters, or a damping that is not above 0, or is no prefix
+                of the parameters.
+        """
+        checked = check_damping(damping, self._params())
+        for path, number in jax.tree_util.tree_leaves_with_path(checked):
+            if is_concrete(number) and not number > 0:
+                raise ValueError(f"damping{jax.tree_util.keystr(path)} must be above 0; got {number}.")
+        check_vector(lx.IdentityLinearOperator(self._params()), vector)
+        is_number = isinstance(checked, jax.Array)
+        return self._solve(vector, *((checked, None) if is_number else (jnp.ones(()), checked)))

@@ -11,9 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax._unbatched import batched_leaves
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
@@ -25,10 +23,15 @@ from ggn_jax.operators.base import (
     vectors_like,
 )
 from ggn_jax.operators.batches import (
+    MadeByShapes,
     add_up,
     check_iterable,
+    check_on_host,
     check_unbatched,
+    marks,
     no_batches,
+    refuse_mask,
+    same_data,
     with_progress,
     with_reduction,
     without_reduction,
@@ -121,8 +124,14 @@ class _Passes:
     """Passes over batches, the first two of which are compared."""
 
     def __init__(self, make: Callable[[PyTree, Any], DataLinearOperator], batches: Iterable[Any], progress: bool):
-        self._make, self._batches, self._progress = make, batches, progress
-        self._made: dict[Any, DataLinearOperator] = {}
+        def checked(inputs: PyTree, targets: Any) -> DataLinearOperator:
+            operator = make(inputs, targets)
+            check_unbatched(operator.problem)
+            if self._made.first is None:
+                operator.problem.check_parts()
+            return operator
+
+        self._made, self._batches, self._progress = MadeByShapes(checked), batches, progress
         self._seen: np.ndarray | None = None
         self._compared = False
 
@@ -155,14 +164,8 @@ class _Passes:
         return result
 
     def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
-        if mask is not None:
-            raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
-        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets))]
-        key = jax.tree.structure((inputs, targets)), tuple(shapes)
-        if key not in self._made:
-            self._made[key] = operator = self._make(inputs, targets)
-            check_unbatched(operator.problem)
-        operator = self._made[key]
+        refuse_mask(mask)
+        operator: DataLinearOperator = self._made.of(inputs, targets)
         if targets is None:
             targets = operator.problem.targets  # of no meaning
         elif self._seen is None:
@@ -173,8 +176,7 @@ class _Passes:
         if self._seen is None:
             self._seen = fingerprint
         elif not self._compared:
-            # Sums in another order differ by rounding.
-            if not np.allclose(fingerprint, self._seen, rtol=1e-3, equal_nan=True):
+            if not same_data(fingerprint, self._seen):
                 raise ValueError(
                     "two passes over the batches gave different data: switch off what draws them anew (random crops,"
                     " sampling with replacement, dropping the last batch of a shuffled loader)."
@@ -219,11 +221,7 @@ class BatchesLinearOperator(SymmetricLinearOperator):
             return jnp.concatenate([jax.vmap(lambda tree: ravel_pytree(tree)[0])(part) for part in parts])
 
     def _products(self, vectors: PyTree[Array]) -> PyTree[Array]:
-        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
-            raise NotImplementedError(
-                "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
-                " estimators call them: use scipy.sparse.linalg with operator.to_scipy(), or one batch with chunk_size."
-            )
+        check_on_host(vectors)
         return self.passes.product(vectors)
 
 
@@ -252,15 +250,7 @@ def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTr
 
 
 def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
-    """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
-    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    arrays += jax.tree.leaves(targets)
-
-    def per_example(x: Array) -> Array:
-        x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-        rows = x.reshape(len(x), -1).astype(jnp.float32)
-        return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
-
-    values = [per_example(x) for x in arrays]
-    mixed = [jnp.sum(jnp.abs(value)) for value in values] + [jnp.sum(jnp.cos(sum(values[1:], values[0])) + 2)]
-    return jnp.stack([jnp.asarray(len(arrays[-1]), jnp.float32), *mixed])
+    """Sums that tell data apart: of how many examples, of their marks, and of something of all of an example's."""
+    found = marks(inputs, targets)
+    sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
+    return jnp.stack([jnp.asarray(len(found), jnp.float32), *sums[0], sums[1]])
