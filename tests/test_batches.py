@@ -56,6 +56,23 @@ def test_batches_are_one_batch(cls: Any, name: str, fisher_type: str) -> None:
         np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
 
 
+@covering(1, name=["mean", "weights", "ignored"], fisher_type=["type-2", "mc", "empirical"], bias=["joint", "separate"])
+def test_kfoc_of_batches_is_that_of_one_batch(name: str, fisher_type: str, bias: str) -> None:
+    """By passes, which are few; what has no layer as well."""
+    params = {**PARAMS, "s": normal(2, seed=1)}
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return tanh_net(p, x) * p["s"][None]
+
+    options: dict[str, Any] = {"fisher_type": fisher_type, "bias": bias}
+    if fisher_type == "mc":
+        options |= {"key": jax.random.key(1), "mc_samples": 2}
+    whole = KFOC(model_fn, LOSSES[name], params, (INPUTS, LABELS), **options)
+    operator = KFOC.from_batches(model_fn, LOSSES[name], params, as_batches(3, 1, 3), progress=True, **options)
+    assert jax.tree.structure(operator) == jax.tree.structure(whole)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
 @BOTH
 def test_batches_of_masked_sequences_with_leftovers(cls: Any) -> None:
     """Scales have their own blocks; a chunk size does not matter, nor does a progress bar."""
@@ -92,8 +109,16 @@ def test_errors_of_batches() -> None:
         make([(INPUTS, LABELS), INPUTS])
     with pytest.raises(TypeError, match="twice"):
         make(iter(as_batches(3, 4)), EKFAC)
-    with pytest.raises(NotImplementedError, match="KFOC"):
-        make(as_batches(3, 4), KFOC)
+    with pytest.raises(TypeError, match="KFOC goes over the batches many times, but list_iterator is an iterator"):
+        make(iter(as_batches(3, 4)), KFOC)
+    with pytest.raises(ValueError, match="at least one batch"):
+        make([], KFOC)
+    with pytest.raises(NotImplementedError, match="batch 0: KFOC has no use for mask"):
+        make([(*as_batches(7)[0], jnp.ones((7, 2), bool))], KFOC)
+    with pytest.raises(ValueError, match=r"batch 1: targets must be class indices from 0 to 1"):
+        make([(INPUTS, LABELS), (INPUTS, LABELS + 5)], KFOC)
+    with pytest.raises(TypeError, match=r"from_batches got unknown options.*mask"):
+        make(as_batches(3, 4), KFOC, mask=None)
     with pytest.raises(TypeError, match=r"unknown options.*mask"):
         make(as_batches(3, 4), mask=None)
     with pytest.raises(ValueError, match="sharing must be"):
@@ -110,6 +135,8 @@ def test_errors_of_batches() -> None:
 
     with pytest.raises(ValueError, match="got sums over 7 examples and over 3"):
         make(Shrinking(), EKFAC)
+    with pytest.raises(ValueError, match="two passes over the batches gave different data"):
+        make(Shrinking(), KFOC)
 
 
 def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:

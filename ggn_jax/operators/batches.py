@@ -14,6 +14,11 @@ from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
 
+DIFFERENT_DATA = (
+    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
+    " replacement, dropping the last batch of a shuffled loader)."
+)
+
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
 
@@ -80,6 +85,13 @@ def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arra
         return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
 
     return jnp.stack([per_example(x) for x in arrays], axis=1)
+
+
+def fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
+    """Sums that tell data apart: of how many examples, of their marks, and of something of all of an example's."""
+    found = marks(inputs, targets)
+    sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
+    return jnp.stack([jnp.asarray(len(found), jnp.float32), *sums[0], sums[1]])
 
 
 def same_data(one: np.ndarray, two: np.ndarray) -> bool:

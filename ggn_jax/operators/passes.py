@@ -23,12 +23,13 @@ from ggn_jax.operators.base import (
     vectors_like,
 )
 from ggn_jax.operators.batches import (
+    DIFFERENT_DATA,
     MadeByShapes,
     add_up,
     check_iterable,
     check_on_host,
     check_unbatched,
-    marks,
+    fingerprint,
     no_batches,
     refuse_mask,
     same_data,
@@ -177,10 +178,7 @@ class _Passes:
             self._seen = fingerprint
         elif not self._compared:
             if not same_data(fingerprint, self._seen):
-                raise ValueError(
-                    "two passes over the batches gave different data: switch off what draws them anew (random crops,"
-                    " sampling with replacement, dropping the last batch of a shuffled loader)."
-                )
+                raise ValueError(DIFFERENT_DATA)
             self._compared = True
 
 
@@ -239,7 +237,7 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
     return {
         "products": without_reduction(products, r),
         "divisor": 1 / r,
-        "fingerprint": _fingerprint(problem.inputs, problem.targets),
+        "fingerprint": fingerprint(problem.inputs, problem.targets),
     }
 
 
@@ -247,10 +245,3 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
 def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
     dtypes = jax.tree.map(lambda x: x.dtype, like)
     return with_reduction(problem.loss.reduction, total["products"], total["divisor"], dtypes)
-
-
-def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
-    """Sums that tell data apart: of how many examples, of their marks, and of something of all of an example's."""
-    found = marks(inputs, targets)
-    sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
-    return jnp.stack([jnp.asarray(len(found), jnp.float32), *sums[0], sums[1]])
