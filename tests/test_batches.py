@@ -34,6 +34,7 @@ def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
     return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
 
 
+BIASES = [*range(4), 16, 17]  # among all parameters
 LOSSES = {
     "mean": CE,
     "sum": ggn_jax.CrossEntropyLoss(reduction="sum"),
@@ -177,6 +178,34 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
         make((x, y), model_fn)
 
 
+class Once:
+    """A loader that is empty from its second pass on, or from a later one."""
+
+    def __init__(self, passes: int = 1):
+        self.left = passes
+
+    def __iter__(self) -> Any:
+        self.left -= 1
+        return iter(as_batches(3, 4) if self.left >= 0 else [])
+
+
+def test_a_loader_that_cannot_be_gone_over_again() -> None:
+    """Where it is found, by the operators that need several passes; a function is not called."""
+    options = {"fisher_type": "type-2"}
+    jacobian = ggn_jax.JacobianLinearOperator.from_batches(tanh_net, PARAMS, Once())
+    ggn = ggn_jax.GGNLinearOperator.from_batches(tanh_net, CE, PARAMS, Once())
+    for call in (
+        lambda: EKFAC.from_batches(tanh_net, CE, PARAMS, Once(), **options),
+        lambda: KFOC.from_batches(tanh_net, CE, PARAMS, Once(2), **options),
+        lambda: jacobian.mv(PARAMS),
+        lambda: ggn.mv(PARAMS),
+    ):
+        with pytest.raises(ValueError, match="batches yielded none in a later pass; Once is empty then: pass a list"):
+            call()
+    with pytest.raises(TypeError, match="got function: pass what it returns, as a list or a loader"):
+        ggn_jax.GGNLinearOperator.from_batches(tanh_net, CE, PARAMS, lambda: as_batches(7))
+
+
 def test_an_iterator_that_was_used_is_empty() -> None:
     used = iter(as_batches(3, 4))
     list(used)
@@ -214,7 +243,9 @@ def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) 
     whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
     operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
     np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
-    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+    matrix = np.asarray(whole.as_matrix())
+    np.testing.assert_allclose(operator.as_matrix(), matrix, atol=1e-14)
+    np.testing.assert_allclose(operator.submatrix("*/b"), matrix[np.ix_(BIASES, BIASES)], atol=1e-14)
     assert lx.is_positive_semidefinite(operator) == lx.is_positive_semidefinite(whole)
 
 

@@ -26,7 +26,8 @@ Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[A
 def check_iterable(batches: Any, again: str = "") -> None:
     """Refuse what yields no batches; and what does so only once, if `again` says who goes over them several times."""
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        way_out = ": pass what it returns, as a list or a loader" if callable(batches) else ""
+        raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}{way_out}.")
     if again and isinstance(batches, Iterator):
         raise TypeError(
             f"{again}, but {type(batches).__name__} is an iterator that is empty after one pass: pass a list, or a"
@@ -34,8 +35,13 @@ def check_iterable(batches: Any, again: str = "") -> None:
         )
 
 
-def no_batches(batches: Any) -> ValueError:
-    """The error for an iterable that yielded none."""
+def no_batches(batches: Any, again: bool = False) -> ValueError:
+    """The error for an iterable that yielded none; `again` if it did before."""
+    if again:
+        name = type(batches).__name__
+        return ValueError(
+            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that starts anew."
+        )
     used = ", as an iterator does that was used before" if isinstance(batches, Iterator) else ""
     return ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none{used}.")
 

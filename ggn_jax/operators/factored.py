@@ -273,7 +273,7 @@ class FactoredLinearOperator(BlockLinearOperator):
 
         problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
         if problem is None:
-            raise no_batches(batches)
+            raise no_batches(batches, again=factors is not None)
         return PartialSums(totals, jnp.asarray(seen, jnp.int32), recipes.pop(), factors, bases)
 
     @classmethod

@@ -113,7 +113,7 @@ class _Passes:
 
         _, total, count = add_up(with_progress(self._batches, self._progress, description), sums)
         if not count:
-            raise no_batches(self._batches)
+            raise no_batches(self._batches, again=bool(self._seen))
         if total[1] is not None:
             self._seen.append(np.asarray(total[1]))
             if not same_data(self._seen[-1], self._seen[0]):

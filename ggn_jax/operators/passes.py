@@ -159,7 +159,7 @@ class _Passes:
         name = "products"
         problem, total, _ = add_up(with_progress(self._batches, self._progress, name), sums)
         if problem is None:
-            raise ValueError("batches yielded none in this pass: pass a list, or a loader that starts anew.")
+            raise no_batches(self._batches, again=True)
         self._compare(np.asarray(total["fingerprint"]))
         result: PyTree[Array] = _whole(problem, total, vectors)
         return result
@@ -208,15 +208,25 @@ class BatchesLinearOperator(SymmetricLinearOperator):
         stacked = jax.tree.map(lambda v: jnp.asarray(v)[None], vector)
         return jax.tree.map(lambda v: v[0], self._products(stacked))
 
-    def as_matrix(self) -> Float[Array, "P P"]:
-        """The dense matrix, in the order of `jax.flatten_util.ravel_pytree(params)`: a pass for each 32 columns."""
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.structure)
+    def _dense(self, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
+        """A pass for each 32 columns."""
+        shapes, tree = jax.tree.flatten(self.structure)
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-            flat, unravel = ravel_pytree(zeros)
+            flat, unravel = ravel_pytree([zeros[leaf] for leaf in leaves])
+
+            def given(e: Array) -> PyTree[Array]:
+                wanted = dict(zip(leaves, unravel(e), strict=True))
+                return jax.tree.unflatten(tree, [wanted.get(i, zero) for i, zero in enumerate(zeros)])
+
+            def wanted(product: PyTree[Array]) -> Array:
+                found = jax.tree.leaves(product)
+                return ravel_pytree([found[leaf] for leaf in leaves])[0]
+
             unit = jnp.eye(flat.size, dtype=flat.dtype)
             starts = range(0, flat.size, COLUMNS_AT_ONCE)
-            parts = [self._products(jax.vmap(unravel)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
-            return jnp.concatenate([jax.vmap(lambda tree: ravel_pytree(tree)[0])(part) for part in parts])
+            parts = [self._products(jax.vmap(given)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
+            return jnp.concatenate([jax.vmap(wanted)(part) for part in parts])
 
     def _products(self, vectors: PyTree[Array]) -> PyTree[Array]:
         check_on_host(vectors)

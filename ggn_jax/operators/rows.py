@@ -67,9 +67,9 @@ class RowPasses:
             return problem, share(problem, start)
 
         _, total, _ = add_up(with_progress(self._batches, self._progress, description), sums)
+        if not found:
+            raise no_batches(self._batches, again=self._marks is not None)
         if self._marks is None:
-            if not found:
-                raise no_batches(self._batches)
             self._marks = [np.asarray(mark) for mark in found]
             return total
         if len(found) != len(self._marks):
