@@ -234,22 +234,8 @@ def solve_by_cg(problem: Problem, params: Params, grads: Params, damping: jax.Ar
 
 
 def solve_in_function_space(problem: Problem, params: Params, grads: Params, damping: jax.Array) -> Params:
-    """The same solve, exactly, by a matrix of the size of the points.
-
-    There, all points are one batch of one function, `a residual + b value`, with numbers `(a, b)` for each point.
-    """
-    inside, edge = problem.inside[0], problem.edge[0]
-    points = jnp.concatenate([inside, edge])
-    a = jnp.concatenate([jnp.full((len(inside), 1), len(inside) ** -0.5), jnp.zeros((len(edge), 1))])
-    b = jnp.concatenate([jnp.zeros((len(inside), 1)), jnp.full((len(edge), 1), len(edge) ** -0.5)])
-
-    def one(params: Params, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        residual, u = problem.equation(params, x)
-        return a * residual + b * u
-
-    model_fn = lambda params, inputs: jax.vmap(one, (None, 0, 0, 0))(params, *inputs)  # noqa: E731
-    loss = ggn_jax.MSELoss(reduction="sum")
-    gram = ggn_jax.GramLinearOperator(model_fn, params, (points, a, b), loss=loss)
+    """The same solve, exactly, by a matrix of the size of the points: those inside and those at the edge."""
+    gram = ggn_jax.GramLinearOperator.from_objective(problem.objective, params, problem.batches)
     return gram.solve_ggn(grads, damping)
 
 

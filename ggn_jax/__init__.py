@@ -12,6 +12,7 @@ from ggn_jax.grad_output import (
 )
 from ggn_jax.joint import JointLoss
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
+from ggn_jax.layerwise.batches import BatchesGramLinearOperator
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
 from ggn_jax.layerwise.gram import GramLinearOperator
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
@@ -25,6 +26,7 @@ from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
 from ggn_jax.models import ModelFn, from_equinox, from_haiku, from_linen, from_nnx
 from ggn_jax.objective import Objective, ObjectiveTerm
 from ggn_jax.operators import (
+    BatchesJacobianLinearOperator,
     BatchesLinearOperator,
     BlockLinearOperator,
     BlockSolver,
@@ -61,6 +63,8 @@ from ggn_jax.optimizer import (
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "BatchesGramLinearOperator",
+    "BatchesJacobianLinearOperator",
     "BatchesLinearOperator",
     "BlockLinearOperator",
     "BlockSolver",

@@ -1,6 +1,8 @@
 """Checks of arguments: each names the argument, what came, what was wanted, and the way out."""
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import jax
@@ -151,6 +153,17 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
         )
         raise ValueError(f"key must be one key; got an array of keys of shape {key.shape}: {way_out}.")
     return key
+
+
+@contextmanager
+def prefixed(text: str) -> Iterator[None]:
+    """Errors begin with `text`, which says what they are about."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if type(error) not in (TypeError, ValueError, NotImplementedError):
+            raise  # made of other things than a message
+        raise type(error)(f"{text}{error}") from error
 
 
 def starts_sum(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """A loss of several outputs of one model: the weighted sum of a loss for each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import as_outputs, check_outputs, check_weight_number
+from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, prefixed
 from ggn_jax._model import Model
 from ggn_jax._outputs import cut, flat_model, join
 from ggn_jax._repr import fields
@@ -157,15 +157,9 @@ class JointLoss(Loss):
     draw = settle = sampled_gradient = operand = _refuse
 
 
-@contextmanager
-def named(name: str) -> Iterator[None]:
+def named(name: str) -> AbstractContextManager[None]:
     """Errors say of which output they are."""
-    try:
-        yield
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if type(error) not in (TypeError, ValueError, NotImplementedError):
-            raise  # made of other things than a message
-        raise type(error)(f"of output {name!r}: {error}") from error
+    return prefixed(f"of output {name!r}: ")
 
 
 class JointTerms(eqx.Module):

@@ -34,6 +34,7 @@ def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:
     return [(INPUTS[end - n : end], LABELS[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
 
 
+BIASES = [*range(4), 16, 17]  # among all parameters
 LOSSES = {
     "mean": CE,
     "sum": ggn_jax.CrossEntropyLoss(reduction="sum"),
@@ -54,6 +55,23 @@ def test_batches_are_one_batch(cls: Any, name: str, fisher_type: str) -> None:
         operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
         assert jax.tree.structure(operator) == jax.tree.structure(whole)
         np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+
+
+@covering(1, name=["mean", "weights", "ignored"], fisher_type=["type-2", "mc", "empirical"], bias=["joint", "separate"])
+def test_kfoc_of_batches_is_that_of_one_batch(name: str, fisher_type: str, bias: str) -> None:
+    """By passes, which are few; what has no layer as well."""
+    params = {**PARAMS, "s": normal(2, seed=1)}
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return tanh_net(p, x) * p["s"][None]
+
+    options: dict[str, Any] = {"fisher_type": fisher_type, "bias": bias}
+    if fisher_type == "mc":
+        options |= {"key": jax.random.key(1), "mc_samples": 2}
+    whole = KFOC(model_fn, LOSSES[name], params, (INPUTS, LABELS), **options)
+    operator = KFOC.from_batches(model_fn, LOSSES[name], params, as_batches(3, 1, 3), progress=True, **options)
+    assert jax.tree.structure(operator) == jax.tree.structure(whole)
+    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
 
 
 @BOTH
@@ -92,8 +110,16 @@ def test_errors_of_batches() -> None:
         make([(INPUTS, LABELS), INPUTS])
     with pytest.raises(TypeError, match="twice"):
         make(iter(as_batches(3, 4)), EKFAC)
-    with pytest.raises(NotImplementedError, match="KFOC"):
-        make(as_batches(3, 4), KFOC)
+    with pytest.raises(TypeError, match="KFOC goes over the batches many times, but list_iterator is an iterator"):
+        make(iter(as_batches(3, 4)), KFOC)
+    with pytest.raises(ValueError, match="at least one batch"):
+        make([], KFOC)
+    with pytest.raises(NotImplementedError, match="batch 0: KFOC has no use for mask"):
+        make([(*as_batches(7)[0], jnp.ones((7, 2), bool))], KFOC)
+    with pytest.raises(ValueError, match=r"batch 1: targets must be class indices from 0 to 1"):
+        make([(INPUTS, LABELS), (INPUTS, LABELS + 5)], KFOC)
+    with pytest.raises(TypeError, match=r"from_batches got unknown options.*mask"):
+        make(as_batches(3, 4), KFOC, mask=None)
     with pytest.raises(TypeError, match=r"unknown options.*mask"):
         make(as_batches(3, 4), mask=None)
     with pytest.raises(ValueError, match="sharing must be"):
@@ -110,6 +136,8 @@ def test_errors_of_batches() -> None:
 
     with pytest.raises(ValueError, match="got sums over 7 examples and over 3"):
         make(Shrinking(), EKFAC)
+    with pytest.raises(ValueError, match="two passes over the batches gave different data"):
+        make(Shrinking(), KFOC)
 
 
 def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
@@ -150,6 +178,34 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
         make((x, y), model_fn)
 
 
+class Once:
+    """A loader that is empty from its second pass on, or from a later one."""
+
+    def __init__(self, passes: int = 1):
+        self.left = passes
+
+    def __iter__(self) -> Any:
+        self.left -= 1
+        return iter(as_batches(3, 4) if self.left >= 0 else [])
+
+
+def test_a_loader_that_cannot_be_gone_over_again() -> None:
+    """Where it is found, by the operators that need several passes; a function is not called."""
+    options = {"fisher_type": "type-2"}
+    jacobian = ggn_jax.JacobianLinearOperator.from_batches(tanh_net, PARAMS, Once())
+    ggn = ggn_jax.GGNLinearOperator.from_batches(tanh_net, CE, PARAMS, Once())
+    for call in (
+        lambda: EKFAC.from_batches(tanh_net, CE, PARAMS, Once(), **options),
+        lambda: KFOC.from_batches(tanh_net, CE, PARAMS, Once(2), **options),
+        lambda: jacobian.mv(PARAMS),
+        lambda: ggn.mv(PARAMS),
+    ):
+        with pytest.raises(ValueError, match="batches yielded none in a later pass; Once is empty then: pass a list"):
+            call()
+    with pytest.raises(TypeError, match="got function: pass what it returns, as a list or a loader"):
+        ggn_jax.GGNLinearOperator.from_batches(tanh_net, CE, PARAMS, lambda: as_batches(7))
+
+
 def test_an_iterator_that_was_used_is_empty() -> None:
     used = iter(as_batches(3, 4))
     list(used)
@@ -187,7 +243,9 @@ def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) 
     whole = cls(tanh_net, loss, PARAMS, (INPUTS, LABELS), **options)
     operator = cls.from_batches(tanh_net, loss, PARAMS, batches, **options)
     np.testing.assert_allclose(operator.mv(PARAMS)["1"]["w"], whole.mv(PARAMS)["1"]["w"], atol=1e-15)
-    np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
+    matrix = np.asarray(whole.as_matrix())
+    np.testing.assert_allclose(operator.as_matrix(), matrix, atol=1e-14)
+    np.testing.assert_allclose(operator.submatrix("*/b"), matrix[np.ix_(BIASES, BIASES)], atol=1e-14)
     assert lx.is_positive_semidefinite(operator) == lx.is_positive_semidefinite(whole)
 
 

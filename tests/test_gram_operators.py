@@ -208,6 +208,8 @@ def test_submatrices_by_path() -> None:
         ggn.submatrix("w1", "v")
     with pytest.raises(KeyError, match="pass the paths of some parameters"):
         ggn.submatrix()
+    with pytest.raises(TypeError, match=r"a path must be a string.* got list: pass several as arguments"):
+        ggn.submatrix(["w1"])  # type: ignore[arg-type]
 
 
 def test_inputs_without_batch_axis() -> None:

@@ -114,8 +114,10 @@ def test_tnt() -> None:
             left, right = 0.95 * left, 0.95 * right
             for each in (np.outer(g[v, n], a[n]) for v in range(2) for n in range(N)):
                 left, right = left + 0.05 * each @ each.T, right + 0.05 * each.T @ each
-        size = np.sqrt(np.trace(left))
-        left, right = (m / size + np.sqrt(DAMPING) * np.eye(len(m)) for m in (left, right))
+        mean = np.sqrt(np.trace(left) / grad.size)
+        left, right = left / (grad.shape[1] * mean), right / (len(grad) * mean)
+        assert_close([np.trace(m) / len(m) for m in (left, right)], [mean, mean])
+        left, right = (m + np.sqrt(DAMPING) * np.eye(len(m)) for m in (left, right))
         assert_close(updates[name], np.linalg.inv(left) @ grad @ np.linalg.inv(right), 1e-11)
 
 

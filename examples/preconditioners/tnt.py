@@ -2,8 +2,9 @@
 
 If the gradient `G_n` of an example has covariance `U (x) V`, then `E[G G^T] = tr(V) U` and `E[G^T G] = tr(U) V`, so
 
-    F = L (x) R        L = E[G G^T] / sqrt(c)        R = E[G^T G] / sqrt(c)        c = E[tr(G^T G)]
+    F = L (x) R        L = E[G G^T] / (d_i s)        R = E[G^T G] / (d_o s)        s = sqrt(E[tr(G^T G)] / (d_i d_o))
 
+of `G` `[d_o, d_i]`. How F is divided between its factors matters to damping: these have the same mean eigenvalue `s`,
 and the gradient is preconditioned to `(L + sqrt(damping) I)^-1 grad (R + sqrt(damping) I)^-1`. What stands for the
 expectation here is `sum_{v, n}` of a batch's vectors, averaged over steps.
 """
@@ -34,13 +35,15 @@ def scale_by_tnt(
         return [decay * old + (1 - decay) * moment for old, moment in zip(state, new, strict=True)]
 
     def precondition(state: Any, grad: Any) -> Any:
-        left, right = (_damped(moment) for moment in state)
+        outer, inner = state
+        left, right = _damped(outer, inner.shape[-1]), _damped(inner, outer.shape[-1])
         half = jnp.linalg.solve(left, grad)
         return jnp.swapaxes(jnp.linalg.solve(right, jnp.swapaxes(half, 1, 2)), 1, 2)
 
-    def _damped(moment: Any) -> Any:
-        size = jnp.sqrt(jnp.trace(moment, axis1=1, axis2=2))[:, None, None]
-        return moment / jnp.where(size > 0, size, 1) + damping**0.5 * jnp.eye(moment.shape[-1])[None]
+    def _damped(moment: Any, other: int) -> Any:
+        own = moment.shape[-1]
+        mean = jnp.sqrt(jnp.trace(moment, axis1=1, axis2=2) / (own * other))[:, None, None]
+        return moment / (other * jnp.where(mean > 0, mean, 1)) + damping**0.5 * jnp.eye(own)[None]
 
     functions = {"init": init, "update": update, "precondition": precondition}
     return ggn_jax.scale_by_layers(model_fn, loss, example_inputs=example_inputs, **functions, **vectors)

@@ -1,7 +1,6 @@
 """Blocks of several functions of the same parameters: one plan of layers, and each function's share of the factors."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ggn_jax._checks import compute_dtype, wide_dtype
+from ggn_jax._checks import compute_dtype
 from ggn_jax._weights import times, weighted_sum
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.factors import Bases, factor_sums
 from ggn_jax.kronecker.layout import Cuts, Layout
 from ggn_jax.kronecker.options import Options
-from ggn_jax.layers import Layer, Plan, Trace, trace_model
-from ggn_jax.layers.labels import Data
+from ggn_jax.layers import Layer, Trace, join_traces, trace_model
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 
@@ -25,7 +23,7 @@ class JoinedLayout(Layout):
     """The blocks of a sum of functions: the uses of a weight are those of all of them."""
 
     def __init__(self, losses: Sequence[Loss], traces: Sequence[Trace], options: Options):
-        super().__init__(losses[0], _joined(traces), options)
+        super().__init__(losses[0], join_traces(traces), options)
         self.parts: list[Part] = []
         start = 0
         for loss, trace in zip(losses, traces, strict=True):
@@ -49,19 +47,13 @@ class Part(Layout):
         self.options, self.loss, self.trace = whole.options, loss, trace
         self.sizes, self.leaves = whole.sizes, whole.leaves
         self._start = start
-        layers = tuple(map(self._own, whole.plan.layers))
-        self.plan = Plan(layers, whole.plan.leftovers)
-        self._whole, self._layers = whole, {id(own): i for i, own in enumerate(layers)}
+        self.plan = whole.plan.share(start, start + len(trace.uses))
+        self._whole, self._layers = whole, {id(own): i for i, own in enumerate(self.plan.layers)}
 
     def places(self, layer: Layer) -> list[int]:
         """Which of a layer's uses are this function's."""
         stop = self._start + len(self.trace.uses)
         return [i for i, n in enumerate(layer.uses) if self._start <= n < stop]
-
-    def _own(self, layer: Layer) -> Layer:
-        places = self.places(layer)
-        uses = tuple(layer.uses[i] - self._start for i in places)
-        return replace(layer, uses=uses, swapped=tuple(layer.swapped[i] for i in places))
 
     def _of_all(self, layer: Layer) -> Layer:
         return self._whole.plan.layers[self._layers[id(layer)]]
@@ -74,22 +66,6 @@ class Part(Layout):
 
     def warn(self) -> None:
         """The whole does."""
-
-
-def _joined(traces: Sequence[Trace]) -> Trace:
-    """What is found in all of them, as if they were one model."""
-    uses: list[Any] = []
-    small: list[Any] = []
-    blocked: list[Any] = []
-    for trace in traces:
-        start = len(uses)
-        small += [x if x.bias_of is None else replace(x, bias_of=x.bias_of + start) for x in trace.small]
-        uses += trace.uses
-        blocked += trace.blocked
-    wide = wide_dtype([trace.outputs for trace in traces])
-    outputs = jax.ShapeDtypeStruct((), wide)
-    found = replace(traces[0], uses=tuple(uses), small=tuple(small), blocked=tuple(blocked))
-    return replace(found, outputs=outputs, head=Data())
 
 
 def joined_sums(

@@ -8,11 +8,13 @@ from functools import cached_property
 from itertools import accumulate, product
 from typing import Any, Self
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ggn_jax._frozen import Frozen
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.kronecker.options import Options
@@ -78,6 +80,10 @@ class Layout:
     def of(cls, problem: Problem, options: Options) -> Self:
         trace = trace_model(problem.model_fn, problem.params, problem.inputs, coupled=problem.coupled)
         return cls(problem.loss, trace, options)
+
+    def signature(self) -> Frozen:
+        """Which entries each block has, and how: equal for layouts of the same blocks in the same order."""
+        return Frozen(tuple((member.spec, member.key) for member in self.members))
 
     def joint(self, layer: Layer) -> bool:
         """Whether the bias is one more input; counts of rows stay diagonal, so an embedding's bias is apart."""
@@ -263,6 +269,12 @@ def has_own_steps(use: Use) -> bool:
 def is_whole(runs: Cuts) -> bool:
     """Whether nothing is cut."""
     return sum(run.count for run in runs) == 1
+
+
+def find_layout(problem: Problem, options: Options) -> Layout:
+    """`Layout.of`, with nothing computed: shapes are enough."""
+    layout: Layout = eqx.filter_eval_shape(lambda problem: Frozen(Layout.of(problem, options)), problem).thaw()
+    return layout
 
 
 def cut(x: Array, runs: Cuts, groups: int) -> list[Array]:

@@ -1,11 +1,16 @@
 """Which parameters each layer owns, and what is left over."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 
+from ggn_jax._checks import wide_dtype
 from ggn_jax.layers.index_map import IndexMap
+from ggn_jax.layers.labels import Data
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import View
 
@@ -42,6 +47,10 @@ class Plan:
     def layer_of(self, leaf: int) -> Layer | None:
         """The first layer with entries of a parameter."""
         return next((layer for layer in self.layers if leaf in layer.leaves), None)
+
+    def share(self, start: int, stop: int) -> "Plan":
+        """Of a plan of several functions, that of the one with these uses: its own of each layer, perhaps none."""
+        return Plan(tuple(_share(layer, start, stop) for layer in self.layers), self.leftovers)
 
 
 class UncoveredParametersWarning(UserWarning):
@@ -144,6 +153,28 @@ def make_plan(trace: Trace) -> Plan:
         if not sizes[leaf] or (leaf not in covered and leaf not in lost):
             lost[leaf] = Leftover(leaf, "unused", "no output depends on it")
     return Plan(tuple(drafts), tuple(lost[leaf] for leaf in sorted(lost)))
+
+
+def join_traces(traces: Sequence[Trace]) -> Trace:
+    """What is found in several functions of the same parameters, as if they were one model."""
+    uses: list[Any] = []
+    small: list[Any] = []
+    blocked: list[Any] = []
+    for trace in traces:
+        start = len(uses)
+        small += [x if x.bias_of is None else replace(x, bias_of=x.bias_of + start) for x in trace.small]
+        uses += trace.uses
+        blocked += trace.blocked
+    wide = wide_dtype([trace.outputs for trace in traces])
+    outputs = jax.ShapeDtypeStruct((), wide)
+    found = replace(traces[0], uses=tuple(uses), small=tuple(small), blocked=tuple(blocked))
+    return replace(found, outputs=outputs, head=Data())
+
+
+def _share(layer: Layer, start: int, stop: int) -> Layer:
+    places = [i for i, n in enumerate(layer.uses) if start <= n < stop]
+    uses = tuple(layer.uses[i] - start for i in places)
+    return replace(layer, uses=uses, swapped=tuple(layer.swapped[i] for i in places))
 
 
 def _key(view: View) -> object:

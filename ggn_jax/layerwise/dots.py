@@ -2,19 +2,24 @@
 
 For outputs `c` of example `n` and `d` of example `m`, a layer of which `a` are the inputs and `g` the output gradients
 adds `<G_nc, G_md> = sum_{s, t} (a_ns . a_mt) (g_ncs . g_mdt)`, since its gradient is `G_nc = sum_s g_ncs a_ns^T`.
+The examples may be of two functions with the same parameters: one plan of layers is made for all of them.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from ggn_jax._checks import compute_dtype
+from ggn_jax._checks import wide_dtype
 from ggn_jax._sharding import vary_like
-from ggn_jax.layers import capture, make_plan, trace_model
+from ggn_jax.kronecker.stacks import Stack, read
+from ggn_jax.layers import Trace, capture, join_traces, make_plan, trace_model
+from ggn_jax.layers.uses import View
 from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO
 from ggn_jax.layerwise.run import pulled_back
@@ -28,19 +33,22 @@ EXAMPLES_AT_ONCE = 32  # of which rows are made together; bounds the memory
 class _Pairs(eqx.Module):
     """Inputs and output gradients of each example."""
 
-    inputs: Float[Array, "N G S in"]
-    grads: Float[Array, "N V G S out"]
+    inputs: Float[Array, "... G S in"]
+    grads: Float[Array, "... V G S out"]
 
     def products(self, one: "_Pairs") -> Float[Array, "V N V"]:
         """Of the gradients of one example's outputs with those of all."""
         return _contract(jnp.einsum("gsi,ngti->ngst", one.inputs, self.inputs), one.grads, self.grads)
 
+    def whole(self) -> "_Whole":
+        return _Whole.of(jnp.einsum("...vgso,...gsi->...vgoi", self.grads, self.inputs))
+
 
 class _Rows(eqx.Module):
     """An embedding's row numbers in place of inputs: two of them have the product 1 if they are equal, else 0."""
 
-    rows: Int[Array, "N G S"]
-    grads: Float[Array, "N V G S out"]
+    rows: Int[Array, "... G S"]
+    grads: Float[Array, "... V G S out"]
     count: int = eqx.field(static=True)
 
     def products(self, one: "_Rows") -> Float[Array, "V N V"]:
@@ -48,72 +56,147 @@ class _Rows(eqx.Module):
         same = (one.rows[None, :, :, None] == self.rows[:, :, None, :]) & read[None, :, :, None]
         return _contract(same.astype(self.grads.dtype), one.grads, self.grads)
 
+    def whole(self) -> "_Whole":
+        return _Pairs(jax.nn.one_hot(self.rows, self.count, dtype=self.grads.dtype), self.grads).whole()
+
 
 class _Whole(eqx.Module):
     """The gradients themselves."""
 
-    grads: Float[Array, "N V P"]
+    grads: Float[Array, "... V P"]
+
+    @classmethod
+    def of(cls, matrices: Float[Array, "... V G out in"]) -> "_Whole":
+        return cls(matrices.reshape(*matrices.shape[:-3], -1))
 
     def products(self, one: "_Whole") -> Float[Array, "V N V"]:
         return jnp.einsum("vp,nwp->vnw", one.grads, self.grads)
 
+    def whole(self) -> "_Whole":
+        return self
 
-def _contract(inner: Float[Array, "N G S S"], one: Float[Array, "V G S out"], grads: Array) -> Float[Array, "V N V"]:
-    if len(one) == 1 or inner.shape[-1] == 1:
+
+_Part = _Pairs | _Rows | _Whole
+
+
+class Gradients(eqx.Module):
+    """The gradients of each output of a function's examples, in the parts that their inner products are made of."""
+
+    parts: list[_Part | None]
+    """For each layer its weight and its bias, and each parameter without a layer; None for what is not used."""
+    examples: int = eqx.field(static=True)
+    outputs: int = eqx.field(static=True)
+    """How many an example has."""
+    dtype: Any = eqx.field(static=True)
+
+
+def _contract(inner: Float[Array, "N G S T"], one: Float[Array, "V G S out"], grads: Array) -> Float[Array, "V N W"]:
+    if len(one) == 1 or inner.shape[-2:] == (1, 1):
         outer = jnp.einsum("vgso,nwgto->vnwgst", one, grads)  # one product of matrices for all rows
         return jnp.sum(outer * inner[None, :, None], axis=(-3, -2, -1))
     mixed = jnp.einsum("ngst,nwgto->nwgso", inner, grads)
     return jnp.einsum("vgso,nwgso->vnw", one, mixed)
 
 
-def dense_gram(problem: Problem) -> Float[Array, "K K"]:
-    """`J J^T` of a problem's model, in at least float32: rows and columns are the outputs' entries in C order.
+def gradients(problems: Sequence[Problem], scales: Sequence[Array] | None = None) -> list[Gradients]:
+    """Of some functions of the same parameters, in at least float32; the model runs on `chunk_size` examples at once.
 
-    The model runs on `chunk_size` examples at once, and rows are made for so many, or for `EXAMPLES_AT_ONCE`.
+    With `scales`, a number for each parameter, those of the functions of parameters that these multiply.
     """
-    trace = trace_model(problem.model_fn, problem.params, problem.inputs)
-    layers = Layers(problem.model_fn, trace, make_plan(trace), "joint", structure_of(problem.inputs), True)
-    own = tuple(left.leaf for left in layers.plan.leftovers if left.kind != "unused")
-    wide = compute_dtype(problem.outputs.dtype)
+    traces = [trace_model(problem.model_fn, problem.params, problem.inputs) for problem in problems]
+    joined = join_traces(traces)
+    plan = make_plan(joined)
+    layers = Layers(problems[0].model_fn, joined, plan, "joint", structure_of(problems[0].inputs), True)
+    found, start = [], 0
+    for problem, trace in zip(problems, traces, strict=True):
+        stop = start + len(trace.uses)
+        own = plan.share(start, stop).layers
+        infos = [
+            replace(info, _plan=layer, positions=tuple(trace.uses[n].num_positions for n in layer.uses))
+            for info, layer in zip(layers, own, strict=True)
+        ]
+        found.append(_of_function(problem, trace, layers, infos, scales))
+        start = stop
+    return found
+
+
+def _of_function(
+    problem: Problem, trace: Trace, layers: Layers, infos: Sequence[LayerInfo], scales: Sequence[Array] | None
+) -> Gradients:
+    wide = wide_dtype(layers.trace.outputs)
     count = math.prod(problem.outputs.shape[1:])
     seeds = jnp.eye(count, dtype=problem.outputs.dtype).reshape(count, 1, *problem.outputs.shape[1:])
+    unused = {left.leaf for left in make_plan(trace).leftovers if left.kind == "unused"}
+    rest = [left.leaf for left in layers.plan.leftovers]
+    own = tuple(leaf for leaf in rest if leaf not in unused)
 
-    def parts(inputs: PyTree[Array]) -> Sequence[_Pairs | _Rows | _Whole]:
+    def parts(inputs: PyTree[Array]) -> list[_Part | None]:
         captured = capture(trace, problem.params, inputs, own)
         vectors = vary_like(jnp.broadcast_to(seeds, (count, *captured.outputs.shape)), captured.outputs)
-        found, grads = pulled_back(layers, captured, vectors, None)
-        result = [part for io in found.values() for part in _parts_of(io, count)]
-        rest = [jnp.moveaxis(g, 0, 1).reshape(g.shape[1], count, -1).astype(wide) for g in grads]
-        return [*result, *map(_Whole, rest)]
+        found, grads = pulled_back(trace, infos, captured, vectors, None)
+        result: list[_Part | None] = []
+        for info, stack in zip(infos, layers.stacks, strict=True):
+            scale = _Scale() if scales is None else _scale_of(layers, info, stack, scales)
+            result += _parts_of(found[info.name], count, wide, scale)
+        own_grads = dict(zip(own, grads, strict=True))
+        for leaf in rest:
+            g = own_grads.get(leaf)
+            if g is not None:
+                g = jnp.moveaxis(g, 0, 1).reshape(g.shape[1], count, -1).astype(wide)
+                g = g if scales is None else g * scales[leaf].astype(wide)
+            result.append(None if g is None else _Whole(g))
+        return result
 
-    everything = map_over_chunks(problem, parts)
-
-    def rows(one: Sequence[_Pairs | _Rows | _Whole]) -> Float[Array, "V N V"]:
-        products = [part.products(mine) for part, mine in zip(everything, one, strict=True)]
-        zero = jnp.zeros((count, problem.outputs.shape[0], count), wide)
-        return sum(products, start=zero)
-
-    size = problem.outputs.shape[0]
-    at_once = min(problem.chunk_size or EXAMPLES_AT_ONCE, size)
-    gram = jax.lax.map(rows, everything, batch_size=at_once)
-    return gram.reshape(size * count, size * count)
+    return Gradients(map_over_chunks(problem, parts), problem.outputs.shape[0], count, wide)
 
 
-def _parts_of(io: LayerIO, count: int) -> list[_Pairs | _Rows | _Whole]:
-    """What a layer's inner products are made of; of a bias that is no column of its matrix apart."""
-    bias = io.layer._plan.bias
-    result: list[_Pairs | _Rows | _Whole] = []
-    if bias is not None and not io.layer.has_bias:
-        sums = jnp.einsum("vgnso->nvgo", io.output_grads)
-        result.append(_Whole(sums.reshape(*sums.shape[:2], -1)))
-    embeddings = [use.is_embedding for use in io.uses]
-    if any(use.swapped for use in io.uses) or _rows_are_less(io.layer, count, all(embeddings)):
-        each = jnp.swapaxes(io.per_example_grads(), 0, 1)
-        return [*result, _Whole(each.reshape(*each.shape[:2], -1))]
-    grads = jnp.moveaxis(io.output_grads, 2, 0)
+class _Scale(NamedTuple):
+    """What a layer's matrix `[G, out, in]`, and a bias apart, are multiplied by; 1 where it is None."""
+
+    matrix: Float[Array, " in"] | Float[Array, "G out in"] | None = None
+    """A number for each column where that is enough."""
+    bias: Float[Array, "G out 1"] | None = None
+
+
+def _scale_of(layers: Layers, info: LayerInfo, stack: Stack, scales: Sequence[Array]) -> _Scale:
+    wide, (spec,), bias = wide_dtype(layers.trace.outputs), stack.specs, info._plan.bias
+    pairs = zip(scales, layers.trace.shapes, strict=True)
+    entries = [jnp.broadcast_to(scale.astype(wide), shape) for scale, shape in pairs]
+
+    def whole(views: tuple[View, ...]) -> Float[Array, "G out in"]:
+        return read([Stack((replace(spec, views=views),))], entries)[0]
+
+    apart = None if bias is None or info.has_bias else whole((bias,))
+    owned = [[scales[leaf] for leaf in view.entries.owners(layers.sizes)] for view in spec.views]
+    if not all(number is numbers[0] for numbers in owned for number in numbers):
+        return _Scale(whole(spec.views), apart)
+    sizes = [view.shape[-1] for view in spec.views]
+    columns = [jnp.broadcast_to(own[0].astype(wide), (size,)) for own, size in zip(owned, sizes, strict=True)]
+    return _Scale(jnp.concatenate(columns), apart)
+
+
+def _times(x: Array, factor: Array | None) -> Array:
+    """`x`, times a number for each of its last entries."""
+    return x if factor is None else x * jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
+
+
+def _parts_of(io: LayerIO, count: int, wide: Any, scale: _Scale) -> list[_Part | None]:
+    """What a layer's inner products are made of: its weight's, with a bias that is a column, and a bias apart."""
+    if not io.uses:
+        return [None, None]
+    bias: _Part | None = None
+    if io.layer._plan.bias is not None and not io.layer.has_bias:
+        sums = jnp.einsum("vgnso->nvgo", io.output_grads.astype(wide))
+        bias = _Whole.of(_times(sums[..., None], scale.bias))
+    embeddings, by_entry = [use.is_embedding for use in io.uses], scale.matrix is not None and scale.matrix.ndim > 1
+    if by_entry or any(use.swapped for use in io.uses) or _rows_are_less(io.layer, count, all(embeddings)):
+        each = jnp.swapaxes(io.per_example_grads().astype(wide), 0, 1)
+        return [_Whole.of(_times(each, scale.matrix)), bias]
+    grads = jnp.moveaxis(io.output_grads.astype(wide), 2, 0)
     if all(embeddings):
-        return [*result, _Rows(jnp.swapaxes(io.rows, 0, 1), grads, io.layer.in_)]
-    return [*result, _Pairs(jnp.swapaxes(io.inputs, 0, 1), grads)]
+        grads = grads if scale.matrix is None else grads * scale.matrix[0]  # one number for all of the table
+        return [_Rows(jnp.swapaxes(io.rows, 0, 1), grads, io.layer.in_), bias]
+    return [_Pairs(_times(jnp.swapaxes(io.inputs.astype(wide), 0, 1), scale.matrix), grads), bias]
 
 
 def _rows_are_less(layer: LayerInfo, count: int, embedding: bool) -> bool:
@@ -121,3 +204,27 @@ def _rows_are_less(layer: LayerInfo, count: int, embedding: bool) -> bool:
     positions, inputs = sum(layer.positions), 1 if embedding else layer.in_
     by_pairs = positions**2 * (inputs + count * layer.out) + count**2 * positions * layer.out
     return count**2 * layer.out * layer.in_ < by_pairs
+
+
+def products(one: Gradients, many: Gradients, at_once: int | None = None) -> Float[Array, "K L"]:
+    """The inner products of all gradients of one with those of the other, outputs in C order.
+
+    Rows are made for `at_once` examples together.
+    """
+    mine: list[Any] = []
+    others: list[Any] = []
+    for x, y in zip(one.parts, many.parts, strict=True):
+        if x is not None and y is not None:
+            alike = type(x) is type(y)
+            mine.append(x if alike else x.whole())
+            others.append(y if alike else y.whole())
+
+    def rows(mine: list[Any]) -> Float[Array, "V N W"]:
+        found = [part.products(own) for part, own in zip(others, mine, strict=True)]
+        return sum(found[1:], start=found[0])
+
+    shape = one.examples * one.outputs, many.examples * many.outputs
+    if not mine:
+        return jnp.zeros(shape, many.dtype)
+    size = min(at_once or EXAMPLES_AT_ONCE, one.examples)
+    return jax.lax.map(rows, mine, batch_size=size).reshape(shape)

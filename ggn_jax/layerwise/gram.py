@@ -1,8 +1,8 @@
 """Gram matrices of a model's Jacobian: curvature in function space."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,31 +10,36 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype, is_concrete
+from ggn_jax._checks import prefixed
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.dots import dense_gram
+from ggn_jax.layerwise.batches import BatchesGramLinearOperator
+from ggn_jax.layerwise.space import Function, Functions, FunctionSpaceLinearOperator, matrix, product, solve
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
-from ggn_jax.operators.base import SymmetricLinearOperator, check_number, check_vector, register, vectors_like
-from ggn_jax.operators.outputs import Linearised, with_linearisation
+from ggn_jax.objective import Objective, array_weights, parts_of
+from ggn_jax.operators.base import check_vector, register, vectors_like
+from ggn_jax.operators.batches import check_unbatched
+from ggn_jax.operators.outputs import with_linearisation
 from ggn_jax.operators.problem import Problem, make_problem
-from ggn_jax.terms import Terms, split_terms
+
+T = TypeVar("T")
 
 
-class GramLinearOperator(SymmetricLinearOperator):
+class GramLinearOperator(FunctionSpaceLinearOperator):
     r"""`J J^T` of a model's Jacobian `J`, or `S^T J J^T S` with a loss's square root `S`; on arrays `[N, *out]`.
 
     With the loss it has the eigenvalues of the GGN `J^T S S^T J` other than 0 (`GGNLinearOperator`), so that a solve
     with the damped GGN is one of the size of the outputs: cheaper where there are fewer outputs than parameters,
 
     ```
-    (J^T S S^T J + d I)^-1 v = (v - J^T S (S^T J J^T S + d I)^-1 S^T J v) / d
+    (J^T S S^T J + D)^-1 v = D^-1 (v - J^T S (S^T J D^-1 J^T S + I)^-1 S^T J D^-1 v)
     ```
 
     which is `solve_ggn`. Without a loss, `J J^T` is the empirical neural tangent kernel (Jacot et al. 2018).
+    `from_objective` makes it of the outputs of several functions.
 
     `centred=True` subtracts the mean over examples from the rows of `J`, for each entry of an output: `S^T C J J^T C S`
     with `C = I - 1 1^T / N`, and the matrix in parameters that `solve_ggn` solves with is the covariance `J^T C S S^T C
@@ -67,10 +72,9 @@ class GramLinearOperator(SymmetricLinearOperator):
     True
     """
 
-    problem: Problem
-    kept: Linearised | None
-    with_loss: bool = eqx.field(static=True)
-    centred: bool = eqx.field(static=True)
+    functions: tuple[Function, ...]
+    several: bool = eqx.field(static=True)
+    """Whether vectors are tuples, with an array for each function."""
 
     def __init__(
         self,
@@ -86,121 +90,189 @@ class GramLinearOperator(SymmetricLinearOperator):
     ):
         if loss is None and targets is not None:
             raise ValueError("targets are for a loss: pass loss=... as well, or leave them out for J J^T.")
-        if not isinstance(centred, bool):
-            raise TypeError(f"centred must be True or False; got {centred!r}.")
-        if loss is not None:
-            check_exact(loss)
-        chosen = MSELoss() if loss is None else loss
-        args = model_fn, chosen, params, (inputs, targets), chunk_size, FisherType.TYPE2
-        self.problem = make_problem(*args, has_aux=has_aux)
-        self.problem.check_chunks()
-        self.problem.check_curvature()
-        self.with_loss, self.centred, self.kept = loss is not None, centred, None
+        self.functions = (_function(model_fn, loss, params, (inputs, targets), None, centred, chunk_size, has_aux),)
+        self.several = False
 
-    def in_structure(self) -> jax.ShapeDtypeStruct:
-        return self.problem.outputs
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        centred: bool = False,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        progress: bool = False,
+    ) -> BatchesGramLinearOperator:
+        """Of all data of an iterable of batches, whose outputs follow each other, as if they were one batch.
+
+        One batch is held at a time, and of all data what has the outputs' size: these and the targets, which the first
+        pass collects, vectors, and the dense matrix where it is made. A product takes two passes, by `J^T` and by `J`,
+        `as_matrix` one for each batch, with the rows of that and the columns of those after it, and `solve_ggn` two
+        more. All run on the host, outside of `jit` only.
+
+        Args:
+            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently, which is
+                checked on the first batch.
+            params: a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)` that yields the same data in each pass, in the same order; their
+                sizes may differ.
+            loss: a `Loss` that holds nothing for each example; its mean is over the terms of all data. None for `J
+                J^T`, which looks at no targets.
+            centred: whether to subtract the mean over all examples from the rows of `J`.
+            chunk_size, has_aux: those of the constructor.
+            progress: show a bar for each pass (needs tqdm).
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
+                batch at all, for outputs of other shapes, and for passes over different data.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((20, 3)) / 20}, ggn_jax.CrossEntropyLoss()
+        >>> batches = [(jnp.eye(n, 20), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"])
+        >>> gram = ggn_jax.GramLinearOperator.from_batches(model_fn, params, batches, loss=loss)
+        >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
+        ((63, 63), (20, 3))
+        """
+
+        def make(inputs: PyTree, targets: Any) -> Problem:
+            problem = _function(model_fn, loss, params, (inputs, targets), None, centred, chunk_size, has_aux).problem
+            check_unbatched(problem)
+            return problem
+
+        return BatchesGramLinearOperator(make, loss, batches, centred, progress)
+
+    @classmethod
+    def from_objective(
+        cls,
+        objective: Objective,
+        params: PyTree[Array],
+        batches: Any,
+        *,
+        centred: bool = False,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+    ) -> Self:
+        """Of the outputs of all functions of an objective, each with the root of its loss and of its weight.
+
+        Vectors are tuples, with an array like its outputs for each function. With `X = (sqrt(w_k) J_k^T S_k)_k`, side
+        by side, it is `X^T X`, and `solve_ggn` solves with `X X^T = sum_k w_k J_k^T H_k J_k`, the objective's GGN. Of
+        the inner products between two functions, those in layers that both lay out alike are made as within one.
+
+        Args:
+            objective: a sum of functions of the same parameters, each with a weight.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
+            centred: whether to subtract, in each function, the mean over its examples from the rows of `J`.
+            chunk_size: how many examples are worked on at once.
+            has_aux: whether each `model_fn` returns `(outputs, aux)`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for batches that are not
+                as many.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((20, 1)) / 20}, ggn_jax.MSELoss()
+        >>> value, slope = (lambda p, x: jnp.tanh(x @ p["w"])), (lambda p, x: 1 - jnp.tanh(x @ p["w"]) ** 2)
+        >>> objective = ggn_jax.Objective(value, loss) + 0.5 * ggn_jax.Objective(slope, loss)
+        >>> batches = [(jnp.eye(n, 20), jnp.zeros((n, 1))) for n in (8, 3)]
+        >>> gram = ggn_jax.GramLinearOperator.from_objective(objective, params, batches)
+        >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
+        ((11, 11), (20, 1))
+        """
+        functions = []
+        weights = array_weights(objective) if isinstance(objective, Objective) else []
+        for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
+            with prefixed(f"batches[{i}]: "):
+                args = term.model_fn, term.loss, params, tuple(batch)
+                functions.append(_function(*args, weights[i], centred, chunk_size, has_aux))
+        made = object.__new__(cls)
+        object.__setattr__(made, "functions", tuple(functions))
+        object.__setattr__(made, "several", True)
+        return made
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self._like([f.problem.outputs for f in self.functions])
 
     def _details(self) -> dict[str, Any]:
-        loss = {"loss": self.problem.loss} if self.with_loss else {}
-        return {**loss, "centred": self.centred}
+        first = self.functions[0]
+        loss = {"loss": first.problem.loss} if first.with_loss else {}
+        return {**({"functions": len(self.functions)} if self.several else loss), "centred": first.centred}
 
-    def mv(self, vector: Float[Array, "N *out"]) -> Float[Array, "N *out"]:
-        """The product with `vector`, an array like the outputs."""
+    def _like(self, parts: Sequence[T]) -> PyTree[T]:
+        """A vector of an array for each function."""
+        return tuple(parts) if self.several else parts[0]
+
+    def mv(self, vector: PyTree[Float[Array, "N *out"]]) -> PyTree[Float[Array, "N *out"]]:
+        """The product with `vector`, an array like the outputs, or a tuple of one for each function."""
         check_vector(self, vector, "output")
         return _product(self, vector)
 
     def as_matrix(self) -> Float[Array, "K K"]:
         """The dense matrix, rows and columns in the order of the outputs' entries (C order)."""
         self._check_independent()
-        return _dense(self).astype(self.problem.outputs.dtype)
+        return _dense(self)
 
-    def solve_ggn(self, vector: PyTree[Array], damping: Any) -> PyTree[Array]:
-        """`(J^T S S^T J + damping I)^-1 vector`, by a Cholesky factorisation of the size of the outputs.
+    def _params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return vectors_like(self.functions[0].problem.params)
 
-        `J^T J` without a loss, and of the centred Jacobian with `centred`. In float32, choose `damping` well above 1e-6
-        times the largest eigenvalue; what is left of `vector` is divided by it.
-
-        Args:
-            vector: a pytree like the parameters.
-            damping: a number above 0.
-
-        Returns:
-            A pytree like the parameters.
-
-        Raises:
-            ValueError: for a vector that is not like the parameters, or a damping that is not above 0.
-        """
-        damping = check_number("damping", damping)
-        if is_concrete(damping) and not damping > 0:
-            raise ValueError(f"damping must be above 0; got {damping}.")
-        check_vector(lx.IdentityLinearOperator(vectors_like(self.problem.params)), vector)
+    def _solve(self, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
         self._check_independent()
-        return _solve(self, vector, damping)
+        return _solve(self, v, number, damping)
 
     def _check_independent(self) -> None:
-        problem, way_out = self.problem, "use products with the operator, which take such a model"
-        check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype, way_out)
+        way_out = "use products with the operator, which take such a model"
+        for f in self.functions:
+            problem = f.problem
+            check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype, way_out)
 
-    def _linearised(self) -> Linearised:
-        return Linearised.of(self.problem) if self.kept is None else self.kept
 
-    def _root(self, outputs: Array) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-        """`u -> C S u` and `u -> S^T C u`."""
-        problem = self.problem
-        terms: Terms | None = None
-        if self.with_loss:
-            terms = split_terms(problem.loss, outputs, problem.targets, batch=True)
-
-        def centre(u: Array) -> Array:
-            return u - jnp.mean(u, axis=0, keepdims=True) if self.centred else u
-
-        def right(u: Array) -> Array:
-            return centre(u if terms is None else terms.product("sqrt_mv", u))
-
-        def left(u: Array) -> Array:
-            return centre(u) if terms is None else terms.product("sqrt_rmv", centre(u))
-
-        return right, left
+def _function(
+    model_fn: Any, loss: Any, params: Any, batch: Any, weight: Any, centred: Any, chunk_size: Any, has_aux: bool
+) -> Function:
+    """One function, after all checks."""
+    if not isinstance(centred, bool):
+        raise TypeError(f"centred must be True or False; got {centred!r}.")
+    if loss is not None:
+        check_exact(loss)
+    chosen = MSELoss() if loss is None else loss
+    problem = make_problem(model_fn, chosen, params, batch, chunk_size, FisherType.TYPE2, has_aux=has_aux)
+    problem.check_chunks()
+    problem.check_curvature()
+    return Function(problem, None, weight, loss is not None, centred)
 
 
 register(GramLinearOperator, positive_semidefinite=True)
-lx.linearise.register(GramLinearOperator, with_linearisation)
+
+
+@lx.linearise.register(GramLinearOperator)
+def _linearise(operator: GramLinearOperator) -> GramLinearOperator:
+    kept = tuple(with_linearisation(f) for f in operator.functions)
+    return eqx.tree_at(lambda op: op.functions, operator, kept)
 
 
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, u: u)
-def _product(operator: GramLinearOperator, u: Array) -> Array:
-    linearised = operator._linearised()
-    right, left = operator._root(linearised.outputs())
-    return left(linearised.jvp(linearised.vjp(right(u))))
+def _product(operator: GramLinearOperator, u: PyTree[Array]) -> PyTree[Array]:
+    return operator._like(product(Functions(operator.functions), jax.tree.leaves(u)))
 
 
 @eqx.filter_jit
 @compiler_sharded
 def _dense(operator: GramLinearOperator) -> Float[Array, "K K"]:
-    """In at least float32."""
-    return _matrix(operator, operator._linearised())
-
-
-def _matrix(operator: GramLinearOperator, linearised: Linearised) -> Float[Array, "K K"]:
-    gram = dense_gram(operator.problem)
-    if operator.with_loss or operator.centred:
-        _, left = operator._root(linearised.outputs())
-        shape = operator.problem.outputs.shape
-        for _ in range(2):  # a symmetric matrix, from both sides
-            gram = jax.vmap(lambda row: left(row.reshape(shape)).reshape(-1))(gram).astype(gram.dtype).T
-    return gram
+    """In the dtype of the outputs; made in at least float32."""
+    outputs = [f.problem.outputs.dtype for f in operator.functions]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*outputs)
+    return matrix(Functions(operator.functions)).astype(dtype)
 
 
 @eqx.filter_jit
-@partial(compiler_sharded, like=lambda operator, v, damping: vectors_like(operator.problem.params))
-def _solve(operator: GramLinearOperator, v: PyTree[Array], damping: Array) -> PyTree[Array]:
-    linearised = operator._linearised()
-    right, left = operator._root(linearised.outputs())
-    gram = _matrix(operator, linearised)
-    wide, outputs = compute_dtype(gram.dtype), operator.problem.outputs
-    damped = gram + damping.astype(wide) * jnp.eye(len(gram), dtype=wide)
-    inner = left(linearised.jvp(v)).reshape(-1).astype(wide)
-    found = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped, lower=True), inner)
-    back = linearised.vjp(right(found.reshape(outputs.shape).astype(outputs.dtype)))
-    return jax.tree.map(lambda x, y: (x - y) / damping.astype(x.dtype), v, back)
+@partial(compiler_sharded, like=lambda operator, *_: operator._params())
+def _solve(
+    operator: GramLinearOperator, v: PyTree[Array], number: Array, damping: PyTree[Array] | None
+) -> PyTree[Array]:
+    return solve(Functions(operator.functions), v, number, damping)

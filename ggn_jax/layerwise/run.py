@@ -1,6 +1,6 @@
 """One pass over a batch that gives what each layer takes in and what comes back to it; sums of functions of that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from ggn_jax.kronecker.factors import check_mask_fits
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
-from ggn_jax.layers import Captured, capture
+from ggn_jax.layers import Captured, Trace, capture
 from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.found import COUPLED_WAY_OUT, Layers
+from ggn_jax.layerwise.found import COUPLED_WAY_OUT, LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
@@ -248,15 +248,14 @@ def _look(
         value,
         gradient,
         jnp.where(jnp.isinf(terms.r), 0, terms.r),
-        pulled_back(layers, captured, vectors, extra["mask"])[0],
+        pulled_back(layers.trace, layers, captured, vectors, extra["mask"])[0],
     )
 
 
 def pulled_back(
-    layers: Layers, captured: Captured, vectors: Float[Array, "V N *out"], mask: Array | None
+    trace: Trace, layers: Iterable[LayerInfo], captured: Captured, vectors: Float[Array, "V N *out"], mask: Array | None
 ) -> tuple[dict[str, LayerIO], Sequence[Array]]:
     """What these vectors give at each layer, and the gradients `[V, N, *shape]` of the parameters asked for."""
-    trace = layers.trace
     if len(vectors):
         found, own = jax.vmap(captured.pull_back)(vectors)
     else:

@@ -8,13 +8,18 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
-from ggn_jax.operators.outputs import JacobianLinearOperator, JacobianTransposeLinearOperator
+from ggn_jax.operators.outputs import (
+    BatchesJacobianLinearOperator,
+    JacobianLinearOperator,
+    JacobianTransposeLinearOperator,
+)
 from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.passes import BatchesLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 from ggn_jax.operators.weighted import WeightedSumLinearOperator
 
 __all__ = [
+    "BatchesJacobianLinearOperator",
     "BatchesLinearOperator",
     "BlockLinearOperator",
     "BlockSolver",

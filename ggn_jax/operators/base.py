@@ -3,6 +3,7 @@
 import abc
 import math
 import re
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self
@@ -57,7 +58,30 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
 
     def as_matrix(self) -> Float[Array, "P P"]:
         """The dense matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`."""
-        return _submatrix(self, tuple(range(len(jax.tree.leaves(self.in_structure())))))
+        return self._dense(tuple(range(len(jax.tree.leaves(self.in_structure())))))
+
+    def submatrix(self, *paths: str) -> Float[Array, "d d"]:
+        """The dense matrix of some of the parameters, rows and columns in the order of `ravel_pytree` of these.
+
+        Args:
+            *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`. For all of one
+                layer's, pass its kernel and its bias.
+
+        Raises:
+            KeyError: for a path that no parameter has.
+            TypeError: for what is no path.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"] + p["b"], ggn_jax.CrossEntropyLoss(), params, batch)
+        >>> ggn.submatrix("w").shape, ggn.submatrix("w", "b").shape, ggn.submatrix("*").shape
+        ((6, 6), (9, 9), (9, 9))
+        """
+        return self._dense(_leaves_at(paths, self.in_structure()))
+
+    def _dense(self, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
+        """The dense matrix of the parameters with these numbers."""
+        return _submatrix(self, leaves)
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, in the order of `ravel_pytree(params)`.
@@ -125,34 +149,6 @@ class CurvatureLinearOperator(SymmetricLinearOperator):
         check_vector(self, vector)
         return _jitted_mv(self, vector)
 
-    def submatrix(self, *paths: str) -> Float[Array, "d d"]:
-        """The dense matrix of some of the parameters, rows and columns in the order of `ravel_pytree` of these.
-
-        Args:
-            *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`. For all of one
-                layer's, pass its kernel and its bias.
-
-        Raises:
-            KeyError: for a path that no parameter has.
-
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"] + p["b"], ggn_jax.CrossEntropyLoss(), params, batch)
-        >>> ggn.submatrix("w").shape, ggn.submatrix("w", "b").shape, ggn.submatrix("*").shape
-        ((6, 6), (9, 9), (9, 9))
-        """
-        names = [
-            simple_path(jax.tree_util.keystr(path))
-            for path, _ in jax.tree_util.tree_leaves_with_path(self.in_structure())
-        ]
-        for path in paths:
-            if not any(fnmatchcase(name, path) for name in names):
-                raise KeyError(f"no parameter {path!r}; there are {', '.join(names)}.")
-        if not paths:
-            raise KeyError(f"pass the paths of some parameters; there are {', '.join(names)}.")
-        wanted = [any(fnmatchcase(name, path) for path in paths) for name in names]
-        return _submatrix(self, tuple(i for i, is_one in enumerate(wanted) if is_one))
-
 
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, v: operator.in_structure())
@@ -176,6 +172,22 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
             return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
         return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
+
+
+def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:
+    """The numbers of the parameters that these patterns fit."""
+    pairs = jax.tree_util.tree_leaves_with_path(structure)
+    names = [simple_path(jax.tree_util.keystr(path)) for path, _ in pairs]
+    for path in paths:
+        if not isinstance(path, str):
+            raise TypeError(
+                f"a path must be a string, as 'encoder/*'; got {type(path).__name__}: pass several as arguments."
+            )
+        if not any(fnmatchcase(name, path) for name in names):
+            raise KeyError(f"no parameter {path!r}; there are {', '.join(names)}.")
+    if not paths:
+        raise KeyError(f"pass the paths of some parameters; there are {', '.join(names)}.")
+    return tuple(i for i, name in enumerate(names) if any(fnmatchcase(name, path) for path in paths))
 
 
 def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
@@ -232,10 +244,35 @@ def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct
         spread = jax.tree.map(lambda number, tree: [number] * len(jax.tree.leaves(tree)), damping, structure)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            "damping must be a number, or a pytree of numbers that is a prefix of the parameters: wanted a prefix of"
-            f" {jax.tree.structure(structure)}, got {jax.tree.structure(damping)}."
+            f"{_misfit(damping, structure)}. damping is a number, or a pytree of numbers that is a prefix of the"
+            " parameters."
         ) from error
     return jax.tree.leaves(spread)
+
+
+def _misfit(damping: PyTree[Array], structure: PyTree, name: str = "damping") -> str:
+    """Where a pytree is no prefix of another, and what is there in both; empty if it is one."""
+    if jax.tree_util.all_leaves([damping]):
+        return ""
+    (own, kind), (wanted, wanted_kind) = _children(damping), _children(structure)
+    if kind != wanted_kind:
+        one = "one number" if jax.tree_util.all_leaves([structure]) else f"a number, or {_described(structure)}"
+        return f"{name} must be {one}, as the parameters are; got {_described(damping)}"
+    found = (_misfit(x, wanted[key], name + key) for key, x in own.items())
+    return next(filter(None, found), "")
+
+
+def _children(tree: PyTree) -> tuple[dict[str, PyTree], Any]:
+    """What a node holds, by the paths from it, and the node's own structure."""
+    here: Callable[[Any], bool] = lambda x: x is not tree  # noqa: E731
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=here)
+    return {jax.tree_util.keystr(path): x for path, x in pairs}, jax.tree.structure(tree, is_leaf=here)
+
+
+def _described(tree: PyTree) -> str:
+    kind = type(tree).__name__
+    names = list(_children(tree)[0])
+    return f"a {kind} of {', '.join(names)}" if names else "None" if tree is None else f"an empty {kind}"
 
 
 def simple_path(name: str) -> str:

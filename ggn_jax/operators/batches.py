@@ -5,12 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype
+from ggn_jax._checks import compute_dtype, is_concrete
+from ggn_jax._unbatched import batched_leaves
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
+
+DIFFERENT_DATA = (
+    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
+    " replacement, dropping the last batch of a shuffled loader)."
+)
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
@@ -19,7 +26,8 @@ Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[A
 def check_iterable(batches: Any, again: str = "") -> None:
     """Refuse what yields no batches; and what does so only once, if `again` says who goes over them several times."""
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        way_out = ": pass what it returns, as a list or a loader" if callable(batches) else ""
+        raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}{way_out}.")
     if again and isinstance(batches, Iterator):
         raise TypeError(
             f"{again}, but {type(batches).__name__} is an iterator that is empty after one pass: pass a list, or a"
@@ -27,10 +35,74 @@ def check_iterable(batches: Any, again: str = "") -> None:
         )
 
 
-def no_batches(batches: Any) -> ValueError:
-    """The error for an iterable that yielded none."""
+def no_batches(batches: Any, again: bool = False) -> ValueError:
+    """The error for an iterable that yielded none; `again` if it did before."""
+    if again:
+        name = type(batches).__name__
+        return ValueError(
+            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that starts anew."
+        )
     used = ", as an iterator does that was used before" if isinstance(batches, Iterator) else ""
     return ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none{used}.")
+
+
+def refuse_mask(mask: Any) -> None:
+    """Refuse a mask, for what has no factors."""
+    if mask is not None:
+        raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
+
+
+def check_on_host(vectors: PyTree[Any]) -> None:
+    """Refuse vectors without values, as inside of `jit`, for products that go over batches."""
+    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
+        raise NotImplementedError(
+            "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
+            " estimators call them: use scipy.sparse.linalg with operator.to_scipy(), or one batch with chunk_size."
+        )
+
+
+class MadeByShapes:
+    """What `make` makes of batches, once for each of their shapes, so that it is compiled once for them."""
+
+    def __init__(self, make: Callable[[PyTree, Any], Any]):
+        self._make = make
+        self._made: dict[Any, Any] = {}
+        self.first: Any = None
+        """What it made of the first batch."""
+
+    def of(self, inputs: PyTree[Array], targets: Any) -> Any:
+        """What was made of the first batch of these shapes."""
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets)))
+        key = jax.tree.structure((inputs, targets)), shapes
+        if key not in self._made:
+            self._made[key] = self._make(inputs, targets)
+            self.first = next(iter(self._made.values()))
+        return self._made[key]
+
+
+def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arrays"]:
+    """Numbers that tell examples apart: a sum over each array's entries."""
+    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    arrays += jax.tree.leaves(targets)
+
+    def per_example(x: Array) -> Array:
+        x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+        rows = x.reshape(len(x), -1).astype(jnp.float32)
+        return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
+
+    return jnp.stack([per_example(x) for x in arrays], axis=1)
+
+
+def fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
+    """Sums that tell data apart: of how many examples, of their marks, and of something of all of an example's."""
+    found = marks(inputs, targets)
+    sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
+    return jnp.stack([jnp.asarray(len(found), jnp.float32), *sums[0], sums[1]])
+
+
+def same_data(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether sums of marks, which differ by rounding in another order, are those of the same data."""
+    return one.shape == two.shape and np.allclose(one, two, rtol=1e-3, equal_nan=True)
 
 
 def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:

@@ -41,6 +41,7 @@ from ggn_jax.operators.batches import (
     check_iterable,
     check_unbatched,
     no_batches,
+    refuse_mask,
     with_progress,
     with_reduction,
     without_reduction,
@@ -206,8 +207,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         start = check_count("start", start, 0)
 
         def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
-            if mask is not None:
-                raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
+            refuse_mask(mask)
             args = model_fn, loss, params, (inputs, targets), chunk_size, compute.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not seen:

@@ -16,7 +16,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
-from ggn_jax.kronecker.layout import Layout
+from ggn_jax.kronecker.layout import Layout, find_layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.stacks import Blocks, structure
@@ -25,6 +25,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
+from ggn_jax.operators.nearest import nearest_blocks
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, same_examples
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
@@ -156,8 +157,9 @@ class FactoredLinearOperator(BlockLinearOperator):
 
         `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and in the lengths
         of their sequences. A mean is over all their terms. What is drawn for a datum depends on its place in the whole,
-        so that it does not matter how data are cut into batches. EKFAC goes over them twice, and wants an iterable that
-        can be: a list, or a loader, but no generator. A function is compiled for each size of batch. `progress=True`
+        so that it does not matter how data are cut into batches. EKFAC goes over them twice, and KFOC twice for each of
+        its iterations (twenty passes or so): they want an iterable that can be gone over again, a list, or a
+        loader, but no generator. A function is compiled for each size of batch. `progress=True`
         shows a bar (needs tqdm); `options` are those of the constructor. Must be called outside of `jit` if `batches`
         are not arrays there.
 
@@ -172,6 +174,15 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> kfac.solve(params, damping=0.1)["w"].shape
         (2, 3)
         """
+        if cls._method == "kfoc":
+            made = _as_options("from_batches", options)
+
+            def make(inputs: PyTree, targets: Any) -> Problem:
+                args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
+                return cls._checked(make_problem(*args, has_aux=has_aux, examples=examples), made, chunk_size)
+
+            blocks, problem = nearest_blocks(make, batches, made, key, progress)
+            return cls._of(blocks, structure(problem.params))
         args = model_fn, loss, params, batches
         options |= {
             "key": key,
@@ -230,7 +241,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         """
         made = _as_options("partial_sums", options)
         if cls._method == "kfoc":
-            raise NotImplementedError("KFOC is made of all data at once: use KFAC or EKFAC for several batches.")
+            raise NotImplementedError("KFOC iterates over all data, and has no sums to keep: use from_batches.")
         check_iterable(batches)
         start = check_count("start", start, 0)
         if factors is not None:
@@ -247,13 +258,11 @@ class FactoredLinearOperator(BlockLinearOperator):
             args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not recipes and factors is None:
-                cls._check(problem, made, chunk_size)
-                check_unbatched(problem)
-                problem.check_examples()
+                cls._checked(problem, made, chunk_size)
             kind = made, problem.loss.reduction, structure(problem.params)
             if not recipes:
-                layout = _layout(problem, made)
-                recipes.add(Recipe(cls, (_places(layout), *kind), (layout, kind[2])))
+                layout = find_layout(problem, made)
+                recipes.add(Recipe(cls, (layout.signature(), *kind), (layout, kind[2])))
                 if factors is not None and {factors.recipe} != recipes:
                     raise ValueError("factors must be those of the same model, loss and options: these are others'.")
             keys = check_draws(problem, made, key, start + seen)
@@ -264,7 +273,7 @@ class FactoredLinearOperator(BlockLinearOperator):
 
         problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
         if problem is None:
-            raise no_batches(batches)
+            raise no_batches(batches, again=factors is not None)
         return PartialSums(totals, jnp.asarray(seen, jnp.int32), recipes.pop(), factors, bases)
 
     @classmethod
@@ -286,6 +295,14 @@ class FactoredLinearOperator(BlockLinearOperator):
                 )
             same_examples("EKFAC's passes", sums.factors.examples, sums.examples)
         return cls._of(_finish(sums), sums.recipe.made_of[1])
+
+    @classmethod
+    def _checked(cls, problem: Problem, options: Options, chunk_size: int | None) -> Problem:
+        """The first of several batches, after all checks."""
+        cls._check(problem, options, chunk_size)
+        check_unbatched(problem)
+        problem.check_examples()
+        return problem
 
     @classmethod
     def _check(cls, problem: Problem, options: Options, chunk_size: int | None) -> None:
@@ -346,17 +363,7 @@ def _batch_sums(
 ) -> tuple[dict[str, Any], Frozen]:
     """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
     layout = Layout.of(problem, options)
-    return batch_sums(problem, layout, keys, mask, bases), _places(layout)
-
-
-def _places(layout: Layout) -> Frozen:
-    return Frozen(tuple((member.spec, member.key) for member in layout.members))
-
-
-def _layout(problem: Problem, options: Options) -> Layout:
-    """Which blocks there are, which shapes are enough to know."""
-    layout: Layout = eqx.filter_eval_shape(lambda problem: Frozen(Layout.of(problem, options)), problem).thaw()
-    return layout
+    return batch_sums(problem, layout, keys, mask, bases), layout.signature()
 
 
 @eqx.filter_jit

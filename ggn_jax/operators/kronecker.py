@@ -112,7 +112,8 @@ class KFOCLinearOperator(FactoredLinearOperator):
     both factors positive semi-definite. It is never farther from the block than KFAC.
 
     **Arguments:** as for `KFACLinearOperator`, but for `chunk_size`, `mask`, `tied` and `sharing`, which it has no use
-    for, and `"forward-only"`. All vectors of all data are kept at once.
+    for, and `"forward-only"`. All vectors of all data are kept at once; with `from_batches`, those of one batch,
+    and each iteration goes over the batches twice.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)

@@ -1,8 +1,9 @@
 """Linear maps between the parameters and a model's outputs."""
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -12,13 +13,16 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._checks import compute_dtype
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, register, vectors_like
+from ggn_jax.operators.batches import check_on_host
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, make_problem
+from ggn_jax.operators.rows import RowPasses
 
 
 class Linearised(eqx.Module):
@@ -67,7 +71,21 @@ def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> 
     return chunks.put_together(parts, None if chunks.rest is None else fn(take(chunks.rest)))
 
 
-class JacobianLinearOperator(lx.AbstractLinearOperator):
+class AbstractJacobian(lx.AbstractLinearOperator):
+    """A Jacobian whose transpose has products, too."""
+
+    @abc.abstractmethod
+    def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
+        """`J^T u`."""
+
+    @abc.abstractmethod
+    def out_structure(self) -> jax.ShapeDtypeStruct: ...
+
+    def transpose(self) -> "JacobianTransposeLinearOperator":
+        return JacobianTransposeLinearOperator(self)
+
+
+class JacobianLinearOperator(AbstractJacobian):
     r"""The Jacobian `J` of a model's outputs in its parameters, from pytrees like these to `[N, *out]`.
 
     Products are those of forward-mode differentiation, and of reverse mode for the transpose, `jacobian.T`; a model
@@ -110,6 +128,56 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
         self.problem.check_chunks()
         self.kept = None
 
+    @classmethod
+    def from_batches(
+        cls,
+        model_fn: Callable[[PyTree, PyTree], Array],
+        params: PyTree[Array],
+        batches: Iterable[Any],
+        *,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+        progress: bool = False,
+    ) -> "BatchesJacobianLinearOperator":
+        """The Jacobian of all data of an iterable of batches, whose outputs follow each other: `[N, *out]` of all.
+
+        Each product goes over the batches once, on the host, and holds one of them at a time; so do all rows of
+        `as_matrix`. It is made by one pass, which counts examples and calls no model. It works outside of `jit` only.
+
+        Args:
+            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently, which is
+                checked on the first batch.
+            params: a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, as for the curvature operators; targets are not looked at, and
+                may be None. It must yield the same data in each pass, in the same order. Sizes may differ, also from
+                `chunk_size`, which is of examples in a batch.
+            chunk_size, has_aux: those of the constructor.
+            progress: show a bar for each pass (needs tqdm).
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
+                batch at all, for outputs of other shapes, and for passes over different data.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), None) for n in (8, 8, 5)]
+        >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p["w"], params, batches)
+        >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((21, 3)))["w"].shape
+        ((21, 3), (2, 3))
+        """
+
+        def make(inputs: PyTree, targets: Any) -> Problem:
+            return cls(model_fn, params, inputs, chunk_size=chunk_size, has_aux=has_aux).problem
+
+        return BatchesJacobianLinearOperator(RowPasses(make, batches, with_targets=False, progress=progress))
+
+    @classmethod
+    def of_problem(cls, problem: Problem) -> Self:
+        """That of a problem's model, which has been checked."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "problem", problem)
+        object.__setattr__(made, "kept", None)
+        return made
+
     def __repr__(self) -> str:
         return fields(self, params=self.problem.params, outputs=self.problem.outputs)
 
@@ -124,8 +192,8 @@ class JacobianLinearOperator(lx.AbstractLinearOperator):
         check_vector(self, vector)
         return _jvp(self, vector)
 
-    def transpose(self) -> "JacobianTransposeLinearOperator":
-        return JacobianTransposeLinearOperator(self)
+    def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
+        return _vjp(self, u)
 
     def as_matrix(self) -> Float[Array, "K P"]:
         """The dense matrix: rows are outputs in C order, columns those of `jax.flatten_util.ravel_pytree(params)`."""
@@ -145,7 +213,7 @@ class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
     ((6, 24), True)
     """
 
-    jacobian: JacobianLinearOperator
+    jacobian: AbstractJacobian
 
     def __repr__(self) -> str:
         return fields(self, jacobian=self.jacobian)
@@ -159,14 +227,65 @@ class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
     def mv(self, vector: Float[Array, "N *out"]) -> PyTree[Array]:
         """`J^T u` for `u` of the outputs' shape."""
         check_vector(self, vector, "output")
-        return _vjp(self.jacobian, vector)
+        return self.jacobian.vjp(vector)
 
-    def transpose(self) -> JacobianLinearOperator:
+    def transpose(self) -> AbstractJacobian:
         return self.jacobian
 
     def as_matrix(self) -> Float[Array, "P K"]:
         """The dense matrix: rows in the order of `jax.flatten_util.ravel_pytree(params)`."""
         return self.jacobian.as_matrix().T
+
+
+class BatchesJacobianLinearOperator(AbstractJacobian):
+    """The Jacobian of the outputs of many batches; made by `JacobianLinearOperator.from_batches`.
+
+    Outside of `jit` only.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
+    >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
+    >>> type(jacobian).__name__, jacobian.as_matrix().shape
+    ('BatchesJacobianLinearOperator', (39, 6))
+    """
+
+    passes: RowPasses = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        return fields(self, params=self.passes.params, outputs=self.passes.outputs)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return vectors_like(self.passes.params)
+
+    def out_structure(self) -> jax.ShapeDtypeStruct:
+        return self.passes.outputs
+
+    def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
+        """`J v` for `v`, a pytree like the parameters: one pass over the batches."""
+        check_vector(self, vector)
+        check_on_host(vector)
+        return jnp.concatenate(self._rows(lambda jacobian: jacobian.mv(vector)))
+
+    def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
+        """`J^T u`: one pass over the batches."""
+        check_on_host(u)
+        u = jnp.asarray(u)
+
+        def share(problem: Problem, start: int) -> PyTree[Array]:
+            found = JacobianLinearOperator.of_problem(problem).vjp(u[start : start + problem.outputs.shape[0]])
+            return jax.tree.map(lambda x: x.astype(compute_dtype(x.dtype)), found)
+
+        total = self.passes.sweep(share, "products")
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), total, self.passes.params)
+
+    def as_matrix(self) -> Float[Array, "K P"]:
+        """The dense matrix, in one pass over the batches."""
+        return jnp.concatenate(self._rows(lambda jacobian: jacobian.as_matrix()))
+
+    def _rows(self, rows: Callable[[JacobianLinearOperator], Array]) -> list[Array]:
+        parts: list[Array] = []
+        self.passes.sweep(lambda problem, start: parts.append(rows(JacobianLinearOperator.of_problem(problem))), "rows")
+        return parts
 
 
 @jax.jit
@@ -202,7 +321,7 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=each).T
 
 
-for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator):
+for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator, BatchesJacobianLinearOperator):
     register(_cls, symmetric=False)
 
 

@@ -11,9 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax._unbatched import batched_leaves
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
@@ -25,10 +23,16 @@ from ggn_jax.operators.base import (
     vectors_like,
 )
 from ggn_jax.operators.batches import (
+    DIFFERENT_DATA,
+    MadeByShapes,
     add_up,
     check_iterable,
+    check_on_host,
     check_unbatched,
+    fingerprint,
     no_batches,
+    refuse_mask,
+    same_data,
     with_progress,
     with_reduction,
     without_reduction,
@@ -121,8 +125,14 @@ class _Passes:
     """Passes over batches, the first two of which are compared."""
 
     def __init__(self, make: Callable[[PyTree, Any], DataLinearOperator], batches: Iterable[Any], progress: bool):
-        self._make, self._batches, self._progress = make, batches, progress
-        self._made: dict[Any, DataLinearOperator] = {}
+        def checked(inputs: PyTree, targets: Any) -> DataLinearOperator:
+            operator = make(inputs, targets)
+            check_unbatched(operator.problem)
+            if self._made.first is None:
+                operator.problem.check_parts()
+            return operator
+
+        self._made, self._batches, self._progress = MadeByShapes(checked), batches, progress
         self._seen: np.ndarray | None = None
         self._compared = False
 
@@ -149,20 +159,14 @@ class _Passes:
         name = "products"
         problem, total, _ = add_up(with_progress(self._batches, self._progress, name), sums)
         if problem is None:
-            raise ValueError("batches yielded none in this pass: pass a list, or a loader that starts anew.")
+            raise no_batches(self._batches, again=True)
         self._compare(np.asarray(total["fingerprint"]))
         result: PyTree[Array] = _whole(problem, total, vectors)
         return result
 
     def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
-        if mask is not None:
-            raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
-        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets))]
-        key = jax.tree.structure((inputs, targets)), tuple(shapes)
-        if key not in self._made:
-            self._made[key] = operator = self._make(inputs, targets)
-            check_unbatched(operator.problem)
-        operator = self._made[key]
+        refuse_mask(mask)
+        operator: DataLinearOperator = self._made.of(inputs, targets)
         if targets is None:
             targets = operator.problem.targets  # of no meaning
         elif self._seen is None:
@@ -173,12 +177,8 @@ class _Passes:
         if self._seen is None:
             self._seen = fingerprint
         elif not self._compared:
-            # Sums in another order differ by rounding.
-            if not np.allclose(fingerprint, self._seen, rtol=1e-3, equal_nan=True):
-                raise ValueError(
-                    "two passes over the batches gave different data: switch off what draws them anew (random crops,"
-                    " sampling with replacement, dropping the last batch of a shuffled loader)."
-                )
+            if not same_data(fingerprint, self._seen):
+                raise ValueError(DIFFERENT_DATA)
             self._compared = True
 
 
@@ -208,22 +208,28 @@ class BatchesLinearOperator(SymmetricLinearOperator):
         stacked = jax.tree.map(lambda v: jnp.asarray(v)[None], vector)
         return jax.tree.map(lambda v: v[0], self._products(stacked))
 
-    def as_matrix(self) -> Float[Array, "P P"]:
-        """The dense matrix, in the order of `jax.flatten_util.ravel_pytree(params)`: a pass for each 32 columns."""
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.structure)
+    def _dense(self, leaves: tuple[int, ...]) -> Float[Array, "d d"]:
+        """A pass for each 32 columns."""
+        shapes, tree = jax.tree.flatten(self.structure)
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-            flat, unravel = ravel_pytree(zeros)
+            flat, unravel = ravel_pytree([zeros[leaf] for leaf in leaves])
+
+            def given(e: Array) -> PyTree[Array]:
+                wanted = dict(zip(leaves, unravel(e), strict=True))
+                return jax.tree.unflatten(tree, [wanted.get(i, zero) for i, zero in enumerate(zeros)])
+
+            def wanted(product: PyTree[Array]) -> Array:
+                found = jax.tree.leaves(product)
+                return ravel_pytree([found[leaf] for leaf in leaves])[0]
+
             unit = jnp.eye(flat.size, dtype=flat.dtype)
             starts = range(0, flat.size, COLUMNS_AT_ONCE)
-            parts = [self._products(jax.vmap(unravel)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
-            return jnp.concatenate([jax.vmap(lambda tree: ravel_pytree(tree)[0])(part) for part in parts])
+            parts = [self._products(jax.vmap(given)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
+            return jnp.concatenate([jax.vmap(wanted)(part) for part in parts])
 
     def _products(self, vectors: PyTree[Array]) -> PyTree[Array]:
-        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
-            raise NotImplementedError(
-                "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
-                " estimators call them: use scipy.sparse.linalg with operator.to_scipy(), or one batch with chunk_size."
-            )
+        check_on_host(vectors)
         return self.passes.product(vectors)
 
 
@@ -241,7 +247,7 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
     return {
         "products": without_reduction(products, r),
         "divisor": 1 / r,
-        "fingerprint": _fingerprint(problem.inputs, problem.targets),
+        "fingerprint": fingerprint(problem.inputs, problem.targets),
     }
 
 
@@ -249,18 +255,3 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
 def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
     dtypes = jax.tree.map(lambda x: x.dtype, like)
     return with_reduction(problem.loss.reduction, total["products"], total["divisor"], dtypes)
-
-
-def _fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
-    """Sums that tell data apart: of how many examples, of their values, and of products with their targets'."""
-    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    arrays += jax.tree.leaves(targets)
-
-    def per_example(x: Array) -> Array:
-        x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-        rows = x.reshape(len(x), -1).astype(jnp.float32)
-        return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
-
-    values = [per_example(x) for x in arrays]
-    mixed = [jnp.sum(jnp.abs(value)) for value in values] + [jnp.sum(jnp.cos(sum(values[1:], values[0])) + 2)]
-    return jnp.stack([jnp.asarray(len(arrays[-1]), jnp.float32), *mixed])

@@ -103,6 +103,11 @@ class Problem(eqx.Module):
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
             check_independent(*args, "leave chunk_size out", examples=2, allow_nan=True)
 
+    def check_parts(self) -> None:
+        """Refuse a model whose examples depend on each other, for data that come in several batches."""
+        args = self.model_fn, self.params, self.inputs, self.outputs.dtype
+        check_independent(*args, "pass all data as one batch", examples=2, allow_nan=True)
+
     def check_examples(self) -> None:
         """Refuse a model whose examples depend on each other, unless they may."""
         if not self.coupled:

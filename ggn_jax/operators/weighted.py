@@ -7,6 +7,7 @@ import jax
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._checks import prefixed
 from ggn_jax._weights import weighted_sum
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register
@@ -58,7 +59,8 @@ def of_terms(
 ) -> tuple[list[Any], list[Array]]:
     """An operator for each function of an objective, with a key of its own, and the weights."""
     made = []
-    for term, batch, own_key in parts_of(objective, batches, key):
+    for i, (term, batch, own_key) in enumerate(parts_of(objective, batches, key)):
         own = options if own_key is None else {**options, "key": own_key}
-        made.append(make(term.model_fn, term.loss, params, tuple(batch), **own))
+        with prefixed(f"batches[{i}]: "):
+            made.append(make(term.model_fn, term.loss, params, tuple(batch), **own))
     return made, array_weights(objective)

@@ -1,0 +1,161 @@
+"""Function space of an iterable of batches: one of them is held at a time, and what has the outputs' size."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax.layerwise.dots import Gradients, gradients, products
+from ggn_jax.layerwise.space import (
+    FunctionSpaceLinearOperator,
+    Outputs,
+    Root,
+    Shapes,
+    Space,
+    inverse_roots,
+    matrix,
+    product,
+    solve,
+)
+from ggn_jax.operators.base import check_vector, register
+from ggn_jax.operators.batches import check_on_host
+from ggn_jax.operators.outputs import BatchesJacobianLinearOperator, map_over_chunks
+from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.rows import RowPasses
+
+
+class Batches(Space):
+    """The outputs of all data of an iterable of batches."""
+
+    jacobian: BatchesJacobianLinearOperator
+    root: Root
+
+    def shapes(self) -> Shapes:
+        return [self.jacobian.passes.outputs]
+
+    def roots(self) -> list[Root]:
+        return [self.root]
+
+    def jvp(self, v: PyTree[Array]) -> Outputs:
+        return [self.jacobian.mv(v)]
+
+    def vjp(self, us: Outputs) -> PyTree[Array]:
+        return self.jacobian.vjp(us[0])
+
+    def gram(self, damping: PyTree[Array] | None) -> Float[Array, "K K"]:
+        """In a pass for each batch: its gradients are kept, and multiplied with those of each that follows."""
+        passes = self.jacobian.passes
+        starts = [0, *passes.ends[:-1]]
+        found: dict[tuple[int, int], Array] = {}
+
+        def blocks(row: int) -> Callable[[Problem, int], tuple[()]]:
+            kept: list[Gradients] = []
+
+            def share(problem: Problem, start: int) -> tuple[()]:
+                if start >= starts[row]:
+                    own = _gradients(problem, damping)
+                    kept.append(own) if not kept else None
+                    found[row, starts.index(start)] = _products(kept[0], own, problem.chunk_size)
+                return ()
+
+            return share
+
+        numbers = range(len(starts))
+        for row in numbers:
+            passes.sweep(blocks(row), f"rows of batch {row}")
+        return jnp.block([[found[k, m] if k <= m else found[m, k].T for m in numbers] for k in numbers])
+
+
+class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
+    """`J J^T`, or `S^T J J^T S`, of the outputs of many batches; made by `GramLinearOperator.from_batches`.
+
+    Outside of `jit` only.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
+    >>> gram = ggn_jax.GramLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
+    >>> type(gram).__name__, gram.mv(jnp.ones((13, 3))).shape
+    ('BatchesGramLinearOperator', (13, 3))
+    """
+
+    space: Batches
+
+    def __init__(
+        self,
+        make: Callable[[PyTree, Any], Problem],
+        loss: Any,
+        batches: Iterable[Any],
+        centred: bool,
+        progress: bool,
+    ):
+        outputs: list[Array] = []
+        targets: list[Any] = []
+
+        def collect(problem: Problem, start: int) -> tuple[()]:
+            if loss is not None:
+                outputs.append(_outputs(problem))
+                targets.append(problem.targets)
+            return ()
+
+        passes = RowPasses(make, batches, with_targets=loss is not None, progress=progress, share=collect)
+        root = Root(None, centred)
+        if loss is not None:
+            whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *targets)
+            root = _root(passes.loss, jnp.concatenate(outputs), whole, centred)
+        self.space = Batches(BatchesJacobianLinearOperator(passes), root)
+
+    def in_structure(self) -> jax.ShapeDtypeStruct:
+        return self.space.shapes()[0]
+
+    def _params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.space.jacobian.in_structure()
+
+    def _details(self) -> dict[str, Any]:
+        passes, root = self.space.jacobian.passes, self.space.root
+        return {**({} if root.terms is None else {"loss": passes.loss}), "centred": root.centred}
+
+    def mv(self, vector: Float[Array, "N *out"]) -> Float[Array, "N *out"]:
+        """The product with `vector`, an array like the outputs: two passes over the batches."""
+        check_vector(self, vector, "output")
+        check_on_host(vector)
+        return product(self.space, [jnp.asarray(vector)])[0]
+
+    def as_matrix(self) -> Float[Array, "K K"]:
+        """The dense matrix, rows and columns in the order of the outputs' entries: a pass for each batch."""
+        return matrix(self.space).astype(self.in_structure().dtype)
+
+    def _solve(self, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
+        check_on_host((v, number, damping))
+        return solve(self.space, jax.tree.map(jnp.asarray, v), number, damping)
+
+
+register(BatchesGramLinearOperator, positive_semidefinite=True)
+
+
+@jax.jit
+@compiler_sharded
+def _outputs(problem: Problem) -> Float[Array, "N *out"]:
+    return map_over_chunks(problem, partial(problem.model_fn, problem.params))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _root(loss: Any, outputs: Array, targets: Any, centred: bool) -> Root:
+    return Root.of(loss, outputs, targets, centred)
+
+
+@jax.jit
+@compiler_sharded
+def _gradients(problem: Problem, damping: PyTree[Array] | None) -> Gradients:
+    return gradients([problem], inverse_roots(damping, problem.params))[0]
+
+
+@partial(jax.jit, static_argnames="at_once")
+@compiler_sharded
+def _products(one: Gradients, many: Gradients, at_once: int | None) -> Float[Array, "K L"]:
+    return products(one, many, at_once)

@@ -1,0 +1,167 @@
+"""KFOC's power iterations over an iterable of batches, each step of which is two passes."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ggn_jax._frozen import Frozen
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax.kronecker.checks import check_draws
+from ggn_jax.kronecker.factors import batch_sums, in_places, reduce_sums
+from ggn_jax.kronecker.layout import Layout, find_layout
+from ggn_jax.kronecker.optimal import POWER_ITERATIONS, gradients, kronecker_blocks, moves, safe, scaled, start, unit
+from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.stacks import Blocks
+from ggn_jax.operators.batches import (
+    DIFFERENT_DATA,
+    MadeByShapes,
+    add_up,
+    check_iterable,
+    fingerprint,
+    no_batches,
+    same_data,
+    with_progress,
+    with_reduction,
+)
+from ggn_jax.operators.problem import Problem
+from ggn_jax.terms import check_values
+
+
+def nearest_blocks(
+    make: Callable[[PyTree, Any], Problem], batches: Iterable[Any], options: Options, key: Any, progress: bool
+) -> tuple[Blocks, Problem]:
+    """KFOC's blocks of all data, and the first batch's problem; `make` checks a batch of each shape.
+
+    The first pass makes all that takes no iterations, and finds how large gradients are. Then `B` is made of `A` and
+    `A` of `B`, in turns, as for one batch.
+    """
+    passes = _Passes(make, batches, options, key, progress)
+    found: list[Any] = []
+
+    def first(problem: Problem, keys: Array | None) -> PyTree[Array]:
+        totals, other, places = _first(problem, keys, options)
+        found.append(other)
+        if places != passes.signature:
+            raise ValueError("the model's layers are others than for batch 0, or in another order.")
+        return totals
+
+    sums, biases = passes.sweep(first, "sizes")
+    scales = [safe(x) for x in jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(scales for scales, _ in found))]
+
+    def step(given: list[Array], to_b: bool) -> list[Array]:
+        share = partial(_step, options=options, scales=scales, given=given, to_b=to_b)
+        return passes.sweep(share, "outputs" if to_b else "inputs")
+
+    a = found[0][1]
+    for _ in range(POWER_ITERATIONS):
+        before, a = a, _units(step(_units(step(a, True)), False))
+        if not _any_moves(a, before):
+            break
+    return _finish(passes.layout, sums, biases, a, step(a, True), scales), passes.problem
+
+
+class _Passes:
+    """Passes over batches in any order, the first two of which are compared."""
+
+    def __init__(
+        self,
+        make: Callable[[PyTree, Any], Problem],
+        batches: Iterable[Any],
+        options: Options,
+        key: Any,
+        progress: bool,
+    ):
+        check_iterable(batches, "KFOC goes over the batches many times")
+        self._made, self._batches, self._progress = MadeByShapes(make), batches, progress
+        self._options, self._key = options, key
+        self._seen: list[np.ndarray] = []
+
+    @property
+    def problem(self) -> Problem:
+        """Of the first batch."""
+        found: Problem = self._made.first
+        return found
+
+    @property
+    def layout(self) -> Layout:
+        return find_layout(self.problem, self._options)
+
+    @property
+    def signature(self) -> Frozen:
+        return self.layout.signature()
+
+    def sweep(self, share: Callable[..., PyTree[Array]], description: str) -> Any:
+        """The sum of `share(problem, keys)` over the batches."""
+
+        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+            if mask is not None:
+                raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+            made: Problem = self._made.of(inputs, targets)
+            if targets is None:
+                targets = made.targets  # of no meaning
+            elif not self._seen:
+                check_values(made.loss, made.outputs, targets, True)
+            problem = eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
+            mark = None if len(self._seen) > 1 else _fingerprint(inputs, targets)
+            return problem, (share(problem, check_draws(problem, self._options, self._key, start)), mark)
+
+        _, total, count = add_up(with_progress(self._batches, self._progress, description), sums)
+        if not count:
+            raise no_batches(self._batches, again=bool(self._seen))
+        if total[1] is not None:
+            self._seen.append(np.asarray(total[1]))
+            if not same_data(self._seen[-1], self._seen[0]):
+                raise ValueError(DIFFERENT_DATA)
+        return total[0]
+
+
+_fingerprint = jax.jit(compiler_sharded(fingerprint))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _first(problem: Problem, keys: Array | None, options: Options) -> Any:
+    """What is summed over batches without iterations; how large gradients are, and where to start; what of."""
+    layout = Layout.of(problem, options)
+    found = gradients(problem, layout, keys, unreduced=True)
+    other = [side.scales() for side in found.sides], [start(side) for side in found.sides]
+    return (batch_sums(problem, layout, keys, None), found.biases), other, layout.signature()
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _step(
+    problem: Problem, keys: Array | None, *, options: Options, scales: Any, given: list[Array], to_b: bool
+) -> list[Array]:
+    found = gradients(problem, Layout.of(problem, options), keys, unreduced=True)
+    sides = [side.divided(scale) for side, scale in zip(found.sides, scales, strict=True)]
+    return [side.to_b(x) if to_b else side.to_a(x) for side, x in zip(sides, given, strict=True)]
+
+
+@jax.jit
+def _units(xs: list[Array]) -> list[Array]:
+    return list(map(unit, xs))
+
+
+@jax.jit
+def _any_moves(xs: list[Array], before: list[Array]) -> Array:
+    return jnp.any(jnp.stack([moves(x, y) for x, y in zip(xs, before, strict=True)]))
+
+
+@eqx.filter_jit
+@compiler_sharded
+def _finish(layout: Layout, sums: Any, biases: list[Array], a: list[Array], b: list[Array], scales: Any) -> Blocks:
+    reduction, divisor = layout.loss.reduction, sums["divisor"]
+
+    def reduced(xs: list[Array]) -> list[Array]:
+        found: list[Array] = with_reduction(reduction, xs, divisor, [x.dtype for x in xs])
+        return found
+
+    factors = [scaled(pair, scale) for pair, scale in zip(zip(a, reduced(b), strict=True), scales, strict=True)]
+    return in_places(layout, kronecker_blocks(layout, factors, reduced(biases)), reduce_sums(layout, sums))

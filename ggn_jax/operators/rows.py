@@ -1,0 +1,115 @@
+"""Passes over an iterable of batches whose outputs follow each other: rows of one Jacobian."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ggn_jax._sharding import compiler_sharded
+from ggn_jax.operators.batches import (
+    MadeByShapes,
+    add_up,
+    check_iterable,
+    marks,
+    no_batches,
+    refuse_mask,
+    same_data,
+    with_progress,
+)
+from ggn_jax.operators.problem import Problem
+from ggn_jax.terms import check_values
+
+Share = Callable[[Problem, int], PyTree[Array]]
+
+
+class RowPasses:
+    """Passes over batches, all in the order of the first, which counts examples; the second is compared with it."""
+
+    def __init__(
+        self,
+        make: Callable[[PyTree, Any], Problem],
+        batches: Iterable[Any],
+        *,
+        with_targets: bool,
+        progress: bool,
+        share: Share = lambda problem, start: (),
+    ):
+        """Go over `batches` once; `make` checks a batch of each shape, and `share` is called with all of them."""
+        check_iterable(batches, "each product goes over the batches")
+        self._made, self._batches = MadeByShapes(make), batches
+        self._with_targets, self._progress = with_targets, progress
+        self._marks: list[Any] | None = None
+        """Of each batch of the first pass, a number for each example."""
+        self._compared = False
+        self.sweep(share, "counting")
+        first = self._made.first
+        self.params, self.loss = first.params, first.loss
+        self.outputs = jax.ShapeDtypeStruct((self.ends[-1], *first.outputs.shape[1:]), first.outputs.dtype)
+        """Of all data."""
+
+    @property
+    def ends(self) -> list[int]:
+        """How many examples there are up to and with each batch."""
+        return [int(end) for end in np.cumsum([len(mark) for mark in self._marks or ()])]
+
+    def sweep(self, share: Share, description: str) -> PyTree[Array]:
+        """The sum of `share(problem, start)` over the batches, with the number of the first example of each."""
+        found: list[Any] = []
+
+        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
+            refuse_mask(mask)
+            problem = self._problem(inputs, targets if self._with_targets else None)
+            found.append(None if self._compared else _marks(problem.inputs, problem.targets))
+            self._check(problem, len(found) - 1)
+            return problem, share(problem, start)
+
+        _, total, _ = add_up(with_progress(self._batches, self._progress, description), sums)
+        if not found:
+            raise no_batches(self._batches, again=self._marks is not None)
+        if self._marks is None:
+            self._marks = [np.asarray(mark) for mark in found]
+            return total
+        if len(found) != len(self._marks):
+            raise ValueError(f"{OTHER_ROWS}: {len(found)} batches where the first pass had {len(self._marks)}.")
+        if not self._compared:
+            for number, (mark, first) in enumerate(zip(found, self._marks, strict=True)):
+                if not same_data(np.asarray(mark), first):
+                    raise ValueError(f"{OTHER_ROWS}: batch {number} differs.")
+            self._compared = True
+        return total
+
+    def _problem(self, inputs: PyTree[Array], targets: Any) -> Problem:
+        is_first = self._made.first is None
+        made: Problem = self._made.of(inputs, targets)
+        if is_first:
+            made.check_parts()
+        if targets is None:
+            targets = made.targets  # of no meaning
+        elif self._marks is None:
+            check_values(made.loss, made.outputs, targets, True)
+        return eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
+
+    def _check(self, problem: Problem, number: int) -> None:
+        """Refuse a batch whose rows do not follow those before, or that is another than in the first pass."""
+        like, outputs = self._made.first.outputs, problem.outputs
+        if (outputs.shape[1:], outputs.dtype) != (like.shape[1:], like.dtype):
+            raise ValueError(
+                f"outputs must be like batch 0's, {like.dtype} of shape {like.shape}, but for the number of examples,"
+                f" since they follow each other in one array; got {outputs.dtype} of shape {outputs.shape}: pad them,"
+                " or make an operator of each."
+            )
+        if self._marks is not None:
+            wanted = len(self._marks[number]) if number < len(self._marks) else "none"
+            if wanted != outputs.shape[0]:
+                raise ValueError(f"{OTHER_ROWS}: {outputs.shape[0]} examples where the first pass had {wanted}.")
+
+
+_marks = jax.jit(compiler_sharded(marks))
+
+OTHER_ROWS = (
+    "two passes over the batches gave different data, or in another order, and rows are in the order of the batches:"
+    " switch off shuffling, and what draws data anew (random crops, sampling with replacement)"
+)
