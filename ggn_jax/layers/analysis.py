@@ -24,11 +24,22 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
     source_of,
 )
-from ggn_jax.layers.labels import Data, Derived, Entries, Known, Value, constants, join, known, scale_of
+from ggn_jax.layers.labels import (
+    Data,
+    Derived,
+    Entries,
+    Known,
+    Stopped,
+    Value,
+    constants,
+    join,
+    known,
+    scale_of,
+    stopped,
+)
 from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
-from ggn_jax.layers.weights import GATHERS, WITHOUT_DERIVATIVE
+from ggn_jax.layers.weights import ADDITIONS, GATHERS, SELECTS, WITHOUT_DERIVATIVE
 
-ADDITIONS = frozenset({"add", "add_any"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
@@ -164,10 +175,12 @@ class Analysis:
         name, count, lead = eqn.primitive.name, len(eqn.outvars), len(loops)
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
+        if len(labels) == 1 and isinstance(labels[0], Stopped) and name in MOVES:
+            return list(map(stopped, self.move(name, eqn, labels[0].of, lead)))
         if not has_params and not has_data:
             return constants(eqn, labels)
         if name in WITHOUT_DERIVATIVE:
-            return [Data() if isinstance(label, Data) else None for label in labels]
+            return [Data() if isinstance(label, Data) else stopped(label) for label in labels]
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
         if name in CUSTOM_JVP and has_data:
             # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
@@ -295,6 +308,10 @@ class Analysis:
             self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
             # With its bias, it is the layer's output still: the gradient is that of the sum.
             return [Data() if owner is None else labels[1 - params[0]]]
+        if name in SELECTS and any(isinstance(other, Stopped) and other.of == label for other in labels):
+            self.computed = True
+            self.block([label], "data choose whether it has a derivative", *where)
+            return [Data()]
         if name in PLACES:
             # Put beside data or in the place of some, parameters are added to zeros there.
             self.small += [SmallUse("shift", self.leaves_of(labels[i]), *where) for i in params]
@@ -363,7 +380,7 @@ class Analysis:
                 if carry:  # passed through as it came
                     return before
                 return Derived(self.leaves_of(label), f"the results of a loop ({where[0]})")
-            return Data() if isinstance(label, Data) else None if isinstance(label, Known) else label
+            return Data() if isinstance(label, Data) else None if isinstance(label, Known | Stopped) else label
 
         outer = labels[carried] + [None] * (len(results) - num_carry)
         final = [*joined, *results[num_carry:]]

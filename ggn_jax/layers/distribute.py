@@ -27,15 +27,21 @@ from ggn_jax.layers.jaxprs import (
     run_remat,
     run_scan,
     scan_sizes,
+    varying_axes,
 )
 from ggn_jax.layers.weights import (
+    ADDITIONS,
     DOTS,
     GATHERS,
+    SELECTS,
+    Gated,
     Product,
     Scaled,
     Sum,
     Weight,
+    are_weights,
     as_weight,
+    gated,
     is_complex,
     of_weights,
     plain,
@@ -63,7 +69,12 @@ def distribute(closed: Any, num_params: int, fixed: Sequence[bool]) -> Callable[
 def _run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     def step(eqn: Any, path: tuple[int, ...], values: list[Any]) -> list[Any]:
         literals = [not isinstance(value, Weight | jax.Array) for value in values]
-        return _evaluate(eqn, [as_weight(x) if literal else x for x, literal in zip(values, literals, strict=True)])
+        values = [as_weight(x) if literal else x for x, literal in zip(values, literals, strict=True)]
+        if eqn.primitive.name in SELECTS and not isinstance(values[0], Weight) and are_weights(values[1:]):
+            chosen = gated(values[0], values[1:], varying_axes(jaxpr, eqn.invars[0]))
+            if chosen is not None:
+                return [chosen]
+        return _evaluate(eqn, values)
 
     return run_jaxpr(jaxpr, [as_weight(const) for const in consts], values, (), step)
 
@@ -73,7 +84,7 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     if name in INLINED - CUSTOM_JVP:
         return _run(*open_jaxpr(inner_jaxpr(eqn)), values)
-    if all(isinstance(value, Weight) for value in values):
+    if are_weights(values):
         return of_weights(eqn, values)
     if name in REMAT:
         return _across(eqn, values, partial(run_remat, eqn))
@@ -110,7 +121,15 @@ def _distributed(eqn: Any, values: list[Any], number: int) -> Any:
         return _convolution(eqn, x, weight)
     if name in GATHERS and number == 0:
         return _rows(eqn, list(map(plain, values[1:])), weight)
+    if name in ADDITIONS and isinstance(weight.form, Gated):
+        of = weight.form.of.value
+        return _with_derivative(x + jax.lax.stop_gradient(of), of, weight.form.by.value)
     return None
+
+
+def _with_derivative(value: Array, of: Array, by: Array) -> Array:
+    """A value that does not depend on `of`, as far as derivatives go, with one of 1 in it where `by`."""
+    return value + jnp.where(by, of - jax.lax.stop_gradient(of), 0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,8 @@ class _Dot:
             scaled = self._scaled(x, form, options)
             if scaled is not None:
                 return scaled
+        if isinstance(form, Gated) and form.by.varies <= set(self.weight_batch):
+            return self._gated(x, form, options)
         if isinstance(form, Product) and not self.batch:
             chained = self._chained(x, form, options)
             if chained is not None:
@@ -150,6 +171,13 @@ class _Dot:
             places = {a: i for i, a in enumerate(self.weight_batch)} | {a: lead + i for i, a in enumerate(free)}
             return self(x, form.of, options) * _spread(by, places, lead + len(free))
         return None
+
+    def _gated(self, x: Array, form: Gated, options: dict[str, Any]) -> Array:
+        """The product with a constant weight, plus 0 with the derivative in the weight."""
+        constant = self(x, Weight(jax.lax.stop_gradient(form.of.value), frozenset(), form.of.varies), options)
+        live = self(jax.lax.stop_gradient(x), form.of, options)
+        by = _spread(form.by, {a: i for i, a in enumerate(self.weight_batch)}, jnp.ndim(live))
+        return _with_derivative(constant, live, by)
 
     def _chained(self, x: Array, form: Product, options: dict[str, Any]) -> Array | None:
         """By the factor that has all contracted axes first, then the other one."""

@@ -39,6 +39,16 @@ def live_equations(jaxpr: Any, outvars: Sequence[Any]) -> list[bool]:
     return live[::-1]
 
 
+def varying_axes(jaxpr: Any, atom: Any) -> frozenset[int]:
+    """The axes along which a value of a jaxpr may differ, as far as the equation that makes it tells."""
+    shape, axes = atom.aval.shape, range(len(atom.aval.shape))
+    made = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
+    if made is not None and made.primitive.name == "broadcast_in_dim":
+        own = dict(zip(made.params["broadcast_dimensions"], made.invars[0].aval.shape, strict=True))
+        return frozenset(axis for axis in axes if own.get(axis, 1) > 1)
+    return frozenset(axis for axis in axes if shape[axis] > 1)
+
+
 def inner_jaxpr(eqn: Any) -> Any:
     """The jaxpr that an equation of `INLINED`, `CUSTOM_VJP`, `REMAT` or `SCAN` calls."""
     return next(eqn.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in eqn.params)

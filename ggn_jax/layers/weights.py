@@ -1,14 +1,18 @@
 """Values that depend on parameters and constants alone, and what they were made of."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ggn_jax.layers.jaxprs import bind
 
+ADDITIONS = frozenset({"add", "add_any"})
 DOTS = frozenset({"dot_general"})
 GATHERS = frozenset({"gather"})
+SELECTS = frozenset({"select_n"})
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
 # Moves that act on the factors of an elementwise product alike.
@@ -25,7 +29,9 @@ class Weight:
     leaves: frozenset[int]
     varies: frozenset[int]
     """The axes along which it may differ."""
-    form: "Sum | Scaled | Product | None" = None
+    form: "Form | None" = None
+    origin: tuple[Any, ...] = field(default_factory=lambda: (object(),))
+    """Equal for equal values: where it is from, and how it was moved about since."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,14 @@ class Sum:
 @dataclass(frozen=True)
 class Scaled:
     """`of * by`, entry by entry; `by` has the rank of `of`, or none."""
+
+    of: Weight
+    by: Weight
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`of`, with a derivative only where `by`, of its shape, is true: weights of a branch that data choose."""
 
     of: Weight
     by: Weight
@@ -59,20 +73,26 @@ class Product:
         return [free[axis] for axis in self.order]
 
 
+Form = Sum | Scaled | Gated | Product
+
+
 def of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
     """The results of an equation of weights, with their forms where there are any."""
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] == 1:
         return values
     results = bind(eqn, [value.value for value in values])
-    leaves = frozenset[int]().union(*(value.leaves for value in values))
     if eqn.primitive.name in WITHOUT_DERIVATIVE:
-        leaves = frozenset()  # a constant, to derivatives
+        return [Weight(results[0], frozenset(), values[0].varies, origin=values[0].origin)]
+    leaves = frozenset[int]().union(*(value.leaves for value in values))
     if len(results) > 1:
         return [as_weight(result, leaves) for result in results]
-    return [Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)]
+    result = Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)
+    if len(values) == 1 and eqn.primitive.name in MOVES:
+        result = replace(result, origin=(*values[0].origin, eqn.primitive.name, str(eqn.params)))
+    return [result]
 
 
-def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
+def _form(eqn: Any, values: list[Weight]) -> Form | None:
     name = eqn.primitive.name
     if name == "neg":
         return Scaled(values[0], _number(-1, values[0]))
@@ -81,7 +101,7 @@ def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
     if len(values) != 2 or values[0].leaves & values[1].leaves:
         return None  # uses of one parameter that see the same data are no layers of their own
     first, second = values
-    if name in ("add", "add_any", "sub"):
+    if name in ADDITIONS | {"sub"}:
         shape = eqn.outvars[0].aval.shape
         return Sum((_repeated(first, shape), _repeated(_negative(second) if name == "sub" else second, shape)))
     if name == "div" and first.leaves and _fits(second, first):
@@ -97,6 +117,21 @@ def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
     return None
 
 
+def gated(which: Any, cases: list[Weight], varies: frozenset[int]) -> Weight | None:
+    """The choice, by data, of a weight or constant copies of it; None if it is another choice.
+
+    `vmap` makes them where it turns branches chosen by data into selections. `varies` are the axes along which the
+    choice may differ.
+    """
+    live = [number for number, case in enumerate(cases) if case.leaves]
+    if len(live) != 1 or any(case.origin != cases[live[0]].origin for case in cases):
+        return None
+    weight = cases[live[0]]
+    value = jax.lax.select_n(which, *(case.value for case in cases))
+    chosen = jnp.broadcast_to(which == jnp.asarray(live[0]).astype(which.dtype), jnp.shape(value))
+    return Weight(value, weight.leaves, weight.varies, Gated(weight, Weight(chosen, frozenset(), varies)))
+
+
 def _fits(by: Weight, weight: Weight) -> bool:
     """Whether `by` has an entry, or a repeated one, for each of the weight's."""
     small, large = jnp.shape(by.value), jnp.shape(weight.value)
@@ -110,7 +145,7 @@ def _repeated(weight: Weight, shape: tuple[int, ...]) -> Weight:
     return Weight(jnp.broadcast_to(weight.value, shape), weight.leaves, weight.varies)
 
 
-def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
+def _moved(eqn: Any, value: Weight) -> Form | None:
     """The form of a weight that is moved about, or cast to a type that is no narrower."""
     form, name = value.form, eqn.primitive.name
     before, after = (jnp.dtype(var.aval.dtype) for var in (eqn.invars[0], eqn.outvars[0]))
@@ -125,6 +160,8 @@ def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
     if isinstance(form, Scaled):
         scalar = not jnp.shape(form.by.value) and name not in CASTS
         return Scaled(move(form.of), form.by if scalar else move(form.by))
+    if isinstance(form, Gated):
+        return Gated(move(form.of), form.by if name in CASTS else move(form.by))
     if name in CASTS:
         return Product(move(form.first), move(form.second), form.axes, form.order)
     if name == "transpose":
@@ -147,6 +184,10 @@ def _varies(eqn: Any, values: list[Weight], result: Any) -> frozenset[int]:
         if [jnp.shape(values[0].value)[i] for i in long] == [shape[i] for i in longer]:
             return frozenset(new for old, new in zip(long, longer, strict=True) if old in values[0].varies)
     return _all_axes(result)
+
+
+def are_weights(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Weight) for value in values)
 
 
 def plain(value: Any) -> Any:

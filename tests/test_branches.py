@@ -1,0 +1,100 @@
+"""Layers in branches: `lax.cond` and `lax.switch`, chosen by data, where `vmap` makes selections of them, or not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from oracles import dense_ggn
+from zoo import mlp, mlp_shapes, normal, params
+from zoo_page import usual_promotion
+
+import ggn_jax
+
+CE, MSE = ggn_jax.CrossEntropyLoss(), ggn_jax.MSELoss()
+KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
+Branches = list[Callable[[Any, jax.Array], jax.Array]]
+
+BRANCHES: Branches = [mlp, lambda p, x: jnp.tanh(x @ p["shared"]), lambda p, x: x @ (2 * p["shared"])]
+PARAMS = params(**mlp_shapes(3, 4, 2), shared=(3, 2), out=(2, 2))
+CHOICE = jnp.array([0, 1, 2, 1, 0, 0])
+
+
+def switched(p: Any, inputs: Any) -> jax.Array:
+    def one(choice: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.switch(choice, [lambda x, branch=branch: branch(p, x) for branch in BRANCHES], x)
+
+    return jnp.tanh(jax.vmap(one)(inputs["choice"], inputs["x"])) @ p["out"]
+
+
+def selected(p: Any, inputs: Any) -> jax.Array:
+    """The same, with all branches written out."""
+    results = jnp.stack([branch(p, inputs["x"]) for branch in BRANCHES])
+    which = jax.nn.one_hot(inputs["choice"], 3, axis=0, dtype=results.dtype)
+    return jnp.tanh((which[:, :, None] * results).sum(0)) @ p["out"]
+
+
+@pytest.mark.parametrize("cls", [KFAC, EKFAC])
+def test_branches_that_data_choose_are_those_of_a_selection(cls: Any) -> None:
+    batch = {"choice": CHOICE, "x": normal(6, 3)}, jnp.arange(6) % 2
+    with usual_promotion():
+        report = ggn_jax.report(switched, PARAMS, batch[0])
+        assert report.passed, str(report)
+        kinds = {row.parameter: (row.kind, row.uses) for row in report.rows}
+        assert kinds["['first']['w']"] == kinds["['last']['w']"] == kinds["['out']"] == ("linear", 1)
+        assert kinds["['shared']"] == ("linear", 2)
+        assert kinds["['first']['b']"][0] == "shift"
+        found, like = (cls(fn, CE, PARAMS, batch, fisher_type="type-2", bias="separate") for fn in (switched, selected))
+        exact = dense_ggn(switched, CE, PARAMS, batch)
+        for name in ("first/w", "last/w", "shared", "out"):
+            np.testing.assert_allclose(found.block(name), like.block(name), atol=1e-14)
+        np.testing.assert_allclose(found.block("first/b"), exact[:4, :4], atol=1e-14)
+        np.testing.assert_allclose(
+            ggn_jax.GGNDiagonalLinearOperator(switched, CE, PARAMS, batch).trace(), exact.trace()
+        )
+
+
+def test_positions_that_choose_for_themselves() -> None:
+    """Tokens to experts: the choice is the router's, for each position."""
+
+    def model_fn(p: Any, x: jax.Array, choose: Any = None) -> jax.Array:
+        def token(x: jax.Array) -> jax.Array:
+            scores = x @ p["router"]
+            return scores.max() * choose(scores.argmax(), x)
+
+        return jax.vmap(jax.vmap(token))(x).mean(1)
+
+    def by_switch(p: Any, x: jax.Array) -> jax.Array:
+        return model_fn(p, x, lambda best, x: lax.switch(best, [lambda x, w=w: jnp.tanh(x @ w.T) for w in p["w"]], x))
+
+    def written_out(p: Any, x: jax.Array) -> jax.Array:
+        return model_fn(p, x, lambda best, x: jnp.where(jnp.arange(2) == best, jnp.tanh(p["w"] @ x).T, 0).sum(1))
+
+    weights, batch = params(router=(3, 2), w=(2, 2, 3)), (normal(4, 5, 3), normal(4, 2))
+    with usual_promotion():
+        rows = ggn_jax.report(by_switch, weights, batch[0]).rows
+        assert [(row.kind, row.layer) for row in rows] == [("linear", "1 x 2 x 3")] * 2
+        found, like = (KFAC(fn, MSE, weights, batch, fisher_type="type-2") for fn in (by_switch, written_out))
+        got, wanted = (np.asarray(operator.as_matrix())[6:, 6:] for operator in (found, like))
+        wanted = np.where(got == 0, 0, wanted)
+        np.testing.assert_allclose(got, wanted, atol=1e-14)
+        assert np.abs(np.diag(wanted)).min() > 0
+
+
+def test_an_elementwise_choice_of_derivatives_is_no_layer() -> None:
+    """Which entries have a derivative is data: the block is the GGN's."""
+
+    def model_fn(p: Any, inputs: Any) -> jax.Array:
+        def one(chosen: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.tanh(x @ jnp.where(chosen, p["w"], lax.stop_gradient(p["w"])))
+
+        return jax.vmap(one)(inputs["chosen"], inputs["x"])
+
+    weights = {"w": normal(3, 2)}
+    batch = {"chosen": normal(5, 3, 2) > 0, "x": normal(5, 3)}, normal(5, 2)
+    assert ggn_jax.report(model_fn, weights, batch[0]).uncovered == ("['w']",)
+    exact = dense_ggn(model_fn, MSE, weights, batch)
+    np.testing.assert_allclose(KFAC(model_fn, MSE, weights, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-15)
