@@ -98,3 +98,88 @@ def test_an_elementwise_choice_of_derivatives_is_no_layer() -> None:
     assert ggn_jax.report(model_fn, weights, batch[0]).uncovered == ("['w']",)
     exact = dense_ggn(model_fn, MSE, weights, batch)
     np.testing.assert_allclose(KFAC(model_fn, MSE, weights, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-15)
+
+
+# The same for all examples: one branch runs. --------------------------------------------------------------------------
+
+
+def hybrid(p: Any, x: jax.Array) -> jax.Array:
+    """Blocks of two kinds, told apart by their number."""
+
+    def block(x: jax.Array, item: Any) -> Any:
+        number, q = item
+        return lax.cond(number == 1, lambda x: x + mlp(q, x), lambda x: x * jnp.tanh(mlp(q, x)), x), None
+
+    return lax.scan(block, x, (jnp.arange(3), p["blocks"]))[0] @ p["out"]
+
+
+def hybrid_written_out(p: Any, x: jax.Array) -> jax.Array:
+    for number in range(3):
+        q = jax.tree.map(lambda leaf, number=number: leaf[number], p["blocks"])
+        x = x + mlp(q, x) if number == 1 else x * jnp.tanh(mlp(q, x))
+    return x @ p["out"]
+
+
+STACK = params(blocks={"first": {"w": (3, 3, 4), "b": (3, 4)}, "last": {"w": (3, 4, 3), "b": (3, 3)}}, out=(3, 2))
+
+
+@pytest.mark.parametrize("cls", [KFAC, EKFAC])
+def test_a_loop_over_blocks_of_two_kinds(cls: Any) -> None:
+    batch = normal(5, 3), jnp.arange(5) % 2
+    with usual_promotion():
+        report = ggn_jax.report(hybrid, STACK, batch[0])
+        assert report.passed, str(report)
+        assert {row.curvature for row in report.rows} == {"Kronecker"}
+        found, like = (
+            cls(fn, CE, STACK, batch, fisher_type="type-2", bias="separate") for fn in (hybrid, hybrid_written_out)
+        )
+        np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-14)
+
+
+def flagged(p: Any, inputs: Any) -> jax.Array:
+    """A branch by a flag; what is added to the result is no bias of one of its layers."""
+    flag, x = inputs["flag"], inputs["x"]
+    token = lax.cond(flag, lambda x: p["token"] * jnp.ones_like(x), lambda x: p["token"], x[0])
+    y = lax.cond(flag, lambda x: jnp.tanh(x @ p["w"] + p["b"]), lambda x: x @ p["v"] + p["b"], x)
+    y = lax.cond(flag, lambda y: y + p["c"], lambda y: y, y @ p["u"])
+    z = lax.cond(flag, lambda x: x @ p["v"], lambda x: jnp.broadcast_to(p["d"], (len(x), 2)), x)
+    return jnp.concatenate([y, z @ lax.cond(flag, lambda: p["e"], lambda: p["u"]), y * token[:2]], -1)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_branch_by_a_flag(flag: bool) -> None:
+    weights = params(b=(2,), c=(2,), d=(2,), e=(2, 2), token=(3,), u=(2, 2), v=(3, 2), w=(3, 2))
+    inputs = {"flag": ggn_jax.Unbatched(jnp.asarray(flag)), "x": normal(1, 3)}
+    batch = inputs, normal(1, 6, seed=1)
+    with usual_promotion():
+        report = ggn_jax.report(flagged, weights, inputs)
+        assert report.passed, str(report)
+        kinds = {row.parameter[2:-2]: row.kind for row in report.rows}
+        assert (kinds["w"], kinds["v"], kinds["b"], kinds["c"], kinds["d"]) == (*2 * ["linear"], *3 * ["shift"])
+        plain = {**inputs, "flag": jnp.asarray(flag)}
+        exact = dense_ggn(flagged, MSE, weights, (plain, batch[1]))
+        found = np.asarray(KFAC(flagged, MSE, weights, batch, fisher_type="type-2").as_matrix())
+    start = 0
+    for name, leaf in weights.items():
+        part = slice(start, start := start + leaf.size)
+        # Used twice where the flag is set: two terms.
+        if not (name == "v" and flag):
+            np.testing.assert_allclose(found[part, part], exact[part, part], atol=1e-14, err_msg=name)
+
+
+def test_a_weight_of_some_steps_of_a_loop_has_the_exact_block() -> None:
+    """As many positions as steps would be too many."""
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        def step(x: jax.Array, number: jax.Array) -> Any:
+            return lax.cond(number % 3 == 0, lambda x: x + jnp.tanh(x @ p["w"]), jnp.sin, x), None
+
+        return lax.scan(step, x, jnp.arange(4))[0] @ p["out"]
+
+    weights, batch = params(out=(3, 2), w=(3, 3)), (normal(5, 3), normal(5, 2))
+    report = ggn_jax.report(model_fn, weights, batch[0])
+    assert report.passed, str(report)
+    assert report.uncovered == ("['w']",)
+    assert "only some steps" in str(report)
+    exact = dense_ggn(model_fn, MSE, weights, batch)[6:, 6:]
+    np.testing.assert_allclose(KFAC(model_fn, MSE, weights, batch, fisher_type="type-2").block("w"), exact, atol=1e-14)

@@ -23,6 +23,16 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
+def is_floating(var: Any) -> bool:
+    """Whether a variable has derivatives."""
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
+
+
+def has_complex(eqn: Any) -> bool:
+    """Whether an equation has complex inputs."""
+    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars)
+
+
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr, closed or not, and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -159,11 +169,12 @@ def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) ->
     return [*carry, *ys], more
 
 
-def run_branches(eqn: Any, fn: Callable[[Any, list[Any]], list[Any]], values: list[Any]) -> list[Any]:
-    """The one of the equation's branches that is wanted, each run by `fn(jaxpr, inputs)`."""
-    branches = [lambda *inputs, jaxpr=jaxpr: fn(jaxpr, list(inputs)) for jaxpr in eqn.params["branches"]]
+def run_branches(eqn: Any, fn: Callable[[int, Any, list[Any]], Any], values: list[Any]) -> Any:
+    """The one of the equation's branches that is wanted, each run by `fn(number, jaxpr, inputs)`."""
+    numbered = enumerate(eqn.params["branches"])
+    branches = [lambda *inputs, i=i, jaxpr=jaxpr: fn(i, jaxpr, list(inputs)) for i, jaxpr in numbered]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
-        return list(jax.lax.switch(values[0], branches, *values[1:]))
+        return jax.lax.switch(values[0], branches, *values[1:])
     named = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
-    return list(jax.lax.platform_dependent(*values[1:], **named))
+    return jax.lax.platform_dependent(*values[1:], **named)

@@ -68,7 +68,7 @@ def run_of_example(
     if name in REMAT:
         return list(run_remat(eqn, partial(_run, inner_jaxpr(eqn), inside), values))
     if name in BRANCHES:
-        return run_branches(eqn, lambda jaxpr, values: _run(jaxpr, inside, values), list(values))
+        return list(run_branches(eqn, lambda _, jaxpr, values: _run(jaxpr, inside, values), list(values)))
     if name in CUSTOM_JVP | CUSTOM_VJP and keep_rules:
         return _with_its_rules(eqn, values)
     if name in INLINED | CUSTOM_VJP:

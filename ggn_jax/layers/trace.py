@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 from ggn_jax._model import Model
 from ggn_jax._sharding import explained, explicit_mesh
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
-from ggn_jax.layers.analysis import Blocked, SmallUse, analyse
+from ggn_jax.layers.analysis import analyse
 from ggn_jax.layers.distribute import distribute
 from ggn_jax.layers.labels import Data
-from ggn_jax.layers.uses import Use
+from ggn_jax.layers.uses import Blocked, SmallUse, Use
 
 
 @dataclass(frozen=True, eq=False)
