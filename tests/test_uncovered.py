@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from oracles import dense_ggn as ggn
 
 import ggn_jax
@@ -73,36 +72,6 @@ def test_a_parameter_that_is_added_has_no_block_larger_than_the_model() -> None:
     np.testing.assert_array_equal(block, np.diag(np.diag(block)))
     rows = {row.parameter: row.curvature for row in ggn_jax.report(model_fn, params, batch[0]).rows}
     assert rows == {"['position']": "diagonal", "['w']": "Kronecker"}
-
-
-COMPLEX = {
-    "complex inputs": lambda p, x: (x * (1 + 0.5j)) @ p["w"],
-    "complex weights": lambda p, x: x @ p["w"].astype(complex),
-    "rotated weights": lambda p, x: x @ (p["w"] * jnp.exp(0.3j)),
-    "complex bias": lambda p, x: (x * (1 + 0.5j)) @ p["w"] + p["b"][None],
-    "table": lambda p, x: jnp.take(p["w"].astype(complex), jnp.argsort(x, 1)[:, 0], axis=0) * (1 + 1j),
-}
-
-
-@pytest.mark.parametrize("name", COMPLEX)
-def test_real_parameters_of_complex_layers(name: str) -> None:
-    def model_fn(p: Any, x: jax.Array) -> jax.Array:
-        with jax.numpy_dtype_promotion("standard"):
-            z = COMPLEX[name](p, x)
-        return jnp.concatenate([z.real, z.imag * jnp.abs(z)], -1)
-
-    params = {"w": normal(3, 2), **({"b": normal(2)} if "bias" in name else {})}
-    for size in (1, 5):  # one example at one position is an exactness case
-        batch = normal(size, 3), normal(size, 4, seed=1)
-        exact = ggn(model_fn, MSE, params, batch)
-        exact[: -PARAMS["w"].size, -PARAMS["w"].size :] = exact[-PARAMS["w"].size :, : -PARAMS["w"].size] = 0
-        for cls in (KFAC, EKFAC):
-            np.testing.assert_allclose(
-                cls(model_fn, MSE, params, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-14
-            )
-        diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
-        np.testing.assert_allclose(ravel_pytree(diagonal.mv(jax.tree.map(jnp.ones_like, params)))[0], np.diag(exact))
-        assert ggn_jax.report(model_fn, params, batch[0]).passed
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ class Analysis:
         label = labels[params[0]]
         if name in LAYERS and has_complex(eqn):
             # The gradient of a real weight is the real part of complex ones': two products, not one.
+            self.computed = True
             self.block([labels[i] for i in params], f"it meets complex data in {name}", *where)
             return [Data()] * len(eqn.outvars)
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:

@@ -29,8 +29,8 @@ def is_floating(var: Any) -> bool:
 
 
 def has_complex(eqn: Any) -> bool:
-    """Whether an equation has complex inputs."""
-    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars)
+    """Whether an equation has complex inputs or results."""
+    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
