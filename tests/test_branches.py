@@ -183,3 +183,38 @@ def test_a_weight_of_some_steps_of_a_loop_has_the_exact_block() -> None:
     assert "only some steps" in str(report)
     exact = dense_ggn(model_fn, MSE, weights, batch)[6:, 6:]
     np.testing.assert_allclose(KFAC(model_fn, MSE, weights, batch, fisher_type="type-2").block("w"), exact, atol=1e-14)
+
+
+# Rows that are sorted by their groups. --------------------------------------------------------------------------------
+
+
+def routed(p: Any, inputs: Any, product: Any = lax.ragged_dot) -> jax.Array:
+    """Of several tokens for each example, some belong to no group."""
+    x, sizes = inputs["x"], inputs["sizes"]
+    outputs = []
+    for rows, size in zip(x, sizes, strict=True):
+        hidden = jnp.tanh(product(rows, p["in"], size))
+        outputs.append(product(hidden, p["out"] - p["c"], size).sum(0))
+    return jnp.stack(outputs)
+
+
+def all_experts(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    group = jnp.repeat(jnp.arange(4), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x))
+    return jnp.einsum("ngo,ng->no", jnp.einsum("gni,gio->ngo", jnp.stack([x] * 3), weights), jnp.eye(4)[group][:, :3])
+
+
+def test_a_ragged_product_is_a_layer_for_each_group() -> None:
+    weights = params(**{"in": (3, 2, 3), "c": (3, 3, 2), "out": (3, 3, 2)})
+    inputs = {"x": normal(4, 5, 2), "sizes": jnp.array([[2, 0, 2], [1, 4, 0], [0, 0, 5], [1, 2, 2]])}
+    batch = inputs, normal(4, 2, seed=1)
+    written_out = lambda p, inputs: routed(p, inputs, all_experts)  # noqa: E731
+    with usual_promotion():
+        report = ggn_jax.report(routed, weights, inputs)
+        assert report.passed, str(report)
+        assert {(row.kind, row.layer[:1], row.positions) for row in report.rows} == {("linear", "3", (5,))}
+        found, like = (KFAC(fn, MSE, weights, batch, fisher_type="type-2").as_matrix() for fn in (routed, written_out))
+        np.testing.assert_allclose(found, like, atol=1e-14)
+        exact = dense_ggn(routed, MSE, weights, batch)
+        np.testing.assert_allclose(
+            ggn_jax.GGNDiagonalLinearOperator(routed, MSE, weights, batch).trace(), exact.trace()
+        )

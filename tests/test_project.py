@@ -22,7 +22,7 @@ GGN_JAX = [
     {"_hints", "_repr", "_version"},
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
-    {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.table", "layers.taps", "terms"},
+    {"layers.index_map", "layers.jaxprs", "layers.pooling", "layers.ragged", "layers.table", "layers.taps", "terms"},
     {"layers.convolution", "layers.uses", "layers.weights", "loss"},
     {"layers.distribute"},
     {"layers.run", "layers.labels", "cross_entropy", "joint", "losses", "likelihood"},

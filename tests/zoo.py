@@ -289,6 +289,16 @@ def switch_mixture(p: Any, x: jax.Array) -> jax.Array:
     return jax.vmap(one)(x)
 
 
+def routed(p: Any, x: jax.Array) -> jax.Array:
+    """All tokens, sorted by expert, in ragged products."""
+    x = x.reshape(-1, x.shape[-1])
+    gates = jax.nn.softmax(x @ p["router"])
+    best = jnp.argmax(gates, -1)
+    order, sizes = jnp.argsort(best), jnp.bincount(best, length=2)
+    out = lax.ragged_dot(jnp.tanh(lax.ragged_dot(x[order], p["in"], sizes)), p["out"], sizes)
+    return (gates.max(-1)[:, None] * out[jnp.argsort(order)]).reshape(-1, 4, 2).mean(1)
+
+
 def embedding_bag(p: Any, x: jax.Array) -> jax.Array:
     return p["table"][x].sum(1) @ p["out"]
 
@@ -609,6 +619,7 @@ ZOO: Registry = {
         "mixture of experts, by switch": of(
             switch_mixture, X, router=(3, 2), a=mlp_shapes(3, 4, 2), b=mlp_shapes(3, 4, 2)
         ),
+        "mixture of experts, ragged_dot": of(routed, SEQUENCES, router=(4, 2), out=(2, 3, 2), **{"in": (2, 4, 3)}),
         "embedding bag": of(embedding_bag, tokens(3, 4), table=(5, 3), out=(3, 2)),
     },
     "Sets and graphs": {

@@ -26,19 +26,8 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
     source_of,
 )
-from ggn_jax.layers.labels import (
-    Data,
-    Derived,
-    Entries,
-    Known,
-    Stopped,
-    Value,
-    constants,
-    join,
-    known,
-    scale_of,
-    stopped,
-)
+from ggn_jax.layers.labels import Data, Derived, Entries, Known, Stopped, Value, constants, join, known, scale_of
+from ggn_jax.layers.ragged import RAGGED
 from ggn_jax.layers.uses import LAYERS, Blocked, NotALayerError, SmallUse, Use, attach_bias
 from ggn_jax.layers.weights import ADDITIONS, GATHERS, SELECTS, WITHOUT_DERIVATIVE
 
@@ -81,6 +70,7 @@ class Analysis:
         self.small: list[SmallUse] = []
         self.blocked: list[Blocked] = []
         self.computed = False  # whether a computed weight met data in a layer's equation
+        self.unmapped = False  # whether JAX cannot map an equation over examples
         self.embeddings = embeddings
         self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
         self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
@@ -158,11 +148,12 @@ class Analysis:
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
         if len(labels) == 1 and isinstance(labels[0], Stopped) and name in MOVES:
-            return list(map(stopped, self.move(name, eqn, labels[0].of, lead)))
+            return list(map(Stopped.copy, self.move(name, eqn, labels[0].of, lead)))
         if not has_params and not has_data:
             return constants(eqn, labels)
         if name in WITHOUT_DERIVATIVE:
-            return [Data() if isinstance(label, Data) else stopped(label) for label in labels]
+            return [Data() if isinstance(label, Data) else Stopped.copy(label) for label in labels]
+        self.unmapped |= name in RAGGED
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
         if name in CUSTOM_JVP and has_data:
             # Under a derivative of its own, a layer's output gradient need not be that of the function inside.

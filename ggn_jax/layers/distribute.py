@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from ggn_jax.layers.convolution import CONVOLUTION
 from ggn_jax.layers.jaxprs import (
+    BRANCHES,
     CUSTOM_JVP,
     INLINED,
     REMAT,
@@ -24,12 +25,14 @@ from ggn_jax.layers.jaxprs import (
     bind,
     inner_jaxpr,
     open_jaxpr,
+    run_branches,
     run_jaxpr,
     run_remat,
     run_scan,
     scan_sizes,
     varying_axes,
 )
+from ggn_jax.layers.ragged import by_row, is_by_row
 from ggn_jax.layers.weights import (
     ADDITIONS,
     CASTS,
@@ -93,6 +96,10 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
         return _run(*open_jaxpr(inner_jaxpr(eqn)), values)
     if are_weights(values):
         return of_weights(eqn, values)
+    if is_by_row(eqn) and isinstance(values[1], Weight):
+        return [_ragged(eqn, *values)]
+    if name in BRANCHES:
+        return _branches(eqn, values)
     if name in REMAT:
         return _across(eqn, values, partial(run_remat, eqn))
     if name in SCAN:
@@ -248,6 +255,15 @@ class _Dot:
         return None
 
 
+def _ragged(eqn: Any, x: Any, weights: Weight, sizes: Any) -> Array:
+    options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
+
+    def dot(x: Array, axis: int, inputs: int, group: int) -> Array:
+        return plain(_Dot((axis,), (inputs,), (0,), (group,))(x, weights, options))
+
+    return by_row(eqn, plain(x), eqn.invars[2].aval.shape[0], plain(sizes), dot)
+
+
 def _convolution(eqn: Any, x: Array, weight: Weight) -> Any:
     form = weight.form
     if isinstance(form, Sum):
@@ -302,6 +318,13 @@ def _across(eqn: Any, values: list[Any], call: Callable[..., Any]) -> list[Any]:
         return list(map(plain, _run(jaxpr, consts, _again(values, arrays))))
 
     return list(call(fn, *map(plain, values)))
+
+
+def _branches(eqn: Any, values: list[Any]) -> list[Any]:
+    def fn(number: int, jaxpr: Any, arrays: list[Any]) -> list[Any]:
+        return list(map(plain, _run(*open_jaxpr(jaxpr), _again(values[1:], arrays))))
+
+    return list(run_branches(eqn, fn, list(map(plain, values))))
 
 
 def _scan(eqn: Any, values: list[Any]) -> list[Any]:

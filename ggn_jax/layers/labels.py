@@ -60,15 +60,15 @@ class Stopped:
 
     of: Entries
 
+    @staticmethod
+    def copy(label: "Value") -> "Stopped | None":
+        """The label of a value without its derivatives."""
+        return Stopped(label) if isinstance(label, Entries) else None
+
 
 Value = (
     Entries | Derived | Data | Known | Stopped | None
 )  # None: a constant that changes, in a loop or from batch to batch
-
-
-def stopped(label: Value) -> Value:
-    """The label of a value without its derivatives."""
-    return Stopped(label) if isinstance(label, Entries) else None
 
 
 def known(values: Sequence[Any]) -> list[Value]:

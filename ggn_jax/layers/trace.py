@@ -70,13 +70,13 @@ def trace_model(
     shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))
     analysis, head = analyse(closed, shapes, batched)
-    if analysis.computed:
+    if analysis.computed or analysis.unmapped:
         # Products with computed weights may be products with parameters, in another order.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
         with explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
-        if found[0].uncovered() < analysis.uncovered():
+        if analysis.unmapped or found[0].uncovered() < analysis.uncovered():
             closed, (analysis, head) = other, found
     return Trace(
         closed,
