@@ -183,6 +183,36 @@ def test_a_query_and_its_weight_are_layers() -> None:
     assert kinds == {"['query']": "linear", "['v']": "linear", "['w']": "linear"}
 
 
+def attended(p: Any, x: jax.Array, query: jax.Array) -> jax.Array:
+    scores = jnp.einsum("nqi,nti->nqt", jnp.broadcast_to(query, (len(x), 1, 3)) @ p["w"], x)
+    return (jax.nn.softmax(scores, axis=-1) @ x)[:, 0] @ p["v"]
+
+
+def unit(query: jax.Array) -> jax.Array:
+    return query / jnp.sqrt(jnp.sum(query**2))
+
+
+QUERIES = {
+    "attends": lambda p, x: attended(p, x, unit(p["query"])),
+    "is added": lambda p, x: jnp.tanh(x.mean(1) + (unit(p["query"]) @ p["w"])[None]) @ p["v"],
+    "is added as it is": lambda p, x: jnp.tanh(x.mean(1) + (p["query"] @ p["w"])[None]) @ p["v"],
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_weight_whose_input_is_another_parameter(name: str) -> None:
+    """As latent arrays that are normalised first: the weight is a layer, the latent array has its exact block."""
+    params, batch = {"query": normal(3), "v": normal(3, 2), "w": normal(3, 3)}, (normal(1, 4, 3), normal(1, 2))
+    report = ggn_jax.report(QUERIES[name], params, normal(3, 4, 3))
+    assert report.passed, str(report)
+    kinds = {row.parameter: row.kind for row in report.rows}
+    assert (kinds["['v']"], kinds["['w']"]) == ("linear", "linear")
+    exact = ggn(QUERIES[name], MSE, params, batch)
+    found = np.asarray(KFAC(QUERIES[name], MSE, params, batch, fisher_type="type-2").as_matrix())
+    for part in (slice(0, 3), slice(3, 9), slice(9, 18)):
+        np.testing.assert_allclose(found[part, part], exact[part, part], atol=1e-14)
+
+
 def test_the_self_check_knows_of_types_on_the_way() -> None:
     """A weight that is rounded to 16 bits on its way has a gradient that is."""
     params = {"v": normal(16, 3).astype(jnp.float32), "w": normal(4, 16).astype(jnp.float32)}

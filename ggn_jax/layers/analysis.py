@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -37,13 +38,15 @@ SCALES = frozenset({"mul", "div", "neg"})
 PLACES = frozenset({*JOINS, "select_n", "pad", "dynamic_update_slice"})
 
 
-def analyse(closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool]) -> tuple["Analysis", Data]:
+def analyse(
+    closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool], commits: bool = False
+) -> tuple["Analysis", Data]:
     """What there is in a jaxpr of parameters, then inputs; and the label of its first result."""
     jaxpr, consts = open_jaxpr(closed)
     embeddings: frozenset[tuple[int, ...]] = frozenset()
     with jax.ensure_compile_time_eval():
         while True:
-            analysis = Analysis(shapes, embeddings)
+            analysis = Analysis(shapes, embeddings, commits)
             labels: list[Value] = [Entries(entries) for entries in analysis.maps]
             labels += [Data() if is_batched else None for is_batched in batched]
             (result,) = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
@@ -60,10 +63,11 @@ def analyse(closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool])
 class Analysis:
     """One walk over a jaxpr with labels in place of values.
 
-    `embeddings` are the paths of gathers at known places that count as embeddings.
+    `embeddings` are the paths of gathers at known places that count as embeddings; `commits` is whether what weights
+    make of computed parameters is data to whatever it meets, also where it may be the weight of a layer.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]]):
+    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]], commits: bool):
         self.sizes = [math.prod(shape) for shape in shapes]
         self.maps = [IndexMap.contiguous(shape, sum(self.sizes[:i])) for i, shape in enumerate(shapes)]
         self.uses: list[Use] = []
@@ -71,7 +75,7 @@ class Analysis:
         self.blocked: list[Blocked] = []
         self.computed = False  # whether a computed weight met data in a layer's equation
         self.unmapped = False  # whether JAX cannot map an equation over examples
-        self.embeddings = embeddings
+        self.embeddings, self.commits = embeddings, commits
         self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
         self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
 
@@ -257,15 +261,17 @@ class Analysis:
             factor = scale_of(eqn, labels)
             if factor:
                 return replace(entries[0], factor=entries[0].factor * factor)
-        if name in LAYERS and len(params) == len(entries) == 1 and not has_complex(eqn):
-            try:
-                use = self.layer(eqn, path, labels, labels.index(entries[0]), loops)
-                return Derived(frozenset(), f"{name} ({source_of(eqn)})", rows, (use,))
-            except NotALayerError:
-                pass
         computed = [label for label in labels if isinstance(label, Derived)]
-        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
         pending = {use.path: use for label in computed for use in label.pending}
+        if name in LAYERS and not has_complex(eqn) and len(entries) <= 1 + (not self.commits):
+            # Of two parameters, the smaller one is what meets the other.
+            operands = [i for i, label in enumerate(labels) if isinstance(label, Entries)]
+            for i in sorted(operands, key=lambda i: -math.prod(eqn.invars[i].aval.shape)):
+                with suppress(NotALayerError):
+                    pending[path] = self.layer(eqn, path, labels, i, loops)
+                    params = [label for label in labels[:i] + labels[i + 1 :] if isinstance(label, Entries | Derived)]
+                    break
+        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
         how = next((label.how for label in computed), f"{name} ({source_of(eqn)})")
         return Derived(frozenset().union(*bare), how, rows, tuple(pending.values()))
 
@@ -281,7 +287,7 @@ class Analysis:
             if isinstance(label, Derived) and name in LAYERS:
                 self.computed = True
             if isinstance(label, Derived) and label.pending:
-                if name in LAYERS:  # a weight that was computed
+                if name in LAYERS and not (self.commits and label.leaves):  # a weight that was computed
                     labels[i] = replace(label, leaves=self.leaves_of(label), pending=())
                 else:
                     self.commit(label)

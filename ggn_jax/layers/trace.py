@@ -78,6 +78,9 @@ def trace_model(
         found = analyse(other, shapes, batched)
         if analysis.unmapped or found[0].uncovered() < analysis.uncovered():
             closed, (analysis, head) = other, found
+        if analysis.uncovered():
+            found = analyse(closed, shapes, batched, commits=True)
+            analysis, head = found if found[0].uncovered() < analysis.uncovered() else (analysis, head)
     return Trace(
         closed,
         jax.tree.structure(like),
