@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from oracles import dense_ggn
-from zoo import mlp, mlp_shapes, normal, params
+from zoo import conv, mlp, mlp_shapes, normal, params
 from zoo_page import usual_promotion
 
 import ggn_jax
@@ -82,6 +82,29 @@ def test_positions_that_choose_for_themselves() -> None:
         wanted = np.where(got == 0, 0, wanted)
         np.testing.assert_allclose(got, wanted, atol=1e-14)
         assert np.abs(np.diag(wanted)).min() > 0
+
+
+def test_convolutions_in_branches() -> None:
+    def by_switch(p: Any, inputs: Any) -> jax.Array:
+        def one(choice: jax.Array, x: jax.Array) -> jax.Array:
+            return lax.cond(choice, lambda x: conv(x[None], p["a"]), lambda x: jnp.sin(conv(x[None], 2 * p["b"])), x)
+
+        return jnp.tanh(jax.vmap(one)(inputs["choice"], inputs["x"])).mean((1, 2, 3))
+
+    def written_out(p: Any, inputs: Any) -> jax.Array:
+        x, choice = inputs["x"], inputs["choice"][:, None, None, None]
+        return jnp.tanh(jnp.where(choice, conv(x, p["a"]), jnp.sin(conv(x, 2 * p["b"])))).mean((1, 2))
+
+    weights = params(a=(2, 1, 2, 2), b=(2, 1, 2, 2))
+    batch = {"choice": jnp.arange(4) % 3 == 0, "x": normal(4, 3, 2, 2)}, normal(4, 2)
+    with usual_promotion():
+        report = ggn_jax.report(by_switch, weights, batch[0])
+        assert report.passed, str(report)
+        assert {row.kind for row in report.rows} == {"convolution"}
+        found, like = (
+            KFAC(fn, MSE, weights, batch, fisher_type="type-2").as_matrix() for fn in (by_switch, written_out)
+        )
+        np.testing.assert_allclose(found, like, atol=1e-14)
 
 
 def test_an_elementwise_choice_of_derivatives_is_no_layer() -> None:

@@ -159,6 +159,12 @@ def _distributed(eqn: Any, values: list[Any], number: int) -> Any:
     return None
 
 
+def _gated(form: Gated, by: Array, x: Array, product: Callable[[Array, Weight], Array]) -> Array:
+    """The product with a constant weight, plus 0 with the derivative in the weight where `by`, of the result."""
+    still = Weight(jax.lax.stop_gradient(form.of.value), frozenset(), form.of.varies)
+    return _with_derivative(product(x, still), product(jax.lax.stop_gradient(x), form.of), by)
+
+
 def _with_derivative(value: Array, of: Array, by: Array) -> Array:
     """A value that does not depend on `of`, as far as derivatives go, with one of 1 in it where `by`."""
     return value + jnp.where(by, of - jax.lax.stop_gradient(of), 0)
@@ -186,7 +192,9 @@ class _Dot:
             if scaled is not None:
                 return scaled
         if isinstance(form, Gated) and form.by.varies <= set(self.weight_batch):
-            return self._gated(plain(x), form, options)
+            lead, rank = len(self.batch), jnp.ndim(plain(x)) - len(self.axes) + rank_of(weight) - len(self.weight_axes)
+            by = _spread(form.by, {a: i for i, a in enumerate(self.weight_batch)}, rank - lead)
+            return _gated(form, by, plain(x), lambda x, weight: plain(self(x, weight, options)))
         if isinstance(form, Product) and not self.batch:
             chained = self._chained(plain(x), form, options)
             if chained is not None:
@@ -225,14 +233,6 @@ class _Dot:
             return plain(self(x, form.of, options)) * _spread(by, places, lead + len(free))
         return None
 
-    def _gated(self, x: Array, form: Gated, options: dict[str, Any]) -> Array:
-        """The product with a constant weight, plus 0 with the derivative in the weight."""
-        still = Weight(jax.lax.stop_gradient(form.of.value), frozenset(), form.of.varies)
-        constant = plain(self(x, still, options))
-        live = plain(self(jax.lax.stop_gradient(x), form.of, options))
-        by = _spread(form.by, {a: i for i, a in enumerate(self.weight_batch)}, jnp.ndim(live))
-        return _with_derivative(constant, live, by)
-
     def _chained(self, x: Array, form: Product, options: dict[str, Any]) -> Array | None:
         """By the factor that has all contracted axes first, then the other one."""
         origins = form.origins()
@@ -269,6 +269,8 @@ def _convolution(eqn: Any, x: Array, weight: Weight) -> Any:
     if isinstance(form, Sum):
         results = [_convolution(eqn, x, part) for part in form.parts]
         return sum(results[1:], start=results[0])
+    if isinstance(form, Gated) and not form.by.varies:
+        return _gated(form, _spread(form.by, {}, jnp.ndim(x)), x, lambda x, weight: _convolution(eqn, x, weight))
     if isinstance(form, Scaled):
         (_, feature, *_), (out, inputs, *_), (_, out_feature, *_) = eqn.params["dimension_numbers"]
         by, rank = form.by, jnp.ndim(x)
