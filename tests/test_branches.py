@@ -241,3 +241,7 @@ def test_a_ragged_product_is_a_layer_for_each_group() -> None:
         np.testing.assert_allclose(
             ggn_jax.GGNDiagonalLinearOperator(routed, MSE, weights, batch).trace(), exact.trace()
         )
+        matrix = ggn_jax.GGNLinearOperator(routed, MSE, weights, batch).as_matrix()
+        np.testing.assert_allclose(matrix, exact, atol=1e-14)
+        with pytest.raises(NotImplementedError, match=r"ragged_dot.*method=\"layers\".*and select"):
+            ggn_jax.GGNDiagonalLinearOperator(routed, MSE, weights, batch, method="data")
