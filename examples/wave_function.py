@@ -272,13 +272,16 @@ METHODS: dict[str, list[Callable[..., Method]]] = {
 
 def improve(
     net: FermiNet, method: Method, params: Params, state: Any, r: jax.Array, mean: Any = lambda x: x
-) -> tuple[Params, Any, jax.Array]:
-    """A step, by samples of |psi|^2; the last result is their energy.
+) -> tuple[Params, Any, tuple[jax.Array, jax.Array]]:
+    """A step, by samples of |psi|^2; the last result is their energy, and the variance of local energies.
+
+    The variance is 0 for an exact wave function, and shows progress with less noise than the energy.
 
     `mean` is `jax.lax.pmean` inside of `jax.shard_map`, where each device has samples of its own.
     """
     energies = jax.vmap(net.local_energy, (None, 0))(params, r)
     energy = mean(energies.mean())
+    variance = mean(jnp.square(energies - energy).mean())
     # Near nodes and nuclei a sample's energy may be anything; FermiNet cuts them at five mean deviations.
     spread = 5 * mean(jnp.abs(energies - energy).mean())
     clipped = jnp.clip(energies, energy - spread, energy + spread)
@@ -289,29 +292,30 @@ def improve(
         return 2 * jnp.mean(clipped * net.batched(params, r)[:, 0])
 
     params, state = method.step(params, state, mean(jax.grad(surrogate)(params)), r)
-    return params, state, energy
+    return params, state, (energy, variance)
 
 
 def make_step(net: FermiNet, method: Method) -> Callable[..., Any]:
-    """`step(params, state, r, width, key) -> (params, state, r, width, energy)`: samples, and a step by them."""
+    """`step(params, state, r, width, key) -> (params, state, r, width, seen)`: samples, and a step by them."""
 
     def step(params: Params, state: Any, r: jax.Array, width: jax.Array, key: jax.Array) -> Any:
         r, accepted = walk(net, params, r, width, key)
         width = width * jnp.where(accepted > 0.5, 1.05, 0.95).astype(width.dtype)
-        params, state, energy = improve(net, method, params, state, r)
-        return params, state, r, width, energy
+        params, state, seen = improve(net, method, params, state, r)
+        return params, state, r, width, seen
 
     return step
 
 
 @dataclass
 class Run:
-    """A training: the energy of each step's samples after `seconds[i]` seconds of the CPU."""
+    """A training: energy and variance of each step's samples after `seconds[i]` seconds of the CPU."""
 
     method: str
     setting: str
     seconds: list[float] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
+    variances: list[float] = field(default_factory=list)
     final: float = float("nan")
     error: float = float("nan")
     """The energy of the last parameters, and its standard error."""
@@ -327,8 +331,9 @@ def train(net: FermiNet, make: Callable[..., Method], walkers: jax.Array, second
     run = Run(method.name, method.setting)
     while used < seconds and len(run.energies) < most:
         start = time.process_time()
-        params, state, r, width, energy = step(params, state, r, width, jax.random.fold_in(keys, len(run.energies)))
-        run.energies.append(float(energy))
+        params, state, r, width, seen = step(params, state, r, width, jax.random.fold_in(keys, len(run.energies)))
+        run.energies.append(float(seen[0]))
+        run.variances.append(float(seen[1]))
         used += time.process_time() - start
         run.seconds.append(used)
     run.final, run.error = evaluate(net, params, r, width, 3 if most < 10 else 200)
@@ -352,22 +357,26 @@ def evaluate(net: FermiNet, params: Params, r: jax.Array, width: jax.Array, roun
 
 
 def plot(system: System, runs: list[Run], path: Path) -> None:
-    """How far the energy is above the exact one, as a mean over the last tenth of the steps so far."""
+    """The energy above the exact one, and the spread of local energies, as means over a tenth of the steps so far."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, 2)
     for run in runs:
-        energies, number = np.asarray(run.energies), np.arange(1, len(run.energies) + 1)
-        sums, window = np.concatenate([[0], np.cumsum(energies)]), np.maximum(number // 10, 1)
-        above = 1000 * np.maximum((sums[number] - sums[number - window]) / window - system.energy, 1e-5)
-        for ax, x in zip(axes, (run.seconds, number), strict=True):
-            ax.plot(x, above, color=COLORS[run.method], label=run.method)
-    for ax, label in zip(axes, ("CPU seconds (without compilation)", "steps"), strict=True):
-        ax.set(xlabel=label, yscale="log", title=system.title)
+        number = np.arange(1, len(run.energies) + 1)
+        window = np.maximum(number // 10, 1)
+        for ax, values in zip(axes, (1000 * (np.asarray(run.energies) - system.energy), run.variances), strict=True):
+            sums = np.concatenate([[0], np.cumsum(values)])
+            means = (sums[number] - sums[number - window]) / window
+            ax.plot(run.seconds, means if ax is axes[0] else np.sqrt(means), color=COLORS[run.method], label=run.method)
+    for ax in axes:
+        ax.set(xlabel="CPU seconds (without compilation)", title=system.title)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(0, color="black", linewidth=0.8)
     axes[0].set_ylabel("energy above the exact one (mHa)")
-    axes[1].set_xscale("log")
-    axes[0].legend(frameon=False)
+    axes[0].set_yscale("symlog", linthresh=1)
+    axes[1].set_ylabel("standard deviation of local energies (Ha)")
+    axes[1].set_yscale("log")
+    axes[1].legend(frameon=False)
     figure.savefig(path, dpi=100)
 
 

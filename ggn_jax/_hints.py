@@ -151,3 +151,17 @@ def _shapes(name: str, tree: Any) -> str:
         for path, x in leaves
     )
     return text if len(text) <= MOST else f"{text[:MOST]}..."
+
+
+@contextmanager
+def mapping_explained() -> Iterator[None]:
+    """What else there is, where JAX cannot map a ragged product."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "ragged_dot vmap" not in str(error):
+            raise
+        raise NotImplementedError(
+            "model_fn calls jax.lax.ragged_dot, which JAX cannot map over examples. Use what follows layers (KFAC,"
+            ' EKFAC, kfac, the diagonal with method="layers"), or let all rows meet all matrices, and select.'
+        ) from error

@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
@@ -16,7 +17,9 @@ def dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> np.ndarray:
 @eqx.filter_jit
 def _dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     flat, unravel = ravel_pytree(params)
-    outputs = model_fn(params, batch[0])
-    jacobian = jax.jacobian(lambda p: model_fn(unravel(p), batch[0]).reshape(-1))(flat)
+    outputs, vjp = jax.vjp(lambda p: model_fn(unravel(p), batch[0]), flat)
+    # One by one, since JAX cannot map all that it can differentiate.
+    unit = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+    jacobian = jax.lax.map(lambda v: vjp(v)[0], unit)
     hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
     return jacobian.T @ hessian @ jacobian

@@ -278,7 +278,6 @@ halved.defjvp(lambda primals, tangents: (halved(*primals), 0.5 * primals[1] @ ta
 UNCOVERED: dict[str, tuple[Callable[[Any, Any], jax.Array], str]] = {
     "custom_vjp": (lambda w, x: opaque(w, x), "custom_vjp"),
     "custom_jvp": (lambda w, x: jnp.tanh(halved(w, x)), "custom_jvp"),
-    "cond": (lambda w, x: jax.lax.cond(w[0, 0] > 0, lambda: x @ w, lambda: -(x @ w)), "cond"),
     "weight norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes through"),
     "low rank sum": (lambda w, x: x @ (w + w[:, :1] @ w[:1]), "goes through"),
     "in a loop": (

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from oracles import dense_ggn as ggn
 
 import ggn_jax
@@ -73,36 +72,6 @@ def test_a_parameter_that_is_added_has_no_block_larger_than_the_model() -> None:
     np.testing.assert_array_equal(block, np.diag(np.diag(block)))
     rows = {row.parameter: row.curvature for row in ggn_jax.report(model_fn, params, batch[0]).rows}
     assert rows == {"['position']": "diagonal", "['w']": "Kronecker"}
-
-
-COMPLEX = {
-    "complex inputs": lambda p, x: (x * (1 + 0.5j)) @ p["w"],
-    "complex weights": lambda p, x: x @ p["w"].astype(complex),
-    "rotated weights": lambda p, x: x @ (p["w"] * jnp.exp(0.3j)),
-    "complex bias": lambda p, x: (x * (1 + 0.5j)) @ p["w"] + p["b"][None],
-    "table": lambda p, x: jnp.take(p["w"].astype(complex), jnp.argsort(x, 1)[:, 0], axis=0) * (1 + 1j),
-}
-
-
-@pytest.mark.parametrize("name", COMPLEX)
-def test_real_parameters_of_complex_layers(name: str) -> None:
-    def model_fn(p: Any, x: jax.Array) -> jax.Array:
-        with jax.numpy_dtype_promotion("standard"):
-            z = COMPLEX[name](p, x)
-        return jnp.concatenate([z.real, z.imag * jnp.abs(z)], -1)
-
-    params = {"w": normal(3, 2), **({"b": normal(2)} if "bias" in name else {})}
-    for size in (1, 5):  # one example at one position is an exactness case
-        batch = normal(size, 3), normal(size, 4, seed=1)
-        exact = ggn(model_fn, MSE, params, batch)
-        exact[: -PARAMS["w"].size, -PARAMS["w"].size :] = exact[-PARAMS["w"].size :, : -PARAMS["w"].size] = 0
-        for cls in (KFAC, EKFAC):
-            np.testing.assert_allclose(
-                cls(model_fn, MSE, params, batch, fisher_type="type-2").as_matrix(), exact, atol=1e-14
-            )
-        diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
-        np.testing.assert_allclose(ravel_pytree(diagonal.mv(jax.tree.map(jnp.ones_like, params)))[0], np.diag(exact))
-        assert ggn_jax.report(model_fn, params, batch[0]).passed
 
 
 @pytest.mark.parametrize(
@@ -212,6 +181,36 @@ def test_a_query_and_its_weight_are_layers() -> None:
     assert report.passed, str(report)
     kinds = {row.parameter: row.kind for row in report.rows}
     assert kinds == {"['query']": "linear", "['v']": "linear", "['w']": "linear"}
+
+
+def attended(p: Any, x: jax.Array, query: jax.Array) -> jax.Array:
+    scores = jnp.einsum("nqi,nti->nqt", jnp.broadcast_to(query, (len(x), 1, 3)) @ p["w"], x)
+    return (jax.nn.softmax(scores, axis=-1) @ x)[:, 0] @ p["v"]
+
+
+def unit(query: jax.Array) -> jax.Array:
+    return query / jnp.sqrt(jnp.sum(query**2))
+
+
+QUERIES = {
+    "attends": lambda p, x: attended(p, x, unit(p["query"])),
+    "is added": lambda p, x: jnp.tanh(x.mean(1) + (unit(p["query"]) @ p["w"])[None]) @ p["v"],
+    "is added as it is": lambda p, x: jnp.tanh(x.mean(1) + (p["query"] @ p["w"])[None]) @ p["v"],
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_weight_whose_input_is_another_parameter(name: str) -> None:
+    """As latent arrays that are normalised first: the weight is a layer, the latent array has its exact block."""
+    params, batch = {"query": normal(3), "v": normal(3, 2), "w": normal(3, 3)}, (normal(1, 4, 3), normal(1, 2))
+    report = ggn_jax.report(QUERIES[name], params, normal(3, 4, 3))
+    assert report.passed, str(report)
+    kinds = {row.parameter: row.kind for row in report.rows}
+    assert (kinds["['v']"], kinds["['w']"]) == ("linear", "linear")
+    exact = ggn(QUERIES[name], MSE, params, batch)
+    found = np.asarray(KFAC(QUERIES[name], MSE, params, batch, fisher_type="type-2").as_matrix())
+    for part in (slice(0, 3), slice(3, 9), slice(9, 18)):
+        np.testing.assert_allclose(found[part, part], exact[part, part], atol=1e-14)
 
 
 def test_the_self_check_knows_of_types_on_the_way() -> None:

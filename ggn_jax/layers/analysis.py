@@ -3,20 +3,23 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
+    BRANCHES,
     CUSTOM_JVP,
     INLINED,
     REMAT,
     SCAN,
+    has_complex,
     inner_jaxpr,
+    is_floating,
     is_literal,
     live_equations,
     module_of,
@@ -24,45 +27,26 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
     source_of,
 )
-from ggn_jax.layers.labels import Data, Derived, Entries, Known, Value, constants, join, known, scale_of
-from ggn_jax.layers.uses import LAYERS, NotALayerError, Use, attach_bias
-from ggn_jax.layers.weights import GATHERS, WITHOUT_DERIVATIVE
+from ggn_jax.layers.labels import Data, Derived, Entries, Known, Stopped, Value, constants, join, known, scale_of
+from ggn_jax.layers.ragged import RAGGED
+from ggn_jax.layers.uses import LAYERS, Blocked, NotALayerError, SmallUse, Use, attach_bias
+from ggn_jax.layers.weights import ADDITIONS, GATHERS, SELECTS, WITHOUT_DERIVATIVE
 
-ADDITIONS = frozenset({"add", "add_any"})
 ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
 PLACES = frozenset({*JOINS, "select_n", "pad", "dynamic_update_slice"})
 
 
-@dataclass(frozen=True)
-class SmallUse:
-    """Parameters that, moved about or computed with, scale or shift data entry by entry."""
-
-    kind: str  # "scale" or "shift"
-    leaves: frozenset[int]
-    source: str
-    module: str
-    bias_of: int | None = None  # the layer to whose output it is added
-
-
-@dataclass(frozen=True)
-class Blocked:
-    """A use that has no Kronecker form."""
-
-    leaves: frozenset[int]
-    why: str
-    source: str
-    module: str
-
-
-def analyse(closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool]) -> tuple["Analysis", Data]:
+def analyse(
+    closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool], commits: bool = False
+) -> tuple["Analysis", Data]:
     """What there is in a jaxpr of parameters, then inputs; and the label of its first result."""
     jaxpr, consts = open_jaxpr(closed)
     embeddings: frozenset[tuple[int, ...]] = frozenset()
     with jax.ensure_compile_time_eval():
         while True:
-            analysis = Analysis(shapes, embeddings)
+            analysis = Analysis(shapes, embeddings, commits)
             labels: list[Value] = [Entries(entries) for entries in analysis.maps]
             labels += [Data() if is_batched else None for is_batched in batched]
             (result,) = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
@@ -79,17 +63,19 @@ def analyse(closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool])
 class Analysis:
     """One walk over a jaxpr with labels in place of values.
 
-    `embeddings` are the paths of gathers at known places that count as embeddings.
+    `embeddings` are the paths of gathers at known places that count as embeddings; `commits` is whether what weights
+    make of computed parameters is data to whatever it meets, also where it may be the weight of a layer.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]]):
+    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]], commits: bool):
         self.sizes = [math.prod(shape) for shape in shapes]
         self.maps = [IndexMap.contiguous(shape, sum(self.sizes[:i])) for i, shape in enumerate(shapes)]
         self.uses: list[Use] = []
         self.small: list[SmallUse] = []
         self.blocked: list[Blocked] = []
         self.computed = False  # whether a computed weight met data in a layer's equation
-        self.embeddings = embeddings
+        self.unmapped = False  # whether JAX cannot map an equation over examples
+        self.embeddings, self.commits = embeddings, commits
         self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
         self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
 
@@ -113,10 +99,11 @@ class Analysis:
             elif isinstance(label, Entries):
                 self.blocked.append(Blocked(self.leaves_of(label), why, source, module))
 
-    def commit(self, label: Derived) -> None:
+    def commit(self, label: Value) -> None:
         """Make layers of products with constants: what becomes of their results is for automatic differentiation."""
-        paths = {use.path for use in self.uses}
-        self.uses += [use for use in label.pending if use.path not in paths]
+        pending = label.pending if isinstance(label, Derived) else ()
+        paths = {use.path for use in self.uses} if pending else set()
+        self.uses += [use for use in pending if use.path not in paths]
 
     def layer(self, eqn: Any, path: tuple[int, ...], labels: list[Value], operand: int, loops: tuple[int, ...]) -> Use:
         """The layer whose weight is this operand; raises NotALayerError if it is none."""
@@ -164,10 +151,13 @@ class Analysis:
         name, count, lead = eqn.primitive.name, len(eqn.outvars), len(loops)
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, Entries | Derived) for label in labels)
+        if len(labels) == 1 and isinstance(labels[0], Stopped) and name in MOVES:
+            return list(map(Stopped.copy, self.move(name, eqn, labels[0].of, lead)))
         if not has_params and not has_data:
             return constants(eqn, labels)
         if name in WITHOUT_DERIVATIVE:
-            return [Data() if isinstance(label, Data) else None for label in labels]
+            return [Data() if isinstance(label, Data) else Stopped.copy(label) for label in labels]
+        self.unmapped |= name in RAGGED
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
         if name in CUSTOM_JVP and has_data:
             # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
@@ -180,7 +170,9 @@ class Analysis:
             return self.call(eqn, path, labels, loops)
         if has_params and name in SCAN:
             return self.scan(eqn, path, labels, loops)
-        if len(labels) == 1 and name in MOVES and _is_floating(eqn.outvars[0]):
+        if has_params and has_data and name in BRANCHES and not isinstance(labels[0], Data):
+            return self.branches(eqn, path, labels, loops)
+        if len(labels) == 1 and name in MOVES and is_floating(eqn.outvars[0]):
             return self.move(name, eqn, labels[0], lead)
         if has_data and not has_params:
             return [Data()] * count
@@ -193,6 +185,31 @@ class Analysis:
         """A call of another jaxpr, which is walked in place."""
         jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
         return self.run(jaxpr, known(consts), labels, path, loops)
+
+    def branches(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+        """One of several calls, the same for all examples: a walk over each."""
+        saved, where = (len(self.uses), len(self.small), len(self.blocked)), (source_of(eqn), module_of(eqn))
+        # A layer's output may be another one's in each branch: no bias is added to all of them.
+        inputs = [Data() if isinstance(label, Data) else label for label in labels[1:]]
+        ways = [
+            self.run(jaxpr, known(consts), list(inputs), (*path, number), loops)
+            for number, (jaxpr, consts) in enumerate(map(open_jaxpr, eqn.params["branches"]))
+        ]
+        if any(use.input_axes.groups[: len(loops)] != tuple(range(len(loops))) for use in self.uses[saved[0] :]):
+            # Steps are positions, some of which do not occur.
+            del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
+            self.block(labels, f"only some steps of a loop take the branch of {eqn.primitive.name} it is in", *where)
+            return [Data()] * len(eqn.outvars)
+
+        def leave(way: Sequence[Value]) -> Value:
+            if any(isinstance(label, Data) for label in way):
+                self.put(way, where)
+                return Data()
+            if all(label == way[0] for label in way):
+                return way[0]
+            return self.derive(eqn, path, list(way), loops) if any(map(self.leaves_of, way)) else None
+
+        return [leave(way) for way in zip(*ways, strict=True)]
 
     def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
         if isinstance(label, Derived):
@@ -227,7 +244,7 @@ class Analysis:
 
     def derive(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> Value:
         """Parameters combined with each other or with constants."""
-        if not any(_is_floating(var) for var in eqn.outvars):
+        if not any(is_floating(var) for var in eqn.outvars):
             return None
         entries = [label for label in labels if isinstance(label, Entries)]
         name, lead = eqn.primitive.name, len(loops)
@@ -244,15 +261,17 @@ class Analysis:
             factor = scale_of(eqn, labels)
             if factor:
                 return replace(entries[0], factor=entries[0].factor * factor)
-        if name in LAYERS and len(params) == len(entries) == 1 and not _is_complex(eqn):
-            try:
-                use = self.layer(eqn, path, labels, labels.index(entries[0]), loops)
-                return Derived(frozenset(), f"{name} ({source_of(eqn)})", rows, (use,))
-            except NotALayerError:
-                pass
         computed = [label for label in labels if isinstance(label, Derived)]
-        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
         pending = {use.path: use for label in computed for use in label.pending}
+        if name in LAYERS and not has_complex(eqn) and len(entries) <= 1 + (not self.commits):
+            # Of two parameters, the smaller one is what meets the other.
+            operands = [i for i, label in enumerate(labels) if isinstance(label, Entries)]
+            for i in sorted(operands, key=lambda i: -math.prod(eqn.invars[i].aval.shape)):
+                with suppress(NotALayerError):
+                    pending[path] = self.layer(eqn, path, labels, i, loops)
+                    params = [label for label in labels[:i] + labels[i + 1 :] if isinstance(label, Entries | Derived)]
+                    break
+        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
         how = next((label.how for label in computed), f"{name} ({source_of(eqn)})")
         return Derived(frozenset().union(*bare), how, rows, tuple(pending.values()))
 
@@ -268,7 +287,7 @@ class Analysis:
             if isinstance(label, Derived) and name in LAYERS:
                 self.computed = True
             if isinstance(label, Derived) and label.pending:
-                if name in LAYERS:  # a weight that was computed
+                if name in LAYERS and not (self.commits and label.leaves):  # a weight that was computed
                     labels[i] = replace(label, leaves=self.leaves_of(label), pending=())
                 else:
                     self.commit(label)
@@ -277,8 +296,9 @@ class Analysis:
         if not params:
             return [Data()] * len(eqn.outvars)
         label = labels[params[0]]
-        if name in LAYERS and _is_complex(eqn):
+        if name in LAYERS and has_complex(eqn):
             # The gradient of a real weight is the real part of complex ones': two products, not one.
+            self.computed = True
             self.block([labels[i] for i in params], f"it meets complex data in {name}", *where)
             return [Data()] * len(eqn.outvars)
         if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
@@ -295,15 +315,25 @@ class Analysis:
             self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
             # With its bias, it is the layer's output still: the gradient is that of the sum.
             return [Data() if owner is None else labels[1 - params[0]]]
+        if name in SELECTS and any(isinstance(other, Stopped) and other.of == label for other in labels):
+            self.computed = True
+            self.block([label], "data choose whether it has a derivative", *where)
+            return [Data()]
         if name in PLACES:
-            # Put beside data or in the place of some, parameters are added to zeros there.
-            self.small += [SmallUse("shift", self.leaves_of(labels[i]), *where) for i in params]
+            self.put(labels, where)
             return [Data()] * len(eqn.outvars)
         why = f"it meets data in {name}"
         if len(params) > 1 and name in LAYERS | ELEMENTWISE:
             why += " together with another parameter"
         self.block([labels[i] for i in params], why, *where)
         return [Data()] * len(eqn.outvars)
+
+    def put(self, labels: Sequence[Value], where: tuple[str, str]) -> None:
+        """Parameters put beside data or in the place of some: they are added to zeros there."""
+        for label in labels:
+            self.commit(label)
+            leaves = label.leaves if isinstance(label, Derived) else self.leaves_of(label)
+            self.small += [SmallUse("shift", leaves, *where)] if leaves else []
 
     def attach(self, label: Value, other: Value) -> int | None:
         """Make what is added to a layer's output that layer's bias, if it is one; the number of the layer."""
@@ -350,10 +380,7 @@ class Analysis:
             del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
         for before, after in zip(labels[carried], inner[carried], strict=True):
             if isinstance(after, Data) and isinstance(before, Entries | Derived):
-                leaves = before.leaves if isinstance(before, Derived) else self.leaves_of(before)
-                if isinstance(before, Derived):
-                    self.commit(before)
-                self.small.append(SmallUse("shift", leaves, *where))  # a state that data are added to
+                self.put([before], where)  # a state that data are added to
         for after, result in zip(inner[carried], results[:num_carry], strict=True):
             if isinstance(after, Data) and isinstance(result, Entries | Derived):
                 self.block([result], "it is the value of a loop's carry", *where)
@@ -363,16 +390,8 @@ class Analysis:
                 if carry:  # passed through as it came
                     return before
                 return Derived(self.leaves_of(label), f"the results of a loop ({where[0]})")
-            return Data() if isinstance(label, Data) else None if isinstance(label, Known) else label
+            return Data() if isinstance(label, Data) else None if isinstance(label, Known | Stopped) else label
 
         outer = labels[carried] + [None] * (len(results) - num_carry)
         final = [*joined, *results[num_carry:]]
         return [leave(label, i < num_carry, outer[i]) for i, label in enumerate(final)]
-
-
-def _is_complex(eqn: Any) -> bool:
-    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in eqn.invars)
-
-
-def _is_floating(var: Any) -> bool:
-    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))

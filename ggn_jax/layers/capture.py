@@ -10,7 +10,17 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import vary_like
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
-from ggn_jax.layers.jaxprs import REMAT, SCAN, inner_jaxpr, open_jaxpr, run_jaxpr, run_remat, run_scan
+from ggn_jax.layers.jaxprs import (
+    BRANCHES,
+    REMAT,
+    SCAN,
+    inner_jaxpr,
+    open_jaxpr,
+    run_branches,
+    run_jaxpr,
+    run_remat,
+    run_scan,
+)
 from ggn_jax.layers.run import run_equation, run_of_example
 from ggn_jax.layers.taps import Tap, give_grads, of_batch
 from ggn_jax.layers.trace import Trace
@@ -101,6 +111,10 @@ def capture(
             if at not in containers:
                 return run(eqn, values)
             own = {n: receivers[n] for p, n in paths.items() if p[: len(at)] == at}
+            if eqn.primitive.name in BRANCHES:
+                results, more = _branch(eqn, at, values, own)
+                captured.update(more)
+                return results
             inner, inner_consts = open_jaxpr(inner_jaxpr(eqn))
 
             def evaluate(values: Sequence[Any], receivers: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
@@ -117,6 +131,27 @@ def capture(
             return results
 
         return run_jaxpr(jaxpr, consts, values, path, step), captured
+
+    def _branch(
+        eqn: Any, at: tuple[int, ...], values: list[Any], receivers: dict[int, Any]
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """The branch that is taken; of the layers of all others, zeros."""
+
+        def run_one(number: int, jaxpr: Any, values: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+            *values, receivers = values
+            opened, consts = open_jaxpr(jaxpr)
+            return _evaluate(opened, consts, values, (*at, number), receivers)
+
+        given = [*values[1:], receivers]
+        found = [jax.eval_shape(partial(run_one, i, jaxpr), given)[1] for i, jaxpr in enumerate(eqn.params["branches"])]
+        shapes = {n: shape for of_branch in found for n, shape in of_branch.items()}
+
+        def run_all(number: int, jaxpr: Any, values: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+            results, captured = run_one(number, jaxpr, values)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return results, {**vary_like(zeros, (values, captured)), **captured}
+
+        return run_branches(eqn, run_all, [values[0], *given])
 
     zeros = {n: _receiver(use, size, taps.get(n)) for n, use in enumerate(trace.uses)}
     zeros = vary_like(zeros, (params, inputs))

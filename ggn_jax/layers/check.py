@@ -91,7 +91,11 @@ def _both_ways(
         def one(x: PyTree) -> Array:
             return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
 
-        return jax.vmap(one, [batch_axes(inputs)])(inputs)
+        try:
+            return jax.vmap(one, [batch_axes(inputs)])(inputs)
+        except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+            numbers = jnp.arange(batched_leaves(inputs)[0].shape[0])
+            return jax.lax.map(lambda i: one(map_batched(lambda x: x[i], inputs)), numbers)
 
     def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
         outputs, vjp = jax.vjp(lambda params: fn(params, few), params)

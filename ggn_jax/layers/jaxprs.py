@@ -23,6 +23,16 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
+def is_floating(var: Any) -> bool:
+    """Whether a variable has derivatives."""
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
+
+
+def has_complex(eqn: Any) -> bool:
+    """Whether an equation has complex inputs or results."""
+    return any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
+
+
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr, closed or not, and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -37,6 +47,16 @@ def live_equations(jaxpr: Any, outvars: Sequence[Any]) -> list[bool]:
         if live[-1]:
             needed.update(atom for atom in eqn.invars if not is_literal(atom))
     return live[::-1]
+
+
+def varying_axes(jaxpr: Any, atom: Any) -> frozenset[int]:
+    """The axes along which a value of a jaxpr may differ, as far as the equation that makes it tells."""
+    shape, axes = atom.aval.shape, range(len(atom.aval.shape))
+    made = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
+    if made is not None and made.primitive.name == "broadcast_in_dim":
+        own = dict(zip(made.params["broadcast_dimensions"], made.invars[0].aval.shape, strict=True))
+        return frozenset(axis for axis in axes if own.get(axis, 1) > 1)
+    return frozenset(axis for axis in axes if shape[axis] > 1)
 
 
 def inner_jaxpr(eqn: Any) -> Any:
@@ -149,11 +169,12 @@ def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) ->
     return [*carry, *ys], more
 
 
-def run_branches(eqn: Any, fn: Callable[[Any, list[Any]], list[Any]], values: list[Any]) -> list[Any]:
-    """The one of the equation's branches that is wanted, each run by `fn(jaxpr, inputs)`."""
-    branches = [lambda *inputs, jaxpr=jaxpr: fn(jaxpr, list(inputs)) for jaxpr in eqn.params["branches"]]
+def run_branches(eqn: Any, fn: Callable[[int, Any, list[Any]], Any], values: list[Any]) -> Any:
+    """The one of the equation's branches that is wanted, each run by `fn(number, jaxpr, inputs)`."""
+    numbered = enumerate(eqn.params["branches"])
+    branches = [lambda *inputs, i=i, jaxpr=jaxpr: fn(i, jaxpr, list(inputs)) for i, jaxpr in numbered]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
-        return list(jax.lax.switch(values[0], branches, *values[1:]))
+        return jax.lax.switch(values[0], branches, *values[1:])
     named = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
-    return list(jax.lax.platform_dependent(*values[1:], **named))
+    return jax.lax.platform_dependent(*values[1:], **named)

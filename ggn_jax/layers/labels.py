@@ -54,7 +54,21 @@ class Known:
         return self.compute()
 
 
-Value = Entries | Derived | Data | Known | None  # None: a constant that changes, in a loop or from batch to batch
+@dataclass(frozen=True)
+class Stopped:
+    """Parameters moved about, as a constant."""
+
+    of: Entries
+
+    @staticmethod
+    def copy(label: "Value") -> "Stopped | None":
+        """The label of a value without its derivatives."""
+        return Stopped(label) if isinstance(label, Entries) else None
+
+
+Value = (
+    Entries | Derived | Data | Known | Stopped | None
+)  # None: a constant that changes, in a loop or from batch to batch
 
 
 def known(values: Sequence[Any]) -> list[Value]:

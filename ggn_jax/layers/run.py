@@ -8,6 +8,7 @@ import jax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
+from ggn_jax._hints import mapping_explained
 from ggn_jax.layers.convolution import CONVOLUTION, convolution, convolution_by_patches, is_convolution
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
@@ -40,7 +41,11 @@ def run_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
 def mapped(fn: Callable[..., PyTree[Array]], in_axes: Any = 0) -> Callable[..., PyTree[Array]]:
     """`jax.vmap(fn)`, also of gradients in a convolution's kernel for each example of a batch that is sharded."""
 
-    return jax.vmap(partial(_opened, fn), in_axes)
+    def run(*args: PyTree[Array]) -> PyTree[Array]:
+        with mapping_explained():
+            return jax.vmap(partial(_opened, fn), in_axes)(*args)
+
+    return run
 
 
 def _opened(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> PyTree[Array]:
@@ -68,7 +73,7 @@ def run_of_example(
     if name in REMAT:
         return list(run_remat(eqn, partial(_run, inner_jaxpr(eqn), inside), values))
     if name in BRANCHES:
-        return run_branches(eqn, lambda jaxpr, values: _run(jaxpr, inside, values), list(values))
+        return list(run_branches(eqn, lambda _, jaxpr, values: _run(jaxpr, inside, values), list(values)))
     if name in CUSTOM_JVP | CUSTOM_VJP and keep_rules:
         return _with_its_rules(eqn, values)
     if name in INLINED | CUSTOM_VJP:

@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 from ggn_jax._model import Model
 from ggn_jax._sharding import explained, explicit_mesh
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
-from ggn_jax.layers.analysis import Blocked, SmallUse, analyse
+from ggn_jax.layers.analysis import analyse
 from ggn_jax.layers.distribute import distribute
 from ggn_jax.layers.labels import Data
-from ggn_jax.layers.uses import Use
+from ggn_jax.layers.uses import Blocked, SmallUse, Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +70,17 @@ def trace_model(
     shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))
     analysis, head = analyse(closed, shapes, batched)
-    if analysis.computed:
+    if analysis.computed or analysis.unmapped:
         # Products with computed weights may be products with parameters, in another order.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
         with explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
-        if found[0].uncovered() < analysis.uncovered():
+        if analysis.unmapped or found[0].uncovered() < analysis.uncovered():
             closed, (analysis, head) = other, found
+        if analysis.uncovered():
+            found = analyse(closed, shapes, batched, commits=True)
+            analysis, head = found if found[0].uncovered() < analysis.uncovered() else (analysis, head)
     return Trace(
         closed,
         jax.tree.structure(like),

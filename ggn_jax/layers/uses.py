@@ -176,6 +176,27 @@ class Use:
         return self.output_axes.arrange(g)
 
 
+@dataclass(frozen=True)
+class SmallUse:
+    """Parameters that, moved about or computed with, scale or shift data entry by entry."""
+
+    kind: str  # "scale" or "shift"
+    leaves: frozenset[int]
+    source: str
+    module: str
+    bias_of: int | None = None  # the layer to whose output it is added
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A use that has no Kronecker form."""
+
+    leaves: frozenset[int]
+    why: str
+    source: str
+    module: str
+
+
 def _weight_view(
     entries: IndexMap, groups: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...], what: str
 ) -> View:

@@ -1,14 +1,18 @@
 """Values that depend on parameters and constants alone, and what they were made of."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ggn_jax.layers.jaxprs import bind
 
+ADDITIONS = frozenset({"add", "add_any"})
 DOTS = frozenset({"dot_general"})
 GATHERS = frozenset({"gather"})
+SELECTS = frozenset({"select_n"})
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
 # Moves that act on the factors of an elementwise product alike.
@@ -18,14 +22,35 @@ ELEMENTWISE |= {"exp", "exp2", "log", "log1p", "tanh", "logistic", "sqrt", "rsqr
 
 
 @dataclass(frozen=True, eq=False)
+class Piece:
+    """Some entries of an array of a parameter's: all of it, or a box."""
+
+    leaf: int
+    array: object
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Where it starts and stops."""
+
+    def is_apart(self, other: "Piece") -> bool:
+        """Whether it is known to share no entry with another one."""
+        if self.leaf != other.leaf:
+            return True
+        if self.array is not other.array or self.box is None or other.box is None:
+            return False
+        (starts, stops), (begins, ends) = self.box, other.box
+        return any(a >= d or c >= b for a, b, c, d in zip(starts, stops, begins, ends, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A value that depends on parameters and constants alone, and what it was made of."""
 
     value: Any
-    leaves: frozenset[int]
+    leaves: frozenset[Piece]
     varies: frozenset[int]
     """The axes along which it may differ."""
-    form: "Sum | Scaled | Product | None" = None
+    form: "Form | None" = None
+    origin: tuple[Any, ...] = field(default_factory=lambda: (object(),))
+    """Equal for equal values: where it is from, and how it was moved about since."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,22 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """`of`, with a derivative only where `by`, of its shape, is true: weights of a branch that data choose."""
+
+    of: Weight
+    by: Weight
+
+
+@dataclass(frozen=True)
+class Complex:
+    """`real + i imag`, of real weights; None is 0."""
+
+    real: Weight | None
+    imag: Weight | None
+
+
+@dataclass(frozen=True)
 class Product:
     """The contraction of two weights over axes of each, with the free axes of the first one in front, then permuted."""
 
@@ -59,34 +100,54 @@ class Product:
         return [free[axis] for axis in self.order]
 
 
+Form = Sum | Scaled | Gated | Complex | Product
+
+
 def of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
     """The results of an equation of weights, with their forms where there are any."""
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] == 1:
         return values
     results = bind(eqn, [value.value for value in values])
-    leaves = frozenset[int]().union(*(value.leaves for value in values))
     if eqn.primitive.name in WITHOUT_DERIVATIVE:
-        leaves = frozenset()  # a constant, to derivatives
+        return [Weight(results[0], frozenset(), values[0].varies, origin=values[0].origin)]
+    leaves = frozenset[Piece]().union(*(value.leaves for value in values))
+    if eqn.primitive.name == "slice":
+        box = tuple(eqn.params["start_indices"]), tuple(eqn.params["limit_indices"])
+        whole = [values[0].origin == (piece.array,) for piece in leaves]
+        leaves = frozenset(replace(p, box=box) if is_whole else p for p, is_whole in zip(leaves, whole, strict=True))
     if len(results) > 1:
         return [as_weight(result, leaves) for result in results]
-    return [Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)]
+    result = Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)
+    if len(values) == 1 and eqn.primitive.name in MOVES:
+        result = replace(result, origin=(*values[0].origin, eqn.primitive.name, str(eqn.params)))
+    return [result]
 
 
-def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
+def _form(eqn: Any, values: list[Weight]) -> Form | None:
     name = eqn.primitive.name
     if name == "neg":
         return Scaled(values[0], _number(-1, values[0]))
     if len(values) == 1:
         return _moved(eqn, values[0]) if name in MOVES else None
-    if len(values) != 2 or values[0].leaves & values[1].leaves:
+    if len(values) != 2 or not are_apart(*values):
         return None  # uses of one parameter that see the same data are no layers of their own
     first, second = values
-    if name in ("add", "add_any", "sub"):
+    if name == "complex":
+        return Complex(first, second)
+    if name in ADDITIONS | {"sub"}:
         shape = eqn.outvars[0].aval.shape
+        if isinstance(first.form, Complex) and isinstance(second.form, Complex) and name != "sub":
+            return Complex(_added(first.form.real, second.form.real), _added(first.form.imag, second.form.imag))
         return Sum((_repeated(first, shape), _repeated(_negative(second) if name == "sub" else second, shape)))
     if name == "div" and first.leaves and _fits(second, first):
         return Scaled(first, Weight(1 / second.value, second.leaves, second.varies))
     if name == "mul":
+        for number, weight in (values, values[::-1]):
+            # As in `a + 1j * b`: a number in the program, without a real part.
+            is_number = not isinstance(number.value, jax.Array) and not jnp.shape(number.value)
+            if isinstance(weight.form, Complex) and is_number and complex(number.value).real == 0:
+                by, parts = complex(number.value).imag, weight.form
+                return Complex(parts.imag and _times(parts.imag, -by), parts.real and _times(parts.real, by))
         # What varies along fewer axes is the scale.
         pairs = [(x, y) for x, y in ((first, second), (second, first)) if x.leaves and _fits(y, x)]
         return Scaled(*min(pairs, key=lambda pair: len(pair[1].varies))) if pairs else None
@@ -95,6 +156,33 @@ def _form(eqn: Any, values: list[Weight]) -> Sum | Scaled | Product | None:
         rank = len(eqn.outvars[0].aval.shape)
         return Product(first, second, axes, tuple(range(rank)))  # type: ignore[arg-type]  # two of them
     return None
+
+
+def _added(a: Weight | None, b: Weight | None) -> Weight | None:
+    if a is None or b is None:
+        return b if a is None else a
+    parts = _repeated(a, shape := jnp.shape(a.value + b.value)), _repeated(b, shape)
+    return Weight(a.value + b.value, a.leaves | b.leaves, a.varies | b.varies, Sum(parts))
+
+
+def _times(weight: Weight, number: float) -> Weight:
+    by = _number(number, weight)
+    return Weight(weight.value * by.value, weight.leaves, weight.varies, Scaled(weight, by)) if number != 1 else weight
+
+
+def gated(which: Any, cases: list[Weight], varies: frozenset[int]) -> Weight | None:
+    """The choice, by data, of a weight or constant copies of it; None if it is another choice.
+
+    `vmap` makes them where it turns branches chosen by data into selections. `varies` are the axes along which the
+    choice may differ.
+    """
+    live = [number for number, case in enumerate(cases) if case.leaves]
+    if len(live) != 1 or any(case.origin != cases[live[0]].origin for case in cases):
+        return None
+    weight = cases[live[0]]
+    value = jax.lax.select_n(which, *(case.value for case in cases))
+    chosen = jnp.broadcast_to(which == jnp.asarray(live[0]).astype(which.dtype), jnp.shape(value))
+    return Weight(value, weight.leaves, weight.varies, Gated(weight, Weight(chosen, frozenset(), varies)))
 
 
 def _fits(by: Weight, weight: Weight) -> bool:
@@ -110,11 +198,17 @@ def _repeated(weight: Weight, shape: tuple[int, ...]) -> Weight:
     return Weight(jnp.broadcast_to(weight.value, shape), weight.leaves, weight.varies)
 
 
-def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
+def _moved(eqn: Any, value: Weight) -> Form | None:
     """The form of a weight that is moved about, or cast to a type that is no narrower."""
     form, name = value.form, eqn.primitive.name
     before, after = (jnp.dtype(var.aval.dtype) for var in (eqn.invars[0], eqn.outvars[0]))
-    if form is None or (after.itemsize < before.itemsize):
+    if before != after and not (
+        jnp.issubdtype(before, jnp.inexact) and jnp.finfo(before).bits <= jnp.finfo(after).bits
+    ):
+        return None
+    if jnp.issubdtype(after, jnp.complexfloating) and not is_complex(value):
+        return Complex(value, None) if before == jnp.finfo(after).dtype else None
+    if form is None:
         return None
 
     def move(part: Weight) -> Weight:
@@ -127,6 +221,11 @@ def _moved(eqn: Any, value: Weight) -> Sum | Scaled | Product | None:
             return Scaled(move(form.of), form.by)
         # Only where `by` has an entry for each of the weight's are both moved alike.
         return Scaled(move(form.of), move(_repeated(form.by, jnp.shape(form.of.value))))
+    if isinstance(form, Complex):
+        parts = [part and move(part) for part in (form.real, form.imag)]
+        return Complex(*parts) if before == after else None
+    if isinstance(form, Gated):
+        return Gated(move(form.of), form.by if name in CASTS else move(form.by))
     if name in CASTS:
         return Product(move(form.first), move(form.second), form.axes, form.order)
     if name == "transpose":
@@ -151,12 +250,43 @@ def _varies(eqn: Any, values: list[Weight], result: Any) -> frozenset[int]:
     return _all_axes(result)
 
 
+def are_weights(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Weight) for value in values)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Complex data, and their parts; without imaginary part, it is 0."""
+
+    value: Any
+    real: Any
+    imag: Any
+
+
+def of_each_part(fn: Callable[[Any], Any], x: Any) -> Any:
+    """A function of data that acts on real and imaginary parts alike."""
+    if not isinstance(x, Parts):
+        return fn(x)
+    return Parts(fn(x.value), fn(x.real), None if x.imag is None else fn(x.imag))
+
+
 def plain(value: Any) -> Any:
-    return value.value if isinstance(value, Weight) else value
+    return value.value if isinstance(value, Weight | Parts) else value
 
 
-def as_weight(value: Any, leaves: Any = ()) -> Weight:
-    return Weight(value, frozenset(leaves), _all_axes(value))
+def as_weight(value: Any, leaves: frozenset[Piece] = frozenset()) -> Weight:
+    return Weight(value, leaves, _all_axes(value))
+
+
+def of_leaves(value: Any, leaves: Iterable[int]) -> Weight:
+    """A value of these parameters, as it comes in."""
+    array = object()
+    return replace(as_weight(value, frozenset(Piece(leaf, array) for leaf in leaves)), origin=(array,))
+
+
+def are_apart(a: Weight, b: Weight) -> bool:
+    """Whether two weights share no parameter's entry."""
+    return all(p.is_apart(q) for p in a.leaves for q in b.leaves)
 
 
 def _number(number: float, like: Weight) -> Weight:

@@ -171,7 +171,11 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
             product = jax.tree.leaves(operator.mv(jax.tree.unflatten(tree, given)))
             return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
-        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=min(COLUMNS_AT_ONCE, flat.size))
+        unit = jnp.eye(flat.size, dtype=flat.dtype)
+        try:
+            return jax.lax.map(column, unit, batch_size=min(COLUMNS_AT_ONCE, flat.size))
+        except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+            return jax.lax.map(column, unit)
 
 
 def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:
