@@ -278,6 +278,12 @@ def mixture(p: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("ne,neo,eoj->nj", gates, hidden, p["out"])
 
 
+def adapted_experts(p: Any, x: jax.Array) -> jax.Array:
+    """Low-rank adapters of all experts at once, merged."""
+    weights = p["w"] + jnp.einsum("eir,ero->eio", p["a"], p["b"])
+    return jnp.tanh(jnp.einsum("ni,eio->neo", x, weights)).mean(1)
+
+
 def switch_mixture(p: Any, x: jax.Array) -> jax.Array:
     """Each example goes to the expert that the router likes best."""
 
@@ -616,6 +622,7 @@ ZOO: Registry = {
         ),
         "linear attention": of(linear_attention, SEQUENCES, q=(4, 3), k=(4, 3), v=(4, 3), out=(3, 2)),
         "mixture of experts, dense": of(mixture, X, router=(3, 2), b=(2, 4), out=(2, 4, 2), **{"in": (2, 3, 4)}),
+        "mixture of experts, adapters merged": of(adapted_experts, X, a=(2, 3, 1), b=(2, 1, 4), w=(2, 3, 4)),
         "mixture of experts, by switch": of(
             switch_mixture, X, router=(3, 2), a=mlp_shapes(3, 4, 2), b=mlp_shapes(3, 4, 2)
         ),
