@@ -96,6 +96,14 @@ class IndexMap:
             size > 1 and bool(np.all(numbers == np.take(numbers, [0], axis))) for axis, size in enumerate(self.shape)
         )
 
+    def bounds(self) -> tuple[int, int]:
+        """The least and the largest entry; of an array that holds any."""
+        if self.table is not None:
+            numbers = self.numbers()
+            return int(numbers.min()), int(numbers.max())
+        reach = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
+        return self.offset + sum(min(r, 0) for r in reach), self.offset + sum(max(r, 0) for r in reach)
+
     def is_injective(self) -> bool:
         """Whether no entry is held twice."""
         if self.table is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -192,19 +193,20 @@ def _transposed(view: View) -> View:
 
 def _overlapping(layers: list[Layer], sizes: list[int]) -> list[int]:
     """Parameters with an entry in two layers."""
-    holders: dict[int, list[View]] = {}
+    holders: dict[int, list[IndexMap]] = {}
     for layer in layers:
         for view in (layer.weight, *([] if layer.bias is None else [layer.bias])):
-            for leaf in layer.leaves:
-                holders.setdefault(leaf, []).append(view)
+            for leaf in view.entries.owners(sizes):
+                holders.setdefault(leaf, []).append(view.entries)
     result = []
     for leaf, views in holders.items():
-        if len(views) < 2:
-            continue
+        bounds = sorted(entries.bounds() for entries in views)
+        if all(before[1] < after[0] for before, after in pairwise(bounds)):
+            continue  # one after the other
         start, stop = sum(sizes[:leaf]), sum(sizes[: leaf + 1])
         seen = np.zeros(stop - start, bool)  # a byte per entry, of this parameter only
         for view in views:
-            numbers = view.entries.numbers().reshape(-1)
+            numbers = view.numbers().reshape(-1)
             numbers = numbers[(numbers >= start) & (numbers < stop)] - start
             if seen[numbers].any():
                 result.append(leaf)
