@@ -144,3 +144,9 @@ def test_steps() -> None:
         optimizer.step((X, Y.to("meta")))
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
     assert optimizer.step((X, Y)) > 0
+
+
+@pytest.mark.parametrize("inputs", [{}, ()])
+def test_no_inputs(inputs: Any) -> None:
+    with pytest.raises(ValueError, match="example_inputs must hold at least one tensor"):
+        torch_bridge.from_module(mlp(), inputs)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import curvlinops
+import jax
 import numpy as np
 import pytest
 import torch
@@ -157,6 +158,39 @@ def test_one_conversion_for_several_operators(monkeypatch: pytest.MonkeyPatch) -
                 params[2].add_(0.1)
     with pytest.raises(ValueError, match="inputs must be like example_inputs"):
         torch_bridge.KFACLinearOperator(converted, loss, params, [(torch.ones(3, 5, dtype=torch.float64), data[0][1])])
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "GGN", "EF", "GGNDiagonal"])
+def test_operators_of_a_part_share_their_compilations(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """At other values of all parameters, those that are constants among them."""
+    module, loss, params, data = setting(mlp, nn.CrossEntropyLoss())
+    converted, kind = torch_bridge.ConvertedModule(module, data[0][0]), getattr(torch_bridge, f"{name}LinearOperator")
+    options = {"fisher_type": "type-2"} if name in ("KFAC", "EKFAC") else {}
+
+    def found(model: Any) -> torch.Tensor:
+        return dense(kind(model, loss, params[2:], [data[0]], **options))
+
+    found(converted)
+    with torch.no_grad():
+        params[0].mul_(1.5)
+        params[3].add_(0.1)
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        again = found(converted)
+    assert not [record for record in caplog.records if record.getMessage().startswith("Compiling ")]
+    torch.testing.assert_close(again, found(module), rtol=1e-10, atol=1e-12)
+    if name in ("GGN", "EF"):
+        peer = getattr(curvlinops, f"{name}LinearOperator")(module, loss, params[2:], [data[0]])
+        torch.testing.assert_close(again, dense(peer), rtol=1e-8, atol=1e-10)
+
+
+def test_a_conversion_does_not_depend_on_settings_of_jax() -> None:
+    """In float64, where JAX's own types are of 32 bits."""
+    module, loss, params, data = setting(mlp, nn.MSELoss())
+    with jax.enable_x64(False):
+        converted = torch_bridge.ConvertedModule(module, data[0][0])
+        found = dense(torch_bridge.GGNLinearOperator(converted, loss, params, data))
+    wanted = dense(curvlinops.GGNLinearOperator(module, loss, params, data))
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

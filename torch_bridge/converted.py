@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_bridge.batches import WRAPPERS, as_outputs
 from torch_bridge.modules import from_module
-from torch_bridge.tensors import to_jax
+from torch_bridge.tensors import jax_on, to_jax
 
 
 class Snapshot:
@@ -73,8 +73,8 @@ class ConvertedModule:
     """A module that is converted once, by `from_module`, for operators at many values of its parameters.
 
     The operators of `torch_bridge` take it in place of the module. Each of them is then made at the values that the
-    parameters have at that time, without another export; where it is of all parameters, its compiled functions are
-    used again, too.
+    parameters have at that time, without another export, and what was compiled for an operator of the same parameters
+    is used again.
 
     **Arguments:**
 
@@ -98,12 +98,13 @@ class ConvertedModule:
 
     def __init__(self, module: nn.Module, example_inputs: Any):
         try:
-            self.model_fn, values = from_module(module, example_inputs, train=None)
+            with jax_on(next(module.parameters(), torch.zeros(())).device):  # as operators are made and used
+                self.model_fn, values = from_module(module, example_inputs, train=None)
         except NotImplementedError as error:
             if "train=True" not in str(error):  # which is what changes in evaluation mode
                 raise
             raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
-        self.output_fn = self._outputs  # one object, whose compilations are found again
+        self.output_fn, self.part_fn = self._outputs, self._part_outputs  # objects whose compilations are found again
         self.module = module
         self._names = list(values)
         parameters = dict(module.named_parameters())
@@ -111,6 +112,11 @@ class ConvertedModule:
 
     def _outputs(self, params: dict[str, jax.Array], inputs: Any) -> Any:
         return as_outputs(self.model_fn(params, inputs))
+
+    def _part_outputs(self, params: dict[str, jax.Array], inputs: tuple[Any, dict[str, jax.Array]]) -> Any:
+        """Of a part of the parameters, with the others beside the inputs."""
+        given, others = inputs
+        return self._outputs({**others, **params}, given)
 
     def params(self) -> dict[str, jax.Array]:
         """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""

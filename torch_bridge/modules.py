@@ -75,6 +75,8 @@ def from_module(
     check_tensors("example_inputs", example_inputs)
     call = how_to_call(module, example_inputs)
     leaves, structure = jax.tree.flatten(as_inputs(example_inputs))
+    if not leaves:
+        raise ValueError("example_inputs must hold at least one tensor: a module without inputs is no model of data.")
     check_examples(leaves)
     leaves = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
     programs: dict[Any, Program] = {}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+import ggn_jax
 from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
@@ -53,14 +54,16 @@ class Setting:
             converted = model_func
             if not isinstance(converted, ConvertedModule):
                 converted = ConvertedModule(module, batches[0][0])
-            model_fn, values = converted.output_fn, converted.params()
-            self.values = {name: values[name] for name in self.names}
-            fixed = {name: value for name, value in values.items() if name not in self.values}
-            # The same function for the same conversion, if it can be, so that what is compiled is used again.
-            self.model_fn = (lambda p, inputs: model_fn({**fixed, **p}, inputs)) if fixed else model_fn
+            values = converted.params()
+            self.values = {name: values.pop(name) for name in self.names}
+            # Others are no constants of a function, but inputs of one that is the same for all operators.
+            self.model_fn = converted.part_fn if values else converted.output_fn
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
             arrays = [jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches]
-            self.data = arrays if progress else _joined(arrays)
+            joined = arrays if progress else [_joined(arrays)]
+            if values:
+                joined = [((x, ggn_jax.Unbatched(values)), y) for x, y in joined]
+            self.data = joined if progress else joined[0]
             self.size = max(len(batch[1]) for batch in batches)
         self._progress = progress
 
