@@ -199,14 +199,14 @@ def _overlapping(layers: list[Layer], sizes: list[int]) -> list[int]:
             for leaf in view.entries.owners(sizes):
                 holders.setdefault(leaf, []).append(view.entries)
     result = []
-    for leaf, views in holders.items():
-        bounds = sorted(entries.bounds() for entries in views)
+    for leaf, held in holders.items():
+        bounds = sorted(entries.bounds() for entries in held)
         if all(before[1] < after[0] for before, after in pairwise(bounds)):
             continue  # one after the other
         start, stop = sum(sizes[:leaf]), sum(sizes[: leaf + 1])
         seen = np.zeros(stop - start, bool)  # a byte per entry, of this parameter only
-        for view in views:
-            numbers = view.numbers().reshape(-1)
+        for entries in held:
+            numbers = entries.numbers().reshape(-1)
             numbers = numbers[(numbers >= start) & (numbers < stop)] - start
             if seen[numbers].any():
                 result.append(leaf)
