@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from test_batches import CE, EKFAC, INPUTS, KFAC, KFOC, LABELS, PARAMS, as_batches, tanh_net
+from test_batches import CE, EKFAC, INPUTS, KFAC, KFOC, LABELS, LOSSES, PARAMS, as_batches, tanh_net
 
 import ggn_jax
 from ggn_jax import GGNDiagonalLinearOperator
@@ -64,8 +65,16 @@ def test_errors_of_partial_sums() -> None:
     sums = KFAC.partial_sums(*ARGS, FIRST, **exact)
     factors = EKFAC.partial_sums(*ARGS, FIRST, **exact)
     diagonal = GGNDiagonalLinearOperator.partial_sums(*ARGS, FIRST)
-    with pytest.raises(ValueError, match="one operator, model and set of options"):
+    other = "one operator, model, loss and set of options"
+    with pytest.raises(ValueError, match=other):
         sums + KFAC.partial_sums(*ARGS, FIRST, bias="separate", **exact)
+    with pytest.raises(ValueError, match=other):
+        sums + KFAC.partial_sums(tanh_net, LOSSES["weights"], PARAMS, FIRST, **exact)
+    with pytest.raises(ValueError, match=other):
+        diagonal + GGNDiagonalLinearOperator.partial_sums(*ARGS, FIRST, mc_samples=2, key=jax.random.key(0))
+    short = jax.tree.map(lambda x: x[:1], diagonal.totals[0])
+    with pytest.raises(ValueError, match=r"leaf 1 has \(3, 4\) and \(1, 4\): restore what was saved"):
+        diagonal + eqx.tree_at(lambda sums: sums.totals[0]["1"]["w"], diagonal, short["1"]["w"])
     with pytest.raises(ValueError, match=r"of KFACLinearOperator and of EKFACLinearOperator"):
         sums + factors
     with pytest.raises(TypeError, match="added to others; got int"):

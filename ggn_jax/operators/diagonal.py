@@ -46,7 +46,7 @@ from ggn_jax.operators.batches import (
     with_reduction,
     without_reduction,
 )
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key
 from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.operators.weighted import of_terms
 
@@ -218,8 +218,8 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
-        made_of = problem.loss.reduction, structure(params)
-        return PartialSums(totals, jnp.asarray(seen, jnp.int32), Recipe(cls, made_of, made_of))
+        made_of, key = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
+        return PartialSums(totals, jnp.asarray(seen, jnp.int32), Recipe(cls, (made_of, *key), made_of))
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:

@@ -26,7 +26,7 @@ from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.nearest import nearest_blocks
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, same_examples
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
 
@@ -253,13 +253,14 @@ class FactoredLinearOperator(BlockLinearOperator):
             bases = _bases(factors) if factors.bases is None else factors.bases
             factors = factors.factors or factors
         recipes: set[Recipe] = set()  # of the batches: one
+        key_of_loss = loss_key(loss)
 
         def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
             args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not recipes and factors is None:
                 cls._checked(problem, made, chunk_size)
-            kind = made, problem.loss.reduction, structure(problem.params)
+            kind = made, key_of_loss, structure(problem.params)
             if not recipes:
                 layout = find_layout(problem, made)
                 recipes.add(Recipe(cls, (layout.signature(), *kind), (layout, kind[2])))

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ggn_jax._checks import is_concrete, starts_sum
+from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
+from ggn_jax.loss import Loss
 
 
 class Recipe:
@@ -23,6 +25,13 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+def loss_key(loss: Loss) -> Any:
+    """Equal for losses with the same options, as far as their values are known."""
+    frozen = Frozen(loss)
+    arrays = [np.asarray(x).tobytes() if is_concrete(x) else None for x in jax.tree.leaves(frozen.arrays)]
+    return frozen.static, tuple(arrays)
 
 
 class PartialSums(eqx.Module):
@@ -62,7 +71,7 @@ class PartialSums(eqx.Module):
             raise TypeError(f"partial sums are added to others; got {type(other).__name__}.")
         if self.recipe != other.recipe or (self.factors is None) != (other.factors is None):
             raise ValueError(
-                f"partial sums are of one operator, model and set of options; got those of {self._kind} and of"
+                f"partial sums are of one operator, model, loss and set of options; got those of {self._kind} and of"
                 f" {other._kind}, made otherwise."
             )
         if self.factors is not None and other.factors is not None:
@@ -72,6 +81,12 @@ class PartialSums(eqx.Module):
                 raise ValueError(
                     "the second pass's sums are in different eigenbases, as other machines may find them: start the"
                     " other parts with factors=, the sums of the first part of this pass."
+                )
+        for n, (x, y) in enumerate(zip(*map(jax.tree.leaves, (self.totals, other.totals)), strict=True)):
+            if jnp.shape(x) != jnp.shape(y):
+                raise ValueError(
+                    f"partial sums of one model have leaves of the same shapes; leaf {n} has {jnp.shape(x)} and"
+                    f" {jnp.shape(y)}: restore what was saved, in the same order."
                 )
         totals = jax.tree.map(jnp.add, self.totals, other.totals)
         return type(self)(totals, self.examples + other.examples, self.recipe, self.factors, self.bases)
