@@ -374,6 +374,7 @@ def plot(system: System, runs: list[Run], path: Path) -> None:
     axes[0].axhline(0, color="black", linewidth=0.8)
     axes[0].set_ylabel("energy above the exact one (mHa)")
     axes[0].set_yscale("symlog", linthresh=1)
+    axes[0].set_ylim(bottom=-3)
     axes[1].set_ylabel("standard deviation of local energies (Ha)")
     axes[1].set_yscale("log")
     axes[1].legend(frameon=False)

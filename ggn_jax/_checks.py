@@ -52,7 +52,10 @@ def is_concrete(array: Array) -> bool:
 
 def check_outputs(name: str, outputs: Array | jax.ShapeDtypeStruct) -> None:
     if outputs.dtype.name not in OUTPUT_DTYPES:
-        raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.")
+        way_out = ""
+        if jnp.issubdtype(outputs.dtype, jnp.complexfloating):
+            way_out = " Return real and imaginary parts as two outputs, one more axis of [N, ..., 2]."
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(OUTPUT_DTYPES)}; got {outputs.dtype}.{way_out}")
 
 
 def as_outputs(name: str, outputs: Any, batch: bool) -> Array:

@@ -243,5 +243,9 @@ def test_a_ragged_product_is_a_layer_for_each_group() -> None:
         )
         matrix = ggn_jax.GGNLinearOperator(routed, MSE, weights, batch).as_matrix()
         np.testing.assert_allclose(matrix, exact, atol=1e-14)
+        batches = ggn_jax.GGNLinearOperator.from_batches(routed, MSE, weights, [batch])
+        np.testing.assert_allclose(batches.as_matrix(), exact, atol=1e-14)
+        jacobian = ggn_jax.JacobianLinearOperator(routed, weights, inputs).as_matrix()
+        np.testing.assert_allclose(2 * jacobian.T @ jacobian / 8, exact, atol=1e-14)
         with pytest.raises(NotImplementedError, match=r"ragged_dot.*method=\"layers\".*and select"):
             ggn_jax.GGNDiagonalLinearOperator(routed, MSE, weights, batch, method="data")

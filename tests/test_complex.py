@@ -135,3 +135,17 @@ def test_what_is_no_real_layer_has_the_exact_block(cls: Any) -> None:
         exact, found = dense_ggn(model_fn, MSE, params, batch), cls(model_fn, MSE, params, batch, fisher_type="type-2")
     for name, part in {"b": slice(0, 2), "k": slice(2, 6), "w": slice(6, 12)}.items():
         np.testing.assert_allclose(found.block(name), exact[part, part], atol=1e-14)
+
+
+def test_complex_outputs_are_refused_early() -> None:
+    """By `report` and `init`, not by the first step."""
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.complex(x @ params, x @ params)
+
+    params, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    with pytest.raises(TypeError, match=r"got complex128\. Return real and imaginary parts as two outputs"):
+        ggn_jax.report(model_fn, params, x)
+    optimizer = ggn_jax.kfac(model_fn, ggn_jax.MSELoss(), 0.1, example_inputs=x)
+    with pytest.raises(TypeError, match=r"got complex128\. Return real and imaginary parts as two outputs"):
+        optimizer.init(params)

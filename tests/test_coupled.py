@@ -213,3 +213,29 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="type-2' with coupled examples"):
         KFAC(batch_norm, CE, PARAMS, (X, Y), fisher_type="type-2", examples="coupled")
     assert "pass examples='coupled'" in str(ggn_jax.report(batch_norm, PARAMS, X))
+
+
+BATCH = {
+    "ones": jnp.ones((6, 2), int),
+    "true": jnp.ones((6, 2), bool),
+    "false": jnp.zeros((6, 2), bool),
+    "complex": jnp.ones((6, 2), complex),
+    "keys": jnp.broadcast_to(jax.random.key(0), (6, 2)),
+}
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_examples_that_are_alike_hide_nothing(name: str) -> None:
+    """As dummy batches are; each model is centred over the batch by what differs between its examples."""
+
+    def model_fn(params: Any, x: jax.Array) -> jax.Array:
+        if name == "keys":
+            x = jax.vmap(lambda keys: jax.random.normal(keys[0], (2,)))(x)
+        x = x.imag if name == "complex" else x.astype(float)
+        h = jnp.tanh(x @ params)
+        return h - h.mean(0, keepdims=True)
+
+    params = jnp.ones((2, 3))
+    optimizer = ggn_jax.kfac(model_fn, ggn_jax.MSELoss(), 0.1, example_inputs=BATCH[name])
+    with pytest.raises(ValueError, match="couples examples"):
+        optimizer.init(params)

@@ -206,6 +206,17 @@ def test_submatrices_by_path() -> None:
         assert_close(ggn.submatrix(*paths), CE.ggn()[np.ix_(where, where)])
     with pytest.raises(KeyError, match="no parameter 'v'; there are b1, w1, w2"):
         ggn.submatrix("w1", "v")
+    params = {"wb": jnp.ones((3, 2)), "w": jnp.ones((2, 2)), "b": jnp.ones(2), "a*": jnp.ones(2), "ab": jnp.ones(2)}
+
+    def model_fn(p: Any, x: jax.Array) -> jax.Array:
+        return (x @ p["wb"]) @ p["w"] + (p["b"] + 2 * p["a*"] + 3 * p["ab"])[None]
+
+    ggn = ggn_jax.GGNLinearOperator(model_fn, ggn_jax.MSELoss(), params, (jnp.eye(4, 3), jnp.zeros((4, 2))))
+    for name, size in [("['wb']", 6), ("wb", 6), ("['w']", 4), ("a*", 2), ("w*", 10)]:
+        assert ggn.submatrix(name).shape == (size, size)
+    for name in ("['ww']", "[wb]"):  # no pattern of one letter
+        with pytest.raises(KeyError, match="no parameter"):
+            ggn.submatrix(name)
     with pytest.raises(KeyError, match="pass the paths of some parameters"):
         ggn.submatrix()
     with pytest.raises(TypeError, match=r"a path must be a string.* got list: pass several as arguments"):

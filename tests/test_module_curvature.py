@@ -217,6 +217,44 @@ def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any]
         converted.params()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.config.update(gain=2.0),
+        lambda module: module.shift.fill_(1.0),
+        lambda module: setattr(module, "shift", torch.ones(())),
+        lambda module: setattr(type(module), "power", 3),
+    ],
+    ids=["dict", "tensor", "another tensor", "class"],
+)
+def test_constants_that_changed_after_a_conversion(change: Callable[[Any], Any]) -> None:
+    class Scaled(nn.Module):
+        power = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.config, self.shift = nn.Linear(4, 3), {"gain": 1.0}, torch.zeros(())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.config["gain"] * self.linear(x) + self.shift) ** self.power
+
+    module = Scaled()
+    converted = torch_bridge.ConvertedModule(module, torch.ones(2, 4))
+    module(torch.ones(3, 4)).sum().backward()
+    assert len(converted.params()) == 2
+    change(module)
+    with pytest.raises(RuntimeError, match=r"(config|shift|power).*changed or were replaced"):
+        converted.params()
+
+
+@pytest.mark.parametrize("places", [[[0, 5]], [[-1, 0]], [[2**33, 1]]])
+def test_places_that_a_table_does_not_have(places: list[list[int]]) -> None:
+    """Torch refuses them; here they give NaN, none of them another row."""
+    module = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    model_fn, params = torch_bridge.from_module(module, torch.tensor([[0, 1], [2, 3]]))
+    assert np.isnan(model_fn(params, jax.numpy.asarray(places))).all()
+
+
 @pytest.mark.parametrize("name", ["GGN", "Hessian", "EF", "KFAC", "EKFAC", "GGNDiagonal"])
 def test_progress(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Batch by batch, with a bar, to the same matrix; also for what is drawn."""

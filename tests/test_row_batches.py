@@ -159,3 +159,39 @@ def test_what_is_refused() -> None:
         operator.T.mv(jnp.ones((4, 3)))
     with pytest.raises(ValueError, match="vector must be a pytree like the parameters"):
         operator.mv(x)
+
+
+def test_keys_and_phases_that_are_drawn_anew_are_told() -> None:
+    """What differs between two passes in random keys, or in the sign of imaginary parts, alone."""
+    x, pass_number = normal("x", 4, 3), iter(range(9))
+
+    class Anew:
+        def __init__(self, make: Any):
+            self.make = make
+
+        def __iter__(self) -> Any:
+            return iter([(self.make(next(pass_number)), None)])
+
+    def noisy(p: Any, inputs: Any) -> jax.Array:
+        return (inputs[0] * jax.vmap(lambda key: jax.random.normal(key, (3,)))(inputs[1])) @ p
+
+    def turned(p: Any, z: jax.Array) -> jax.Array:
+        return (z.real + 2 * z.imag) @ p
+
+    params = normal("p", 3, 2)
+    for model_fn, make in (
+        (noisy, lambda number: (x, jax.random.split(jax.random.key(number), 4))),
+        (turned, lambda number: jax.lax.complex(x * np.cos(number), x * np.sin(number))),
+    ):
+        operator = JacobianLinearOperator.from_batches(model_fn, params, Anew(make))
+        with pytest.raises(ValueError, match="two passes over the batches gave different data"):
+            operator.mv(params)
+
+
+@pytest.mark.parametrize("damping", [jnp.inf, {"a": 1.0, "b": jnp.inf}])
+def test_infinite_dampings_are_refused(damping: Any) -> None:
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    batch = normal("x", 4, 3), normal("y", 4, 2)
+    ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["a"] + p["b"][None], ggn_jax.MSELoss(), params, batch)
+    with pytest.raises(ValueError, match=r"damping.* must be finite; got inf"):
+        ggn.damped(damping)

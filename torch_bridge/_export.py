@@ -179,8 +179,10 @@ def _program(
                 else (spec.target or "").removeprefix("module.")
             )
             raise NotImplementedError(
-                f"module writes into {what} when it is called, which a pure function cannot: use train=False,"
-                " train=True, which returns new buffers, or a module that returns what is new."
+                f"module writes into {what} when it is called, which a pure function cannot. In evaluation"
+                " (module.eval(), or train=False), batch normalisation uses the statistics that it has and writes none;"
+                " torch_bridge.from_module(..., train=True) returns the new buffers, for training with ggn_jax.kfac; or"
+                " let the module return what is new."
             )
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     parameters, constants, buffers = {}, {}, {}

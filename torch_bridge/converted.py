@@ -36,6 +36,8 @@ class Snapshot:
                     found[f"{path}.{name[1:]}".removeprefix(".")] = tuple(value.values())
                 elif not name.startswith("_") and name != "training" and _is_plain(value):
                     found[f"{path}.{name}".removeprefix(".")] = _frozen(value)
+            for name, value in _of_classes(part).items():
+                found.setdefault(f"{path}.{name}".removeprefix("."), _frozen(value))
         return found
 
     def changed(self) -> list[str]:
@@ -45,23 +47,42 @@ class Snapshot:
         names += sorted(tensors.keys() ^ self._constants.keys())
         names += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
         values = self._attributes()
+        values = {n: x for n, x in values.items() if n in self._values or not isinstance(x, Tensor)}  # calls keep some
         names += [n for n in {**self._values, **values} if not _equal(values.get(n, ()), self._values.get(n, ()))]
         paths = sorted(parts.keys() | self._parts.keys())
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
 
 
+def _of_classes(part: nn.Module) -> dict[str, Any]:
+    """Numbers, text and the like that a part's own classes hold."""
+    own = [cls for cls in type(part).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+    held = {name: value for cls in reversed(own) for name, value in vars(cls).items()}
+    return {name: value for name, value in held.items() if name[:1] != "_" and _is_plain(value) and not callable(value)}
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, Tensor):
+        # A constant; what was computed from parameters, and kept, is none.
+        return not value.requires_grad and not isinstance(value, nn.Parameter)
     function = callable(value) and not isinstance(value, nn.Module)
     return value is None or isinstance(value, bool | int | float | str) or function
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((key, _frozen(entry)) for key, entry in value.items())
+    if isinstance(value, Tensor):
+        return value.detach().clone()
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _equal(now: Any, before: Any) -> bool:
+    if isinstance(now, tuple) and isinstance(before, tuple):
+        return len(now) == len(before) and all(map(_equal, now, before))
+    if isinstance(now, Tensor) or isinstance(before, Tensor):
+        return isinstance(now, Tensor) and isinstance(before, Tensor) and _same(now, before)
     return now is before or bool(now == before)
 
 
@@ -79,9 +100,9 @@ class ConvertedModule:
     **Arguments:**
 
     - `module`: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
-      as they are, and so must attributes that are numbers, text or functions, and hooks; parameters may change their
-      values, but not be replaced: operators made after that raise RuntimeError. Attributes of other kinds, such as a
-      config, must not change either, which is not seen.
+      as they are, and so must attributes that are numbers, text, tensors or functions, or lists and dicts of them, and
+      hooks; parameters may change their values, but not be replaced: operators made after that raise RuntimeError.
+      Attributes of other kinds, such as a config object, must not change either, which is not seen.
     - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
 
     **Attributes:** `module`; `model_fn`, as `from_module` returns it; `output_fn`, the same, but for the `logits` alone

@@ -155,27 +155,33 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
 def different(inputs: PyTree[Array]) -> PyTree[Array]:
     """The examples, other values in place of arrays in which two of them are equal.
 
-    Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers and
-    truth values are drawn from those that are there, or 0 and 1.
+    Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers are drawn
+    from those that are there and 0, or of 0 and 1 where all are 0; truth values are drawn, and keys split.
     """
     numbers = count(1)
     return map_batched(lambda x: _varied(x, next(numbers)), inputs)
 
 
 def _varied(x: Array, number: int) -> Array:
-    if not x.size or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if not x.size:
         return x
-    rows = x.reshape(len(x), -1)
-    alike = [jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    rows = (jax.random.key_data(x) if is_key else x).reshape(len(x), -1)
+    alike = jnp.any(jnp.stack([jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]))
+    if is_key:
+        split = jax.vmap(jax.random.fold_in)(x.reshape(-1), jnp.arange(x.size, dtype=jnp.uint32)).reshape(x.shape)
+        return jnp.where(alike, split, x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
         size = jnp.max(jnp.abs(x))
         more = jnp.abs(noise(x.shape, compute_dtype(jnp.finfo(x.dtype).dtype), number))
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            more = jax.lax.complex(more, more[::-1])
         other = x + (jnp.where(size > 0, size, 1).astype(more.dtype) * more).astype(x.dtype)
     else:
         drawn = rows.reshape(-1)[words(x.shape, number) % np.uint32(x.size)]
         bits = (words(x.shape, number) >> np.uint32(31)).astype(x.dtype)
-        other = drawn if x.dtype == bool else jnp.where(jnp.all(x == 0), bits, drawn)
-    return jnp.where(jnp.any(jnp.stack(alike)), other, x)
+        other = bits if x.dtype == bool else jnp.where(jnp.all(x == 0), bits, jnp.where(bits == 0, 0, drawn))
+    return jnp.where(alike, other, x)
 
 
 MAY_BE_COUPLED = "pass examples='coupled'"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
+from ggn_jax._checks import check_outputs
 from ggn_jax._model import Model
 from ggn_jax._sharding import explained, explicit_mesh
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
@@ -66,6 +67,7 @@ def trace_model(
             f"model_fn must return an array [N, *out]; for a batch of {examples if coupled else 'one'} it returned"
             f" shape {outputs.shape}."
         )
+    check_outputs("the outputs of model_fn", outputs)
     leaves = jax.tree_util.tree_leaves_with_path(like)
     shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))

@@ -64,8 +64,8 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         """The dense matrix of some of the parameters, rows and columns in the order of `ravel_pytree` of these.
 
         Args:
-            *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`. For all of one
-                layer's, pass its kernel and its bias.
+            *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`; or as `report`
+                writes one: `"['dense']['kernel']"`. For all of one layer's, pass its kernel and its bias.
 
         Raises:
             KeyError: for a path that no parameter has.
@@ -179,19 +179,25 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
 
 
 def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:
-    """The numbers of the parameters that these patterns fit."""
-    pairs = jax.tree_util.tree_leaves_with_path(structure)
-    names = [simple_path(jax.tree_util.keystr(path)) for path, _ in pairs]
+    """The numbers of the parameters that these names or patterns fit."""
+    whole = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(structure)]
+    names = list(map(simple_path, whole))
+    found: set[int] = set()
     for path in paths:
         if not isinstance(path, str):
             raise TypeError(
                 f"a path must be a string, as 'encoder/*'; got {type(path).__name__}: pass several as arguments."
             )
-        if not any(fnmatchcase(name, path) for name in names):
+        # A parameter's own name is no pattern, and brackets are those of a name.
+        pattern = path.replace("[", "[[]")
+        fits = [i for i, pair in enumerate(zip(whole, names, strict=True)) if path in pair]
+        fits = fits or [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
+        if not fits:
             raise KeyError(f"no parameter {path!r}; there are {', '.join(names)}.")
+        found.update(fits)
     if not paths:
         raise KeyError(f"pass the paths of some parameters; there are {', '.join(names)}.")
-    return tuple(i for i, name in enumerate(names) if any(fnmatchcase(name, path) for path in paths))
+    return tuple(sorted(found))
 
 
 def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
@@ -219,6 +225,13 @@ def check_number(name: str, value: Any) -> Array:
     return number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(float)
 
 
+def _check_finite(name: str, value: Any) -> Array:
+    number = check_number(name, value)
+    if is_concrete(number) and np.isinf(np.asarray(number)):
+        raise ValueError(f"{name} must be finite; got {number}.")
+    return number
+
+
 def nonnegative_number(value: Any) -> float | None:
     """`value` as a Python number if it is one of at least 0, and not infinite; None where it is not, or not known."""
     if isinstance(value, jax.Array) and not is_concrete(value):
@@ -232,11 +245,11 @@ def nonnegative_number(value: Any) -> float | None:
 def check_damping(damping: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
     """One number of at least 0, or a pytree of them that is a prefix of the parameters."""
     if jax.tree_util.all_leaves([damping]):
-        return check_number("damping", damping)
+        return _check_finite("damping", damping)
     if damping is None:
         raise TypeError("damping must be a number, or a pytree of numbers like the parameters; got None.")
     checked = jax.tree_util.tree_map_with_path(
-        lambda path, number: check_number(f"damping{jax.tree_util.keystr(path)}", number), damping
+        lambda path, number: _check_finite(f"damping{jax.tree_util.keystr(path)}", number), damping
     )
     leaf_dampings(checked, structure)
     return checked

@@ -82,12 +82,12 @@ class MadeByShapes:
 
 def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arrays"]:
     """Numbers that tell examples apart: a sum over each array's entries."""
-    arrays = [x for x in batched_leaves(inputs) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    arrays += jax.tree.leaves(targets)
+    arrays = batched_leaves(inputs) + jax.tree.leaves(targets)
 
     def per_example(x: Array) -> Array:
-        x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-        rows = x.reshape(len(x), -1).astype(jnp.float32)
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        parts = (x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
+        rows = jnp.concatenate([part.reshape(len(x), -1).astype(jnp.float32) for part in parts], axis=1)
         return rows @ jnp.cos(jnp.arange(rows.shape[1], dtype=jnp.float32))
 
     return jnp.stack([per_example(x) for x in arrays], axis=1)

@@ -315,10 +315,15 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         def column(v: Array) -> Array:
             return linearised.jvp(unravel(v)).reshape(-1)
 
-        if count <= flat.size:
-            return jax.lax.map(row, jnp.eye(count, dtype=outputs.dtype), batch_size=min(COLUMNS_AT_ONCE, count))
-        each = min(COLUMNS_AT_ONCE, flat.size)
-        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=each).T
+        def mapped(fn: Callable[[Array], Array], size: int, dtype: Any) -> Array:
+            units = jnp.eye(size, dtype=dtype)
+            try:
+                return jax.lax.map(fn, units, batch_size=min(COLUMNS_AT_ONCE, size))
+            except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+                return jax.lax.map(fn, units)
+
+        by_rows = count <= flat.size
+        return mapped(row, count, outputs.dtype) if by_rows else mapped(column, flat.size, flat.dtype).T
 
 
 for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator, BatchesJacobianLinearOperator):

@@ -243,7 +243,10 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
     """What a batch adds to the products, without the reduction."""
     problem = operator.problem
     r = problem.reduction()
-    products = jax.vmap(operator._mv)(vectors)
+    try:
+        products = jax.vmap(operator._mv)(vectors)
+    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+        products = jax.lax.map(operator._mv, vectors)
     return {
         "products": without_reduction(products, r),
         "divisor": 1 / r,

@@ -319,7 +319,8 @@ def unpack_batch(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     """The pair of inputs and targets, and the mask or None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
-        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{batch_hint(batch)}{way_out}")
+        none = "" if isinstance(batch, tuple | list) else " Targets may be None where none are looked at."
+        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{none}{batch_hint(batch)}{way_out}")
     return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
 
 

@@ -22,10 +22,19 @@ def embedding(
     """Rows; that of `padding_idx` has no gradient."""
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq=True is no gradient of a function: leave it out")
-    rows = jnp.take(weight, indices, axis=0, mode=FILL)
+    rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
     if padding_idx < 0:
         return rows
     return jnp.where((indices == padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+def _rows_or_none(weight: Array, indices: Array) -> Array:
+    """Places in a table, one past its end for those that torch refuses: JAX would count negative ones from the end.
+
+    Of 32 bits, which may not hold the places that came.
+    """
+    rows = weight.shape[0]
+    return jnp.where((indices < 0) | (indices >= rows), rows, indices).astype(jnp.int32)
 
 
 @aten("embedding_bag")
@@ -48,7 +57,7 @@ def embedding_bag(
     bags = jnp.searchsorted(starts, jnp.arange(indices.shape[0], dtype=starts.dtype), side="right").astype(int) - 1
     if padding_idx is not None and padding_idx >= 0:
         bags = jnp.where(indices == padding_idx, number, bags)  # which is no bag
-    rows = jnp.take(weight, indices, axis=0, mode=FILL)
+    rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     counts = jnp.zeros(number, int).at[bags].add(1, mode="drop")[:, None]
