@@ -179,14 +179,14 @@ def print_table(
     runs: Sequence[Run], spectra: Sequence[Any], model_fn: Callable, train_set: Batch, test_set: Batch
 ) -> None:
     """One row per run: its cost, its losses, and the curvature at its last parameters."""
-    print(f"\n{'method':<18}{'steps':>6}{'seconds':>9}{'ms/step':>9}{'train loss':>12}{'test loss':>11}", end="")
+    print(f"\n{'method':<18}{'steps':>6}{'seconds':>9}{'ms (med.)':>11}{'train loss':>12}{'test loss':>11}", end="")
     print(f"{'test acc.':>11}   {'top 3 GGN eigenvalues':<30} GGN trace")
     for run, (eigenvalues, (trace, error)) in zip(runs, spectra, strict=True):
         accuracy = jnp.mean(jnp.argmax(model_fn(run.params, test_set[0]), axis=-1) == test_set[1])
         losses = objective(model_fn, run.params, train_set), objective(model_fn, run.params, test_set)
         top = " ".join(f"{value:<9.3g}" for value in eigenvalues[:3])
         print(
-            f"{run.name:<18}{run.recorded[-1]:>6}{run.seconds[-1]:>9.2f}{run.ms_per_step:>9.2f}"
+            f"{run.name:<18}{run.recorded[-1]:>6}{run.seconds[-1]:>9.2f}{run.ms_per_step:>11.2f}"
             f"{losses[0]:>12.2e}{losses[1]:>11.3f}{accuracy:>11.1%}   {top:<30} {trace:.3g} ± {error:.1g}"
         )
 

@@ -14,9 +14,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 HEAD = """# Which models are covered
 
 Any function of parameters and inputs: what has no Kronecker form has the exact block of the GGN, or its exact diagonal
-(above `max_small_size`, with one warning), so that nothing is refused and nothing is wrong. This page says which is
-which for the kinds of models that people write. Each row is a test, of a model of a few lines in `tests/zoo.py`; its
-blocks are compared with dense `J^T H J`. [How layers are found](layers.md) has the rules.
+(above `max_small_size`, with one warning), so that nothing is wrong, and nothing is refused unless
+`on_uncovered="error"` asks for it. This page says which is which for the kinds of models that people write. Each row is
+a test, of a model of a few lines in `tests/zoo.py`, which has the parameters that are named here; its blocks are
+compared with dense `J^T H J`. [How layers are found](layers.md) has the rules: a bias is its layer's where it is added
+to the output of each of its uses, and to nothing else, as that of an LSTM's one product is; else it is a shift, with
+its exact block.
 
 *Kronecker* are the weights of layers and their biases; *scales and shifts* have their exact block, or a diagonal where
 that would be large; what has *no Kronecker form* has the same, by automatic differentiation of each example. What no

@@ -87,7 +87,12 @@ class ComputedLinearOperator(TorchLinearOperator):
             return cls._kind(setting.model_fn, setting.loss, values, batch, **cls._options(made._given))
 
         with jax_on(setting.device):
-            like = jax.eval_shape(make, setting.values, setting.data)
+            try:
+                like = jax.eval_shape(make, setting.values, setting.data)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"state has options that do not fit, {state['options']}: {error}. Compute the operator anew."
+                ) from error
             TorchLinearOperator.__init__(made, setting, _restored(state, like, setting.device))
         return made
 
@@ -137,7 +142,7 @@ def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
     """The operator of `ggn_jax`, made of the state's tensors."""
     shapes, structure = jax.tree.flatten(like)
     leaves = [to_jax(leaf.to(device)) for leaf in state["leaves"]]
-    fits = str(structure) == state["layout"] and all(
+    fits = (str(structure), len(leaves)) == (state["layout"], len(shapes)) and all(
         (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype) for leaf, shape in zip(leaves, shapes, strict=True)
     )
     if fits:
