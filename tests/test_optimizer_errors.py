@@ -416,7 +416,7 @@ def test_coupled_examples_are_refused(kind: Any) -> None:
 
 def test_uncovered_parameters_are_refused_or_named() -> None:
     def model(params: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.cond(True, lambda w: x @ w, lambda w: x @ w, params["w"]) @ params["v"]
+        return x @ jnp.exp(params["w"]) @ params["v"]
 
     params, x = {"v": normal(0, 2, 2), "w": normal(1, 3, 2)}, batch_of()[0]
     with pytest.raises(NotImplementedError, match=r"params\['w'\]"):
