@@ -71,7 +71,8 @@ def looped(params: Any, x: jax.Array) -> jax.Array:
 
 
 def branching(params: Any, x: jax.Array) -> jax.Array:
-    one, two = convolve, lambda x, kernel: 2 * convolve(x, kernel)
+    one = lambda x, kernel: convolve(x, standardised(kernel))  # noqa: E731
+    two = lambda x, kernel: 2 * one(x, kernel)  # noqa: E731
     x = jax.lax.cond(params["w"][0, 0] > -9, one, two, x, params["k"])
     return head(params, jax.lax.platform_dependent(x, params["ks"][0], cpu=one, default=two))
 
