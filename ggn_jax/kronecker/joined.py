@@ -52,8 +52,7 @@ class Part(Layout):
 
     def places(self, layer: Layer) -> list[int]:
         """Which of a layer's uses are this function's."""
-        stop = self._start + len(self.trace.uses)
-        return [i for i, n in enumerate(layer.uses) if self._start <= n < stop]
+        return layer.places(self._start, self._start + len(self.trace.uses))
 
     def _of_all(self, layer: Layer) -> Layer:
         return self._whole.plan.layers[self._layers[id(layer)]]

@@ -26,6 +26,10 @@ class Layer:
     bias: View | None
     leaves: tuple[int, ...]  # the parameters it has entries of; the weight's first
 
+    def places(self, start: int, stop: int) -> list[int]:
+        """Which of its uses are among these numbers."""
+        return [place for place, number in enumerate(self.uses) if start <= number < stop]
+
 
 @dataclass(frozen=True)
 class Leftover:
@@ -173,7 +177,7 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
 
 
 def _share(layer: Layer, start: int, stop: int) -> Layer:
-    places = [i for i, n in enumerate(layer.uses) if start <= n < stop]
+    places = layer.places(start, stop)
     uses = tuple(layer.uses[i] - start for i in places)
     return replace(layer, uses=uses, swapped=tuple(layer.swapped[i] for i in places))
 

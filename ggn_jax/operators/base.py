@@ -171,11 +171,15 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
             product = jax.tree.leaves(operator.mv(jax.tree.unflatten(tree, given)))
             return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
-        unit = jnp.eye(flat.size, dtype=flat.dtype)
-        try:
-            return jax.lax.map(column, unit, batch_size=min(COLUMNS_AT_ONCE, flat.size))
-        except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
-            return jax.lax.map(column, unit)
+        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype))
+
+
+def map_some_at_once(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Array]) -> PyTree[Array]:
+    """`fn` of each of `xs`, `COLUMNS_AT_ONCE` of them together; one by one where JAX cannot map it."""
+    try:
+        return jax.lax.map(fn, xs, batch_size=min(COLUMNS_AT_ONCE, len(jax.tree.leaves(xs)[0])))
+    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+        return jax.lax.map(fn, xs)
 
 
 def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:

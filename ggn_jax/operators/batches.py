@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from ggn_jax._unbatched import batched_leaves
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
+from ggn_jax.terms import check_values
 
 DIFFERENT_DATA = (
     "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
@@ -78,6 +80,16 @@ class MadeByShapes:
             self._made[key] = self._make(inputs, targets)
             self.first = next(iter(self._made.values()))
         return self._made[key]
+
+
+def with_data(made: Problem, inputs: PyTree[Array], targets: Any, *, check: bool) -> Problem:
+    """The problem of another batch of the same shapes; `check` looks at the values of its targets."""
+    if targets is None:
+        targets = made.targets  # of no meaning
+    elif check:
+        check_values(made.loss, made.outputs, targets, True)
+    found: Problem = eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
+    return found
 
 
 def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arrays"]:

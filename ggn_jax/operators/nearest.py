@@ -1,7 +1,7 @@
 """KFOC's power iterations over an iterable of batches, each step of which is two passes."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import equinox as eqx
@@ -26,11 +26,11 @@ from ggn_jax.operators.batches import (
     fingerprint,
     no_batches,
     same_data,
+    with_data,
     with_progress,
     with_reduction,
 )
 from ggn_jax.operators.problem import Problem
-from ggn_jax.terms import check_values
 
 
 def nearest_blocks(
@@ -88,11 +88,12 @@ class _Passes:
         found: Problem = self._made.first
         return found
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
+        """The blocks that the first batch has; every other is compared with them."""
         return find_layout(self.problem, self._options)
 
-    @property
+    @cached_property
     def signature(self) -> Frozen:
         return self.layout.signature()
 
@@ -103,12 +104,8 @@ class _Passes:
             if mask is not None:
                 raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
             made: Problem = self._made.of(inputs, targets)
-            if targets is None:
-                targets = made.targets  # of no meaning
-            elif not self._seen:
-                check_values(made.loss, made.outputs, targets, True)
-            problem = eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
-            mark = None if len(self._seen) > 1 else _fingerprint(inputs, targets)
+            problem = with_data(made, inputs, targets, check=not self._seen)
+            mark = None if len(self._seen) > 1 else _fingerprint(problem.inputs, problem.targets)
             return problem, (share(problem, check_draws(problem, self._options, self._key, start)), mark)
 
         _, total, count = add_up(with_progress(self._batches, self._progress, description), sums)

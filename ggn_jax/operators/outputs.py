@@ -18,7 +18,7 @@ from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
-from ggn_jax.operators.base import COLUMNS_AT_ONCE, check_vector, register, vectors_like
+from ggn_jax.operators.base import check_vector, map_some_at_once, register, vectors_like
 from ggn_jax.operators.batches import check_on_host
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, make_problem
@@ -315,15 +315,9 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         def column(v: Array) -> Array:
             return linearised.jvp(unravel(v)).reshape(-1)
 
-        def mapped(fn: Callable[[Array], Array], size: int, dtype: Any) -> Array:
-            units = jnp.eye(size, dtype=dtype)
-            try:
-                return jax.lax.map(fn, units, batch_size=min(COLUMNS_AT_ONCE, size))
-            except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
-                return jax.lax.map(fn, units)
-
-        by_rows = count <= flat.size
-        return mapped(row, count, outputs.dtype) if by_rows else mapped(column, flat.size, flat.dtype).T
+        if count <= flat.size:
+            return map_some_at_once(row, jnp.eye(count, dtype=outputs.dtype))
+        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
 for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator, BatchesJacobianLinearOperator):

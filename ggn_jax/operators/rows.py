@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -17,10 +16,10 @@ from ggn_jax.operators.batches import (
     no_batches,
     refuse_mask,
     same_data,
+    with_data,
     with_progress,
 )
 from ggn_jax.operators.problem import Problem
-from ggn_jax.terms import check_values
 
 Share = Callable[[Problem, int], PyTree[Array]]
 
@@ -86,11 +85,7 @@ class RowPasses:
         made: Problem = self._made.of(inputs, targets)
         if is_first:
             made.check_parts()
-        if targets is None:
-            targets = made.targets  # of no meaning
-        elif self._marks is None:
-            check_values(made.loss, made.outputs, targets, True)
-        return eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
+        return with_data(made, inputs, targets, check=self._marks is None)
 
     def _check(self, problem: Problem, number: int) -> None:
         """Refuse a batch whose rows do not follow those before, or that is another than in the first pass."""
