@@ -53,6 +53,7 @@ def train(mesh, params, batch, compiled=True, **options):
 """
 
 DEVICES = """
+from ggn_jax.kronecker.linalg import batched
 from ggn_jax.optimizer.spread import Spread
 
 result = {"params": {}, "counts": {}, "sent": {}}
@@ -80,7 +81,7 @@ for n in (1, 2, 4, 8):
     pieces = compiled(everywhere)
     assert np.array_equal(pieces, matrices) and pieces.addressable_shards[0].data.shape[0] == -(-12 // n)
     result["sent"][n] = [word for word in ("all-", "collective-", "reduce-scatter") if word in compiled.as_text()]
-    (found,) = jax.jit(partial(spread.batch, fn))([matrices])
+    (found,) = jax.jit(lambda x: spread.locally(partial(batched, fn), x))([matrices])
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert np.allclose(found[0][:12] * jnp.arange(1, 13)[:, None, None], np.eye(6))

@@ -32,7 +32,7 @@ from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax.kronecker.linalg import batched
-from ggn_jax.optimizer.curvature import take_turns
+from ggn_jax.optimizer.renewal import take_turns
 from ggn_jax.optimizer.spread import Spread
 
 PLAIN: dict[str, Any] = {
@@ -380,7 +380,7 @@ def test_each_device_factorises_its_share() -> None:
         jax.debug.callback(lambda _: calls.append(x.shape[-1]), x[0, 0])
         return tuple(jnp.linalg.eigh(x))
 
-    shared = jax.jit(partial(spread.batch, fn))(padded)
+    shared = jax.jit(lambda matrices: spread.locally(partial(batched, fn), matrices))(padded)
     jax.effects_barrier()
     assert sorted(calls) == [3, 3, 5, 5, 5, 5, 8, 8]  # one of each stack on each device
     for pair, wanted in zip(shared, batched(lambda x: tuple(jnp.linalg.eigh(x)), matrices), strict=True):

@@ -76,7 +76,7 @@ GGN_JAX = [
     {"optimizer.numbers", "optimizer.spread", "optimizer.storage"},
     {"optimizer.checks"},
     {"optimizer.masked", "optimizer.settings"},
-    {"optimizer.by_layer"},
+    {"optimizer.by_layer", "optimizer.renewal"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.core", "optimizer.step", "optimizer.summary"},
     {"optimizer.methods", "optimizer.objectives"},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._fusion import largest
-from ggn_jax.kronecker.linalg import Batch, batched, eigh, norm, resolved, scale_of
+from ggn_jax.kronecker.linalg import eigh, norm, resolved, scale_of
 
 Factor = Float[Array, "G d *d"]
 
@@ -259,7 +259,7 @@ def finite_groups(block: PyTree[Array]) -> Bool[Array, " G"]:
     return jnp.all(jnp.stack([jnp.isfinite(largest(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
 
 
-def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral | DenseSpectral | Diagonal]:
+def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagonal]:
     """All blocks by their eigendecompositions, eigenvalues below the resolution as 0.
 
     Sums of Kronecker terms by the nearest single one's.
@@ -271,7 +271,7 @@ def decompose(blocks: Sequence[Block], batch: Batch = batched) -> list[Spectral 
             wanted += [factor for factor in (block.a[0], block.b[0]) if not is_diagonal(factor)]
         elif isinstance(block, Dense):
             wanted.append(block.matrix)
-    found = ((resolved(values), q) for values, q in eigh(batch, wanted))
+    found = ((resolved(values), q) for values, q in eigh(wanted))
 
     def one(block: Block) -> Spectral | DenseSpectral | Diagonal:
         if isinstance(block, Kronecker):

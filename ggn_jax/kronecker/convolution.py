@@ -8,6 +8,7 @@ enough, not `k^2`, and what they multiply is `k` times smaller than patches are.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G 
     return factors.reshape(-1, *factors.shape[2:])
 
 
+@partial(jax.jit, static_argnums=(0, 2))
 def _platform_factor(patches: Patches, x: Array, joint: bool) -> Float[Array, "G in in"]:
-    """Of a spread input `[B, *spatial, channels]`."""
+    """Of a spread input `[B, *spatial, channels]`; a function of its own, so that it is traced once for equal layers."""
 
     def in_chunks(entries: int) -> Callable[[Array], Array]:
         return lambda x: _factor_in_chunks(patches, x, joint, entries)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax.kronecker.algebra import Block, Dense, DenseSpectral, Diagonal, Factor, Kronecker, Spectral, is_diagonal
-from ggn_jax.kronecker.linalg import Batch, batched, eigh, norm, resolved, rotated
+from ggn_jax.kronecker.linalg import eigh, norm, resolved, rotated
 
 Name = Literal["inverse", "square root", "inverse square root", "shift", "multiple"]
 
@@ -189,14 +189,14 @@ DENSE = 1024
 Spectrum = MatrixFunction | Spectral | Diagonal
 
 
-def spectra(blocks: Sequence[Block | MatrixFunction], batch: Batch = batched) -> list[Spectrum]:
+def spectra(blocks: Sequence[Block | MatrixFunction]) -> list[Spectrum]:
     """All blocks by their eigendecompositions, eigenvalues below the resolution as 0.
 
     Sums of Kronecker terms by their dense matrix where that has at most `DENSE` rows, else by the nearest single term.
     """
     plain = [_one_term(block) for block in blocks]
     pairs = [(block.a[0], block.b[0]) for block in plain if isinstance(block, Kronecker)]
-    found = iter(eigh(batch, [factor for pair in pairs for factor in pair if not is_diagonal(factor)]))
+    found = iter(eigh([factor for pair in pairs for factor in pair if not is_diagonal(factor)]))
 
     def spectrum(factor: Factor) -> tuple[Array, Array | None]:
         if is_diagonal(factor):

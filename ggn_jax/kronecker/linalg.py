@@ -5,7 +5,6 @@ are products of matrices, and stated here.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -77,11 +76,8 @@ def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[A
     return results
 
 
-Batch = Callable[[Callable[[Array], tuple[Array, ...]], Sequence[Array]], list[Any]]  # `batched`, or another like it
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def eigh(batch: Batch, matrices: list[Float[Array, "G d d"]]) -> list[tuple[Array, Array]]:
+@jax.custom_jvp
+def eigh(matrices: list[Float[Array, "G d d"]]) -> list[tuple[Array, Array]]:
     """Eigenvalues `[G, d]`, ascending, and eigenvectors `[G, d, d]` of symmetric matrices.
 
     Derivatives: `dl_i = q_i^T dX q_i` and `dQ = Q (q_i^T dX q_j / (l_j - l_i))`, without pairs that are equal but for
@@ -89,12 +85,12 @@ def eigh(batch: Batch, matrices: list[Float[Array, "G d d"]]) -> list[tuple[Arra
     derivative where only eigenvalues are used, or where the pairs that are left out are of the null space of positive
     semi-definite matrices that stay so: there, `q_i^T dX q_j = 0`.
     """
-    return [tuple(found) for found in batch(lambda x: tuple(jnp.linalg.eigh(x)), matrices)]
+    return [tuple(found) for found in batched(lambda x: tuple(jnp.linalg.eigh(x)), matrices)]
 
 
 @eigh.defjvp
-def _eigh_jvp(batch: Batch, primals: Any, tangents: Any) -> Any:
-    found = eigh(batch, *primals)
+def _eigh_jvp(primals: Any, tangents: Any) -> Any:
+    found = eigh(*primals)
     changes = []
     for (values, q), dx in zip(found, tangents[0], strict=True):
         inside = rotated(dx, q)
@@ -112,13 +108,13 @@ def rotated(x: Float[Array, "G d d"], q: Float[Array, "G d d"]) -> Float[Array, 
     return (x + jnp.swapaxes(x, 1, 2)) / 2
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def inverses(batch: Batch, matrices: list[Float[Array, "G d d"]]) -> list[Float[Array, "G d d"]]:
+@jax.custom_jvp
+def inverses(matrices: list[Float[Array, "G d d"]]) -> list[Float[Array, "G d d"]]:
     """Of positive definite matrices, by Cholesky factorisations; `dX^-1 = -X^-1 dX X^-1`."""
-    return [found[0] for found in batch(lambda x: (inverse_by_cholesky(x),), matrices)]
+    return [found[0] for found in batched(lambda x: (inverse_by_cholesky(x),), matrices)]
 
 
 @inverses.defjvp
-def _inverses_jvp(batch: Batch, primals: Any, tangents: Any) -> Any:
-    found = inverses(batch, *primals)
+def _inverses_jvp(primals: Any, tangents: Any) -> Any:
+    found = inverses(*primals)
     return found, [-rotated(dx, x) for x, dx in zip(found, tangents[0], strict=True)]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from ggn_jax._weights import root
 from ggn_jax.kronecker.algebra import Factor, Kronecker, Spectral, combine, diagonal_of, gram, is_diagonal, units
-from ggn_jax.kronecker.linalg import RESOLUTION, Batch, batched, eigh, resolved, rotated, scale_of
+from ggn_jax.kronecker.linalg import RESOLUTION, eigh, resolved, rotated, scale_of
 
 
 class Congruence(Spectral):
@@ -126,14 +126,12 @@ def _refuse(primals: Any, tangents: Any) -> Any:
     )
 
 
-def invert_pairs(
-    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]], batch: Batch = batched
-) -> list[PairInverse]:
+def invert_pairs(blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]]) -> list[PairInverse]:
     """The inverses of sums of two terms, damped by `damp_factors`; of several terms, of the `near_pair`."""
     pairs = [damp_factors(near_pair(block), damping) for block, damping in zip(blocks, dampings, strict=True)]
     constant = jax.lax.stop_gradient(pairs)
     sides = [side for pair in constant for side in (pair.a, pair.b)]
-    found = iter(_diagonalise(sides, batch))
+    found = iter(_diagonalise(sides))
     return [_assembled(pair, next(found), next(found)) for pair in pairs]
 
 
@@ -145,19 +143,26 @@ def damp_factors(block: Kronecker, damping: Float[Array, "*#G"]) -> Kronecker:
     add up to `damping * I`. Where all is 0, the sum is that.
     """
     means = [[jnp.mean(diagonal_of(x), axis=1) for x in side] for side in (block.a, block.b)]
+    a, b = (
+        tuple(_shift(x, by) for x, by in zip(side, shifts, strict=True))
+        for side, shifts in zip((block.a, block.b), split_damping(means[0], means[1], damping), strict=True)
+    )
+    return Kronecker(a, b)
+
+
+def split_damping(
+    means_a: Sequence[Float[Array, " G"]], means_b: Sequence[Float[Array, " G"]], damping: Float[Array, "*#G"]
+) -> tuple[list[Float[Array, " G"]], list[Float[Array, " G"]]]:
+    """What `damp_factors` adds to each factor's diagonal, from the mean eigenvalues of all terms' factors."""
     # Products of means may leave the dtype's range.
-    top_a, top_b = (scale_of(jnp.stack(side), (0,)) for side in means)
-    total = sum((a / top_a) * (b / top_b) for a, b in zip(*means, strict=True))
+    top_a, top_b = (scale_of(jnp.stack(side), (0,)) for side in (means_a, means_b))
+    total = sum((a / top_a) * (b / top_b) for a, b in zip(means_a, means_b, strict=True))
     some = total > 0
     size = jnp.sqrt(top_a) * jnp.sqrt(top_b) * jnp.sqrt(jnp.where(some, total, 1))  # sqrt(sum_t a_t b_t)
     root = jnp.sqrt(damping).astype(size.dtype)
     rho = jnp.where(some, root / size, 0)
-    alone = jnp.where(some, 0, root / jnp.sqrt(jnp.asarray(len(block.a), size.dtype)))
-    a, b = (
-        tuple(_shift(x, rho * mean + alone) for x, mean in zip(side, own, strict=True))
-        for side, own in zip((block.a, block.b), means, strict=True)
-    )
-    return Kronecker(a, b)
+    alone = jnp.where(some, 0, root / jnp.sqrt(jnp.asarray(len(means_a), size.dtype)))
+    return [rho * mean + alone for mean in means_a], [rho * mean + alone for mean in means_b]
 
 
 def near_pair(block: Kronecker) -> Kronecker:
@@ -202,7 +207,7 @@ class _Side(eqx.Module):
     """`log det(T^-T T^-1)` where that has no null space."""
 
 
-def _diagonalise(sides: Sequence[Sequence[Factor]], batch: Batch) -> list[_Side]:
+def _diagonalise(sides: Sequence[Sequence[Factor]]) -> list[_Side]:
     """Simultaneously, each pair of positive semi-definite factors; what is 0 in both stays an eigenvector of both.
 
     Eigenvalues below the resolution count as 0: a vector `t` finds `t^T X t` to `eps |X| |t|^2`.
@@ -213,7 +218,7 @@ def _diagonalise(sides: Sequence[Sequence[Factor]], batch: Batch) -> list[_Side]
     ]
     wide = [pair for pair in unit if not is_diagonal(pair[0])]
     bases = []
-    for values, q in eigh(batch, [x + y for x, y in wide]):
+    for values, q in eigh([x + y for x, y in wide]):
         values = resolved(values)
         bases.append((values, q * jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 1)[:, None]))
     inner = []
@@ -222,7 +227,7 @@ def _diagonalise(sides: Sequence[Sequence[Factor]], batch: Batch) -> list[_Side]
         both = some[:, :, None] & some[:, None, :]
         null = jnp.eye(some.shape[1], dtype=x.dtype)[None] * jnp.where(some, 0, -1)[:, None].astype(x.dtype)
         inner.append(jnp.where(both, rotated(x, w), null))  # -1 keeps null vectors apart
-    turned = iter(zip(eigh(batch, inner), bases, strict=True))
+    turned = iter(zip(eigh(inner), bases, strict=True))
     result = []
     for pair, own in zip(unit, scales, strict=True):
         if is_diagonal(pair[0]):

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float
 
 from ggn_jax.kronecker.algebra import Block, Factor, Kronecker, decompose, is_diagonal
-from ggn_jax.kronecker.linalg import Batch, batched, inverses
+from ggn_jax.kronecker.linalg import inverses
 from ggn_jax.kronecker.pairs import PairInverse, damp_factors, invert_pairs
 
 
-def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""], batch: Batch = batched) -> list[Block]:
+def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""]) -> list[Block]:
     """Inverses with the damping split over the factors; blocks without factors are inverted exactly."""
-    rest = decompose([block for block in blocks if not isinstance(block, Kronecker)], batch)
+    rest = decompose([block for block in blocks if not isinstance(block, Kronecker)])
     products = [block for block in blocks if isinstance(block, Kronecker)]
-    inverted = iter(split_inverses(products, [damping] * len(products), batch))
+    inverted = iter(split_inverses(products, [damping] * len(products)))
     others = iter([block.map(lambda values: 1 / (values + damping.astype(values.dtype))) for block in rest])
 
     def one(block: Block) -> Block:
@@ -24,14 +24,14 @@ def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""], bat
 
 
 def split_inverses(
-    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]], batch: Batch = batched
+    blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]]
 ) -> list[Kronecker | PairInverse]:
     """The inverses of blocks with `damp_factors`; of sums of several terms, see `invert_pairs`."""
     several = [pair for pair in zip(blocks, dampings, strict=True) if len(pair[0].a) > 1]
-    sums = iter(invert_pairs([block for block, _ in several], [damping for _, damping in several], batch))
+    sums = iter(invert_pairs([block for block, _ in several], [damping for _, damping in several]))
     damped = [damp_factors(*pair) for pair in zip(blocks, dampings, strict=True) if len(pair[0].a) == 1]
     dense_ones = [factor for block in damped for factor in (*block.a, *block.b) if not is_diagonal(factor)]
-    found = iter(inverses(batch, dense_ones))
+    found = iter(inverses(dense_ones))
 
     def inverse(factor: Factor) -> Factor:
         return 1 / factor if is_diagonal(factor) else next(found)

@@ -1,6 +1,6 @@
 """Running averages of Kronecker factors, and the inverses made of them now and then."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ggn_jax._eager import compiled
 from ggn_jax._fusion import largest
 from ggn_jax._repr import fields
-from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (
     Block,
     Dense,
@@ -19,16 +18,15 @@ from ggn_jax.kronecker.algebra import (
     Diagonal,
     Kronecker,
     Spectral,
-    finite_groups,
     is_diagonal,
 )
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
+from ggn_jax.optimizer.renewal import renew
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.spread import Groups, Spread
-from ggn_jax.optimizer.storage import keep, pack, unpack
+from ggn_jax.optimizer.storage import keep, pack
 
 
 class Factors(NamedTuple):
@@ -166,105 +164,9 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
         inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)
-    inverses = _renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
+    inverses = renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
-
-
-def _renew(
-    blocks: PyTree[Array],
-    dtypes: Sequence[Any],
-    inverses: Any,
-    count: Array,
-    first: Bool[Array, ""],
-    known: Bool[Array, ""],
-    damping: Array,
-    settings: Settings,
-) -> Any:
-    """The inverses, those that are due made anew."""
-
-    spread = settings.spread
-
-    def some(turn: Mapping[int, Groups]) -> Callable[..., Any]:
-        def run(blocks: Any, inverses: Any, damping: Array) -> Any:
-            result = list(inverses)
-            due = [unpack(spread.take(blocks[i], groups), dtypes[i]) for i, groups in turn.items()]
-            made = settings.invert(due, damping)
-            for (i, groups), new in zip(turn.items(), made, strict=True):
-                old = spread.take(inverses[i], groups)
-                if settings.ekfac and isinstance(new, Spectral):
-                    new = new.replace_values(jnp.where(first, new.values, _rotated(old, new)))
-                # A factorisation that failed leaves what was there.
-                kept = _choose_groups(finite_groups(new), new, old)
-                result[i] = spread.put(inverses[i], groups, kept)
-            return tuple(result)
-
-        return run
-
-    interval, everything = settings.inverse_interval, dict.fromkeys(range(len(blocks)))
-    args = vary_alike(blocks, inverses, damping)
-    if interval == 1 or not settings.staggered:
-        due = first | (known & _are_due(count, interval))
-        return jax.lax.cond(due, some(everything), lambda _, old, __: old, *args)
-    turns = [some(turn) for turn in _turns(blocks, interval, spread)]
-    turns += [some(everything), lambda _, old, __: old]
-    which = jnp.where(first, interval, jnp.where(known, count % interval, interval + 1))
-    return jax.lax.switch(which, turns, *args)
-
-
-def _turns(blocks: Sequence[Block], turns: int, spread: Spread) -> list[dict[int, Groups]]:
-    """Which groups of which stacks are inverted at each of `turns` steps."""
-    groups = [(i, g) for i, block in enumerate(blocks) for g in range(spread.share(block))]
-    result: list[dict[int, Groups]] = []
-    for turn in take_turns([_cost(blocks[i]) for i, _ in groups], turns):
-        members: dict[int, tuple[int, ...]] = {}
-        for i, g in (groups[n] for n in turn):
-            members[i] = (*members.get(i, ()), g)
-        result.append(dict(members))
-    return result
-
-
-def _choose_groups(which: Bool[Array, " G"], yes: Block, no: Block) -> Block:
-    """For each group, one or the other."""
-    chosen: Block = jax.tree.map(
-        lambda a, b: jnp.where(which.reshape(which.shape + (1,) * (a.ndim - 1)), a, b), yes, no
-    )
-    return chosen
-
-
-def _are_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
-    """Whether all inverses are renewed after so many steps: each `interval` of them, and before that after 1, 2, 4, 8
-    and so on, as the averages of few batches change fast.
-    """
-    power_of_two = count & (count - 1) == 0  # or 0
-    return (count % interval == 0) | ((count < interval) & power_of_two)
-
-
-def take_turns(costs: Sequence[int], turns: int) -> list[list[int]]:
-    """Which blocks are inverted at each of `turns` steps, so that the costs of the steps are about even."""
-    loads, result = [0] * turns, [[] for _ in range(turns)]  # type: tuple[list[int], list[list[int]]]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = loads.index(min(loads))
-        result[least].append(i)
-        loads[least] += costs[i]
-    return [sorted(turn) for turn in result]
-
-
-def _cost(block: Block) -> int:
-    """Of one group's factorisations; a packed matrix has about as many rows as the matrix."""
-    if isinstance(block, Kronecker):
-        return sum(f.shape[1] ** 3 for f in (block.a[0], block.b[0]) if not is_diagonal(f))
-    return block.matrix.shape[1] ** 3 if isinstance(block, Dense) else 0
-
-
-def _rotated(old: Spectral, new: Spectral) -> Array:
-    """The diagonal of `old` in the basis of `new`: `R_B^2 V (R_A^2)^T` with `R = Q_new^T Q_old`."""
-    values = old.values
-    if new.qb is not None and old.qb is not None:
-        values = jnp.einsum("gpo,goi->gpi", jnp.einsum("gkp,gko->gpo", new.qb, old.qb) ** 2, values)
-    if new.qa is not None and old.qa is not None:
-        values = jnp.einsum("goi,gji->goj", values, jnp.einsum("gkj,gki->gji", new.qa, old.qa) ** 2)
-    return values
 
 
 class Direction(NamedTuple):

@@ -85,5 +85,5 @@ class Settings:
     def invert(self, blocks: Sequence[Block], damping: Array) -> list[Any]:
         """What is kept of blocks to multiply by their inverses."""
         if self.keeps_spectra:
-            return list(decompose(blocks, self.spread.batch))
-        return invert_heuristically(blocks, damping, self.spread.batch)
+            return list(decompose(blocks))
+        return invert_heuristically(blocks, damping)

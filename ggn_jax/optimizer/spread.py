@@ -4,7 +4,7 @@ The groups of a stack are cut over all devices; where their number is no multipl
 the rest, so that a device has `ceil(G / devices)` of them, which is the least that whole blocks allow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax.kronecker.algebra import Block
-from ggn_jax.kronecker.linalg import batched, map_sequentially
 
 Groups = tuple[int, ...] | None
 """Which of a device's groups; None for all."""
@@ -79,35 +78,22 @@ class Spread:
         shared: PyTree[Array] = cut(tree)
         return shared
 
-    def take(self, tree: PyTree[Array], groups: Groups) -> PyTree[Array]:
-        """These of each device's groups."""
-        if groups is None:
-            return tree
-        which = jnp.asarray(groups)
-        return jax.tree.map(lambda x: self._cut(x)[:, which].reshape(-1, *x.shape[1:]), tree)
-
-    def put(self, tree: PyTree[Array], groups: Groups, new: PyTree[Array]) -> PyTree[Array]:
-        """The arrays with these of each device's groups replaced."""
-        if groups is None:
-            return new
-        which = jnp.asarray(groups)
-
-        def one(x: Array, y: Array) -> Array:
-            cut = self._cut(x)
-            return cut.at[:, which].set(y.reshape(cut.shape[0], -1, *cut.shape[2:])).reshape(x.shape)
-
-        return jax.tree.map(one, tree, new)
+    def locally(self, fn: Callable[..., Any], cut: PyTree[Array], *whole: PyTree[Array]) -> Any:
+        """`fn(cut, *whole)` with each device's share of `cut`, and all of `whole`; a share of what it returns."""
+        if self.mesh is None:
+            return fn(cut, *whole)
+        specs = self.spec, *[P()] * len(whole)
+        return jax.shard_map(fn, mesh=self._auto, in_specs=specs, out_specs=self.spec, check_vma=False)(cut, *whole)
 
     def _cut(self, x: Array) -> Array:
         return x.reshape(self.devices, -1, *x.shape[1:])
 
-    def batch(self, fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:
-        """`fn` of each matrix `[d, d]`; on a mesh, each device works on those that it has."""
-        if self.mesh is None:
-            return batched(fn, matrices)
 
-        def mine(*matrices: Array) -> list[Any]:
-            return [map_sequentially(fn, x) for x in matrices]
+def take(tree: PyTree[Float[Array, "G ..."]], groups: Groups) -> PyTree[Array]:
+    """These of the groups."""
+    return tree if groups is None else jax.tree.map(lambda x: x[jnp.asarray(groups)], tree)
 
-        shared = jax.shard_map(mine, mesh=self._auto, in_specs=self.spec, out_specs=self.spec, check_vma=False)
-        return list(shared(*matrices)) if matrices else []
+
+def put(tree: PyTree[Float[Array, "G ..."]], groups: Groups, new: PyTree[Array]) -> PyTree[Array]:
+    """The arrays with these of the groups replaced."""
+    return new if groups is None else jax.tree.map(lambda x, y: x.at[jnp.asarray(groups)].set(y), tree, new)

@@ -88,5 +88,14 @@ def unpack_triangle(x: Float[Array, "G rows half"]) -> Float[Array, "G d d"]:
     return lower + jnp.swapaxes(jnp.tril(lower, -1), 1, 2)
 
 
+def packed_trace(x: Float[Array, "G rows half"]) -> Float[Array, " G"]:
+    """The traces of packed matrices."""
+    rows, half = x.shape[1:]
+    column = jnp.arange(half)[None, :] - jnp.arange(rows)[:, None]
+    even = int(rows > 2 * half)
+    diagonal = (column == -even) | (column == 1 - even)  # of the first half, and of the rest
+    return jnp.sum(jnp.where(diagonal[None], x, 0), axis=(1, 2))
+
+
 def _is_left(rows: int, half: int, even: int) -> Bool[Array, "1 rows half"]:
     return jnp.tri(rows, half, -even, dtype=bool)[None]
