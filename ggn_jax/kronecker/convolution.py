@@ -36,7 +36,7 @@ def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _platform_factor(patches: Patches, x: Array, joint: bool) -> Float[Array, "G in in"]:
-    """Of a spread input `[B, *spatial, channels]`; a function of its own, so that it is traced once for equal layers."""
+    """Of a spread input `[B, *spatial, channels]`; by `jit`, so that equal layers are traced once."""
 
     def in_chunks(entries: int) -> Callable[[Array], Array]:
         return lambda x: _factor_in_chunks(patches, x, joint, entries)
