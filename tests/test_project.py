@@ -42,6 +42,7 @@ GGN_JAX = [
     {"layers.report"},
     {"layers"},
     {"grad_output", "loss_check", "loss_hessian", "models"},
+    {"operators.flat"},
     {"objective", "operators.base", "operators.problem"},
     {"operators.jacobian", "operators.weighted"},
     {"operators.batches", "operators.partial"},

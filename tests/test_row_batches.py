@@ -88,6 +88,11 @@ def test_solving_on_the_host() -> None:
     assert not failed
     assert_close(found, np.linalg.solve(gram.as_matrix() + 0.1 * np.eye(len(u)), u), 1e-9)
     jacobian = JacobianLinearOperator.from_batches(CE.model_fn, CE.params, Loader(3, 2))
+    dense = np.asarray(jacobian.as_matrix())
+    for mapping, matrix in ((jacobian, dense), (jacobian.T, dense.T)):
+        for side in (mapping.to_scipy(), mapping.to_scipy().T):
+            assert_close(side @ np.eye(side.shape[1]), matrix, 1e-12)
+            matrix = matrix.T
     for call in (
         lambda: lx.linear_solve(gram.damped(0.1), gram.mv(normal("u", N, 3)), lx.CG(rtol=1e-6, atol=1e-6)),
         lambda: jax.jit(jacobian.mv)(CE.vector),

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import scipy.sparse.linalg  # type: ignore[import-untyped]
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete, starts_sum
+from ggn_jax._checks import as_array, check_real, is_concrete, starts_sum
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
+from ggn_jax.operators.flat import scipy_operator
 
 COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
@@ -91,22 +91,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
         >>> solution, failed = scipy.sparse.linalg.cg(ggn.damped(0.1).to_scipy(), np.ones(6))
         """
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.in_structure())
-        with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
-            flat, unravel = ravel_pytree(zeros)
-
-        def product(vector: np.ndarray) -> np.ndarray:
-            if np.iscomplexobj(vector):
-                raise TypeError(
-                    f"the operator is real; got a vector of dtype {vector.dtype}: pass its parts one by one."
-                )
-            with jax.numpy_dtype_promotion("standard"):
-                result = ravel_pytree(self.mv(unravel(jnp.asarray(vector.reshape(-1), flat.dtype))))[0]
-            return np.asarray(result, dtype)
-
-        dtype = np.dtype(compute_dtype(flat.dtype))  # SciPy knows none of 16 bits
-        shape = flat.size, flat.size
-        return scipy.sparse.linalg.LinearOperator(shape, product, rmatvec=product, dtype=dtype)
+        return scipy_operator(self)
 
     def damped(self, damping: Any) -> "SymmetricLinearOperator":
         """`self + damping * I`, which is still known to be positive semi-definite where `self` is.

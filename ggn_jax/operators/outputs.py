@@ -20,6 +20,7 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.operators.base import check_vector, map_some_at_once, register, vectors_like
 from ggn_jax.operators.batches import check_on_host
+from ggn_jax.operators.flat import scipy_operator
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.operators.rows import RowPasses
@@ -83,6 +84,16 @@ class AbstractJacobian(lx.AbstractLinearOperator):
 
     def transpose(self) -> "JacobianTransposeLinearOperator":
         return JacobianTransposeLinearOperator(self)
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` of shape `[K, P]` on flat NumPy vectors, as rows and columns of
+        `as_matrix`.
+
+        >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
+        >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.eye(8, 2))
+        >>> solution = scipy.sparse.linalg.lsqr(jacobian.to_scipy(), np.ones(24))[0]
+        """
+        return scipy_operator(self, self.vjp)
 
 
 class JacobianLinearOperator(AbstractJacobian):
@@ -235,6 +246,10 @@ class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
     def as_matrix(self) -> Float[Array, "P K"]:
         """The dense matrix: rows in the order of `jax.flatten_util.ravel_pytree(params)`."""
         return self.jacobian.as_matrix().T
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` of shape `[P, K]` on flat NumPy vectors."""
+        return scipy_operator(self, self.jacobian.mv)
 
 
 class BatchesJacobianLinearOperator(AbstractJacobian):
