@@ -93,6 +93,7 @@ TORCH_BRIDGE = [
     {"_op"},
     {"grad_output"},
     {"aten.dtypes", "aten.registry"},
+    {"aten.dropout"},
     {"aten.activations", "aten.attention", "aten.elementwise", "aten.factories", "aten.fourier", "aten.indexing"},
     {"aten.linear", "aten.norms", "aten.reductions", "aten.shapes"},
     {"aten.linalg", "aten.metric", "aten.pooling", "aten.recurrent"},
@@ -107,6 +108,7 @@ TORCH_BRIDGE = [
     {"operators"},
     {"states"},
     {"structured"},
+    {"trained"},
     {"laplace", "optimizer"},
     {""},
 ]

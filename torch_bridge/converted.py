@@ -13,7 +13,7 @@ from torch_bridge.tensors import jax_on, to_jax
 
 
 class Snapshot:
-    """What a module was like but for the values of some of its parameters, `free`."""
+    """What a module was like but for the values of some of its parameters and buffers, `free`."""
 
     def __init__(self, module: nn.Module, free: Mapping[str, Tensor]):
         self._module, self._free = module, dict(free)
@@ -42,8 +42,9 @@ class Snapshot:
 
     def changed(self) -> list[str]:
         """The names of what changed or was replaced since: parameters, buffers, parts and their modes."""
-        now, tensors, parts = dict(self._module.named_parameters()), self._fixed(), self._modes()
-        names = [name for name, parameter in self._free.items() if now.get(name) is not parameter]
+        tensors, parts = self._fixed(), self._modes()
+        now = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
+        names = [name for name, tensor in self._free.items() if now.get(name) is not tensor]
         names += sorted(tensors.keys() ^ self._constants.keys())
         names += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
         values = self._attributes()
