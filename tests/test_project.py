@@ -101,7 +101,7 @@ TORCH_BRIDGE = [
     {"aten"},
     {"_faithful", "_refused"},
     {"_export"},
-    {"_interpret"},
+    {"_graph_text", "_interpret"},
     {"modules"},
     {"converted"},
     {"setting"},

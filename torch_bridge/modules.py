@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import torch
 
 from torch_bridge._export import Program, export
+from torch_bridge._graph_text import graph_hash
 from torch_bridge._interpret import check_dtypes, check_operators, run
 from torch_bridge._refused import ModuleCallError, check_examples, check_module, of_export
 from torch_bridge.aten.dropout import NoKeyError
@@ -92,6 +93,8 @@ class Conversion(NamedTuple):
     """The names of the buffers that a call changes."""
     random: bool
     """Whether it needs a key."""
+    graph: str
+    """A hash of its operators."""
 
 
 def convert(
@@ -139,7 +142,7 @@ def convert(
         return run(program, params, arrays, key)
 
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-    updated = program_for(shapes).updated
+    program = program_for(shapes)
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     like = [jax.ShapeDtypeStruct(shape, to_dtype(leaf.dtype)) for shape, leaf in zip(shapes, leaves, strict=True)]
     structs = {name: jax.ShapeDtypeStruct(tuple(p.shape), to_dtype(p.dtype)) for name, p in parameters.items()}
@@ -151,7 +154,8 @@ def convert(
             raise
         random = True
         jax.eval_shape(lambda p, x: model_fn(p, x, key=jax.random.key(0)), structs, inputs)
-    return Conversion(model_fn, {name: to_jax(p) for name, p in parameters.items()}, updated, random)
+    arrays = {name: to_jax(parameter) for name, parameter in parameters.items()}
+    return Conversion(model_fn, arrays, program.updated, random, graph_hash(program))
 
 
 def _resized(leaf: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

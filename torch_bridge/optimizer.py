@@ -14,7 +14,7 @@ import ggn_jax
 from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.tensors import jax_on, to_jax, to_torch
+from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
 from torch_bridge.trained import TrainedModule
 
 NUMBERS = ("lr", "damping", "weight_decay")
@@ -100,6 +100,7 @@ class KFAC(torch.optim.Optimizer):
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
         super().add_param_group(param_group)
 
+    @no_graph
     @torch.no_grad()
     def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.
