@@ -109,6 +109,8 @@ class KFAC(torch.optim.Optimizer):
         """
         example, target = as_pair("batch", batch)
         check_tensors("batch", batch)
+        if not target.numel():
+            raise ValueError("batch must hold at least one example, since a step is made of them; got none.")
         with jax_on(self._device):
             inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
             params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
