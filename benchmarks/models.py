@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from architectures import MODELS, TINY, Problem
+from child import environment
 
 import ggn_jax
 
@@ -314,14 +315,10 @@ def in_child(name: str, args: argparse.Namespace) -> list[Row]:
     command += [f"--{flag}" for flag in ("run", "tiny") if getattr(args, flag)]
     command += ["--options", *(f"{key}={value!r}" for key, value in args.options)]
     command += [] if args.batch is None else [f"--batch={args.batch}"]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
-    if args.threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         end = f"after {args.limit} s, the limit"
         try:
-            code = subprocess.run(command, env=environment, stdout=output, timeout=args.limit).returncode
+            code = subprocess.run(command, env=environment(args.threads), stdout=output, timeout=args.limit).returncode
             end = f"with exit status {code}" if code else ""
         except subprocess.TimeoutExpired:
             pass

@@ -33,6 +33,7 @@ import curvlinops
 import jax
 import numpy as np
 import torch
+from child import environment
 from kfac import MODELS, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -133,17 +134,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print(json.dumps(measure(args.model, args.rounds)))
         return
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
-    if args.threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"XLA_FLAGS": flags, "OMP_NUM_THREADS": str(args.threads)}
     print(f"{args.threads} threads, float32, JAX {jax.__version__}, torch {torch.__version__}")
     rows = []
     for name in [args.model] if args.model else MODELS:
         command = [sys.executable, __file__, "--child", "--model", name]
         command += [f"--{k}={getattr(args, k)}" for k in ("rounds", "threads")]
-        output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        output = subprocess.run(
+            command, env=environment(args.threads), check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         show(rows[-1])
     if args.json:

@@ -57,6 +57,15 @@ def test_kfac(build: Callable[[], nn.Module], joint: bool) -> None:
     torch.testing.assert_close(dense(ours), matrix, rtol=1e-8, atol=1e-10)
     damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
     torch.testing.assert_close(dense(ours.inverse(damping=0.1)), damped.inverse(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours.solve(matrix[0], 0.1), damped.inverse() @ matrix[0], rtol=1e-8, atol=1e-8)
+    numbers = [0.1 if joint else 0.1 * (1 + i) for i, _ in enumerate(args[2])]  # a bias in one block with its weight
+    shift = torch.cat([number * torch.ones_like(p).reshape(-1) for number, p in zip(numbers, args[2], strict=True)])
+    damped = matrix + shift.diag()
+    mixed = ours.damped([torch.tensor(number, dtype=torch.float64) for number in numbers])
+    torch.testing.assert_close(mixed @ matrix, damped @ matrix, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(mixed.logdet(), damped.logdet(), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match=rf"one for each of {len(args[2])} params; got 1"):
+        ours.inverse([0.1])
     torch.testing.assert_close(ours.trace(), matrix.trace(), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(ours.frobenius_norm(), matrix.norm(), rtol=1e-8, atol=1e-10)
 
@@ -77,6 +86,29 @@ def test_diagonals_and_the_empirical_fisher() -> None:
     torch.testing.assert_close(dense(diagonal.inverse(0.1)), (1 / (wanted + 0.1)).diag(), rtol=1e-8, atol=1e-10)
     ef, peer = torch_bridge.EFLinearOperator(*args), curvlinops.EFLinearOperator(*args)
     torch.testing.assert_close(dense(ef), dense(peer), rtol=1e-8, atol=1e-10)
+
+
+def test_damped_operators() -> None:
+    """Also inside of torch.compile, which leaves them out of its graphs."""
+    module, loss, params, data = setting(mlp, nn.MSELoss())
+    ggn = torch_bridge.GGNLinearOperator(module, loss, params, data)
+    diagonal = torch_bridge.GGNDiagonalLinearOperator(module, loss, params, data)
+    matrix, d = dense(ggn), 0.1 * (1 + torch.arange(len(params), dtype=torch.float64))
+    shift = torch.cat([number * torch.ones_like(p).reshape(-1) for number, p in zip(d, params, strict=True)])
+    by_name = {name: number.item() for (name, _), number in zip(module.named_parameters(), d, strict=True)}
+
+    @torch.compile(backend="eager")
+    def compiled(vector: torch.Tensor) -> Any:
+        vector = 2 * vector
+        return ggn.damped(by_name) @ vector + 1, diagonal.solve(vector, list(d)), diagonal.damped(list(d)).solve(vector)
+
+    vector = torch.randn(len(matrix), dtype=torch.float64)
+    product, *solutions = compiled(vector)
+    torch.testing.assert_close(product, 2 * (matrix @ vector + shift * vector) + 1, rtol=1e-8, atol=1e-10)
+    for solution in solutions:
+        torch.testing.assert_close(solution, 2 * vector / (matrix.diag() + shift), rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"damping must be a number, or a list of them; got a tensor of shape \(4,\)"):
+        ggn.damped(d)
 
 
 def test_a_part_of_the_parameters() -> None:
@@ -205,8 +237,10 @@ def test_a_conversion_does_not_depend_on_settings_of_jax() -> None:
         (lambda module: setattr(module[0], "forward", torch.tanh), "0.forward"),
         (lambda module: module[0].register_forward_hook(lambda part, args, output: 2 * output), "0.forward_hooks"),
         (lambda module: module.register_forward_pre_hook(lambda part, args: None), "forward_pre_hooks"),
+        (lambda module: module[0].register_full_backward_hook(lambda part, *grads: None), "0.backward_hooks"),
+        (lambda module: module[0].weight.register_hook(lambda grad: 2 * grad), "hooks of 0.weight"),
     ],
-    ids=["buffer", "mode", "part", "parameter", "less", "number", "function", "hook", "pre-hook"],
+    ids=["buffer", "mode", "part", "parameter", "less", "number", "function", "hook", "pre-hook", "backward", "tensor"],
 )
 def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any], Any], what: str) -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()

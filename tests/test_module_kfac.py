@@ -1,16 +1,22 @@
 """KFAC as an optimizer of PyTorch modules."""
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
+import optax
 import pytest
 import torch
 from module_cases import draw
 from sklearn.datasets import load_digits
 from torch import nn
 
+import ggn_jax
 import torch_bridge
+from torch_bridge.generators import draw_seed, key_from_seed
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -25,25 +31,44 @@ def classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
 
 
+def normalised() -> nn.Module:
+    """In training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Flatten(), nn.Dropout(0.1), nn.Linear(36, 10)),
+    )
+
+
 def parameters(module: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
 def test_least_squares() -> None:
-    """Where the Kronecker product is the Hessian, one undamped step of length 1 solves the problem."""
+    """Where the Kronecker product is the Hessian, one undamped step of length 1 solves the problem.
+
+    Rate and weight decay are read at each step.
+    """
     torch.manual_seed(0)
     module = nn.Linear(4, 3).double()
     x, y = draw(20, 4), draw(20, 3)
     options = {"momentum": None, "kl_clip": None, "fisher_type": "type-2", "damping_method": "exact"}
-    optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=1.0, damping=0.0, **options)
+    optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.0, damping=0.0, **options)
     before = [parameter.data_ptr() for parameter in module.parameters()]
     wanted_loss = nn.MSELoss()(module(x), y).item()
+    start = parameters(module)
+    optimizer.step((x, y))
+    assert torch.equal(parameters(module), start)
+    optimizer.param_groups[0]["lr"] = 1.0
     assert optimizer.step((x, y)).item() == pytest.approx(wanted_loss, rel=1e-12)
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1)], 1), y).solution
     torch.testing.assert_close(module.weight.detach(), solution[:4].T, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(module.bias.detach(), solution[4], rtol=1e-10, atol=1e-12)
     assert before == [parameter.data_ptr() for parameter in module.parameters()]
     assert all(parameter.grad is None for parameter in module.parameters())
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.5)
+    optimizer.step((x, y))
+    torch.testing.assert_close(module.weight.detach(), 0.75 * solution[:4].T, rtol=1e-10, atol=1e-12)
 
 
 def train(module: nn.Module, optimizer: Any, steps: int, scheduler: Any = None) -> None:
@@ -55,47 +80,97 @@ def train(module: nn.Module, optimizer: Any, steps: int, scheduler: Any = None) 
 
 
 def test_digits() -> None:
-    """Lower than AdamW's loss after as many steps; a schedule is followed; and a run that is resumed goes on."""
+    """Lower than AdamW's loss after as many steps; a schedule is followed; and a run that is resumed goes on.
+
+    With batch normalisation and dropout in training mode.
+    """
     x, y = digits()
-    module = classifier()
+    module = normalised()
     optimizer = torch_bridge.KFAC(module, LOSS, lr=0.1, damping=1e-2)
     schedule: Callable[[Any], Any] = lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.5)  # noqa: E731
     scheduler = schedule(optimizer)
     train(module, optimizer, 5, scheduler)
     assert optimizer.param_groups[0]["lr"] == 0.05
     file = io.BytesIO()
-    torch.save([part.state_dict() for part in (module, optimizer, scheduler)], file)
+    torch.save([torch.get_rng_state(), *(part.state_dict() for part in (module, optimizer, scheduler))], file)
     train(module, optimizer, 10, scheduler)
+    assert module[2].num_batches_tracked == 15
 
     file.seek(0)
-    resumed = classifier()
+    resumed = normalised()
     again = torch_bridge.KFAC(resumed, LOSS, lr=1.0, damping=1.0)
     parts = resumed, again, schedule(again)
-    for part, state in zip(parts, torch.load(file, weights_only=True), strict=True):
+    random, *states = torch.load(file, weights_only=True)
+    for part, state in zip(parts, states, strict=True):
         part.load_state_dict(state)
     between = again.state_dict()["kfac"]
     assert between["count"] == 5
+    torch.set_rng_state(random)
     train(resumed, again, 10, parts[2])
-    assert torch.equal(parameters(resumed), parameters(module))
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name
 
-    adam_module = classifier()
+    adam_module = normalised()
     adam = torch.optim.AdamW(adam_module.parameters(), 1e-2)
     for _ in range(15):
         adam.zero_grad()
         LOSS(adam_module(x), y).backward()
         adam.step()
-    assert LOSS(module(x), y) < 0.8 * LOSS(adam_module(x), y)
+    assert LOSS(module.eval()(x), y) < 0.8 * LOSS(adam_module.eval()(x), y)
 
 
-def test_the_rate_is_read_at_each_step() -> None:
-    module, batch = classifier(), digits(8)
-    optimizer = torch_bridge.KFAC(module, LOSS, lr=0.0, momentum=None)
-    before = parameters(module)
-    optimizer.step(batch)
-    assert torch.equal(parameters(module), before)
-    optimizer.param_groups[0].update(lr=1e-3, weight_decay=0.5)
-    optimizer.step(batch)
-    assert not torch.equal(parameters(module), before)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_one_step_in_training_mode(batch_norm: bool) -> None:
+    """It is that of `ggn_jax.kfac`, with a key for the batch or each example; and statistics are torch's."""
+    torch.manual_seed(0)
+    first = [nn.Linear(4, 4), *([nn.BatchNorm1d(4)] if batch_norm else []), nn.Tanh()]
+    module = nn.Sequential(*first, nn.Dropout(0.5), nn.Linear(4, 4)).double()  # layers of one shape: one stack
+    x, y = draw(6, 4), torch.arange(6) % 3
+    module_fn, params = torch_bridge.from_module(module, x, train=True)
+    names = dict(module.named_buffers())
+    buffers = {name: torch_bridge.to_jax(buffer) for name, buffer in names.items()}
+    torch.manual_seed(1)
+    key = key_from_seed(torch_bridge.to_jax(draw_seed(torch.device("cpu"), None))[0])
+    keys = ggn_jax.Unbatched(key) if batch_norm else jax.random.split(key, 6)
+
+    def model_fn(params: Any, inputs: Any) -> Any:
+        x, keys = inputs
+        if batch_norm:
+            return module_fn({**params, **buffers}, x, key=keys)
+        return jax.vmap(lambda x, key: module_fn(params, x[None], key=key)[0][0])(x, keys)
+
+    inputs, options = (torch_bridge.to_jax(x), keys), {"damping": 0.1, "kl_clip": None}
+    coupled = {"examples": "coupled", "has_aux": True} if batch_norm else {}
+    kfac = ggn_jax.kfac(model_fn, ggn_jax.CrossEntropyLoss(), 0.5, example_inputs=inputs, **options, **coupled)
+
+    batch = inputs, torch_bridge.to_jax(y)
+
+    @jax.jit
+    def step(params: Any) -> Any:
+        state = kfac.init(params)
+        draws = jax.random.fold_in(jax.random.key(0), 0)  # of seed=0, in the first step
+        value, grads, factors = kfac.value_and_grad_and_factors(params, batch, state, key=draws)
+        updates, _ = kfac.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), value[0] if batch_norm else value
+
+    wanted, value = step(params)
+    torch.manual_seed(1)
+    optimizer = torch_bridge.KFAC(module, LOSS, lr=0.5, **options)
+    theirs = copy.deepcopy(module)
+    assert optimizer.step((x, y)).item() == pytest.approx(float(value), rel=1e-12)
+    for name, parameter in module.named_parameters():
+        np.testing.assert_allclose(parameter.detach(), wanted[name], rtol=1e-9, atol=1e-12, err_msg=name)
+    theirs(x)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(names[name], buffer, rtol=1e-12, atol=0)
+    if batch_norm:  # which makes a step of other examples together
+        optimizer.step((x[:4], y[:4]))
+        module.load_state_dict(theirs.state_dict())  # buffers are read at each step
+        optimizer.step((x, y))
+        assert module[1].num_batches_tracked == 2
+        alone = torch_bridge.KFAC(module, LOSS, lr=0.5, examples="independent")
+        with pytest.raises(NotImplementedError, match=r"random numbers, and changes 1.running_mean.*independent' out"):
+            alone.step((x, y))
 
 
 def test_what_is_refused() -> None:

@@ -79,9 +79,13 @@ def linear(inputs: int = 3) -> nn.Module:
     return nn.Linear(inputs, 3).double()
 
 
-def state_of(kind: Any, module: nn.Module, **options: Any) -> Any:
+def weighted() -> nn.Module:
+    return nn.CrossEntropyLoss(torch.ones(3).double())
+
+
+def state_of(kind: Any, module: nn.Module, loss: nn.Module = LOSS, **options: Any) -> Any:
     batch = draw(4, module.weight.shape[1]).to(module.weight.dtype), torch.arange(4) % 3
-    return kind(module, LOSS, list(module.parameters()), [batch], **options).state_dict()
+    return kind(module, loss, list(module.parameters()), [batch], **options).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -95,9 +99,11 @@ def state_of(kind: Any, module: nn.Module, **options: Any) -> Any:
             r"weight: \['torch.float64', 3, 2\] in the state",
         ),
         (lambda: state_of(KFACLinearOperator, linear().float()), ValueError, r"bias: \['torch.float32', 3\] in the st"),
-        (lambda: state_of(KFACLinearOperator, transposed()), ValueError, "uses its parameters otherwise"),
+        (lambda: state_of(KFACLinearOperator, transposed()), ValueError, "that of another forward"),
+        (lambda: state_of(KFACLinearOperator, linear(), loss=weighted()), ValueError, "another loss, .*CrossEntropy"),
+        (lambda: state_of(KFACLinearOperator, linear()) | {"layout": ""}, ValueError, "uses its parameters otherwise"),
     ],
-    ids=["module's", "kind", "shape", "dtype", "layout"],
+    ids=["module's", "kind", "shape", "dtype", "forward", "loss", "layout"],
 )
 def test_states_of_something_else_are_refused(make: Callable[[], Any], error: type, message: str) -> None:
     module = linear()

@@ -11,7 +11,6 @@ import torch
 from module_cases import draw
 from torch import nn
 
-import ggn_jax
 import torch_bridge
 
 
@@ -52,24 +51,6 @@ def test_batch_normalisation() -> None:
         jax.eval_shape(model_fn, params, jnp.asarray(x[:1].numpy()))
 
 
-def test_one_pass_of_the_optimizer() -> None:
-    """`has_aux` and coupled examples: loss, gradient and statistics are torch's."""
-    module, x, y = normalised(), draw(5, 1, 3, 3), torch.tensor([0, 1, 2, 1, 0])
-    model_fn, params = torch_bridge.from_module(module, x, train=True)
-    batch = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
-    optimizer = ggn_jax.kfac(
-        model_fn, ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0], examples="coupled", has_aux=True
-    )
-    passed = jax.jit(lambda p: optimizer.value_and_grad_and_factors(p, batch, optimizer.init(p), key=jax.random.key(0)))
-    (value, buffers), grads, _ = passed(params)
-    wanted = nn.CrossEntropyLoss()(module.train()(x), y)
-    theirs = torch.autograd.grad(wanted, list(module.parameters()))
-    np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)
-    for name, grad in zip(params, theirs, strict=True):
-        np.testing.assert_allclose(grads[name], grad, rtol=1e-10, atol=1e-10, err_msg=name)
-    np.testing.assert_allclose(buffers["1.running_var"], module[1].running_var, rtol=1e-10)
-
-
 def test_buffers_of_ones_own() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -89,24 +70,32 @@ def test_buffers_of_ones_own() -> None:
 
 
 class Noisy(nn.Module):
-    """Three dropouts of ones, the last one of whole channels."""
+    """Dropouts of ones: of entries, twice, of whole channels, of attention's weights, and between recurrent layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleList([nn.Dropout(0.25), nn.Dropout(0.25), nn.Dropout2d(0.5)])
         self.scale = nn.Parameter(torch.ones(()))
+        self.recurrent = nn.RNN(5, 5, num_layers=2, nonlinearity="relu", dropout=0.4, batch_first=True, bias=False)
+        with torch.no_grad():  # both layers are the identity
+            for name, weight in self.recurrent.named_parameters():
+                weight.copy_(torch.eye(5) * ("ih" in name))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [part(x * self.scale) for part in self.parts]
+        x = x * self.scale
+        dropped = [part(x) for part in self.parts]
+        weights = nn.functional.scaled_dot_product_attention(0 * x, 0 * x, torch.eye(5), dropout_p=0.1)
+        return [*dropped, 5 * weights, self.recurrent(x[:, 0])[0]]
 
 
 def test_dropout() -> None:
-    model_fn, params = torch_bridge.from_module(Noisy(), torch.ones(2, 3, 5, 7), train=True)
+    model_fn, params = torch_bridge.from_module(Noisy(), torch.ones(2, 3, 5, 5), train=True)
     run = jax.jit(model_fn)
-    ones = jnp.ones((200, 3, 5, 7), jnp.float32)
-    (first, second, channels), buffers = run(params, ones, key=jax.random.key(0))
+    ones = jnp.ones((200, 3, 5, 5), jnp.float32)
+    outputs, buffers = run(params, ones, key=jax.random.key(0))
     assert not buffers
-    for part, p in ((first, 0.25), (second, 0.25), (channels[:, :, 0, 0], 0.5)):
+    first, second, channels, *others = outputs
+    for part, p in zip([first, second, channels[:, :, 0, 0], *others], (0.25, 0.25, 0.5, 0.1, 0.4), strict=True):
         kept = np.asarray(part) != 0
         np.testing.assert_allclose(np.asarray(part)[kept], 1 / (1 - p), rtol=1e-6)
         # Hoeffding: outside of this with a probability below 1e-6.

@@ -101,8 +101,20 @@ def export(
                     "module uses both torch.no_grad() and operators in place, which torch.export cannot untangle with"
                     " the right gradients: use tensor.detach() instead of torch.no_grad(), or out-of-place operators."
                 )
+            _check_names(module)
             exported = exported.run_decompositions({})
     return _program(exported, module, outputs[-1], sizes, updates, tuple(wide))
+
+
+def _check_names(module: torch.nn.Module) -> None:
+    """Refuse buffers under two names where some are written: torch.export takes each for one of its own."""
+    once = dict(module.named_buffers())
+    more = [name for name, _ in module.named_buffers(remove_duplicate=False) if name not in once]
+    if more:
+        raise NotImplementedError(
+            f"module has {', '.join(more)} under other names as well, and writes into buffers when it is called, which"
+            " torch.export cannot untangle: let one attribute hold the part that is used twice."
+        )
 
 
 @contextlib.contextmanager

@@ -21,8 +21,12 @@ def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
     Backward hooks and derivatives of one's own are refused by name.
     """
     with _all_require_gradients(flat), _same_draws():
-        buffers = {name: buffer.clone() for name, buffer in flat.named_buffers()}
-        outputs = list(torch.func.functional_call(flat, buffers, tuple(leaf.clone() for leaf in leaves)))
+        copies = {id(buffer): buffer.clone() for buffer in flat.buffers()}
+        # Each part once: torch would put the copies into one that has two names, and leave them there.
+        parts = [(path, part.named_buffers("", False, False)) for path, part in flat.named_modules()]
+        buffers = {f"{path}.{name}".removeprefix("."): copies[id(b)] for path, held in parts for name, b in held}
+        inputs = tuple(leaf.clone() for leaf in leaves)
+        outputs = list(torch.func.functional_call(flat, buffers, inputs, tie_weights=False))
         _check_nodes(outputs)
     return outputs
 

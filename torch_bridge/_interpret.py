@@ -12,6 +12,7 @@ import torch
 
 from torch_bridge._export import AUTOCAST, NESTED, NO_GRAD, Program, operators, packet_name, writes_in_place
 from torch_bridge.aten import find_operator
+from torch_bridge.aten.dropout import NoKeyError
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.aten.registry import NoIndices
 
@@ -160,12 +161,13 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
     if kwargs.get("dtype") is None and isinstance(expected, torch.Tensor) and _takes(function, "dtype"):
         kwargs["dtype"] = to_dtype(expected.dtype)
-    if _takes(function, "key"):
-        kwargs["key"] = next(keys)
+    if _takes(function, "dropout_key"):
+        kwargs["dropout_key"] = next(keys)
     try:
         result = function(*args, **kwargs)
     except NotImplementedError as error:
-        raise NotImplementedError(f"{where(node)}: {error}.") from error
+        kind = NoKeyError if isinstance(error, NoKeyError) else NotImplementedError
+        raise kind(f"{where(node)}: {error}.") from error
     if writes_in_place(node) and isinstance(expected, torch.Tensor):
         shape = result.shape if result.ndim > expected.ndim else jnp.broadcast_shapes(result.shape, args[0].shape)
         result = jnp.broadcast_to(result.astype(args[0].dtype), shape)

@@ -2,6 +2,7 @@
 
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,12 +53,12 @@ def check_module(module: object) -> None:
                 f"{path!r} is a sparse, nested or quantised tensor ({tensor.layout}, {tensor.dtype}), of which there is"
                 " none in JAX: convert a module that holds to_dense() or dequantize() of it."
             )
+    for path in hooked(dict(module.named_parameters())):
+        raise NotImplementedError(
+            f"parameter {path!r} has hooks, which a function of JAX does not run: remove them, by handle.remove(),"
+            " where `handle` is what register_hook returned, and do what they do to the gradient that you take."
+        )
     for path, parameter in module.named_parameters():
-        if _has_hooks(parameter):
-            raise NotImplementedError(
-                f"parameter {path!r} has hooks, which a function of JAX does not run: remove them, by handle.remove(),"
-                " where `handle` is what register_hook returned, and do what they do to the gradient that you take."
-            )
         if parameter.is_complex():
             raise NotImplementedError(
                 f"parameter {path!r} is complex, in which curvature is not defined here: hold its real and imaginary"
@@ -65,12 +66,16 @@ def check_module(module: object) -> None:
             )
 
 
-def _has_hooks(tensor: torch.Tensor) -> bool:
-    """Whether `register_hook` was called on a tensor: torch has a warning for who saves one."""
+def hooked(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those of which `register_hook` was called: torch has a warning for who saves one."""
+    found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        torch.utils.hooks.warn_if_has_hooks(tensor)
-    return bool(told)
+        for name, tensor in tensors.items():
+            told.clear()
+            torch.utils.hooks.warn_if_has_hooks(tensor)
+            found += [name] if told else []
+    return found
 
 
 def _name(path: str) -> str:

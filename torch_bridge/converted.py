@@ -7,13 +7,15 @@ import jax
 import torch
 from torch import Tensor, nn
 
+from torch_bridge._refused import hooked
 from torch_bridge.batches import WRAPPERS, as_outputs
-from torch_bridge.modules import from_module
+from torch_bridge.losses import GLOBAL_HOOKS
+from torch_bridge.modules import convert
 from torch_bridge.tensors import jax_on, to_jax
 
 
 class Snapshot:
-    """What a module was like but for the values of some of its parameters, `free`."""
+    """What a module was like but for the values of some of its parameters and buffers, `free`."""
 
     def __init__(self, module: nn.Module, free: Mapping[str, Tensor]):
         self._module, self._free = module, dict(free)
@@ -42,13 +44,16 @@ class Snapshot:
 
     def changed(self) -> list[str]:
         """The names of what changed or was replaced since: parameters, buffers, parts and their modes."""
-        now, tensors, parts = dict(self._module.named_parameters()), self._fixed(), self._modes()
-        names = [name for name, parameter in self._free.items() if now.get(name) is not parameter]
+        tensors, parts = self._fixed(), self._modes()
+        now = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
+        names = [name for name, tensor in self._free.items() if now.get(name) is not tensor]
         names += sorted(tensors.keys() ^ self._constants.keys())
         names += [name for name, before in self._constants.items() if not _same(tensors.get(name), before)]
         values = self._attributes()
         values = {n: x for n, x in values.items() if n in self._values or not isinstance(x, Tensor)}  # calls keep some
         names += [n for n in {**self._values, **values} if not _equal(values.get(n, ()), self._values.get(n, ()))]
+        names += [f"hooks of {name}" for name in hooked(dict(self._module.named_parameters()))]
+        names += ["hooks of all modules"] if any(map(len, GLOBAL_HOOKS)) else []
         paths = sorted(parts.keys() | self._parts.keys())
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
 
@@ -101,8 +106,9 @@ class ConvertedModule:
 
     - `module`: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
       as they are, and so must attributes that are numbers, text, tensors or functions, or lists and dicts of them, and
-      hooks; parameters may change their values, but not be replaced: operators made after that raise RuntimeError.
-      Attributes of other kinds, such as a config object, must not change either, which is not seen.
+      hooks, those of gradients included; parameters may change their values, but not be replaced: operators made after
+      that raise RuntimeError. Attributes of other kinds, such as a config object, must not change either, which is not
+      seen.
     - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
 
     **Attributes:** `module`; `model_fn`, as `from_module` returns it; `output_fn`, the same, but for the `logits` alone
@@ -120,16 +126,20 @@ class ConvertedModule:
     def __init__(self, module: nn.Module, example_inputs: Any):
         try:
             with jax_on(next(module.parameters(), torch.zeros(())).device):  # as operators are made and used
-                self.model_fn, values = from_module(module, example_inputs, train=None)
+                converted = convert(module, example_inputs, updates=False)
         except NotImplementedError as error:
             if "train=True" not in str(error):  # which is what changes in evaluation mode
                 raise
             raise NotImplementedError(f"{error} The module is in training mode: call its eval() first.") from error
-        self.output_fn, self.part_fn = self._outputs, self._part_outputs  # objects whose compilations are found again
+        self._run, self._names, self.graph = converted.run, list(converted.params), converted.graph
+        # Objects whose compilations are found again.
+        self.model_fn, self.output_fn, self.part_fn = self._call, self._outputs, self._part_outputs
         self.module = module
-        self._names = list(values)
         parameters = dict(module.named_parameters())
-        self._snapshot = Snapshot(module, {name: parameters[name] for name in values})
+        self._snapshot = Snapshot(module, {name: parameters[name] for name in self._names})
+
+    def _call(self, params: dict[str, jax.Array], inputs: Any) -> Any:
+        return self._run(params, inputs)[0]
 
     def _outputs(self, params: dict[str, jax.Array], inputs: Any) -> Any:
         return as_outputs(self.model_fn(params, inputs))

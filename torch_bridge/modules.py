@@ -3,15 +3,17 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import torch
 
 from torch_bridge._export import Program, export
+from torch_bridge._graph_text import graph_hash
 from torch_bridge._interpret import check_dtypes, check_operators, run
 from torch_bridge._refused import ModuleCallError, check_examples, check_module, of_export
+from torch_bridge.aten.dropout import NoKeyError
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.batches import Call, as_inputs, check_tensors, how_to_call
 from torch_bridge.tensors import to_jax
@@ -71,6 +73,39 @@ def from_module(
     >>> kfac.solve(params, damping=0.1)["0.weight"].shape
     (3, 2)
     """
+    converted = convert(module, example_inputs, train=train, updates=train is True, dynamic_batch=dynamic_batch)
+    if train:
+        return converted.run, converted.params
+
+    def model_fn(params: dict[str, jax.Array], inputs: Any, *, key: jax.Array | None = None) -> Any:
+        return converted.run(params, inputs, key=key)[0]
+
+    return model_fn, converted.params
+
+
+class Conversion(NamedTuple):
+    """A module as a JAX function, with all that a call of it does."""
+
+    run: ModelFn
+    """`run(params, inputs, key=None)` returns the outputs, and a dict of the buffers that the call changed."""
+    params: dict[str, jax.Array]
+    updated: tuple[str, ...]
+    """The names of the buffers that a call changes."""
+    random: bool
+    """Whether it needs a key."""
+    graph: str
+    """A hash of its operators."""
+
+
+def convert(
+    module: torch.nn.Module,
+    example_inputs: Any,
+    *,
+    train: bool | None = None,
+    updates: bool,
+    dynamic_batch: bool = True,
+) -> Conversion:
+    """A module in a mode, as for `from_module`; what is random or changes buffers is refused but for `updates`."""
     check_module(module)
     check_tensors("example_inputs", example_inputs)
     call = how_to_call(module, example_inputs)
@@ -88,7 +123,7 @@ def from_module(
             examples = leaves
             if not dynamic_batch:
                 examples = [_resized(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
-            program = _export(source, examples, structure, call, train, dynamic_batch)
+            program = _export(source, examples, structure, call, train, dynamic_batch, updates)
             check_operators(program)
             check_dtypes(program)
             programs[key] = program
@@ -104,17 +139,23 @@ def from_module(
         absent = [name for name in program.parameters.values() if name not in params]
         if absent:
             raise KeyError(f"params must hold all of the module's parameters; {', '.join(absent)} are missing.")
-        outputs, buffers = run(program, params, arrays, key)
-        return (outputs, buffers) if train else outputs
+        return run(program, params, arrays, key)
 
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-    program_for(shapes)
+    program = program_for(shapes)
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     like = [jax.ShapeDtypeStruct(shape, to_dtype(leaf.dtype)) for shape, leaf in zip(shapes, leaves, strict=True)]
     structs = {name: jax.ShapeDtypeStruct(tuple(p.shape), to_dtype(p.dtype)) for name, p in parameters.items()}
-    key = jax.random.key(0) if train else None  # elsewhere, what is random is refused
-    jax.eval_shape(lambda p, inputs: model_fn(p, inputs, key=key), structs, jax.tree.unflatten(structure, like))
-    return model_fn, {name: to_jax(parameter) for name, parameter in parameters.items()}
+    random, inputs = False, jax.tree.unflatten(structure, like)
+    try:
+        jax.eval_shape(model_fn, structs, inputs)
+    except NoKeyError:
+        if not updates:
+            raise
+        random = True
+        jax.eval_shape(lambda p, x: model_fn(p, x, key=jax.random.key(0)), structs, inputs)
+    arrays = {name: to_jax(parameter) for name, parameter in parameters.items()}
+    return Conversion(model_fn, arrays, program.updated, random, graph_hash(program))
 
 
 def _resized(leaf: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -149,11 +190,17 @@ def _way_out(got: Any, wanted: Any) -> str:
 
 
 def _export(
-    module: torch.nn.Module, leaves: list[Any], structure: Any, call: Call, train: bool | None, dynamic: bool
+    module: torch.nn.Module,
+    leaves: list[Any],
+    structure: Any,
+    call: Call,
+    train: bool | None,
+    dynamic: bool,
+    updates: bool,
 ) -> Program:
     with _in_mode(module, train):
         try:
-            return export(module, leaves, structure, call, dynamic=dynamic, updates=train is True)
+            return export(module, leaves, structure, call, dynamic=dynamic, updates=updates)
         except (NotImplementedError, ModuleCallError):
             raise
         except Exception as error:

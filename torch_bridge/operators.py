@@ -1,6 +1,7 @@
 """Curvature operators of PyTorch modules: torch tensors go in and come out. Here those that are products."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,14 @@ from torch import Tensor
 
 import ggn_jax
 from torch_bridge.setting import Params, Setting
-from torch_bridge.tensors import jax_on, to_jax, to_torch
+from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
 
 SEED = 2147483647
+# How many columns are multiplied at once, where there are more than so many left: each is a program of its own, so that
+# there are few, filled up with zeros.
+WIDTHS = ((32, 16), (8, 4), (1, 0))
+
+Damping = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
 
 
 def as_key(seed: Any) -> jax.Array:
@@ -20,6 +26,21 @@ def as_key(seed: Any) -> jax.Array:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seed must be an integer; got {seed!r}.")
     return jax.random.key(int(seed))
+
+
+def as_damping(damping: Damping, names: Sequence[str]) -> Any:
+    """A number, or numbers by names, as `ggn_jax` takes them."""
+    if isinstance(damping, Tensor) and damping.numel() == 1:
+        return damping.item()
+    if isinstance(damping, Mapping):
+        return {name: as_damping(number, ()) for name, number in damping.items()}
+    if isinstance(damping, list | tuple):
+        if len(damping) != len(names):
+            raise ValueError(f"damping must be a number, or one for each of {len(names)} params; got {len(damping)}.")
+        return {name: as_damping(number, ()) for name, number in zip(names, damping, strict=True)}
+    if isinstance(damping, Tensor):
+        raise ValueError(f"damping must be a number, or a list of them; got a tensor of shape {tuple(damping.shape)}.")
+    return damping
 
 
 def sampling(mc_samples: int, seed: int) -> dict[str, Any]:
@@ -45,14 +66,40 @@ class TorchLinearOperator:
         """That of the parameters."""
         return self._setting.device
 
+    @no_graph
     def __matmul__(self, other: Any) -> Any:
         """The product with tensors like the parameters, with or without a last axis of columns, or `[P]`, `[P, K]`.
+
+        Columns are taken up to 32 at a time, with one pass of the model.
 
         **Raises:** ValueError for other shapes; RuntimeError where a product is one of derivatives of the module, whose
         parameters have changed since the operator was made.
         """
         if self._follows:
             self._setting.check_unchanged()
+        many = None if self._follows and self._setting.progress else partial(_products, self._operator)
+        return self._applied(self._operator.mv, other, many)
+
+    def damped(self, damping: Damping) -> "TorchLinearOperator":
+        """`self + damping * I`, with all methods of this operator, but `state_dict`.
+
+        `damping` is a number, or one for each parameter: a list like `params`, or a dict by the module's names.
+
+        **Raises:** ValueError for numbers below 0, and for others than one for each parameter.
+        """
+        return self._made(self._operator.damped, damping)
+
+    @no_graph
+    def _made(self, make: Callable[..., Any], damping: Damping, *args: Any) -> Any:
+        """An operator like this one, of what `ggn_jax` makes of a damping."""
+        with jax_on(self.device):
+            return self._like(make(as_damping(damping, self._setting.names), *args))
+
+    def _like(self, operator: Any) -> "TorchLinearOperator":
+        return TorchLinearOperator(self._setting, operator, follows=self._follows)
+
+    def _applied(self, one: Any, other: Any, many: Any = None) -> Any:
+        """What a function of a vector in JAX, and perhaps one of several vectors, makes of tensors."""
         if isinstance(other, Tensor):
             if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
                 raise ValueError(
@@ -60,7 +107,7 @@ class TorchLinearOperator:
                 )
             parts = other.split(self._sizes)
             tensors = [part.reshape(*shape, *other.shape[1:]) for part, shape in zip(parts, self._shapes, strict=True)]
-            results = self._product(tensors, columns=other.ndim == 2)
+            results = self._product(one, many, tensors, columns=other.ndim == 2)
             pairs = zip(self._sizes, results, strict=True)
             return torch.cat([result.reshape(size, *other.shape[1:]) for size, result in pairs])
         tensors = list(other)
@@ -76,28 +123,41 @@ class TorchLinearOperator:
                 f"the tensors must have shapes {[tuple(s) for s in self._shapes]}, with one axis more for columns; got"
                 f" {[tuple(t.shape) for t in tensors]}."
             )
-        return self._product(tensors, columns=extra == {1})
+        return self._product(one, many, tensors, columns=extra == {1})
 
-    def _product(self, tensors: list[Tensor], *, columns: bool) -> list[Tensor]:
+    def _product(self, one: Any, many: Any, tensors: list[Tensor], *, columns: bool) -> list[Tensor]:
+        if any(tensor.is_complex() for tensor in tensors):
+            raise TypeError("the operator is real; got a complex tensor: multiply its real and imaginary parts.")
+        tensors = [tensor.to(self.device, self.dtype) for tensor in tensors]
         if not columns:
-            return self._times(tensors)
-        number = tensors[0].shape[-1]
+            return self._times(one, tensors)
+        number, start, results = tensors[0].shape[-1], 0, []
         if not number:
-            return [tensor.to(self.device, self.dtype) for tensor in tensors]
-        results = [self._times([tensor[..., k] for tensor in tensors]) for k in range(number)]
-        return [torch.stack(parts, dim=-1) for parts in zip(*results, strict=True)]
+            return tensors
+        tensors = [tensor.movedim(-1, 0) for tensor in tensors]
+        while start < number:
+            left = number - start
+            width = 1 if many is None else next(width for width, least in WIDTHS if left > least)
+            parts = [tensor[start : start + width] for tensor in tensors]
+            if width > 1:
+                filled = [
+                    torch.cat([p, p.new_zeros(width - len(p), *p.shape[1:])]) if left < width else p for p in parts
+                ]
+                results.append([result[:left] for result in self._times(many, filled)])
+            else:
+                results.append([result[None] for result in self._times(one, [part[0] for part in parts])])
+            start += width
+        return [torch.cat(parts).movedim(0, -1) for parts in zip(*results, strict=True)]
 
-    def _times(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _times(self, product: Callable[[Any], Any], tensors: list[Tensor]) -> list[Tensor]:
         with jax_on(self.device):
             names = self._setting.names
-            if any(tensor.is_complex() for tensor in tensors):
-                raise TypeError("the operator is real; got a complex tensor: multiply its real and imaginary parts.")
-            vector = {n: to_jax(t.to(self.device, self.dtype)) for n, t in zip(names, tensors, strict=True)}
-            product = self._operator.mv(vector)
-            return [to_torch(product[name]) for name in names]
+            results = product({name: to_jax(tensor) for name, tensor in zip(names, tensors, strict=True)})
+            return [to_torch(results[name]) for name in names]
 
+    @no_graph
     def to_scipy(self, dtype: Any = None) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` with the same products."""
+        """A `scipy.sparse.linalg.LinearOperator` with the same products: for its solvers, of `damped` operators."""
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
 
         def product(x: Any) -> Any:
@@ -107,6 +167,12 @@ class TorchLinearOperator:
         return LinearOperator(
             self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=np.dtype(dtype)
         )
+
+
+@jax.jit
+def _products(operator: Any, vectors: Any) -> Any:
+    """Of vectors that follow each other on a first axis: the model runs once for all of them."""
+    return jax.vmap(operator.mv)(vectors)
 
 
 class GGNLinearOperator(TorchLinearOperator):
@@ -139,6 +205,7 @@ class GGNLinearOperator(TorchLinearOperator):
     torch.Size([9])
     """
 
+    @no_graph
     def __init__(
         self,
         model_func: Any,
@@ -161,6 +228,7 @@ class DerivativeLinearOperator(TorchLinearOperator):
 
     _kind: Any
 
+    @no_graph
     def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
         setting = Setting(model_func, loss_func, params, data, progress=progress)
         with jax_on(setting.device):

@@ -13,13 +13,13 @@ from torch import Tensor
 import ggn_jax
 from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
-from torch_bridge.converted import ConvertedModule, Snapshot
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.tensors import jax_on, to_jax, to_torch
+from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.trained import TrainedModule
 
-OWN = {"learning_rate", "damping", "weight_decay", "example_inputs", "mesh", "full_params", "weight_decay_mask"}
-OPTIONS = set(inspect.signature(ggn_jax.kfac).parameters) - OWN - {"model_fn", "loss"}
 NUMBERS = ("lr", "damping", "weight_decay")
+OWN = {"learning_rate", *NUMBERS, "weight_decay_mask", "example_inputs", "full_params", "mesh", "has_aux"}
+OPTIONS = set(inspect.signature(ggn_jax.kfac).parameters) - OWN - {"model_fn", "loss"}
 
 
 class KFAC(torch.optim.Optimizer):
@@ -31,20 +31,23 @@ class KFAC(torch.optim.Optimizer):
 
     **Arguments:**
 
-    - `module`: converted by `from_module` at the first step, in the mode that it is in; its parameters that require
-      gradients are trained. All else in it is constant: where a buffer, another parameter, a part or its mode,
-      an attribute that is a number, or a hook changes, parameters are replaced, or others require gradients, the next
-      step raises.
+    - `module`: converted at the first step, in the mode that it is in, as by `from_module`; its parameters that require
+      gradients are trained. In training mode, batch normalisation takes the batch's statistics, and new buffers are
+      written into the module after the step, as its own forward pass does; dropout has a key for each example, from
+      torch's generator. All else is constant: where another buffer or parameter, a part or its mode, an attribute that
+      is a number, or a hook changes, parameters are replaced, or others require gradients, the next step raises.
     - `loss_func`: a loss module as `make_grad_output_fn` takes it.
     - `lr`, `damping`, `weight_decay`: read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
-    - `seed`: for what is drawn.
+    - `seed`: for what the curvature draws.
     - `options`: further ones of `ggn_jax.kfac`, such as `momentum`, `kl_clip`, `fisher_type`, `inverse_interval`. With
-      `adapt_damping` the first damping only is yours.
+      `adapt_damping` the first damping only is yours. `examples`, if not given, is `"coupled"` where a call of the
+      module changes buffers.
 
-    A step compiles once for each shape of batch. `state_dict` holds everything, the draws included: a run that is
-    resumed goes on as if it had not stopped.
+    A step compiles once for each shape of batch. `state_dict` holds everything but the module's: a run that is resumed
+    with both, and torch's random state for dropout, goes on as if it had not stopped.
 
-    **Raises:** TypeError for arguments of other kinds or names; RuntimeError where the module has changed.
+    **Raises:** TypeError for arguments of other kinds or names; at a step, RuntimeError where the module has changed,
+    and NotImplementedError for one that is random in other ways than dropout.
 
     >>> import torch
     >>> module = torch.nn.Linear(2, 3)
@@ -97,6 +100,7 @@ class KFAC(torch.optim.Optimizer):
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
         super().add_param_group(param_group)
 
+    @no_graph
     @torch.no_grad()
     def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.
@@ -105,6 +109,8 @@ class KFAC(torch.optim.Optimizer):
         """
         example, target = as_pair("batch", batch)
         check_tensors("batch", batch)
+        if not target.numel():
+            raise ValueError("batch must hold at least one example, since a step is made of them; got none.")
         with jax_on(self._device):
             inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
             params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
@@ -114,68 +120,67 @@ class KFAC(torch.optim.Optimizer):
             self._check_unchanged()
             if self._device.type == "cpu":  # elsewhere this would wait for the device, and the loss is NaN
                 self._check_targets(params, inputs, targets)
+            batch = (inputs, self._module_fn.buffers(), self._module_fn.draw_seed()), targets
             numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
             key = jax.random.fold_in(jax.random.key(self._seed), self._count)
-            new, self._kfac_state, value = self._run(params, self._kfac_state, (inputs, targets), key, numbers)
+            new, self._kfac_state, value, buffers = self._run(params, self._kfac_state, batch, key, numbers)
             for name, parameter in self._trained.items():
                 parameter.copy_(to_torch(new[name]))
+            self._module_fn.write(buffers)
             self._count += 1
             return to_torch(value)
 
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
-        converted = ConvertedModule(self._module, example)
-        converted_fn, values = converted.output_fn, converted.params()
-        fixed = {name: value for name, value in values.items() if name not in params}
+        module_fn = TrainedModule(self._module, example, self._trained, self._options.get("examples"))
         loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-
-        def model_fn(params: Any, inputs: Any) -> Any:
-            return converted_fn({**fixed, **params}, inputs)
+        options = self._options | {"examples": module_fn.examples, "has_aux": module_fn.has_aux}
 
         def optimizer(examples: Any, lr: Any, damping: Any, weight_decay: Any) -> Any:
             """With numbers that may be traced, as functions of the count."""
             adapts = self._options.get("adapt_damping") is not None
             return ggn_jax.kfac(
-                model_fn,
+                module_fn,
                 loss,
                 lambda _: lr,
                 damping=self.defaults["damping"] if adapts else lambda _: damping,
                 weight_decay=lambda _: weight_decay,
                 example_inputs=examples,
-                **self._options,
+                **options,
             )
 
         def run(params: Any, state: Any, batch: Any, key: Any, numbers: Any) -> Any:
-            kfac = optimizer(shapes, *numbers)
+            batch = module_fn.arguments(*batch[0]), batch[1]
+            kfac = optimizer(_shapes(batch[0]), *numbers)
             value, grads, factors = kfac.value_and_grad_and_factors(params, batch, state, key=key)
+            value, buffers = value if module_fn.has_aux else (value, {})
             updates, state = kfac.update(
                 grads, state, params, factors=factors, key=key, batch=batch if kfac.needs_batch else None
             )
-            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state, value
+            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state, value, buffers
 
-        self._kfac_state = optimizer(inputs, *(self.param_groups[0][name] for name in NUMBERS)).init(params)
+        examples = module_fn.arguments(inputs, module_fn.buffers(), jnp.ones(1) if module_fn.random else None)
+        self._kfac_state = optimizer(examples, *(self.param_groups[0][name] for name in NUMBERS)).init(params)
         if self._saved is not None:
             self._kfac_state, self._saved = self._restored(self._saved), None
-        self._snapshot = Snapshot(self._module, self._trained)
 
         def valid(params: Any, inputs: Any, targets: Any) -> Any:
-            return jnp.all(loss.targets_valid(_zeros(model_fn, params, inputs), targets))
+            return jnp.all(loss.targets_valid(module_fn.like_outputs(params, inputs), targets))
 
         def value(params: Any, inputs: Any, targets: Any) -> Any:
-            return loss(_zeros(model_fn, params, inputs), targets)
+            return loss(module_fn.like_outputs(params, inputs), targets)
 
         self._valid, self._value = jax.jit(valid), value
-        self._run = jax.jit(run, donate_argnums=1)
+        self._module_fn, self._run = module_fn, jax.jit(run, donate_argnums=1)
 
-    def _check_targets(self, params: Any, inputs: Any, targets: Any) -> None:
+    def _check_targets(self, *args: Any) -> None:
         """Refuse targets that are not of the loss's domain, where they can be looked at."""
-        if not bool(self._valid(params, inputs, targets)):
-            self._value(params, inputs, targets)  # raises, with the first place
+        if not bool(self._valid(*args)):
+            self._value(*args)  # raises, with the first place
 
     def _check_unchanged(self) -> None:
         """Refuse to go on with constants that are not the module's any more."""
-        changed = self._snapshot.changed()
+        changed = self._module_fn.changed()
         changed += [n for n, p in self._module.named_parameters() if p.requires_grad != (n in self._trained)]
         if changed:
             raise RuntimeError(
@@ -215,7 +220,5 @@ class KFAC(torch.optim.Optimizer):
         self._run = self._kfac_state = None  # the next step starts from what was saved
 
 
-def _zeros(model_fn: Callable[..., Any], params: Any, inputs: Any) -> jax.Array:
-    """An array like the outputs, of which only the shape counts."""
-    outputs = jax.eval_shape(model_fn, params, inputs)
-    return jnp.zeros(outputs.shape, outputs.dtype)
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge._export import as_constant
+from torch_bridge._graph_text import array_hash
 from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
@@ -58,6 +60,7 @@ class Setting:
             self.values = {name: values.pop(name) for name in self.names}
             # Others are no constants of a function, but inputs of one that is the same for all operators.
             self.model_fn = converted.part_fn if values else converted.output_fn
+            self.graph, self.loss_text = converted.graph, _loss_text(text, tensors.values())
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
             arrays = [jax.tree.map(self.to_jax, (as_inputs(x), y)) for x, y in batches]
             joined = arrays if progress else [_joined(arrays)]
@@ -65,12 +68,12 @@ class Setting:
                 joined = [((x, ggn_jax.Unbatched(values)), y) for x, y in joined]
             self.data = joined if progress else joined[0]
             self.size = max(len(batch[1]) for batch in batches)
-        self._progress = progress
+        self.progress = progress
 
     def operator(self, kind: Any, options: dict[str, Any]) -> Any:
         """An operator of `ggn_jax`."""
         args = self.model_fn, self.loss, self.values, self.data
-        if self._progress:
+        if self.progress:
             try:
                 return kind.from_batches(*args, **options, progress=True)
             except ValueError as error:
@@ -88,6 +91,11 @@ class Setting:
             raise RuntimeError(
                 f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
             )
+
+
+def _loss_text(text: str, tensors: Iterable[Tensor]) -> str:
+    """Which loss it is, with its tensors' values."""
+    return " ".join([text, *(array_hash(as_constant(tensor)) for tensor in tensors)])
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Any, Tensor]]:

@@ -13,9 +13,9 @@ from torch import Tensor
 import ggn_jax
 from torch_bridge.operators import TorchLinearOperator
 from torch_bridge.setting import Params, Setting
-from torch_bridge.tensors import jax_on, to_jax, to_torch
+from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
 
-KEYS = {"kind", "version", "parameters", "options", "layout", "leaves", "product"}
+KEYS = {"kind", "version", "torch", "parameters", "graph", "loss", "options", "layout", "leaves", "product"}
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -35,6 +35,7 @@ class ComputedLinearOperator(TorchLinearOperator):
         """The options as `ggn_jax` calls them."""
         raise NotImplementedError
 
+    @no_graph
     def state_dict(self) -> dict[str, Any]:
         """All that it consists of, as tensors, strings and numbers: for `torch.save`, and `from_state_dict`.
 
@@ -54,7 +55,10 @@ class ComputedLinearOperator(TorchLinearOperator):
             return {
                 "kind": type(self).__name__,
                 "version": ggn_jax.__version__,
+                "torch": str(torch.__version__),
                 "parameters": _parameters(self._setting),
+                "graph": self._setting.graph,
+                "loss": self._setting.loss_text,
                 "options": _plain(self._given),
                 "layout": str(structure),
                 "leaves": [to_torch(leaf) for leaf in leaves],
@@ -62,6 +66,7 @@ class ComputedLinearOperator(TorchLinearOperator):
             }
 
     @classmethod
+    @no_graph
     def from_state_dict(
         cls, state: Mapping[str, Any], model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]
     ) -> Self:
@@ -69,17 +74,20 @@ class ComputedLinearOperator(TorchLinearOperator):
 
         Args:
             state: what `state_dict` returned, on any device.
-            model_func, loss_func, params: as for the constructor, with the same parameters, of any values.
-            data: as for the constructor; only the first batch is looked at, for its shapes.
+            model_func, loss_func, params: as for the constructor: the same forward and loss, and the same parameters,
+                of any values.
+            data: as for the constructor; only the first batch is looked at, for its shapes, which must be the same
+                but for the batch's size.
 
         Raises:
             TypeError: for what is no state.
-            ValueError: for the state of another kind of operator, of other parameters, or of a module that uses them
-                otherwise.
+            ValueError: for the state of another kind of operator, of other parameters, of a module with another
+                forward, or of another loss.
         """
         _check_kind(state, cls)
         setting = Setting(model_func, loss_func, params, itertools.islice(data, 1))
         _check_parameters(state["parameters"], _parameters(setting))
+        _check_function(state, setting)
         made = cls.__new__(cls)
         made._given = state["options"]
 
@@ -136,6 +144,20 @@ def _check_parameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
     ]
     if differ:
         raise ValueError(f"state must be of the same parameters as params, but {'; '.join(differ)}.")
+
+
+def _check_function(state: Mapping[str, Any], setting: Setting) -> None:
+    if state["loss"] != setting.loss_text:
+        raise ValueError(
+            f"state is that of another loss, {state['loss']}, not {setting.loss_text}: pass the loss that it was made"
+            " with, or compute the operator anew."
+        )
+    if state["graph"] != setting.graph:
+        raise ValueError(
+            "state is that of another forward: the operators that torch.export finds in model_func, and their options,"
+            " are not those that the state was made with (evaluation or training mode, shapes of inputs; or torch"
+            f" itself: {state['torch']} then, {torch.__version__} now). Compute the operator anew."
+        )
 
 
 def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge.operators import SEED, TorchLinearOperator, as_key, sampling
+from torch_bridge.operators import SEED, Damping, TorchLinearOperator, as_damping, as_key, sampling
 from torch_bridge.setting import Params, Setting
 from torch_bridge.states import ComputedLinearOperator
-from torch_bridge.tensors import jax_on, to_jax, to_torch
+from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
 
 # What `ggn_jax.KFACLinearOperator` or curvlinops call otherwise, and where it is given here.
 ELSEWHERE = {
@@ -29,6 +29,7 @@ ELSEWHERE = {
 class BlockTorchLinearOperator(TorchLinearOperator):
     """A block-diagonal operator: what KFAC, EKFAC and their inverses share."""
 
+    @no_graph
     def _number(self, name: str) -> Tensor:
         with jax_on(self.device):
             return to_torch(getattr(self._operator, name)())
@@ -49,12 +50,25 @@ class BlockTorchLinearOperator(TorchLinearOperator):
         """The Frobenius norm."""
         return self._number("frobenius_norm")
 
-    def inverse(self, damping: float | Tensor = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
-        """The inverse of `self + damping * I`; `heuristic` splits the damping between the factors."""
-        method = "heuristic" if heuristic else "exact"
-        damping = damping.item() if isinstance(damping, Tensor) else damping
-        with jax_on(self.device):
-            return BlockTorchLinearOperator(self._setting, self._operator.inverse(damping, method))
+    def inverse(self, damping: Damping = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
+        """The inverse of `self + damping * I`, see `damped`; `heuristic` splits the damping between the factors."""
+        made: BlockTorchLinearOperator = self._made(self._operator.inverse, damping, _method(heuristic))
+        return made
+
+    @no_graph
+    def solve(self, other: Any, damping: Damping = 0.0, *, heuristic: bool = False) -> Any:
+        """`inverse(damping) @ other`, refined by conjugate gradients where the inverse of a block is not exact."""
+        if heuristic or self._operator.is_exact("inverse"):
+            return self.inverse(damping, heuristic=heuristic) @ other
+        number = as_damping(damping, self._setting.names)
+        return self._applied(lambda vector: self._operator.solve(vector, number), other)
+
+    def _like(self, operator: Any) -> "BlockTorchLinearOperator":
+        return BlockTorchLinearOperator(self._setting, operator)
+
+
+def _method(heuristic: bool) -> str:
+    return "heuristic" if heuristic else "exact"
 
 
 class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
@@ -82,6 +96,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
 
     _kind: ClassVar[Any] = ggn_jax.KFACLinearOperator
 
+    @no_graph
     def __init__(
         self,
         model_func: Any,
@@ -119,6 +134,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         options["bias"] = "separate" if options.pop("separate_weight_and_bias") else "joint"
         return options | {"key": as_key(seed) if drawn else None}
 
+    @no_graph
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
 
@@ -172,38 +188,10 @@ class EKFACLinearOperator(KFACLinearOperator):
     _kind = ggn_jax.EKFACLinearOperator
 
 
-class GGNDiagonalLinearOperator(ComputedLinearOperator):
-    """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
+class DiagonalTorchLinearOperator(TorchLinearOperator):
+    """A diagonal operator: what the GGN's diagonal, damped ones and their inverses share."""
 
-    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
-
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
-    """
-
-    _kind = ggn_jax.GGNDiagonalLinearOperator
-
-    def __init__(
-        self,
-        model_func: Any,
-        loss_func: Any,
-        params: Params,
-        data: Iterable[Any],
-        *,
-        mc_samples: int = 0,
-        seed: int = SEED,
-        progress: bool = False,
-    ):
-        setting = Setting(model_func, loss_func, params, data, progress=progress)
-        super().__init__(setting, {"mc_samples": mc_samples, "seed": seed})
-
-    @staticmethod
-    def _options(given: dict[str, Any]) -> dict[str, Any]:
-        return sampling(**given)
-
+    @no_graph
     def diagonal(self) -> list[Tensor]:
         """The diagonal, as tensors like the parameters."""
         with jax_on(self.device):
@@ -225,8 +213,48 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator):
         """The Frobenius norm."""
         return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
 
-    def inverse(self, damping: float | Tensor = 0.0) -> TorchLinearOperator:
-        """The inverse of `self + damping * I`."""
-        damping = damping.item() if isinstance(damping, Tensor) else damping
-        with jax_on(self.device):
-            return TorchLinearOperator(self._setting, self._operator.damped(damping).inverse())
+    def inverse(self, damping: Damping = 0.0) -> "DiagonalTorchLinearOperator":
+        """The inverse of `self + damping * I`, see `damped`."""
+        made: DiagonalTorchLinearOperator = self._made(self._operator.inverse, damping)
+        return made
+
+    def solve(self, other: Any, damping: Damping = 0.0) -> Any:
+        """`inverse(damping) @ other`."""
+        return self.inverse(damping) @ other
+
+    def _like(self, operator: Any) -> "DiagonalTorchLinearOperator":
+        return DiagonalTorchLinearOperator(self._setting, operator)
+
+
+class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOperator):
+    """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
+
+    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
+
+    >>> import torch
+    >>> module = torch.nn.Linear(2, 3)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
+    """
+
+    _kind = ggn_jax.GGNDiagonalLinearOperator
+
+    @no_graph
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Params,
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        seed: int = SEED,
+        progress: bool = False,
+    ):
+        setting = Setting(model_func, loss_func, params, data, progress=progress)
+        super().__init__(setting, {"mc_samples": mc_samples, "seed": seed})
+
+    @staticmethod
+    def _options(given: dict[str, Any]) -> dict[str, Any]:
+        return sampling(**given)

@@ -14,8 +14,8 @@ What `to_jax` and `to_torch` guarantee:
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ import torch
 
 from torch_bridge._cuda import Readable, check_shared, copy_to_torch, order, refuse_capture, share_memory
 from torch_bridge._fork import check_not_forked
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SPINS = 1000  # some hundred microseconds
 OUR_MEMORY = share_memory()
@@ -69,8 +72,8 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     with jax_on(tensor.device):
         view = borrow(tensor)
         if isinstance(view, np.ndarray):
-            # NumPy's copy is safe from JAX, which may take CPU memory over as it is, and from later writes.
-            return jax.device_put(view.copy()).block_until_ready()
+            # It copies, where device_put may take CPU memory over as it is, and takes half of the time of both.
+            return jnp.array(view, copy=True).block_until_ready()
         copy = jnp.copy(view)
         order(copy)
         return copy
@@ -191,6 +194,23 @@ def wait_for(array: jax.Array) -> None:
         if array.is_ready():  # type: ignore[attr-defined]  # not in jax's annotations
             return
     array.block_until_ready()
+
+
+def no_graph(fn: Callable[P, R]) -> Callable[P, R]:
+    """A function that `torch.compile` leaves out of its graphs: JAX compiles it."""
+
+    @functools.wraps(fn)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # to ask earlier would import all of the compiler
+            reason = f"{fn.__qualname__} runs JAX: leave fullgraph=True out, or call it outside of torch.compile"
+            disabled: Callable[P, R] = torch.compiler.disable(fn, reason=reason)
+            return disabled(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    # The compiler counts how often it has compiled a code object: each function gets one of its own.
+    whole: Any = run
+    whole.__code__ = whole.__code__.replace(co_name=fn.__name__)
+    return run
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import torch_bridge.aten.activations
 import torch_bridge.aten.attention
+import torch_bridge.aten.dropout
 import torch_bridge.aten.elementwise
 import torch_bridge.aten.factories
 import torch_bridge.aten.fourier

@@ -1,7 +1,6 @@
 """Activation functions, with torch's derivatives where they have a corner."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from torch_bridge.aten.dtypes import align, as_dtype, widened
-from torch_bridge.aten.registry import NoIndices, aten
+from torch_bridge.aten.registry import aten
 
 # The names and defaults of arguments are those of the operators' schemas.
 
@@ -145,44 +144,6 @@ def _over_axis(fn: Any, x: Array, dim: int, dtype: Any) -> Array:
     # `_softmax` has a bool in the dtype's place: whether half precision becomes float32 on the way.
     x = x if dtype is None or isinstance(dtype, bool) else x.astype(dtype)
     return widened(fn)(x, axis=dim) if x.ndim else fn(x[None])[0]
-
-
-def _random(train: bool, p: float) -> bool:
-    return train and p > 0
-
-
-def _keep(x: Array, p: float, shape: Sequence[int], key: Array | None) -> Array:
-    """`x` times 0 with probability p, else times 1 / (1 - p); one draw for all along axes of length 1 in `shape`."""
-    if key is None:
-        raise NotImplementedError(
-            "it is random in training mode: convert with train=True and call model_fn(params, inputs, key=...), use"
-            " train=False, set its p to 0, or put it into evaluation mode yourself and pass train=None"
-        )
-    if p == 1:
-        return jnp.zeros_like(x)
-    return jnp.where(jax.random.bernoulli(key, 1 - p, tuple(shape)), x * (1 / (1 - p)), jnp.zeros((), x.dtype))
-
-
-@aten("dropout")
-def dropout(x: Array, p: float, train: bool, *, key: Array | None = None) -> Array:
-    return _keep(x, p, x.shape, key) if _random(train, p) else x
-
-
-@aten("native_dropout")
-def native_dropout(x: Array, p: float, train: bool | None, *, key: Array | None = None) -> tuple[Array, NoIndices]:
-    return dropout(x, p, train is not False, key=key), NoIndices("what a dropout keeps")
-
-
-@aten("feature_dropout")
-def feature_dropout(x: Array, p: float, train: bool, *, key: Array | None = None) -> Array:
-    return _keep(x, p, (*x.shape[:2], *[1] * (x.ndim - 2)), key) if _random(train, p) else x
-
-
-@aten("alpha_dropout", "feature_alpha_dropout")
-def alpha_dropout(x: Array, p: float, train: bool) -> Array:
-    if _random(train, p):
-        raise NotImplementedError("alpha dropout is not known here in training mode: put it into evaluation mode")
-    return x
 
 
 @aten("cosine_similarity")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from torch_bridge.aten.dropout import keep
 from torch_bridge.aten.dtypes import align, wide
 from torch_bridge.aten.registry import aten
 
@@ -21,13 +22,12 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dropout_key: Array | None = None,
 ) -> Array:
-    """`softmax(Q K^T scale + mask) V`; a query that may look at nothing gets zeros.
+    """`softmax(Q K^T scale + mask) V`, with dropout of the softmax; a query that may look at nothing gets zeros.
 
     `query` is `[..., heads, L, E]`, `key` and `value` `[..., heads, S, E]`, with fewer heads if `enable_gqa`.
     """
-    if dropout_p > 0:
-        raise NotImplementedError("its dropout is random in training mode: use train=False, or set its p to 0")
     if enable_gqa:
         key, value = (jnp.repeat(a, query.shape[-3] // a.shape[-3], axis=-3) for a in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -46,4 +46,5 @@ def attention(
     # Where all scores are minus infinity, softmax and its derivative would be NaN.
     nothing = jnp.all(scores == -jnp.inf, axis=-1, keepdims=True)
     weights = jnp.where(nothing, 0, jax.nn.softmax(jnp.where(nothing, 0, scores), axis=-1))
+    weights = keep(weights, dropout_p, True, weights.shape, dropout_key)
     return jnp.matmul(weights.astype(value.dtype), value)

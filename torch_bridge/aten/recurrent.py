@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from torch_bridge.aten.dropout import keep
 from torch_bridge.aten.linear import linear
 from torch_bridge.aten.registry import aten
 
@@ -67,9 +68,8 @@ def _layers(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
+    key: Array | None,
 ) -> tuple[Array, ...]:
-    if train and dropout > 0 and num_layers > 1:
-        raise NotImplementedError("its dropout is random in training mode: use train=False, or set its dropout to 0")
     batched = x.ndim == 3
     if not batched:
         x, states = x[:, None], [state[:, None] for state in states]
@@ -80,6 +80,8 @@ def _layers(
     weights: Iterator[Sequence[Array]] = iter([params[i : i + each] for i in range(0, len(params), each)])
     finals: list[State] = []
     for layer in range(num_layers):
+        if layer:
+            x = keep(x, dropout, train, x.shape, None if key is None else jax.random.fold_in(key, layer))
         outputs = []
         for direction in range(directions):
             state = tuple(s[layer * directions + direction] for s in states)
@@ -94,11 +96,13 @@ def _layers(
 
 
 def _recurrent(cell: Cell) -> Callable[..., tuple[Array, ...]]:
-    def run(x: Array, hidden: Any, params: Any, has_biases: Any, *rest: Any) -> tuple[Array, ...]:
+    def run(
+        x: Array, hidden: Any, params: Any, has_biases: Any, *rest: Any, dropout_key: Array | None = None
+    ) -> tuple[Array, ...]:
         if isinstance(has_biases, list | tuple):
             raise NotImplementedError("packed sequences are not known here: pad them, and mask the loss")
         states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
-        return _layers(cell, x, states, params, *rest)
+        return _layers(cell, x, states, params, *(*rest, dropout_key))
 
     return run
 
