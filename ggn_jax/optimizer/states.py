@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from ggn_jax._repr import fields
 from ggn_jax.optimizer.curvature import Curvature
 
+NEUTRAL = 1.0  # the slope ratio above which the damping rises
+
 
 class StepStatistics(NamedTuple):
     """What there is to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
@@ -46,7 +48,7 @@ class StepStatistics(NamedTuple):
         """Before the first step; each array its own buffer, as a state may be donated."""
         norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
         return cls(
-            norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, 1.0))
+            norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, NEUTRAL))
         )
 
     def __repr__(self) -> str:

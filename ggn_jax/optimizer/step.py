@@ -26,7 +26,7 @@ from ggn_jax.optimizer.curvature import Direction
 from ggn_jax.optimizer.defaults import AUTO, QUADRATIC, SLOPE, is_word
 from ggn_jax.optimizer.numbers import cast, combine, inner, tree_where, value_at, zeros_like
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
-from ggn_jax.optimizer.states import StepStatistics
+from ggn_jax.optimizer.states import NEUTRAL, StepStatistics
 
 USUAL_KL_CLIP = 1e-3
 FASTEST = 19 / 20  # by which damping falls in a step
@@ -146,7 +146,7 @@ class StepRule:
         """The step from a preconditioned gradient, and the last step."""
         wide = wide_dtype(grads)
         # The step is -a direction + m velocity.
-        slope_ratio = jnp.asarray(1.0)
+        slope_ratio = jnp.asarray(NEUTRAL)
         if self.quadratic:
             assert problem is not None
             free = [direction.entries, velocity] if is_word(self.momentum, QUADRATIC) else [direction.entries]
@@ -196,7 +196,7 @@ class StepRule:
         """The damping after a step, and the last ratio that Levenberg and Marquardt's rule saw."""
         least = jnp.asarray(self.min_damping).astype(damping.dtype)
         if self.follows_slope:
-            by = FASTEST ** -jnp.clip(4 * (made.slope_ratio - 1), -1, MOST_RAISES).astype(damping.dtype)
+            by = FASTEST ** -jnp.clip(4 * (made.slope_ratio - NEUTRAL), -1, MOST_RAISES).astype(damping.dtype)
             return jnp.where(moves, jnp.clip(damping * by, least, MOST_DAMPING), damping), ratio
         assert isinstance(self.adapt_damping, int)
         due = moves & ((count + 1) % self.adapt_damping == 0)
