@@ -80,10 +80,8 @@ def test_arithmetic_and_errors() -> None:
         ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES)
     with pytest.raises(TypeError, match="an objective has its losses"):
         ggn_jax.kfac(SUM, CE, 0.1, example_inputs=[x for x, _ in BATCHES])
-    with pytest.raises(TypeError, match="By name: an Objective holds its losses"):
+    with pytest.raises(TypeError, match="learning_rate by name"):
         ggn_jax.kfac(SUM, 0.1, example_inputs=[x for x, _ in BATCHES])
-    with pytest.raises(TypeError, match="learning_rate must be given"):
-        ggn_jax.kfac(SUM, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="example_inputs must be a list of 2"):
         ggn_jax.kfac(SUM, learning_rate=0.1, example_inputs=BATCHES[0][0])
 

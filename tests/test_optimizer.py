@@ -122,17 +122,27 @@ def test_kl_clip(bound: Any) -> None:
     make = partial(ggn_jax.kfac, mlp, CE, 0.5, example_inputs=batch[0])
     free, clipped = make(**PLAIN), make(**{**PLAIN, "kl_clip": bound})
     wanted, _ = jax.jit(free.update)(grads, free.init(params), params, batch=batch)
-    got, _ = jax.jit(clipped.update)(grads, clipped.init(params), params, batch=batch)
+    got, state = jax.jit(clipped.update)(grads, clipped.init(params), params, batch=batch)
     size = 0.5 * -float(ravel_pytree(wanted)[0] @ ravel_pytree(grads)[0])  # lr^2 d^T g
     most = 1e-3 if bound == "auto" else bound
     assert_close(got, jax.tree.map(lambda u: u * min(1, (most / size) ** 0.5), wanted), rtol=1e-6)
     assert (size > most) == (most < 1)
+    logged = clipped.statistics((state,))
+    norm = float(jnp.linalg.norm(ravel_pytree(got)[0]))
+    numbers = {"step": 1, "clipped": int(size > most), "kl": min(size, most), "step_norm": norm, "momentum": 0}
+    numbers |= {"learning_rate": 0.5 * min(1, (most / size) ** 0.5), "damping": 1e-3, "rejected": 0, "skipped": 0}
+    assert {name: float(x) for name, x in logged.items()} == pytest.approx(numbers, rel=1e-6)
 
 
 def test_quadratic_learning_rate_and_momentum() -> None:
     params, batches = mlp_params(), [batch_of(seed=5), batch_of(seed=6)]
     optimizer = ggn_jax.kfac(
-        mlp, CE, "quadratic", momentum="quadratic", example_inputs=batches[0][0], damping=0.2, fisher_type="type-2"
+        mlp,
+        CE,
+        example_inputs=batches[0][0],
+        damping=0.2,
+        fisher_type="type-2",
+        inverse_interval=10,  # the rest by the default rule
     )
     scale = ggn_jax.scale_by_kfac(mlp, CE, example_inputs=batches[0][0], damping=0.2, fisher_type="type-2")
     state, scale_state, last = optimizer.init(params), scale.init(params), None
@@ -144,10 +154,16 @@ def test_quadratic_learning_rate_and_momentum() -> None:
         columns = [ravel_pytree(direction)[0]] + ([] if last is None else [last])
         basis = np.stack([np.asarray(c) for c in columns], axis=1)
         matrix = dense_ggn(mlp, CE, params, batch) + float(np.float32(0.2)) * np.eye(len(basis))
-        coefficients = np.linalg.solve(basis.T @ matrix @ basis, -basis.T @ np.asarray(ravel_pytree(grads)[0]))
+        bend, slope = basis.T @ matrix @ basis, basis.T @ np.asarray(ravel_pytree(grads)[0])
+        coefficients = np.linalg.solve(bend, -slope)
         last = ravel_pytree(updates)[0]
         np.testing.assert_allclose(last, basis @ coefficients, rtol=1e-7, atol=1e-9)
         params = optax.apply_updates(params, updates)
+    # The last step, on the second batch: the slope at its end, against its curvature.
+    logged, ratio = optimizer.statistics(state), slope[1] / bend[1, 1]
+    assert float(logged["slope_ratio"]) == pytest.approx(ratio, rel=1e-6)
+    assert float(logged["damping"]) == pytest.approx(0.2 * (20 / 19) ** np.clip(4 * (ratio - 1), -1, 13), rel=1e-6)
+    assert float(logged["momentum"]) == pytest.approx(coefficients[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("rate", [0.01, 30.0])
@@ -178,6 +194,7 @@ def test_levenberg_marquardt(rate: float) -> None:
     bad = predicted >= 0 or achieved / predicted < 0.25
     assert (good, bad) == (rate < 1, rate > 1)
     assert float(state.curvature.damping) == pytest.approx(0.5 * (0.95**2 if good else 0.95**-2), rel=1e-5)
+    assert float(state.statistics.reduction_ratio) == pytest.approx(achieved / predicted if good else -np.inf, rel=1e-6)
 
 
 def test_ekfac_follows_the_operator() -> None:

@@ -188,7 +188,7 @@ def test_steps_without_an_inverse_are_counted() -> None:
 
 
 RATE = "learning_rate must be a finite number of at least 0, a function of the number of steps or 'quadratic'; got"
-MOMENTUM = "momentum must be a number of at least 0 and below 1, 'quadratic' or None; got"
+MOMENTUM = "momentum must be a number of at least 0 and below 1, 'quadratic', 'auto' or None; got"
 MASK = "weight_decay_mask must be a pytree of booleans like params"
 
 
@@ -197,7 +197,10 @@ MASK = "weight_decay_mask must be a pytree of booleans like params"
     [
         ({"learning_rate": "best"}, ValueError, f"{RATE} 'best'"),
         ({"learning_rate": True}, TypeError, f"{RATE} True"),
-        ({"learning_rate": None}, TypeError, "learning_rate must be given: a number"),
+        ({"learning_rate": None, "adapt_damping": None}, ValueError, "damping must be given with adapt_damping=None"),
+        ({"learning_rate": None, "damping": lambda t: 0.1, "adapt_damping": "slope"}, ValueError, "got a schedule"),
+        ({"adapt_damping": "slope"}, ValueError, "'slope' comes with learning_rate='quadratic' and momentum='quadr"),
+        ({"adapt_damping": "best"}, ValueError, "adapt_damping must be an integer of at least 1, 'slope', 'auto' or"),
         ({"learning_rate": -1.0}, ValueError, f"{RATE} -1.0"),
         ({"learning_rate": float("inf")}, ValueError, f"{RATE} inf"),
         ({"learning_rate": float("nan")}, ValueError, f"{RATE} nan"),

@@ -21,6 +21,7 @@ KFAC = ggn_jax.kfac(MODEL, LOSS, 0.1, example_inputs=X)
 OF = "4 arrays, 25 entries"
 AT = "loss=CrossEntropyLoss(), outputs=float32[8, 4]"
 
+LAST = "statistics=7 arrays, 7 entries"
 CASES: dict[str, Callable[[], Any]] = {
     "MSELoss()": ggn_jax.MSELoss,
     "CrossEntropyLoss(weight=float64[3], ignore_index=-1, class_axis=-1)": lambda: ggn_jax.CrossEntropyLoss(
@@ -41,7 +42,7 @@ CASES: dict[str, Callable[[], Any]] = {
         ggn_jax.HessianLinearOperator(*ARGS).damped(0.1)
     ),
     f"KFACLinearOperator(params={OF}, blocks=2)": lambda: ggn_jax.KFACLinearOperator(*ARGS, key=KEY),
-    f"KFACState(curvature=12 arrays, 86 entries, velocity={OF}, rejected=int32[])": lambda: KFAC.init(PARAMS),
+    f"KFACState(curvature=12 arrays, 86 entries, velocity={OF}, rejected=int32[], {LAST})": lambda: KFAC.init(PARAMS),
 }
 
 

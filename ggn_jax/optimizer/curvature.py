@@ -169,6 +169,14 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
 
 
+def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:
+    """All inverses made anew, from the averages and the damping as they are."""
+    first, known = jnp.asarray(False), jnp.asarray(True)
+    at_once = replace(settings, inverse_interval=1)
+    args = curvature.inverses, curvature.count, first, known, curvature.damping, at_once
+    return curvature._replace(inverses=renew(curvature.blocks, dtypes, *args))
+
+
 class Direction(NamedTuple):
     """A preconditioned gradient."""
 
@@ -184,6 +192,18 @@ def precondition(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> Direction:
     """The damped inverse times a gradient; 0 as long as no batch was seen."""
+    made, parts = precondition_stacks(curvature, stacks, settings, gradient)
+    finite = all_finite(made)
+    made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
+    slope = inner(made, [part.astype(x.dtype) for part, x in zip(parts, made, strict=True)])
+    made = [x[: stack.shape[0]] for stack, x in zip(stacks, made, strict=True)]
+    return Direction(write(stacks, structure(gradient), made), slope, finite)
+
+
+def precondition_stacks(
+    curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
+) -> tuple[list[Float[Array, "G ..."]], list[Float[Array, "G ..."]]]:
+    """The damped inverses times a gradient, and this gradient, of each stack; with the groups that fill up a mesh."""
     inverses = curvature.inverses
     if settings.keeps_spectra:
 
@@ -194,12 +214,7 @@ def precondition(
     spread = settings.spread
     # Each device multiplies with the inverses that it holds.
     parts = spread.place(spread.pad(read(stacks, gradient)))
-    made = products(inverses, parts)
-    finite = all_finite(made)
-    made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
-    slope = inner(made, [part.astype(x.dtype) for part, x in zip(parts, made, strict=True)])
-    made = [x[: stack.shape[0]] for stack, x in zip(stacks, made, strict=True)]
-    return Direction(write(stacks, structure(gradient), made), slope, finite)
+    return list(products(inverses, parts)), list(parts)
 
 
 @compiled

@@ -9,6 +9,9 @@ from jaxtyping import Array, PyTree
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Factors
+from ggn_jax.optimizer.diagnosis import Diagnoser, Diagnosis
+from ggn_jax.optimizer.states import statistics_of
+from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.summary import CurvatureReport, summarise
 
 
@@ -30,12 +33,12 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def make(cls, core: Core, init: Any, update: Any, needs_batch: bool) -> Self:
+    def make(cls, core: Core, init: Any, update: Any, rule: StepRule | None) -> Self:
         # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
-        init.made_of = update.made_of = core, needs_batch
+        init.made_of = update.made_of = core, rule, Diagnoser(core, rule)
         return cls(init, update)
 
-    def _made_of(self) -> tuple[Core, bool]:
+    def _made_of(self) -> tuple[Core, StepRule | None, Diagnoser]:
         found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
         if not found:
             raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")
@@ -46,9 +49,65 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         return self._made_of()[0]
 
     @property
+    def rule(self) -> StepRule | None:
+        """How steps are made; None for `scale_by_kfac`, which makes none."""
+        return self._made_of()[1]
+
+    @property
     def needs_batch(self) -> bool:
         """Whether updates look at the batch's loss, also where they are given its factors."""
-        return self._made_of()[1]
+        return self.rule is not None and self.rule.needs_batch
+
+    def statistics(self, state: Any) -> dict[str, Array]:
+        """What there is to log of the last step, as scalars by name; under `jit` as well as outside of it.
+
+        `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState` and `Curvature`), and for `kfac`
+        those of `StepStatistics`: `step_norm`, `kl`, `learning_rate`, `momentum` and `clipped`, and of
+        `reduction_ratio` and `slope_ratio` that which `adapt_damping` looks at. `state` is the optimizer's, however
+        wrapped. Nothing is computed: they are read from the state.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> sorted(optimizer.statistics(optimizer.init(params)))
+        ['clipped', 'damping', 'kl', 'learning_rate', 'momentum', 'rejected', 'skipped', 'step', 'step_norm']
+        """
+        return statistics_of(state, "" if self.rule is None else self.rule.ratio)
+
+    def diagnose(
+        self, state: Any, params: PyTree[Array], batch: Any, *, key: Any = None, full_params: Any = None
+    ) -> Diagnosis:
+        """Why a run is slow: a report to print, with numbers, findings with advice, and a small plot.
+
+        It looks at the damping against the blocks' eigenvalues, condition numbers, how far the inverses are from those
+        of the present averages, the shares of clipped and rejected steps, and what the step from here, with the
+        inverses and the momentum of the state, would do to the loss of `batch`: as predicted by the quadratic model,
+        and as it is. Neither the state nor the averages change. It takes as long as some steps with new inverses, the
+        first time compiles, and is called outside of `jit`: now and then, not at each step (that is `statistics`).
+
+        Args:
+            state: the optimizer's, however wrapped, after at least one step.
+            params: the parameters that the next gradient would be taken at.
+            batch: as for `update`; a batch that the last steps have not seen says more of small ones.
+            key: not needed, since nothing is drawn.
+            full_params: as for `update`.
+
+        Raises:
+            ValueError: for a state that has seen no batch.
+            TypeError: under `jit`, where there are no values.
+
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> optimizer = ggn_jax.kfac(model_fn, loss, 1e-4, example_inputs=batch[0])
+        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+        >>> state, key = optimizer.init(params), jax.random.key(0)
+        >>> _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=key)
+        >>> [found.name for found in optimizer.diagnose(state, params, batch).findings]
+        ['step-short']
+        """
+        del key
+        return self._made_of()[2](state, params, batch, full_params)
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
         """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""

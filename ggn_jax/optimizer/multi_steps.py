@@ -69,8 +69,9 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
         raise TypeError(f"optimizer must be made by kfac or scale_by_kfac; got {type(optimizer).__name__}.")
     if optimizer.needs_batch:
         raise NotImplementedError(
-            "multi_steps keeps no micro-batches, but learning_rate='quadratic' and adapt_damping look at the loss of"
-            " all of them: use a number or a schedule as learning_rate, and leave adapt_damping out."
+            "multi_steps keeps no micro-batches, but learning_rate='quadratic', which is what kfac takes where none is"
+            " given, and adapt_damping look at the loss of all of them: pass a number or a schedule as learning_rate,"
+            " and leave adapt_damping out."
         )
     every = check_count("every", every)
 
@@ -131,4 +132,4 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
 
-    return KFACTransformation.make(optimizer.core, init, on_mesh(update, like), needs_batch=False)
+    return KFACTransformation.make(optimizer.core, init, on_mesh(update, like), optimizer.rule)

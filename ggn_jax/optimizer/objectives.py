@@ -91,6 +91,7 @@ def core_of(model_fn: Any, loss: Any, *given: Any) -> Core:
         return Core(model_fn, loss, *given)
     if loss is not None:
         raise TypeError(
-            "an objective has its losses: pass kfac(objective, learning_rate=..., example_inputs=[...]), without loss."
+            "an objective has its losses: pass kfac(objective, learning_rate=..., example_inputs=[...]), without loss,"
+            " and learning_rate by name."
         )
     return ObjectiveCore(model_fn, *given)

@@ -59,21 +59,23 @@ def reduction_ratio(
 
     Minus infinity if an increase is predicted; 1/2, neither good nor bad, if nothing is, as for a step of no length.
     """
-
-    def value(params: PyTree[Array]) -> Array:
-        def of_one(one: Problem) -> Array:
-            found: Array = one.sum_over_chunks(
-                lambda terms_at, inputs, operand: terms_at(one.model_fn(params, inputs), operand).wide_loss_value()
-            )
-            return found
-
-        return _total(problem, of_one)
-
     moved = jax.tree.map(lambda p, s: p + s.astype(p.dtype), problem.params, step)
     predicted = model.change(c)
-    achieved = (value(moved) - value(problem.params)).astype(predicted.dtype)
+    achieved = (loss_at(problem, moved) - loss_at(problem, problem.params)).astype(predicted.dtype)
     ratio = achieved / jnp.where(predicted < 0, predicted, 1)
     return jnp.where(predicted == 0, 1 / 2, jnp.where((predicted < 0) & jnp.isfinite(ratio), ratio, -jnp.inf))
+
+
+def loss_at(problem: Problem | WeightedProblems, params: PyTree[Array]) -> Float[Array, ""]:
+    """The batch's loss, in at least float32."""
+
+    def of_one(one: Problem) -> Array:
+        found: Array = one.sum_over_chunks(
+            lambda terms_at, inputs, operand: terms_at(one.model_fn(params, inputs), operand).wide_loss_value()
+        )
+        return found
+
+    return _total(problem, of_one)
 
 
 def _total(problem: Problem | WeightedProblems, fn: Callable[[Problem], Array]) -> Array:

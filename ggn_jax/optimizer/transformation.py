@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, PyTree
 
 from ggn_jax._checks import Examples
 from ggn_jax._fusion import seal
-from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
@@ -21,50 +20,14 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
+from ggn_jax.optimizer.defaults import with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
+from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
-
-
-class ScaleByKFACState(NamedTuple):
-    """The state of `scale_by_kfac`: a pytree of arrays.
-
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
-    >>> int(state.rejected)
-    0
-    """
-
-    curvature: Curvature
-    rejected: Array
-    """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
-
-    def __repr__(self) -> str:
-        return fields(self, **self._asdict())
-
-
-class KFACState(NamedTuple):
-    """The state of `kfac`: a pytree of arrays.
-
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> state
-    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[])
-    """
-
-    curvature: Curvature
-    velocity: PyTree[Array]
-    """The last step without weight decay, in at least float32; None without momentum."""
-    rejected: Array
-    """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
-
-    def __repr__(self) -> str:
-        return fields(self, **self._asdict())
 
 
 def scale_by_kfac(
@@ -145,7 +108,7 @@ def scale_by_kfac(
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
 
     update = on_mesh(update, like)
-    return KFACTransformation.make(core, init, update, needs_batch=False)
+    return KFACTransformation.make(core, init, update, None)
 
 
 def kfac(
@@ -154,16 +117,16 @@ def kfac(
     learning_rate: Number | Schedule | Literal["quadratic"] | None = None,
     *,
     example_inputs: PyTree,
-    damping: Number | Schedule = 1e-3,
-    adapt_damping: int | None = None,
+    damping: Number | Schedule | Literal["auto"] = "auto",
+    adapt_damping: int | Literal["slope", "auto"] | None = "auto",
     min_damping: Number = 1e-5,
-    momentum: Number | Literal["quadratic"] | None = 0.9,
+    momentum: Number | Literal["quadratic", "auto"] | None = "auto",
     kl_clip: Number | Literal["auto"] | None = "auto",
     weight_decay: Number | Schedule = 0.0,
     weight_decay_mask: Any = None,
     decay: Number = 0.95,
     factor_interval: int = 1,
-    inverse_interval: int = 10,
+    inverse_interval: int | Literal["auto"] = "auto",
     staggered: bool = False,
     damping_method: DampingMethod = "heuristic",
     ekfac: bool = False,
@@ -206,9 +169,16 @@ def kfac(
     `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
     forward pass.
 
-    **What to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together; then
-    `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe; without
-    it, a learning rate of 0.1 diverges on most networks.
+    **Without a learning rate, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning
+    rate and the momentum from the quadratic model of each batch, a damping from 1 on that follows the slope at the end
+    of each step, and new inverses every 5 steps: `learning_rate="quadratic"`, `momentum="quadratic"`, `damping=1.0`,
+    `adapt_damping="slope"` and `inverse_interval=5`, of which each may be given. `update` then needs `batch` also where
+    it gets `factors`, and a step takes about two tangents of the model more.
+
+    **With one, what to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together;
+    then `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe;
+    without it, a learning rate of 0.1 diverges on most networks. `optimizer.diagnose(state, params, batch)` says what
+    slows a run, `optimizer.statistics(state)` is what to log.
 
     **Arguments:**
 
@@ -217,16 +187,22 @@ def kfac(
       Or an `Objective` in place of both, `kfac(objective, learning_rate=..., example_inputs=[...])`: then
       `example_inputs` and the batch of each update are lists, with inputs and a batch for each of its functions.
     - `learning_rate`: a number, a function of the number of steps, or `"quadratic"`: the minimum, along `d`, of the
-      quadratic model of the batch's loss with the exact GGN and the damping (Martens & Grosse 2015, section 6.4).
+      quadratic model of the batch's loss with the exact GGN and the damping (Martens & Grosse 2015, section 6.4). None,
+      the default, is `"quadratic"`, with other values for what is `"auto"`.
     - `example_inputs`: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
-    - `damping`: a number or a function of the number of steps.
+    - `damping`: a number or a function of the number of steps. `"auto"` is 1e-3, or 1 without a learning rate.
     - `adapt_damping`: every so many steps, compare the change of the batch's loss with the quadratic model's, and
       multiply the damping by `(19/20)^adapt_damping` where the ratio is above 3/4, or divide it where it is below 1/4
       (Levenberg-Marquardt; Martens & Grosse 2015, section 6.5); `damping` is then the first one, a number. Let
-      `inverse_interval` divide it, so that inverses know the new damping.
+      `inverse_interval` divide it, so that inverses know the new damping. Or `"slope"`, with quadratic momentum: at
+      each step, with the last step `v` and the gradient `g` and GGN of this batch, which has not seen that step,
+      `damping *= (20/19)^(min(max(4 (s - 1), -1), 13))` where `s = v^T g / v^T (GGN + damping I) v`, which is at hand:
+      it falls by a twentieth as long as steps do not overshoot by far, and rises by up to a factor of 2 where they do,
+      as with batches that are too small for their model to be trusted. `"auto"` is None; without a learning rate
+      `"slope"`, but 5 with another momentum, and None where `damping` is a function.
     - `min_damping`: what the adaptation does not go below: as the loss goes to 0, rounding and the draws need some.
     - `momentum`: a number below 1, None for none, or `"quadratic"`, with that learning rate: both from the quadratic
-      model (section 7).
+      model (section 7). `"auto"` is 0.9, or `"quadratic"` without a learning rate.
     - `kl_clip`: the bound on the quadratic model of the KL divergence; None for none. `"auto"` is 1e-3, or None with
       `learning_rate="quadratic"`, which bounds its steps itself.
     - `weight_decay`, `weight_decay_mask`: decoupled, as in `optax.adamw`; the mask is a pytree of booleans, perhaps one
@@ -234,6 +210,7 @@ def kfac(
     - `decay`: of the averages of the factors, which are bias-corrected.
     - `factor_interval`, `inverse_interval`: how many steps pass between new factors, and between new inverses; these
       are renewed after 1, 2, 4, 8, ... steps as well, below the first interval, since averages change fast at first.
+      An `inverse_interval` of `"auto"` is 10, or 5 without a learning rate.
       `staggered` renews a share of the inverses at each step but the first, which makes all, so that no other step
       takes longer than the rest.
     - `damping_method`: `"heuristic"` adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs
@@ -280,23 +257,17 @@ def kfac(
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     >>> params = optax.apply_updates(params, updates)
     """
-    if learning_rate is None:
-        hint = (
-            " By name: an Objective holds its losses." if isinstance(model_fn, Objective) and loss is not None else ""
-        )
-        raise TypeError(
-            f"learning_rate must be given: a number, a function of the number of steps, or 'quadratic'.{hint}"
-        )
-    given = locals()
-    rule = pick(StepRule, given)
+    given = with_defaults(locals())
+    rule, first_damping = pick(StepRule, given), given["damping"]
     core = core_of(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
 
     def init(params: PyTree[Array]) -> KFACState:
-        curvature = core.start(params, _first(damping))
+        curvature = core.start(params, _first(first_damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
-        velocity = None if momentum is None else wide_zeros_like(params)
-        return KFACState(curvature, velocity, core.placed(jnp.zeros((), jnp.int32), params))
+        velocity = None if rule.momentum is None else wide_zeros_like(params)
+        rejected, statistics = core.placed((jnp.zeros((), jnp.int32), StepStatistics.zero()), params)
+        return KFACState(curvature, velocity, rejected, statistics)
 
     def update(
         updates: PyTree[Array],
@@ -312,34 +283,37 @@ def kfac(
         del extra_args  # other transformations'
         if batch is None and rule.needs_batch:
             raise TypeError(
-                "update needs batch=(inputs, targets), also with factors, for learning_rate='quadratic' and"
-                " adapt_damping."
+                "update needs batch=(inputs, targets), also with factors, for learning_rate='quadratic', which is what"
+                " kfac takes where none is given, and for adapt_damping."
             )
-        wanted: Any = KFACState(_wanted(core, params), None if momentum is None else params, _COUNTER)
+        wanted: Any = KFACState(_wanted(core, params), None if rule.momentum is None else params, _COUNTER, _STATISTICS)
         state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
-        used = damping if adapt_damping is None else last.damping
+        used = first_damping if rule.adapt_damping is None else last.damping
         seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
-        step, final = rule.step(
+        made = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
-        fine = seen.usable & all_finite(final)
+        fine = seen.usable & all_finite(made.update)
         moves = seal(fine & seen.counts)
-        final = tree_where(moves, final, zeros_like(final))
+        final = tree_where(moves, made.update, zeros_like(made.update))
         velocity = state.velocity
         if velocity is not None:
-            velocity = jax.tree.map(lambda s, v: jnp.where(moves, s.astype(v.dtype), v), step, velocity)
-        curvature = seen.curvature
-        if adapt_damping is not None:
+            velocity = jax.tree.map(lambda s, v: jnp.where(moves, s.astype(v.dtype), v), made.velocity, velocity)
+        curvature, ratio = seen.curvature, state.statistics.reduction_ratio
+        if rule.adapt_damping is not None:
             assert seen.problem is not None
-            adapted = rule.new_damping(seen.problem, grads, final, curvature.damping, last.count, moves)
+            adapted, ratio = rule.new_damping(seen.problem, grads, made, curvature.damping, last.count, moves, ratio)
             curvature = curvature._replace(damping=adapted)
-        return final, KFACState(as_plain(curvature), velocity, state.rejected + (~fine).astype(jnp.int32))
+        statistics = made.statistics(state.statistics, moves, ratio)
+        rejected = state.rejected + (~fine).astype(jnp.int32)
+        return final, KFACState(as_plain(curvature), velocity, rejected, statistics)
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
-        return updates, KFACState(_sharding_of(state), None if momentum is None else params, NOT_SHARDED)
+        velocity = None if rule.momentum is None else params
+        return updates, KFACState(_sharding_of(state), velocity, NOT_SHARDED, NOT_SHARDED)
 
-    return KFACTransformation.make(core, init, on_mesh(update, like), rule.needs_batch)
+    return KFACTransformation.make(core, init, on_mesh(update, like), rule)
 
 
 def _sharding_of(state: Any) -> Any:
@@ -348,6 +322,7 @@ def _sharding_of(state: Any) -> Any:
 
 
 _COUNTER: Any = jax.ShapeDtypeStruct((), jnp.int32)
+_STATISTICS: Any = jax.eval_shape(StepStatistics.zero)
 
 
 def _first(damping: Number | Schedule) -> Array:

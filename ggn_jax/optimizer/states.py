@@ -1,0 +1,127 @@
+"""The states of `kfac` and `scale_by_kfac`, and what they say of a step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from ggn_jax._repr import fields
+from ggn_jax.optimizer.curvature import Curvature
+
+NEUTRAL = 1.0  # the slope ratio above which the damping rises
+
+
+class StepStatistics(NamedTuple):
+    """What there is to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
+
+    An update that is zero, because it was rejected or since every target is ignored, leaves them as they were.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+    >>> int(state.statistics.clipped)
+    0
+    """
+
+    step_norm: Float[Array, ""]
+    """The update's Euclidean norm, weight decay included."""
+    kl: Float[Array, ""]
+    """`learning_rate^2 d^T g`, clipping included: the squared length of the new part of the step, without momentum, in
+    the damped curvature, twice the quadratic model of the KL divergence; `kl_clip` bounds it."""
+    learning_rate: Float[Array, ""]
+    """What multiplied the preconditioned gradient `d`, clipping included."""
+    momentum: Float[Array, ""]
+    """What multiplied the last step; 0 without momentum."""
+    clipped: Int[Array, ""]
+    """How many of all steps so far `kl_clip` made shorter."""
+    reduction_ratio: Float[Array, ""]
+    """The decrease of the batch's loss divided by what the quadratic model predicted, when `adapt_damping` last
+    compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first time."""
+    slope_ratio: Float[Array, ""]
+    """`v^T g / v^T (GGN + damping I) v` with the last step `v` and the gradient and GGN of this batch, with
+    `adapt_damping="slope"`: below 0 where the last step could have been longer for this batch, at 1/2 where it has not
+    lowered its loss. 1, which leaves the damping as it is, before the second step."""
+
+    @classmethod
+    def zero(cls) -> "StepStatistics":
+        """Before the first step; each array its own buffer, as a state may be donated."""
+        norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
+        return cls(
+            norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, NEUTRAL))
+        )
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
+
+class ScaleByKFACState(NamedTuple):
+    """The state of `scale_by_kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
+    >>> int(state.rejected)
+    0
+    """
+
+    curvature: Curvature
+    rejected: Int[Array, ""]
+    """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
+
+class KFACState(NamedTuple):
+    """The state of `kfac`: a pytree of arrays.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+    >>> state
+    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[], statistics=7 arrays, 7 entries)
+    """
+
+    curvature: Curvature
+    velocity: PyTree[Array]
+    """The last step without weight decay, in at least float32; None without momentum."""
+    rejected: Int[Array, ""]
+    """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
+    statistics: StepStatistics
+    """What there is to log of the last step; `optimizer.statistics(state)` has it all as a dict."""
+
+    def __repr__(self) -> str:
+        return fields(self, **self._asdict())
+
+
+def find_state(state: Any) -> KFACState | ScaleByKFACState:
+    """The one state of `kfac` or `scale_by_kfac` in an optimizer's, however it is wrapped."""
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "state must be that of an optimizer with one kfac or scale_by_kfac, as its init returns it; got"
+            f" {type(state).__name__} with {len(found)} of them."
+        )
+    one: KFACState | ScaleByKFACState = found[0]
+    return one
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, KFACState | ScaleByKFACState)
+
+
+RATIOS = "reduction_ratio", "slope_ratio"
+
+
+def statistics_of(state: Any, ratio: str) -> dict[str, Array]:
+    """All scalars of a state by their names; of the ratios that damping is adapted by, the one that is used."""
+    found = find_state(state)
+    curvature = found.curvature
+    numbers: dict[str, Any] = {"step": curvature.count, "damping": curvature.damping}
+    if isinstance(found, KFACState):
+        numbers |= found.statistics._asdict()
+    numbers = {name: x for name, x in numbers.items() if name not in RATIOS or name == ratio}
+    numbers |= {"rejected": found.rejected, "skipped": curvature.skipped}
+    # Some libraries wrap each array of a state.
+    return {name: jax.tree.leaves(x)[0] for name, x in numbers.items()}
