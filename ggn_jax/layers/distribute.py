@@ -40,6 +40,7 @@ from ggn_jax.layers.weights import (
     GATHERS,
     MOVES,
     SELECTS,
+    UNSTACKS,
     Complex,
     Gated,
     Parts,
@@ -94,6 +95,10 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     if name in INLINED - CUSTOM_JVP:
         return _run(*open_jaxpr(inner_jaxpr(eqn)), values)
+    if name in UNSTACKS and isinstance(values[0], Weight):
+        slices, axis, size = jax.lax.index_in_dim, eqn.params["axis"], len(eqn.outvars)
+        apart = jax.make_jaxpr(lambda x: [slices(x, i, axis, keepdims=False) for i in range(size)])
+        return _run(*open_jaxpr(apart(values[0].value)), values)
     if are_weights(values):
         return of_weights(eqn, values)
     if is_by_row(eqn) and isinstance(values[1], Weight):

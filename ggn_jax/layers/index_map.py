@@ -257,6 +257,12 @@ def _split(entries: IndexMap, lead: int, params: dict[str, Any]) -> list[IndexMa
     return parts
 
 
+def _unstack(entries: IndexMap, lead: int, params: dict[str, Any]) -> list[IndexMap]:
+    axis, shape = params["axis"] + lead, entries.shape
+    sizes = {"axis": params["axis"], "sizes": [1] * shape[axis]}
+    return [piece.reshape(shape[:axis] + shape[axis + 1 :]) for piece in _split(entries, lead, sizes)]
+
+
 MOVES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[IndexMap]]] = {
     "reshape": _reshape,
     "squeeze": _squeeze,
@@ -265,6 +271,7 @@ MOVES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[Index
     "rev": _rev,
     "broadcast_in_dim": _broadcast_in_dim,
     "split": _split,
+    "unstack": _unstack,
     # Values may be rounded or moved to another device; which entries they come from stays.
     "convert_element_type": _identity,
     "copy": _identity,

@@ -13,6 +13,7 @@ ADDITIONS = frozenset({"add", "add_any"})
 DOTS = frozenset({"dot_general"})
 GATHERS = frozenset({"gather"})
 SELECTS = frozenset({"select_n"})
+UNSTACKS = frozenset({"unstack"})
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
 # Moves that act on the factors of an elementwise product alike.
