@@ -20,7 +20,7 @@ import ggn_jax
 
 NAMES = [name for name in FUNCTIONS if not name.startswith("vectors")]  # vectors have other tests
 CASES = [("images", name) for name in NAMES] + [("tokens", "kfac-mc-chunked")]
-ELSEWHERE = {*BY_DEFAULT.split()} - {"kfac", "losses"}  # by default these run inside of `shard_map`
+ELSEWHERE = {*BY_DEFAULT.split(), "kfac-type-2"} - {"kfac", "losses"}  # by default these run inside of `shard_map`
 DEFAULT = [case for case in CASES if case[1] not in ELSEWHERE]
 
 

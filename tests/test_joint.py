@@ -58,11 +58,11 @@ def value(outputs: Any, targets: Any = TARGETS, weights: Any = WEIGHTS) -> jax.A
 
 def output_hessian(outputs: Any, targets: Any) -> np.ndarray:
     flat, unravel = ravel_pytree(outputs)
-    return np.asarray(jax.hessian(lambda f: value(unravel(f), targets))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda f: value(unravel(f), targets)))(flat))
 
 
 def ggn_matrix() -> np.ndarray:
-    jacobian = np.asarray(jax.jacrev(lambda f: ravel_pytree(model_fn(UNRAVEL(f), X))[0])(FLAT))
+    jacobian = np.asarray(jax.jit(jax.jacrev(lambda f: ravel_pytree(model_fn(UNRAVEL(f), X))[0]))(FLAT))
     return jacobian.T @ output_hessian(OUTPUTS, TARGETS) @ jacobian
 
 
@@ -143,7 +143,7 @@ def test_products() -> None:
     ggn = ggn_jax.GGNLinearOperator(*ARGS, chunk_size=chunk_size)
     np.testing.assert_allclose(ggn.as_matrix(), GGN, atol=1e-12)
     hessian = ggn_jax.HessianLinearOperator(*ARGS, chunk_size=chunk_size)
-    want = jax.hessian(lambda f: value(model_fn(UNRAVEL(f), X)))(FLAT)
+    want = jax.jit(jax.hessian(lambda f: value(model_fn(UNRAVEL(f), X))))(FLAT)
     np.testing.assert_allclose(hessian.as_matrix(), want, atol=1e-12)
     for method in ("layers", "data"):
         diagonal = ggn_jax.GGNDiagonalLinearOperator(*ARGS, chunk_size=chunk_size, method=method)
@@ -177,7 +177,7 @@ def test_empirical_fisher() -> None:
         flags = optax.sigmoid_binary_cross_entropy(outputs["flag"], TARGETS["flag"])
         return jnp.concatenate([each, flags[:, None]], axis=1)
 
-    terms = np.asarray(jax.jacrev(losses)(FLAT))
+    terms = np.asarray(jax.jit(jax.jacrev(losses))(FLAT))
     rows = terms.sum(1)
     args = two, TWO, PARAMS, (X, TWO_TARGETS)
     np.testing.assert_allclose(ggn_jax.EFLinearOperator(*args).as_matrix(), rows.T @ rows, atol=1e-12)
@@ -255,7 +255,7 @@ def test_optimizer_and_report() -> None:
         last = params
         params, state, found, grads = step(params, state, key)
         values.append(float(found))
-    want = jax.grad(lambda p: value(model_fn(p, X)))(last)
+    want = jax.jit(jax.grad(lambda p: value(model_fn(p, X))))(last)
     np.testing.assert_allclose(ravel_pytree(grads)[0], ravel_pytree(want)[0], atol=1e-12)
     assert values[-1] < 0.7 * values[0]
 

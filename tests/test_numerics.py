@@ -1,6 +1,7 @@
 """Low precision and extreme logits, against 60-digit arithmetic; finite everywhere."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -256,9 +257,8 @@ def test_classes_without_mass_cost_nothing(smoothing: float) -> None:
 MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
 
 
-@pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize("first", MODES)
-def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
+def test_nothing_ignored_reaches_derivatives(first: str) -> None:
     """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
     rng = np.random.default_rng(0)
     clean, weight = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([1.0, 2.0, 0.5, 3.0])
@@ -271,11 +271,19 @@ def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
         "gradient": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "empirical")(f, y),
         "drawn": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "mc")(f, y, jax.random.key(0)),
     }
-    for name, fn in functions.items():
-        for inner in (0, 1):
-            derivative = MODES[first](fn, inner)
-            np.testing.assert_array_equal(derivative(dirty, weight), derivative(clean, weight), name)
-            assert jnp.isfinite(derivative(dirty, weight)).all()
-            for outer in (0, 1):
-                twice = jax.jit(MODES[second](derivative, outer))
-                np.testing.assert_allclose(twice(dirty, weight), twice(clean, weight), 1e-13, 1e-13, err_msg=name)
+
+    @jax.jit
+    def derivatives(f: jax.Array, w: jax.Array) -> dict[str, jax.Array]:
+        found = {}
+        for name, fn in functions.items():
+            for inner in (0, 1):
+                derivative = MODES[first](fn, inner)
+                found[f"{name}, {inner}"] = derivative(f, w)
+                for second, outer in itertools.product(MODES, (0, 1)):
+                    found[f"{name}, {inner}, then {second}, {outer}"] = MODES[second](derivative, outer)(f, w)
+        return found
+
+    got, want = derivatives(dirty, weight), derivatives(clean, weight)
+    for name in want:
+        assert jnp.isfinite(got[name]).all(), name
+        np.testing.assert_allclose(got[name], want[name], 1e-13, 1e-13, err_msg=name)

@@ -47,12 +47,15 @@ def dense(k: int, params: Any = PARAMS, full: bool = False) -> np.ndarray:
     def outputs(f: jax.Array) -> jax.Array:
         return term.model_fn(unravel(f), x)
 
-    if full:
-        return np.asarray(jax.hessian(lambda f: term.loss(outputs(f), y))(flat))
-    f = outputs(flat)
-    jacobian = np.asarray(jax.jacrev(outputs)(flat)).reshape(f.size, -1)
-    hessian = np.asarray(jax.hessian(lambda f: term.loss(f, y))(f)).reshape(f.size, f.size)
-    return jacobian.T @ hessian @ jacobian
+    @jax.jit
+    def matrix(flat: jax.Array) -> jax.Array:
+        if full:
+            return jax.hessian(lambda f: term.loss(outputs(f), y))(flat)
+        f = outputs(flat)
+        jacobian = jax.jacrev(outputs)(flat).reshape(f.size, -1)
+        return jacobian.T @ jax.hessian(lambda f: term.loss(f, y))(f).reshape(f.size, f.size) @ jacobian
+
+    return np.asarray(matrix(flat))
 
 
 GGN = dense(0) + 0.5 * dense(1)
@@ -186,7 +189,7 @@ def test_a_step(options: Any) -> None:
     state = scale.init(PARAMS)
     value, grads, factors = jax.jit(scale.value_and_grad_and_factors)(PARAMS, BATCHES, state)
     np.testing.assert_allclose(value, SUM(PARAMS, BATCHES), rtol=1e-13)
-    want = jax.grad(SUM)(PARAMS, BATCHES)
+    want = jax.jit(jax.grad(SUM))(PARAMS, BATCHES)
     np.testing.assert_allclose(ravel_pytree(grads)[0], ravel_pytree(want)[0], atol=1e-13)
     got, _ = scale.update(grads, state, PARAMS, factors=factors)
     kfac = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
@@ -200,7 +203,7 @@ def test_quadratic_model() -> None:
     """Its first step, along `d`, minimises the quadratic model with the whole GGN."""
     rule: Any = {"learning_rate": "quadratic", "momentum": None, "adapt_damping": 1}
     optimizer = ggn_jax.kfac(SUM, example_inputs=INPUTS, damping=0.1, fisher_type="type-2", **rule)
-    state, grads = optimizer.init(PARAMS), jax.grad(SUM)(PARAMS, BATCHES)
+    state, grads = optimizer.init(PARAMS), jax.jit(jax.grad(SUM))(PARAMS, BATCHES)
     step, state = optimizer.update(grads, state, PARAMS, batch=BATCHES)
     kfac = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
     d, g = (np.asarray(ravel_pytree(tree)[0]) for tree in (kfac.solve(grads, 0.1, "heuristic"), grads))

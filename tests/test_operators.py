@@ -130,15 +130,14 @@ def dropout(params: dict[str, jax.Array], inputs: tuple[jax.Array, jax.Array]) -
     return jnp.where(kept, 2 * hidden, 0) @ params["w2"]
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_keys_in_the_inputs(chunk_size: int | None) -> None:
+def test_keys_in_the_inputs() -> None:
     inputs = X, jax.random.split(jax.random.key(1), N)
     problem = Problem("dropout", dropout, MLP_PARAMS, inputs, CE_SUM.loss, CE_SUM.targets, torch.nn.CrossEntropyLoss)
-    assert_close(GGNLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ggn())
-    assert_close(HessianLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.hessian())
-    assert_close(EFLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ef("datum"))
+    assert_close(GGNLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ggn())
+    assert_close(HessianLinearOperator(*problem.args).as_matrix(), problem.hessian())
+    assert_close(EFLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ef("datum"))
     for method in ("layers", "data"):
-        diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=chunk_size, method=method)
+        diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=2, method=method)
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
 
@@ -192,8 +191,7 @@ def test_ggn_of_deep_linear_net_that_fits_is_hessian() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", ["mse", "ce", "bce"])
+@covering(1, name=["mse", "ce", "bce"], reduction=["mean", "sum"])
 def test_curvlinops(name: str, reduction: str) -> None:
     params = [normal("w1", 4, 3), normal("b1", 4), normal("w2", 3, 4), normal("b2", 3)]
     ours, torchs, targets = {
@@ -225,7 +223,11 @@ def test_curvlinops(name: str, reduction: str) -> None:
 # Monte Carlo. --------------------------------------------------------------------------------------------------------
 
 
-@every_problem
+# A plain one, one with ignored tokens, and a weight for each datum; `test_vectors.py` has the draws of all losses.
+drawn_problems = pytest.mark.parametrize("problem", [CE, PROBLEMS[2], PROBLEMS[5]], ids=lambda problem: problem.name)
+
+
+@drawn_problems
 def test_monte_carlo_draws(problem: Problem) -> None:
     """The same for every chunk size and for the diagonal; a function of the key."""
     key = jax.random.key(0)
@@ -250,7 +252,7 @@ def assert_unbiased(samples: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_array_less(np.abs(samples.mean(axis=0) - want), 6 * error + 1e-9)
 
 
-@every_problem
+@drawn_problems
 def test_monte_carlo_is_unbiased(problem: Problem) -> None:
     def matrix(key: jax.Array) -> jax.Array:
         return GGNLinearOperator(*problem.args, mc_samples=1, key=key).as_matrix()

@@ -97,7 +97,7 @@ def test_traced_constants_beside_them() -> None:
 def test_function_space_and_layers() -> None:
     """Also of a model that returns more than its outputs."""
     jacobian = ggn_jax.JacobianLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)
-    want = jax.jacobian(closed)(PARAMS, X)
+    want = jax.jit(jax.jacobian(closed))(PARAMS, X)
     rows = jnp.concatenate([leaf.reshape(2 * N, -1) for leaf in jax.tree.leaves(want)], axis=1)
     assert_close(jacobian.as_matrix(), rows)
     gram = ggn_jax.GramLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)

@@ -124,19 +124,17 @@ def range_of_products(case: Case) -> float:
 def test_monte_carlo(case: Case) -> None:
     """Means of a batch's draws; a datum's key gives the same labels alone, and only the reduction differs."""
     samples, size, bound = 2000, case.outputs[0].size, range_of_products(case)
-    key = jax.random.key(3)
 
     @jax.jit
     def run(f: jax.Array, y: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
-        many = make_batch_grad_output_fn(case.loss, "mc", mc_samples=samples)(f, y, jax.random.key(1))
+        vectors = make_batch_grad_output_fn(case.loss, "mc", mc_samples=samples)(f, y, key)
         if case.batched_only:
-            return (many,)
+            return (vectors,)
         keys = jax.random.split(key, N)
-        each = jax.vmap(make_grad_output_fn(case.loss, "mc", 2))(f, y, keys)
-        sample = ggn_jax.make_grad_output_sampler(case.loss)(f[0], 2, y[0], keys[0])
-        return many, make_batch_grad_output_fn(case.loss, "mc", 2)(f, y, key), each, sample
+        each = jax.vmap(make_grad_output_fn(case.loss, "mc", samples))(f, y, keys)
+        return vectors, each, ggn_jax.make_grad_output_sampler(case.loss)(f[0], samples, y[0], keys[0])
 
-    vectors, *few = map(np.asarray, run(case.outputs, case.targets, key))
+    vectors, *alone = map(np.asarray, run(case.outputs, case.targets, jax.random.key(1)))
     assert vectors.shape == (samples, *case.outputs.shape)
     g = vectors.reshape(samples, N, size) * np.sqrt(samples)
     assert_mean(np.einsum("sni,snj->snij", g, g), torch_blocks(case), bound)
@@ -145,11 +143,11 @@ def test_monte_carlo(case: Case) -> None:
     assert_mean(np.einsum("si,sj->sij", g[:, 0], g[:, -1]), np.zeros((size, size)), bound)
     if case.batched_only:
         return
-    batched, each, sample = few
+    each, sample = alone
     for n in range(N):
         r = reduction_factor(case, None) / (reduction_factor(case, n) or 1)
-        np.testing.assert_allclose(batched[:, n], each[n] * np.sqrt(r), **EXACT)
-    np.testing.assert_allclose(sample, each[0] * np.sqrt(2), **EXACT)
+        np.testing.assert_allclose(vectors[:, n], each[n] * np.sqrt(r), **EXACT)
+    np.testing.assert_allclose(sample, each[0] * np.sqrt(samples), **EXACT)
 
 
 @pytest.mark.parametrize("case", PER_DATUM)
