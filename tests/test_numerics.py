@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from designs import covering
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,9 +98,13 @@ def test_binary_cross_entropy_keeps_relative_accuracy(logit: float, dtype: str) 
     assert_relatively_close(np.asarray(sqrt, np.float64)[None] ** 2, want, dtype, 40)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize("loss", [MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__)
+@covering(
+    2,
+    loss=[MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()],
+    fisher_type=["type-2", "mc", "empirical"],
+    dtype=DTYPES,
+    ids=lambda x: None if isinstance(x, str) else type(x).__name__,
+)
 def test_extreme_outputs_are_finite(loss: ggn_jax.Loss, fisher_type: str, dtype: str) -> None:
     outputs = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]], dtype)
     targets = jnp.asarray([0, 1, 2]) if isinstance(loss, CrossEntropyLoss) else jnp.ones((3, 3), dtype)
