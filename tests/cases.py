@@ -12,6 +12,7 @@ from designs import SWEEP, cover
 import ggn_jax
 
 N = 4
+SWEPT = [pytest.mark.sweep]
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,19 @@ CORE, WIDE = _designs()
 
 def params(keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
     """The cases as pytest parameters."""
-    kept = [case for case in CASES if case.name in CORE | WIDE and keep(case)]
-    sweep = [pytest.mark.sweep]
-    return [pytest.param(case, id=case.name, marks=[] if case.name in CORE else sweep) for case in kept]
+    return _marked([case for case in CASES if case.name in CORE | WIDE and keep(case)], CORE)
+
+
+def drawn() -> list[Any]:
+    """Those for draws, which are compared with the same matrices: by default each value of an option is in one."""
+    names = [tuple(name.split("-")) for name in sorted(CORE)]
+    few = set().union(*(cover([name for name in names if name[0] == kind], 1) for kind in ("mse", "bce", "ce")))
+    few |= cover([name for name in names if {"ce", "mean", "weighted", "ignored"} <= {*name}], 1)
+    return _marked([case for case in CASES if case.name in CORE], {"-".join(name) for name in few})
+
+
+def _marked(cases: list[Case], by_default: set[str]) -> list[Any]:
+    return [pytest.param(case, id=case.name, marks=[] if case.name in by_default else SWEPT) for case in cases]
 
 
 ALL = params()

@@ -49,16 +49,11 @@ def names(value: Any) -> str | None:
     return value.name if isinstance(value, Problem) else None
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
-@every_problem
+@covering(1, problem=PROBLEMS, chunk_size=[3, None], ids=names)  # the Hessian has the other chunk size
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
-    if chunk_size is None:
-        assert_close(ggn.as_matrix(), problem.ggn())
-        return
-    product = ggn.mv(problem.vector)
-    assert jax.tree.structure(product) == jax.tree.structure(problem.params)
-    assert_close(flat(product), problem.ggn() @ flat(problem.vector))
+    assert_close(ggn.as_matrix(), problem.ggn())
+    assert jax.tree.structure(jax.eval_shape(ggn.mv, problem.vector)) == jax.tree.structure(problem.params)
 
 
 @pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 2])
@@ -85,8 +80,7 @@ def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
-@pytest.mark.parametrize("per", ["term", "datum"])
-@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], ids=names)
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "datum"], ids=names)
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -113,8 +107,7 @@ def test_ef_of_terms_and_of_data_differ() -> None:
     assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
 
 
-@pytest.mark.parametrize("method", ["layers", "data"])
-@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], ids=names)
+@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], method=["layers", "data"], ids=names)
 def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
     options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
@@ -327,7 +320,6 @@ def test_mixed_dtypes(name: str) -> None:
     assert_close(flat(product), reference @ flat(vector), 1e-5)
     assert_close(operator.as_matrix(), reference, 1e-5)
     assert_close(flat(operator.damped(DAMPING).mv(vector)), flat(product) + DAMPING * flat(vector), 1e-6)
-    assert_close(lx.diagonal(operator), np.diagonal(reference), 1e-5)
 
 
 # Errors. -------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,9 @@ def test_damped_inverse(name: str) -> None:
         np.testing.assert_allclose(trace, np.trace(dense_inverse), rtol=1e-10)
         np.testing.assert_allclose(norm, np.linalg.norm(dense_inverse), rtol=1e-10)
 
+    if name in ("a term is 0", "diagonal", "of different sizes"):
+        return  # the derivatives of the others are of the same kinds
+
     def ours(a: Any, b: Any, damping: Any) -> Any:
         found = split_inverses([Kronecker(tuple(a), tuple(b))], [damping])[0]
         return found.mv(m)[0].reshape(-1), found.logdets()[0]

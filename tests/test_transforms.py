@@ -95,7 +95,7 @@ def assert_close(got, want, tol: float) -> None:
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["ce-sequence", "bce"])  # `test_vectors.py` compiles and maps those of all losses
 def test_jit_and_vmap(name: str) -> None:
     """Compiled and mapped over, functions are what they are eagerly."""
     loss, outputs, targets = problem(name)
@@ -198,7 +198,7 @@ def test_export_with_a_symbolic_batch() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["ce-sequence", "mse"])
+@pytest.mark.parametrize("name", ["ce-sequence", "bce"])
 def test_sharded_batch_is_the_same(name: str) -> None:
     """Data parallel on two devices: the reduction and the draws are those of one device."""
     assert jax.device_count() >= 2
