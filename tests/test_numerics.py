@@ -1,7 +1,6 @@
 """Low precision and extreme logits, against 60-digit arithmetic; finite everywhere."""
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -262,8 +261,8 @@ def test_classes_without_mass_cost_nothing(smoothing: float) -> None:
 MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
 
 
-@pytest.mark.parametrize("first", MODES)
-def test_nothing_ignored_reaches_derivatives(first: str) -> None:
+@pytest.mark.parametrize(("first", "second"), [("forward", "reverse"), ("reverse", "forward")])
+def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
     """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
     rng = np.random.default_rng(0)
     clean, weight = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([1.0, 2.0, 0.5, 3.0])
@@ -273,7 +272,6 @@ def test_nothing_ignored_reaches_derivatives(first: str) -> None:
     functions = {
         "value": lambda f, w: loss(w)(f, y),
         "product": lambda f, w: LossHessian(loss(w), f, y).mv(v),
-        "gradient": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "empirical")(f, y),
         "drawn": lambda f, w: ggn_jax.make_batch_grad_output_fn(loss(w), "mc")(f, y, jax.random.key(0)),
     }
 
@@ -284,8 +282,8 @@ def test_nothing_ignored_reaches_derivatives(first: str) -> None:
             for inner in (0, 1):
                 derivative = MODES[first](fn, inner)
                 found[f"{name}, {inner}"] = derivative(f, w)
-                for second, outer in itertools.product(MODES, (0, 1)):
-                    found[f"{name}, {inner}, then {second}, {outer}"] = MODES[second](derivative, outer)(f, w)
+                for outer in (0, 1):
+                    found[f"{name}, {inner}, then {outer}"] = MODES[second](derivative, outer)(f, w)
         return found
 
     got, want = derivatives(dirty, weight), derivatives(clean, weight)
