@@ -18,7 +18,7 @@ Model = Callable[[Any, Any], jax.Array]
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float64) * 0.7
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) * 0.7)
 
 
 PARAMS = {
