@@ -41,7 +41,7 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """The whole grid of loss options and shapes."""
+    """More combinations of options, and of models."""
     install(session, "test")
     session.run("pytest", "-m", "sweep", *session.posargs, env=QUIET)
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from designs import cover
+from designs import SWEEP, cover
 
 import ggn_jax
 
 N = 4
+SWEPT = [pytest.mark.sweep]
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,42 @@ def _ce_case(reduction: str, shape: tuple[int, ...], weighted: bool, smoothing: 
 CASES = _mse() + _bce() + _ce()
 
 
-def _core() -> set[str]:
-    """The cases that run by default; the whole grid runs with `-m sweep`.
+def _designs() -> tuple[set[str], set[str]]:
+    """The cases that run by default, and those that `-m sweep` adds.
 
-    Any two options of a loss meet in one of them. The mean of the cross-entropy depends on weights and on what is
-    ignored at once: with both, every value of the other options is there.
+    Any two options of a loss meet in one of the first, any three in one of both. The mean of the cross-entropy depends
+    on weights and on what is ignored at once: with both, every value of the other options is there.
     """
     names = [tuple(case.name.split("-")) for case in CASES]
-    chosen = [cover([name for name in names if name[0] == kind], 2) for kind in ("mse", "bce", "ce")]
-    chosen.append(cover([name for name in names if {"ce", "mean", "weighted", "ignored"} <= {*name}], 1))
-    return {"-".join(map(str, name)) for names in chosen for name in names}
+    core, wide = set(), set()
+    for kind in ("mse", "bce", "ce"):
+        own = [name for name in names if name[0] == kind]
+        chosen = cover(own, 2)
+        if kind == "ce":
+            chosen |= cover([name for name in own if {"mean", "weighted", "ignored"} <= {*name}], 1)
+        core |= chosen
+        wide |= cover(own, SWEEP, chosen)
+    return {"-".join(name) for name in core}, {"-".join(name) for name in wide - core}
 
 
-CORE = _core()
+CORE, WIDE = _designs()
 
 
 def params(keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
     """The cases as pytest parameters."""
-    sweep = [pytest.mark.sweep]
-    return [pytest.param(case, id=case.name, marks=[] if case.name in CORE else sweep) for case in CASES if keep(case)]
+    return _marked([case for case in CASES if case.name in CORE | WIDE and keep(case)], CORE)
+
+
+def drawn() -> list[Any]:
+    """Those for draws, which are compared with the same matrices: by default each value of an option is in one."""
+    names = [tuple(name.split("-")) for name in sorted(CORE)]
+    few = set().union(*(cover([name for name in names if name[0] == kind], 1) for kind in ("mse", "bce", "ce")))
+    few |= cover([name for name in names if {"ce", "mean", "weighted", "ignored"} <= {*name}], 1)
+    return _marked([case for case in CASES if case.name in CORE], {"-".join(name) for name in few})
+
+
+def _marked(cases: list[Case], by_default: set[str]) -> list[Any]:
+    return [pytest.param(case, id=case.name, marks=[] if case.name in by_default else SWEPT) for case in cases]
 
 
 ALL = params()

@@ -7,23 +7,36 @@ from typing import Any
 
 import pytest
 
+SWEEP = 3  # so many values of different options meet in a test of the sweep
+
 
 def covering(strength: int, ids: Callable[[Any], str | None] | None = None, **values: Collection[Any]) -> Any:
-    """`pytest.mark.parametrize` over all combinations of values; most run with `-m sweep` only.
+    """`pytest.mark.parametrize` over combinations of values; most run with `-m sweep` only.
 
     By default there are enough for any values of `strength` arguments to meet in one test: with 1 every value is used,
-    with 2 every pair of values of two arguments. Bugs that need more options than that at a time are rare.
+    with 2 every pair of values of two arguments. Bugs that need more options than that at a time are rare. With the
+    sweep any three meet; no more than that is run.
     """
     places = list(product(*(range(len(each)) for each in values.values())))
-    chosen = cover(places, strength)
-    cases = [_marked(case, place in chosen) for place, case in zip(places, product(*values.values()), strict=True)]
-    return pytest.mark.parametrize(tuple(values), cases, ids=ids)
+    cases = dict(zip(places, product(*values.values()), strict=True))
+    chosen, swept = design(places, strength)
+    params = [_marked(cases[place], place in chosen) for place in places if place in chosen | swept]
+    return pytest.mark.parametrize(tuple(values), params, ids=ids)
 
 
 def thinned(cases: Sequence[tuple[Hashable, ...]], strength: int) -> list[Any]:
     """The same for cases which are not all combinations."""
+    chosen, swept = design(cases, strength)
+    return [_marked(case, case in chosen) for case in cases if case in chosen | swept]
+
+
+Cases = set[tuple[Hashable, ...]]
+
+
+def design(cases: Sequence[tuple[Hashable, ...]], strength: int) -> tuple[Cases, Cases]:
+    """What runs by default, and what the sweep adds so that any `SWEEP` values meet, that meet in one of the cases."""
     chosen = cover(cases, strength)
-    return [_marked(case, case in chosen) for case in cases]
+    return chosen, cover(cases, min(SWEEP, len(cases[0])), chosen) - chosen
 
 
 def swept(cases: Sequence[tuple[Hashable, ...]], by_default: Collection[tuple[Hashable, ...]]) -> list[Any]:
@@ -37,15 +50,20 @@ def _marked(case: tuple[Any, ...], by_default: bool) -> Any:
     return pytest.param(*case, marks=[] if by_default else [pytest.mark.sweep])
 
 
-def cover(cases: Sequence[tuple[Hashable, ...]], strength: int) -> set[tuple[Hashable, ...]]:
-    """Some of the cases, which hold any `strength` values at their places that one of all cases holds."""
-    return min((_greedily(cases, strength, evenly) for evenly in (True, False)), key=len)
+def cover(
+    cases: Sequence[tuple[Hashable, ...]], strength: int, start: Collection[tuple[Hashable, ...]] = ()
+) -> set[tuple[Hashable, ...]]:
+    """Some of the cases, `start` among them, which hold any `strength` values at their places that one case holds."""
+    return min((_greedily(cases, strength, evenly, start) for evenly in (True, False)), key=len)
 
 
-def _greedily(cases: Sequence[tuple[Hashable, ...]], strength: int, evenly: bool) -> set[tuple[Hashable, ...]]:
+def _greedily(
+    cases: Sequence[tuple[Hashable, ...]], strength: int, evenly: bool, start: Collection[tuple[Hashable, ...]]
+) -> set[tuple[Hashable, ...]]:
     """Always the case with most of what is missing; among those, evenly, that of the values used least."""
     held = {case: set(combinations(enumerate(case), strength)) for case in cases}
-    missing, chosen = set().union(*held.values()), set()
+    chosen = set(start)
+    missing = set().union(*held.values()) - set().union(*(held[case] for case in start))
     uses: Counter[tuple[int, Hashable]] = Counter()
 
     def gain(case: tuple[Hashable, ...]) -> tuple[int, int]:

@@ -23,12 +23,14 @@ def test_values_are_used_evenly() -> None:
     assert cover(list(product(range(4), range(2))), 1) == {(0, 0), (1, 1), (2, 0), (3, 1)}
 
 
-def test_all_cases_are_run_by_someone() -> None:
-    cases = list(product(range(3), range(2), range(2)))
+def test_the_sweep_adds_what_pairs_do_not_show() -> None:
+    cases = list(product(range(3), range(2), range(2), range(3), range(2)))
     params = thinned(cases, 2)
-    assert [param.values for param in params] == cases
     assert {param.values for param in params if not param.marks} == cover(cases, 2)
     assert all(mark.name == "sweep" for param in params for mark in param.marks)
+    held = {meeting for param in params for meeting in combinations(enumerate(param.values), 3)}
+    assert held == {meeting for case in cases for meeting in combinations(enumerate(case), 3)}
+    assert len(params) < len(cases) / 2
 
 
 def test_the_means_of_weighted_and_ignored_labels_are_among_the_losses() -> None:

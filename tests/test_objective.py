@@ -1,6 +1,7 @@
 """Sums of functions of the same parameters: against dense sums by automatic differentiation, in float64."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -47,15 +48,20 @@ def dense(k: int, params: Any = PARAMS, full: bool = False) -> np.ndarray:
     def outputs(f: jax.Array) -> jax.Array:
         return term.model_fn(unravel(f), x)
 
-    if full:
-        return np.asarray(jax.hessian(lambda f: term.loss(outputs(f), y))(flat))
-    f = outputs(flat)
-    jacobian = np.asarray(jax.jacrev(outputs)(flat)).reshape(f.size, -1)
-    hessian = np.asarray(jax.hessian(lambda f: term.loss(f, y))(f)).reshape(f.size, f.size)
-    return jacobian.T @ hessian @ jacobian
+    @jax.jit
+    def matrix(flat: jax.Array) -> jax.Array:
+        if full:
+            return jax.hessian(lambda f: term.loss(outputs(f), y))(flat)
+        f = outputs(flat)
+        jacobian = jax.jacrev(outputs)(flat).reshape(f.size, -1)
+        return jacobian.T @ jax.hessian(lambda f: term.loss(f, y))(f).reshape(f.size, f.size) @ jacobian
+
+    return np.asarray(matrix(flat))
 
 
-GGN = dense(0) + 0.5 * dense(1)
+@cache
+def ggn_matrix() -> np.ndarray:
+    return dense(0) + 0.5 * dense(1)
 
 
 def test_arithmetic_and_errors() -> None:
@@ -90,13 +96,13 @@ def test_products() -> None:
     ggn = ggn_jax.GGNLinearOperator.from_objective(SUM, PARAMS, BATCHES)
     assert isinstance(ggn, ggn_jax.WeightedSumLinearOperator)
     assert lx.is_positive_semidefinite(ggn.damped(0.1))
-    np.testing.assert_allclose(ggn.as_matrix(), GGN, atol=1e-12)
-    np.testing.assert_allclose(lx.linearise(ggn).as_matrix(), GGN, atol=1e-12)
+    np.testing.assert_allclose(ggn.as_matrix(), ggn_matrix(), atol=1e-12)
+    np.testing.assert_allclose(lx.linearise(ggn).as_matrix(), ggn_matrix(), atol=1e-12)
     hessian = ggn_jax.HessianLinearOperator.from_objective(SUM, PARAMS, BATCHES, chunk_size=3)
     np.testing.assert_allclose(hessian.as_matrix(), dense(0, full=True) + 0.5 * dense(1, full=True), atol=1e-12)
     assert not lx.is_positive_semidefinite(hessian)
     diagonal = ggn_jax.GGNDiagonalLinearOperator.from_objective(SUM, PARAMS, BATCHES)
-    np.testing.assert_allclose(ravel_pytree(diagonal.entries)[0], np.diag(GGN), atol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(diagonal.entries)[0], np.diag(ggn_matrix()), atol=1e-12)
     parts = [ggn_jax.EFLinearOperator(t.model_fn, t.loss, PARAMS, b) for t, b in zip(SUM.terms, BATCHES, strict=True)]
     want = parts[0].as_matrix() + 0.5 * parts[1].as_matrix()
     np.testing.assert_allclose(
@@ -125,7 +131,7 @@ def test_kfac_is_the_sum(bias: Any) -> None:
     total = alone[0] + 0.5 * alone[1]
     for names in (("b", "w"), ("v",), ("u",)):
         np.testing.assert_allclose(blocks_of(matrix, names), blocks_of(total, names), atol=1e-13)
-    np.testing.assert_allclose(blocks_of(matrix, ("c",)), blocks_of(GGN, ("c",)), atol=1e-13)
+    np.testing.assert_allclose(blocks_of(matrix, ("c",)), blocks_of(ggn_matrix(), ("c",)), atol=1e-13)
     assert "2 terms" in str(ggn_jax.kfac(SUM, learning_rate=0.1, example_inputs=[x for x, _ in BATCHES]).report(PARAMS))
     vector = UNRAVEL(normal(len(FLAT)))
     want = np.linalg.solve(matrix + 0.1 * np.eye(len(FLAT)), ravel_pytree(vector)[0])
@@ -154,7 +160,7 @@ def test_a_weight_of_0_and_ignored_targets() -> None:
 def test_ekfac_has_the_whole_diagonal_in_its_bases() -> None:
     """So its trace is the GGN's, and in the bases of one function's own it is the sum of both."""
     ekfac = ggn_jax.EKFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2", chunk_size=3)
-    np.testing.assert_allclose(ekfac.trace(), np.trace(GGN), rtol=1e-12)
+    np.testing.assert_allclose(ekfac.trace(), np.trace(ggn_matrix()), rtol=1e-12)
 
 
 def test_forward_only_and_draws() -> None:
@@ -184,7 +190,7 @@ def test_a_step(options: Any) -> None:
     state = scale.init(PARAMS)
     value, grads, factors = jax.jit(scale.value_and_grad_and_factors)(PARAMS, BATCHES, state)
     np.testing.assert_allclose(value, SUM(PARAMS, BATCHES), rtol=1e-13)
-    want = jax.grad(SUM)(PARAMS, BATCHES)
+    want = jax.jit(jax.grad(SUM))(PARAMS, BATCHES)
     np.testing.assert_allclose(ravel_pytree(grads)[0], ravel_pytree(want)[0], atol=1e-13)
     got, _ = scale.update(grads, state, PARAMS, factors=factors)
     kfac = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
@@ -198,11 +204,11 @@ def test_quadratic_model() -> None:
     """Its first step, along `d`, minimises the quadratic model with the whole GGN."""
     rule: Any = {"learning_rate": "quadratic", "momentum": None, "adapt_damping": 1}
     optimizer = ggn_jax.kfac(SUM, example_inputs=INPUTS, damping=0.1, fisher_type="type-2", **rule)
-    state, grads = optimizer.init(PARAMS), jax.grad(SUM)(PARAMS, BATCHES)
+    state, grads = optimizer.init(PARAMS), jax.jit(jax.grad(SUM))(PARAMS, BATCHES)
     step, state = optimizer.update(grads, state, PARAMS, batch=BATCHES)
     kfac = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
     d, g = (np.asarray(ravel_pytree(tree)[0]) for tree in (kfac.solve(grads, 0.1, "heuristic"), grads))
-    want = -d * (g @ d) / (d @ (GGN + 0.1 * np.eye(len(d))) @ d)
+    want = -d * (g @ d) / (d @ (ggn_matrix() + 0.1 * np.eye(len(d))) @ d)
     np.testing.assert_allclose(ravel_pytree(step)[0], want, rtol=1e-6)
     assert state.curvature.damping < 0.1  # the decrease is about as predicted
 

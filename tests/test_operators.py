@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import pytest
 import torch
@@ -49,16 +48,11 @@ def names(value: Any) -> str | None:
     return value.name if isinstance(value, Problem) else None
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
-@every_problem
+@covering(1, problem=PROBLEMS, chunk_size=[3, None], ids=names)  # the Hessian has the other chunk size
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
-    if chunk_size is None:
-        assert_close(ggn.as_matrix(), problem.ggn())
-        return
-    product = ggn.mv(problem.vector)
-    assert jax.tree.structure(product) == jax.tree.structure(problem.params)
-    assert_close(flat(product), problem.ggn() @ flat(problem.vector))
+    assert_close(ggn.as_matrix(), problem.ggn())
+    assert jax.tree.structure(jax.eval_shape(ggn.mv, problem.vector)) == jax.tree.structure(problem.params)
 
 
 @pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 2])
@@ -85,8 +79,7 @@ def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
-@pytest.mark.parametrize("per", ["term", "datum"])
-@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], ids=names)
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "datum"], ids=names)
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -113,8 +106,7 @@ def test_ef_of_terms_and_of_data_differ() -> None:
     assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
 
 
-@pytest.mark.parametrize("method", ["layers", "data"])
-@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], ids=names)
+@covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], method=["layers", "data"], ids=names)
 def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
     options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
@@ -130,15 +122,14 @@ def dropout(params: dict[str, jax.Array], inputs: tuple[jax.Array, jax.Array]) -
     return jnp.where(kept, 2 * hidden, 0) @ params["w2"]
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_keys_in_the_inputs(chunk_size: int | None) -> None:
+def test_keys_in_the_inputs() -> None:
     inputs = X, jax.random.split(jax.random.key(1), N)
     problem = Problem("dropout", dropout, MLP_PARAMS, inputs, CE_SUM.loss, CE_SUM.targets, torch.nn.CrossEntropyLoss)
-    assert_close(GGNLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ggn())
-    assert_close(HessianLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.hessian())
-    assert_close(EFLinearOperator(*problem.args, chunk_size=chunk_size).as_matrix(), problem.ef("datum"))
+    assert_close(GGNLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ggn())
+    assert_close(HessianLinearOperator(*problem.args).as_matrix(), problem.hessian())
+    assert_close(EFLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ef("datum"))
     for method in ("layers", "data"):
-        diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=chunk_size, method=method)
+        diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=2, method=method)
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
 
@@ -192,8 +183,7 @@ def test_ggn_of_deep_linear_net_that_fits_is_hessian() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", ["mse", "ce", "bce"])
+@covering(1, name=["mse", "ce", "bce"], reduction=["mean", "sum"])
 def test_curvlinops(name: str, reduction: str) -> None:
     params = [normal("w1", 4, 3), normal("b1", 4), normal("w2", 3, 4), normal("b2", 3)]
     ours, torchs, targets = {
@@ -225,7 +215,11 @@ def test_curvlinops(name: str, reduction: str) -> None:
 # Monte Carlo. --------------------------------------------------------------------------------------------------------
 
 
-@every_problem
+# A plain one, one with ignored tokens, and a weight for each datum; `test_vectors.py` has the draws of all losses.
+drawn_problems = pytest.mark.parametrize("problem", [CE, PROBLEMS[2], PROBLEMS[5]], ids=lambda problem: problem.name)
+
+
+@drawn_problems
 def test_monte_carlo_draws(problem: Problem) -> None:
     """The same for every chunk size and for the diagonal; a function of the key."""
     key = jax.random.key(0)
@@ -250,7 +244,7 @@ def assert_unbiased(samples: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_array_less(np.abs(samples.mean(axis=0) - want), 6 * error + 1e-9)
 
 
-@every_problem
+@drawn_problems
 def test_monte_carlo_is_unbiased(problem: Problem) -> None:
     def matrix(key: jax.Array) -> jax.Array:
         return GGNLinearOperator(*problem.args, mc_samples=1, key=key).as_matrix()
@@ -325,7 +319,6 @@ def test_mixed_dtypes(name: str) -> None:
     assert_close(flat(product), reference @ flat(vector), 1e-5)
     assert_close(operator.as_matrix(), reference, 1e-5)
     assert_close(flat(operator.damped(DAMPING).mv(vector)), flat(product) + DAMPING * flat(vector), 1e-6)
-    assert_close(lx.diagonal(operator), np.diagonal(reference), 1e-5)
 
 
 # Errors. -------------------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_constructed_under_jit_with_constant_targets() -> None:
 
 
 @covering(
-    2,
+    1,
     cls=[GGNLinearOperator, EFLinearOperator],
     solver=[lx.CG(rtol=1e-10, atol=1e-10), lx.Cholesky()],
     chunk_size=[None, 2],
@@ -349,7 +349,7 @@ def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
 # Tracing. ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "chunk_size"), [*((name, 2) for name in FACTORIES), ("ggn", None), ("ef", None)])
+@pytest.mark.parametrize(("name", "chunk_size"), [("mc", 2), ("ef", None), ("hessian", 2), ("diagonal", 2)])
 def test_nothing_is_traced_anew(name: str, chunk_size: int | None) -> None:
     """A training loop makes a new operator each step, with values of the same shapes."""
     traces = 0

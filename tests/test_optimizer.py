@@ -115,23 +115,28 @@ def test_averages_heuristic_damping_momentum_decay_and_schedules() -> None:
     assert int(state.curvature.count) == 3
 
 
-@pytest.mark.parametrize("bound", [1e-4, 1e3, "auto"])
-def test_kl_clip(bound: Any) -> None:
+def test_kl_clip() -> None:
     params, batch = mlp_params(), batch_of()
     grads = gradient(mlp, CE, params, batch)
     make = partial(ggn_jax.kfac, mlp, CE, 0.5, example_inputs=batch[0])
-    free, clipped = make(**PLAIN), make(**{**PLAIN, "kl_clip": bound})
-    wanted, _ = jax.jit(free.update)(grads, free.init(params), params, batch=batch)
-    got, state = jax.jit(clipped.update)(grads, clipped.init(params), params, batch=batch)
+    bounds = [1e-4, 1e3, "auto"]
+
+    @jax.jit
+    def updates(params: Any, grads: Any) -> list[Any]:
+        made = [make(**{**PLAIN, "kl_clip": bound}) for bound in (None, *bounds)]
+        return [one.update(grads, one.init(params), params, batch=batch) for one in made]
+
+    (wanted, _), *clipped = updates(params, grads)
     size = 0.5 * -float(ravel_pytree(wanted)[0] @ ravel_pytree(grads)[0])  # lr^2 d^T g
-    most = 1e-3 if bound == "auto" else bound
-    assert_close(got, jax.tree.map(lambda u: u * min(1, (most / size) ** 0.5), wanted), rtol=1e-6)
-    assert (size > most) == (most < 1)
-    logged = clipped.statistics((state,))
-    norm = float(jnp.linalg.norm(ravel_pytree(got)[0]))
-    numbers = {"step": 1, "clipped": int(size > most), "kl": min(size, most), "step_norm": norm, "momentum": 0}
-    numbers |= {"learning_rate": 0.5 * min(1, (most / size) ** 0.5), "damping": 1e-3, "rejected": 0, "skipped": 0}
-    assert {name: float(x) for name, x in logged.items()} == pytest.approx(numbers, rel=1e-6)
+    for bound, (got, state) in zip(bounds, clipped, strict=True):
+        most: Any = 1e-3 if bound == "auto" else bound
+        assert_close(got, jax.tree.map(lambda u, most=most: u * min(1, (most / size) ** 0.5), wanted), rtol=1e-6)
+        assert (size > most) == (most < 1)
+        logged = make(**PLAIN).statistics((state,))
+        norm = float(jnp.linalg.norm(ravel_pytree(got)[0]))
+        numbers = {"step": 1, "clipped": int(size > most), "kl": min(size, most), "step_norm": norm, "momentum": 0}
+        numbers |= {"learning_rate": 0.5 * min(1, (most / size) ** 0.5), "damping": 1e-3, "rejected": 0, "skipped": 0}
+        assert {name: float(x) for name, x in logged.items()} == pytest.approx(numbers, rel=1e-6)
 
 
 def test_quadratic_learning_rate_and_momentum() -> None:
@@ -276,6 +281,7 @@ def test_staggered_inverses_are_all_renewed_in_turn() -> None:
     assert renewed[1] == renewed[3] != renewed[2]
 
 
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(st.lists(st.integers(0, 10**6), max_size=12), st.integers(1, 6))
 def test_turns_hold_everything_once(costs: list[int], turns: int) -> None:
     found = take_turns(costs, turns)
@@ -309,7 +315,7 @@ def test_one_pass_equals_two(ekfac: bool) -> None:
     update = jax.jit(optimizer.update)
     _, state = update(params, state, params, batch=batch, key=KEY)  # bases, for EKFAC
     value, grads, factors = jax.jit(optimizer.value_and_grad_and_factors)(params, batch, state, key=KEY)
-    wanted = jax.value_and_grad(partial(objective, embedding_model, loss))(params, batch)
+    wanted = jax.jit(jax.value_and_grad(partial(objective, embedding_model, loss)))(params, batch)
     assert_close((value, grads), wanted)
     assert_close(factors, optimizer.factors(params, batch, state, key=KEY))
     updates = update(grads, state, params, batch=batch, key=KEY)
@@ -382,7 +388,8 @@ def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> 
     make = partial(ggn_jax.kfac, mlp, CE, 0.1, damping=0.1, example_inputs=batch[0], **options)
     wanted = run(make(), mlp_params(), batch)
     assert_close(run(make(mesh=mesh), params, sharded), wanted, 1e-8)
-    assert_close(run(make(), params, sharded), wanted, 1e-8)
+    if not options:
+        assert_close(run(make(), params, sharded), wanted, 1e-8)
 
 
 def test_each_device_factorises_its_share() -> None:

@@ -13,7 +13,7 @@ from test_vectors import gram
 import ggn_jax
 from ggn_jax import LossHessian, make_batch_grad_output_fn, make_grad_output_fn
 
-FEW = hypothesis.settings(max_examples=20)  # each is compiled anew
+FEW = hypothesis.settings(max_examples=10)  # each is compiled anew
 shapes = st.lists(st.integers(1, 3), min_size=0, max_size=3).map(tuple)
 reductions = st.sampled_from(["mean", "sum"])
 

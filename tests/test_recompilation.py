@@ -48,7 +48,9 @@ def diagonal(i: int) -> None:
 def blocks(cls: Any, i: int) -> None:
     operator = cls(*ARGS, fisher_type="type-2")
     damping = 0.1 + i
-    for one in (operator, operator.damped(damping), operator.damped(DAMPINGS), 2 * operator, operator + operator):
+    made = [operator, operator.damped(damping), operator.damped(DAMPINGS)]
+    made += [2 * operator, operator + operator] if cls is ggn_jax.KFACLinearOperator else []
+    for one in made:
         one.mv(PARAMS)
         one.as_matrix()
         one.trace()

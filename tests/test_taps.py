@@ -18,7 +18,7 @@ Model = Callable[[Any, Any], jax.Array]
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float64) * 0.7
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) * 0.7)
 
 
 PARAMS = {
@@ -60,12 +60,11 @@ def unrolled(params: Any, inputs: Any) -> jax.Array:
 @pytest.mark.parametrize(
     "options",
     [
-        {"fisher_type": "mc", "mc_samples": 2, "key": KEY},
         {"fisher_type": "type-2", "key": KEY, "chunk_size": 2, "vector_chunk_size": 2, "mask": MASK},
         {"fisher_type": "empirical", "sharing": "reduce", "bias": "separate", "mask": MASK},
-        {"fisher_type": "mc", "key": KEY, "max_dense_size": 3, "block_size": 2},
+        {"fisher_type": "mc", "mc_samples": 2, "key": KEY, "max_dense_size": 3, "block_size": 2},
     ],
-    ids=["mc", "type-2", "reduce", "cut"],
+    ids=["type-2", "reduce", "cut"],
 )
 def test_loops_change_no_block(options: dict[str, Any]) -> None:
     matrices = [KFACLinearOperator(fn, CE, PARAMS, BATCH, **options).as_matrix() for fn in (looped, unrolled)]
@@ -98,7 +97,7 @@ def test_one_pass_of_an_optimizer(options: dict[str, Any]) -> None:
     state = optimizer.init(PARAMS)
     batch = (*BATCH, MASK)
     value, grads, factors = optimizer.value_and_grad_and_factors(PARAMS, batch, state, key=KEY)
-    wanted = jax.value_and_grad(lambda params: CE(looped(params, BATCH[0]), BATCH[1]))(PARAMS)
+    wanted = jax.jit(jax.value_and_grad(lambda params: CE(looped(params, BATCH[0]), BATCH[1])))(PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), (value, grads), wanted)
     operator = KFACLinearOperator(looped, CE, PARAMS, BATCH, fisher_type="mc", key=KEY, mask=MASK)
     found = jax.tree.leaves(factors.blocks)

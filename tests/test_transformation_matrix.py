@@ -120,20 +120,7 @@ def same(got: Any, want: Any, rtol: float = 1e-9) -> None:
     assert_close(*map(list, zip(*pairs, strict=True)), rtol)
 
 
-# What runs them as they are. ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["operators", "kronecker"])
-def test_eager(name: str) -> None:
-    """`test_transforms.py` has the vectors, and `test_optimizer.py` steps that are not compiled."""
-    same(GROUPS[name](*B), compiled(name)(*B))
-
-
-@every_group
-def test_shapes(name: str) -> None:
-    want = compiled(name)(*B)
-    for got, leaf in zip(jax.tree.leaves(jax.eval_shape(GROUPS[name], *B)), jax.tree.leaves(want), strict=True):
-        assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
+# What runs them as they are; eagerly the tests of each function do. ---------------------------------------------------
 
 
 @every_group

@@ -18,7 +18,6 @@ CE = CrossEntropyLoss(np.linspace(0.5, 2, C), label_smoothing=0.1, ignore_index=
 BCE = BCEWithLogitsLoss(pos_weight=np.linspace(0.5, 2, C))
 # name: loss, outputs, targets
 PROBLEMS = {
-    "ce": (CE, (N, C), "indices"),
     "ce-sequence": (CE, (N, C, 3), "indices"),
     "ce-last": (CrossEntropyLoss(class_axis=-1), (N, 3, C), "last"),
     "bce": (BCE, (N, C), "same"),
@@ -96,7 +95,7 @@ def assert_close(got, want, tol: float) -> None:
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["ce-sequence", "bce"])  # `test_vectors.py` compiles and maps those of all losses
 def test_jit_and_vmap(name: str) -> None:
     """Compiled and mapped over, functions are what they are eagerly."""
     loss, outputs, targets = problem(name)
@@ -141,8 +140,8 @@ def test_losses_are_pytrees() -> None:
     assert jax.tree.structure(CrossEntropyLoss()) != jax.tree.structure(CrossEntropyLoss(class_axis=-1))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_no_retrace_for_new_values(name: str) -> None:
+def test_no_retrace_for_new_values() -> None:
+    name = "ce-sequence"
     _, outputs, targets = problem(name)
     # A user's loss, so that its methods can count how often they are traced.
     traces = []
@@ -173,7 +172,7 @@ def test_no_retrace_for_new_values(name: str) -> None:
     assert sizes[0] == sizes[2]
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["ce-sequence", "bce"])
 def test_cross_lowering(name: str) -> None:
     """All public functions lower for CPU, CUDA and TPU, with nothing that only one of them has."""
     loss, outputs, targets = problem(name)
@@ -199,7 +198,7 @@ def test_export_with_a_symbolic_batch() -> None:
         )
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["ce-sequence", "bce"])
 def test_sharded_batch_is_the_same(name: str) -> None:
     """Data parallel on two devices: the reduction and the draws are those of one device."""
     assert jax.device_count() >= 2

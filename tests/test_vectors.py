@@ -1,10 +1,12 @@
 """Gradient output vectors against autodiff of torch's own losses in float64, every option, both oracles."""
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALL, PER_DATUM, Case, N, torch_blocks
+import torch
+from cases import ALL, PER_DATUM, Case, N, drawn, torch_blocks
 
 import ggn_jax
 from ggn_jax import FisherType, LossHessian, make_batch_grad_output_fn, make_grad_output_fn
@@ -16,34 +18,6 @@ def gram(vectors: jax.Array) -> np.ndarray:
     """`sum_v v v^T` as a matrix."""
     flat = np.asarray(vectors).reshape(vectors.shape[0], -1)
     return flat.T @ flat
-
-
-@pytest.mark.parametrize("case", ALL)
-def test_value_is_torchs(case: Case) -> None:
-    import torch
-
-    want = case.torch_value(torch.from_numpy(case.outputs), torch.from_numpy(np.asarray(case.targets)))
-    np.testing.assert_allclose(case.loss(case.outputs, case.targets), want.item(), **EXACT)
-
-
-@pytest.mark.parametrize("case", PER_DATUM)
-def test_per_datum(case: Case) -> None:
-    type2 = make_grad_output_fn(case.loss, "type-2")
-    empirical = make_grad_output_fn(case.loss, "empirical")
-    for n in range(N):
-        f, y = case.outputs[n], case.targets[n]
-        want = case.torch_hessian(f[None], y[None]).reshape(f.size, f.size)
-        vectors = type2(f, y)
-        assert vectors.shape == (f.size, *f.shape)
-        np.testing.assert_allclose(gram(vectors), want, **EXACT)
-        sqrt = ggn_jax.loss_hessian_matrix_sqrt(f, y, case.loss)
-        assert sqrt.shape == 2 * f.shape
-        np.testing.assert_array_equal(sqrt.reshape(f.size, f.size), vectors.reshape(f.size, f.size).T)
-        # r * gradient of the sum = gradient of the reduced loss; the vector is sqrt(r) * gradient of the sum.
-        gradient = case.torch_gradient(f[None], y[None])[0]
-        vector = empirical(f, y)
-        assert vector.shape == (1, *f.shape)
-        np.testing.assert_allclose(vector[0] * np.sqrt(reduction_factor(case, n)), gradient, **EXACT)
 
 
 def reduction_factor(case: Case, n: int | None) -> float:
@@ -62,37 +36,68 @@ def reduction_factor(case: Case, n: int | None) -> float:
     return 1 / total if total else 0.0
 
 
+# Each case is two compiled programs, which is where the time goes: one of what is exact, one of what is drawn.
+
+
 @pytest.mark.parametrize("case", ALL)
-def test_batched(case: Case) -> None:
-    blocks = torch_blocks(case)
-    vectors = make_batch_grad_output_fn(case.loss, FisherType.TYPE2)(case.outputs, case.targets)
+def test_exact_functions(case: Case) -> None:
+    """The value, vectors of a batch and of one datum, and the Hessian as products."""
+    v = np.random.default_rng(0).normal(size=case.outputs.shape)
+    u = np.random.default_rng(1).normal(size=case.outputs.shape)
+
+    @jax.jit
+    def run(f: jax.Array, y: jax.Array, v: jax.Array, u: jax.Array) -> dict[str, Any]:
+        hessian = LossHessian(case.loss, f, y)
+        of_batch = {
+            "value": case.loss(f, y),
+            "type-2": make_batch_grad_output_fn(case.loss, FisherType.TYPE2)(f, y),
+            "empirical": make_batch_grad_output_fn(case.loss, "empirical")(f, y),
+            "mv": hessian.mv(v),
+            "gram": hessian.sqrt_mv(hessian.sqrt_rmv(v)),
+            "sqrt": hessian.sqrt_mv(v),
+            "sqrt^T": hessian.sqrt_rmv(u),
+            "diagonal": hessian.diagonal(),
+            "trace": hessian.trace(),
+        }
+        return of_batch if case.batched_only else {**of_batch, "each": jax.vmap(of_datum)(f, y)}
+
+    def of_datum(f: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        kinds = (make_grad_output_fn(case.loss, kind)(f, y) for kind in ("type-2", "empirical"))
+        return *kinds, ggn_jax.loss_hessian_matrix_sqrt(f, y, case.loss)
+
+    got = jax.tree.map(np.asarray, run(case.outputs, case.targets, v, u))
+    blocks, gradient = torch_blocks(case), case.torch_gradient(case.outputs, case.targets)
+    value = case.torch_value(torch.from_numpy(case.outputs), torch.from_numpy(np.asarray(case.targets)))
+    np.testing.assert_allclose(got["value"], value.item(), **EXACT)
+
+    vectors = got["type-2"]
     assert vectors.shape == (case.outputs[0].size, *case.outputs.shape)
     for n in range(N):
         np.testing.assert_allclose(gram(vectors[:, n]), blocks[n], **EXACT)
-    empirical = make_batch_grad_output_fn(case.loss, "empirical")(case.outputs, case.targets)
-    gradient = case.torch_gradient(case.outputs, case.targets)
-    assert empirical.shape == (1, *case.outputs.shape)
-    np.testing.assert_allclose(empirical[0] * np.sqrt(reduction_factor(case, None)), gradient, **EXACT)
+    assert got["empirical"].shape == (1, *case.outputs.shape)
+    # r * gradient of the sum = gradient of the reduced loss; the vector is sqrt(r) * gradient of the sum.
+    np.testing.assert_allclose(got["empirical"][0] * np.sqrt(reduction_factor(case, None)), gradient, **EXACT)
 
-
-@pytest.mark.parametrize("case", ALL)
-def test_structured_hessian(case: Case) -> None:
-    blocks = torch_blocks(case)
-    v = np.random.default_rng(0).normal(size=case.outputs.shape)
-    u = np.random.default_rng(1).normal(size=case.outputs.shape)
-    hessian = LossHessian(case.loss, case.outputs, case.targets)
     want = np.einsum("nij,nj->ni", blocks, v.reshape(N, -1)).reshape(v.shape)
-    np.testing.assert_allclose(hessian.mv(v), want, **EXACT)
-    np.testing.assert_allclose(hessian.sqrt_mv(hessian.sqrt_rmv(v)), want, **EXACT)
-    np.testing.assert_allclose(jnp.vdot(hessian.sqrt_mv(v), u), jnp.vdot(v, hessian.sqrt_rmv(u)), **EXACT)
+    np.testing.assert_allclose(got["mv"], want, **EXACT)
+    np.testing.assert_allclose(got["gram"], want, **EXACT)
+    np.testing.assert_allclose(np.vdot(got["sqrt"], u), np.vdot(v, got["sqrt^T"]), **EXACT)
     diagonal = np.einsum("nii->ni", blocks)
-    np.testing.assert_allclose(hessian.diagonal(), diagonal.reshape(v.shape), **EXACT)
-    np.testing.assert_allclose(hessian.trace(), diagonal.sum(), **EXACT)
+    np.testing.assert_allclose(got["diagonal"], diagonal.reshape(v.shape), **EXACT)
+    np.testing.assert_allclose(got["trace"], diagonal.sum(), **EXACT)
     # The factor is the one whose columns the vectors are.
-    vectors = make_batch_grad_output_fn(case.loss, "type-2")(case.outputs, case.targets)
-    np.testing.assert_allclose(
-        hessian.sqrt_mv(v), np.einsum("vn...,nv->n...", vectors, v.reshape(N, -1)).reshape(v.shape), **EXACT
-    )
+    columns = np.einsum("vn...,nv->n...", vectors, v.reshape(N, -1)).reshape(v.shape)
+    np.testing.assert_allclose(got["sqrt"], columns, **EXACT)
+
+    for n, (type2, empirical, sqrt) in enumerate(zip(*got.get("each", ((), (), ())), strict=True)):
+        f, y = case.outputs[n], case.targets[n]
+        assert type2.shape == (f.size, *f.shape)
+        np.testing.assert_allclose(gram(type2), case.torch_hessian(f[None], y[None]).reshape(f.size, f.size), **EXACT)
+        assert sqrt.shape == 2 * f.shape
+        np.testing.assert_array_equal(sqrt.reshape(f.size, f.size), type2.reshape(f.size, f.size).T)
+        assert empirical.shape == (1, *f.shape)
+        one = case.torch_gradient(f[None], y[None])[0]
+        np.testing.assert_allclose(empirical[0] * np.sqrt(reduction_factor(case, n)), one, **EXACT)
 
 
 def assert_mean(draws: np.ndarray, want: np.ndarray, bound: float) -> None:
@@ -115,31 +120,34 @@ def range_of_products(case: Case) -> float:
     return 2 * r * float(np.prod([1.0 if w is None else max(1.0, np.max(w)) for w in weights]))
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", drawn())
 def test_monte_carlo(case: Case) -> None:
-    blocks = torch_blocks(case)
+    """Means of a batch's draws; a datum's key gives the same labels alone, and only the reduction differs."""
     samples, size, bound = 2000, case.outputs[0].size, range_of_products(case)
-    fn = make_batch_grad_output_fn(case.loss, "mc", mc_samples=samples)
-    vectors = fn(case.outputs, case.targets, jax.random.key(1))
+
+    @jax.jit
+    def run(f: jax.Array, y: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        vectors = make_batch_grad_output_fn(case.loss, "mc", mc_samples=samples)(f, y, key)
+        if case.batched_only:
+            return (vectors,)
+        keys = jax.random.split(key, N)
+        each = jax.vmap(make_grad_output_fn(case.loss, "mc", samples))(f, y, keys)
+        return vectors, each, ggn_jax.make_grad_output_sampler(case.loss)(f[0], samples, y[0], keys[0])
+
+    vectors, *alone = map(np.asarray, run(case.outputs, case.targets, jax.random.key(1)))
     assert vectors.shape == (samples, *case.outputs.shape)
-    g = np.asarray(vectors).reshape(samples, N, size) * np.sqrt(samples)
-    assert_mean(np.einsum("sni,snj->snij", g, g), blocks, bound)
+    g = vectors.reshape(samples, N, size) * np.sqrt(samples)
+    assert_mean(np.einsum("sni,snj->snij", g, g), torch_blocks(case), bound)
     assert_mean(g, np.zeros((N, size)), np.sqrt(bound))
     # Independent across data: cross moments vanish.
     assert_mean(np.einsum("si,sj->sij", g[:, 0], g[:, -1]), np.zeros((size, size)), bound)
-
-
-@pytest.mark.parametrize("case", PER_DATUM)
-def test_per_datum_draws_are_the_batchs(case: Case) -> None:
-    """The same labels are drawn for a datum's key, alone or in a batch; only the reduction differs."""
-    keys = jax.random.split(jax.random.key(3), N)
-    per_datum = jax.vmap(make_grad_output_fn(case.loss, "mc", 2))(case.outputs, case.targets, keys)
-    batched = make_batch_grad_output_fn(case.loss, "mc", 2)(case.outputs, case.targets, jax.random.key(3))
+    if case.batched_only:
+        return
+    each, sample = alone
     for n in range(N):
         r = reduction_factor(case, None) / (reduction_factor(case, n) or 1)
-        np.testing.assert_allclose(batched[:, n], per_datum[n] * np.sqrt(r), **EXACT)
-    sample = ggn_jax.make_grad_output_sampler(case.loss)(case.outputs[0], 2, case.targets[0], keys[0])
-    np.testing.assert_allclose(sample, per_datum[0] * np.sqrt(2), **EXACT)
+        np.testing.assert_allclose(vectors[:, n], each[n] * np.sqrt(r), **EXACT)
+    np.testing.assert_allclose(sample, each[0] * np.sqrt(samples), **EXACT)
 
 
 @pytest.mark.parametrize("case", PER_DATUM)

@@ -93,8 +93,7 @@ def test_kfac_finds_every_layer_and_bounds_the_step() -> None:
     assert {row.parameter.split("]")[0] for row in report.rows if row.curvature == "block"} == {"['envelopes'"}
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_devices_share_the_samples(check_vma: bool) -> None:
+def test_devices_share_the_samples() -> None:
     """With means over devices, each has the step of all samples."""
     start, mesh = params(), jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     method = example.kfac(NET, R, 0.1)
@@ -103,9 +102,7 @@ def test_devices_share_the_samples(check_vma: bool) -> None:
     mean = partial(jax.lax.pmean, axis_name="data")
     inside = partial(example.improve, NET, example.kfac(NET, R, 0.1, mean), mean=mean)
     specs = P(), P(), P("data")
-    found = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma))(
-        start, state, R
-    )
+    found = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=P()))(start, state, R)
     assert jnp.linalg.norm(FLAT(wanted[0])[0] - FLAT(start)[0]) > 1e-3
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)

@@ -11,11 +11,19 @@ from zoo_page import PAGE, page, usual_promotion
 
 import ggn_jax
 
-# What is peculiar runs by default; the layers of the others have tests of their own.
+# What is peculiar runs by default; the others, or their layers, have tests of their own.
 BY_DEFAULT = ["Dynamics, derivatives and densities", "Control flow and derivatives of one's own"]
+ELSEWHERE = {  # where
+    "Laplacian by jax.hessian": "test_objective.py",
+    "second derivative by jvp of jvp": "test_objective.py",
+    "contrastive towers, temperature": "test_coupled.py",
+    "complex network": "test_complex.py",
+    "lax.cond on data": "test_branches.py",
+    "lax.cond on a loop's counter": "test_branches.py",
+}
 MODELS = {name: make for models in ZOO.values() for name, make in models.items()}
 CASES = [
-    pytest.param(name, marks=[] if title in BY_DEFAULT else [pytest.mark.sweep])
+    pytest.param(name, marks=[] if title in BY_DEFAULT and name not in ELSEWHERE else [pytest.mark.sweep])
     for title, models in ZOO.items()
     for name in models
 ]
