@@ -41,6 +41,8 @@ class Step(NamedTuple):
     """Without weight decay, in at least float32."""
     update: PyTree[Array]
     """With it, in the gradient's dtypes."""
+    square: Float[Array, ""]
+    """The update's squared norm: finite where all of it is, and no entry is too large for its square."""
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
     kl: Float[Array, ""]
@@ -52,9 +54,8 @@ class Step(NamedTuple):
         self, before: StepStatistics, moves: Bool[Array, ""], reduction_ratio: Float[Array, ""]
     ) -> StepStatistics:
         """Those of this step if it is one, else those before."""
-        norm = jnp.sqrt(inner(self.update, self.update))
         after = StepStatistics(
-            step_norm=norm.astype(jnp.float32),
+            step_norm=jnp.sqrt(self.square).astype(jnp.float32),
             kl=self.kl.astype(jnp.float32),
             learning_rate=self.learning_rate.astype(jnp.float32),
             momentum=self.momentum.astype(jnp.float32),
@@ -169,12 +170,13 @@ class StepRule:
         if velocity is not None:
             terms.append((seal(jnp.asarray(m).astype(wide)), velocity))
         step = combine(*terms)
-        numbers = rate, jnp.asarray(0.0 if velocity is None else m), size, clipped, slope_ratio
-        if isinstance(self.weight_decay, float | int) and self.weight_decay == 0:
-            return Step(step, cast(step, grads), *numbers)
-        shrink = jnp.asarray(a).astype(wide) * value_at("weight_decay", self.weight_decay, count).astype(wide)
-        decayed = combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)))
-        return Step(step, cast(decayed, grads), *numbers)
+        decayed = step
+        if not isinstance(self.weight_decay, float | int) or self.weight_decay != 0:
+            shrink = jnp.asarray(a).astype(wide) * value_at("weight_decay", self.weight_decay, count).astype(wide)
+            decayed = combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)))
+        update = cast(decayed, grads)
+        momentum = jnp.asarray(0.0 if velocity is None else m)
+        return Step(step, update, inner(update, update), rate, momentum, size, clipped, slope_ratio)
 
     def _decaying(self, params: PyTree[Array]) -> PyTree[Array]:
         """The parameters that decay, and 0 for the others."""

@@ -294,7 +294,7 @@ def kfac(
         made = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
-        fine = seen.usable & all_finite(made.update)
+        fine = seen.usable & jnp.isfinite(made.square)
         moves = seal(fine & seen.counts)
         final = tree_where(moves, made.update, zeros_like(made.update))
         velocity = state.velocity
