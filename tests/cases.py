@@ -1,6 +1,6 @@
 """The registry of loss cases: one maker per combination of options, all test files run over all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,10 +156,11 @@ def _core() -> set[str]:
 CORE = _core()
 
 
-def params(keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
-    """The cases as pytest parameters."""
+def params(keep: Callable[[Case], bool] = lambda case: True, by_default: Collection[str] = CORE) -> list[Any]:
+    """The cases as pytest parameters; those that are not named run with `-m sweep` only."""
     sweep = [pytest.mark.sweep]
-    return [pytest.param(case, id=case.name, marks=[] if case.name in CORE else sweep) for case in CASES if keep(case)]
+    marks = {case.name: [] if case.name in by_default else sweep for case in CASES}
+    return [pytest.param(case, id=case.name, marks=marks[case.name]) for case in CASES if keep(case)]
 
 
 ALL = params()
