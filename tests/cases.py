@@ -1,6 +1,6 @@
 """The registry of loss cases: one maker per combination of options, all test files run over all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,9 +163,9 @@ def _designs() -> tuple[set[str], set[str]]:
 CORE, WIDE = _designs()
 
 
-def params(keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
-    """The cases as pytest parameters."""
-    return _marked([case for case in CASES if case.name in CORE | WIDE and keep(case)], CORE)
+def params(keep: Callable[[Case], bool] = lambda case: True, by_default: Collection[str] = CORE) -> list[Any]:
+    """The cases as pytest parameters; those that are not named run with `-m sweep` only."""
+    return _marked([case for case in CASES if case.name in CORE | WIDE and keep(case)], by_default)
 
 
 def drawn() -> list[Any]:
@@ -176,7 +176,7 @@ def drawn() -> list[Any]:
     return _marked([case for case in CASES if case.name in CORE], {"-".join(name) for name in few})
 
 
-def _marked(cases: list[Case], by_default: set[str]) -> list[Any]:
+def _marked(cases: list[Case], by_default: Collection[str]) -> list[Any]:
     return [pytest.param(case, id=case.name, marks=[] if case.name in by_default else SWEPT) for case in cases]
 
 

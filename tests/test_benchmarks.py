@@ -79,6 +79,7 @@ SLOW = {
     "resnet18",
     "resnet50",
     "gpt2-small",
+    "gpt2-scan",
     "mlp-20",
     "mlp-40",
     "mlp-100",

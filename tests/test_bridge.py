@@ -11,15 +11,18 @@ import pytest
 import torch
 from cases import Case
 from curvlinops.kfac_utils import loss_hessian_matrix_sqrt as curvlinops_sqrt
+from designs import cover, covering
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 import ggn_jax
 import torch_bridge
 
 N = cases.N
-# Torch has the classes first only.
-ALL = [param for param in cases.ALL if not param.id.endswith("-last")]
-PER_DATUM = [param for param in cases.PER_DATUM if not param.id.endswith("-last")]
+# Torch has the classes first only. Each value of each option: pairs of them are the same JAX as in `test_vectors.py`.
+NAMES = [tuple(case.name.split("-")) for case in cases.CASES if not case.name.endswith("-last")]
+EACH = {"-".join(name) for kind in ("mse", "bce", "ce") for name in cover([x for x in NAMES if x[0] == kind], 1)}
+ALL = cases.params(lambda case: not case.name.endswith("-last"), EACH)
+PER_DATUM = cases.params(lambda case: not (case.batched_only or case.name.endswith("-last")), EACH)
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +184,9 @@ def test_forward_only_never_looks_at_the_target() -> None:
     batched.mul_(2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@covering(
+    1, dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float64], fisher_type=["type-2", "mc", "empirical"]
+)
 def test_dtypes(dtype: torch.dtype, fisher_type: str) -> None:
     """Half precision is float32, rounded once."""
     torch.manual_seed(0)
@@ -206,8 +210,7 @@ PROMOTED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", PROMOTED)
+@covering(1, dtype=[torch.float16, torch.bfloat16, torch.float32], name=PROMOTED)
 def test_promotion_is_torchs(name: str, dtype: torch.dtype) -> None:
     """Beside float64, narrow outputs are computed with in float64: all digits of the gradients here depend on it."""
     loss, output, target = PROMOTED[name]

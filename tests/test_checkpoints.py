@@ -63,7 +63,7 @@ def trained(name: str) -> tuple[Any, Any, Any, Any]:
     """The structure of a state, the state after some steps, a compiled step, and the state after that."""
     optimizer, params, grads, extra = of_every_kind(name)
     step = jax.jit(lambda state, key: optimizer.update(grads, state, params, key=key, **extra)[1])
-    state = step(step(optimizer.init(params), jax.random.key(1)), jax.random.key(2))
+    state = step(step(jax.jit(optimizer.init)(params), jax.random.key(1)), jax.random.key(2))
     return jax.eval_shape(optimizer.init, params), state, step, step(state, jax.random.key(3))
 
 

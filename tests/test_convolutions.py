@@ -96,13 +96,17 @@ def test_input_factors_are_those_of_patches(name: str, entries: int | None, monk
     model_fn = lambda params, x: run(x, params["kernel"])  # noqa: E731
     trace = trace_model(model_fn, params, x)
     (use,) = trace.uses
-    inputs = Inputs(use, capture(trace, params, x).inputs[0], None, Options(), jnp.float64)
-    factor = jax.jit(lambda joint: inputs.factors(joint, (Run(0, inputs.width(joint), 1),))[0], static_argnums=0)
-    patches = np.asarray(jax.jit(lambda: inputs.raw_rows(True))())
+
+    @jax.jit
+    def both(params: Any, x: jax.Array) -> Any:
+        inputs = Inputs(use, capture(trace, params, x).inputs[0], None, Options(), jnp.float64)
+        found = [inputs.factors(joint, (Run(0, inputs.width(joint), 1),))[0] for joint in (True, False)]
+        return inputs.raw_rows(True), *found
+
+    patches, got, without_bias = map(np.asarray, both(params, x))
     patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
-    got = factor(True)
     np.testing.assert_allclose(got, np.einsum("gmi,gmj->gij", patches, patches), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(factor(False), got[:, :-1, :-1], rtol=1e-14)
+    np.testing.assert_allclose(without_bias, got[:, :-1, :-1], rtol=1e-14)
 
 
 POOLS: list[tuple[Any, Any, Any, Any]] = [
@@ -117,8 +121,7 @@ POOLS: list[tuple[Any, Any, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("case", POOLS)
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@covering(1, case=POOLS, dtype=[jnp.float64, jnp.bfloat16])
 def test_max_pools_and_their_derivatives(case: Any, dtype: Any) -> None:
     """With many ties, which go to the first entry of a window."""
     shape, window, strides, padding = case

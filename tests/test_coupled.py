@@ -217,7 +217,6 @@ def test_refused() -> None:
 
 BATCH = {
     "ones": jnp.ones((6, 2), int),
-    "true": jnp.ones((6, 2), bool),
     "false": jnp.zeros((6, 2), bool),
     "complex": jnp.ones((6, 2), complex),
     "keys": jnp.broadcast_to(jax.random.key(0), (6, 2)),

@@ -29,7 +29,7 @@ def assert_chi_squared(counts: np.ndarray, p: np.ndarray) -> None:
     assert abs(statistic - df) < 6 * np.sqrt(2 * df) + 18
 
 
-@pytest.mark.parametrize("classes", [2, 3, 7, 64, 65, 1000])
+@pytest.mark.parametrize("classes", [2, 7, 65, 1000])
 def test_probabilities(classes: int) -> None:
     logits = np.random.default_rng(classes).uniform(-1, 1, size=classes)
     p = np.exp(logits) / np.exp(logits).sum()
@@ -148,14 +148,13 @@ def test_labels_of_several_positions(classes: int) -> None:
     p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (classes, 3, 2), "float32"), axis=0)
     words = jax.random.bits(jax.random.key(1), (3, 2), jnp.uint32)
     labels = draw_class(words, 4 * p, jnp.full((1, 3, 2), 0.25, "float32"))
+    words, p, one = np.asarray(words), np.asarray(p), jax.jit(draw_class)
     for i in range(3):
         for j in range(2):
-            assert labels[i, j] == draw_class(words[i, j], p[:, i, j])
+            assert labels[i, j] == one(words[i, j], p[:, i, j])
 
 
-@pytest.mark.parametrize(
-    "loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__
-)
+@pytest.mark.parametrize("loss", [ggn_jax.MSELoss(), CrossEntropyLoss()], ids=lambda x: type(x).__name__)
 def test_one_sample_at_a_time(loss: ggn_jax.Loss) -> None:
     """What is back-propagated for some of the samples are these of all vectors."""
     outputs = jax.random.normal(jax.random.key(0), (4, 3, 2))

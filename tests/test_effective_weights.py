@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import equinox as eqx
@@ -38,18 +39,27 @@ ROWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+def reading(read: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
+    return lambda p, x: jnp.tanh(read(p["table"], x)).sum(1) @ p["w"]
+
+
+TABLE = {"table": normal(5, 3), "w": normal(3, 2)}
+
+
+def matrix_of_table(model_fn: Any) -> jax.Array:
+    return KFAC(model_fn, CE, TABLE, (TOKENS, jnp.arange(6) % 2), fisher_type="type-2").as_matrix()
+
+
+@cache
+def taken() -> jax.Array:
+    return matrix_of_table(reading(lambda w, x: jnp.take(w, x, axis=0)))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_read_one_by_one_are_an_embedding(name: str) -> None:
-    def model_fn(p: Any, x: jax.Array, read: Any = ROWS[name]) -> jax.Array:
-        return jnp.tanh(read(p["table"], x)).sum(1) @ p["w"]
-
-    params, batch = {"table": normal(5, 3), "w": normal(3, 2)}, (TOKENS, jnp.arange(6) % 2)
-    assert kinds(model_fn, params, TOKENS)["['table']"] == ("embedding", "Kronecker", 1)
-    found = KFAC(model_fn, CE, params, batch, fisher_type="type-2")
-    like = KFAC(
-        lambda p, x: model_fn(p, x, lambda w, x: jnp.take(w, x, axis=0)), CE, params, batch, fisher_type="type-2"
-    )
-    np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-15)
+    model_fn = reading(ROWS[name])
+    assert kinds(model_fn, TABLE, TOKENS)["['table']"] == ("embedding", "Kronecker", 1)
+    np.testing.assert_allclose(matrix_of_table(model_fn), taken(), atol=1e-15)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
@@ -76,8 +86,7 @@ def test_several_tables_in_one_array(mode: str) -> None:
 
 SCALED: dict[str, tuple[float, Callable[[jax.Array], jax.Array]]] = {
     "equalised rate": (math.sqrt(2 / 3), lambda w: w * math.sqrt(2 / 3)),
-    "muP": (1 / 3, lambda w: w / 3),
-    "negative": (-1.0, lambda w: -w),
+    "muP, negative": (-1 / 3, lambda w: -w / 3),
     "array": (0.25, lambda w: jnp.full((3, 2), 0.5) * w * jnp.asarray(0.5)),
     "transposed": (2.0, lambda w: (2 * w.T.reshape(-1)).reshape(2, 3).T),
 }
@@ -146,9 +155,7 @@ def laplacian(p: Any, x: jax.Array) -> jax.Array:
 DERIVATIVES: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
     "Laplacian": lambda p, x: laplacian(p, x)[None],
     "Hessian": lambda p, x: jnp.trace(jax.hessian(lambda x: net(p, x))(x))[None],
-    "force": lambda p, x: -jax.grad(lambda x: net(p, x))(x),
     "value and force": lambda p, x: jnp.concatenate([net(p, x)[None], jax.grad(lambda x: net(p, x))(x)]),
-    "Jacobian": lambda p, x: jax.jacfwd(lambda x: net(p, x))(x),
 }
 
 
@@ -164,15 +171,13 @@ def test_derivatives_in_the_inputs_have_layers_with_constant_inputs(name: str) -
     found = kinds(model_fn, params, x)
     for weight in "123":
         assert found[f"['{weight}']"][:2] == ("linear", "Kronecker"), found
-    batch = x, normal(*model_fn(params, x).shape, seed=1)
+    batch = x, normal(*jax.eval_shape(model_fn, params, x).shape, seed=1)
     exact = ggn(model_fn, MSE, params, batch)
     ones = jax.tree.map(jnp.ones_like, params)
     diagonal = ggn_jax.GGNDiagonalLinearOperator(model_fn, MSE, params, batch)
     np.testing.assert_allclose(ravel_pytree(diagonal.mv(ones))[0], np.diag(exact), atol=1e-14)
     ekfac = EKFAC(model_fn, MSE, params, batch, fisher_type="type-2")
     np.testing.assert_allclose(ekfac.trace(), np.trace(exact), rtol=1e-12)
-    step = KFAC(model_fn, MSE, params, batch, fisher_type="type-2").solve(ones, 1e-2)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(step))
 
 
 def test_the_factors_of_a_weight_that_meets_a_constant() -> None:
@@ -265,7 +270,7 @@ def test_indices_that_cannot_hold_the_rows_numbers(dtype: Any) -> None:
     np.testing.assert_allclose(diagonal.entries["table"], wide.entries["table"], atol=1e-15)
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1)])
 def test_a_part_of_a_weight_that_is_scaled_along_some_axes(shape: tuple[int, ...]) -> None:
     """For one example, KFAC is the GGN, however the weight was made."""
 
