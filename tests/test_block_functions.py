@@ -221,8 +221,7 @@ def test_derivatives() -> None:
         rows = jax.jacrev(fn, (0, 1, 2))
         return jax.jit(
             lambda *at: (fn(*at), jnp.concatenate([j.reshape(6, -1) for j in jax.tree.leaves(rows(*at))], 1))
-        both = jax.jit(lambda *at: (fn(*at), jnp.concatenate([j.reshape(6, -1) for j in jax.tree.leaves(rows(*at))], 1)))
-        return both
+        )
 
     point = PARAMS, INPUTS[0], jnp.asarray(DAMPING)
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), point)
