@@ -288,8 +288,13 @@ def improve(
     clipped = clipped - mean(clipped.mean())
 
     def surrogate(params: Params) -> jax.Array:
-        """Its gradient is the energy's, `2 E[(E_local - E) O]`."""
-        return 2 * jnp.mean(clipped * net.batched(params, r)[:, 0])
+        """Its gradient is the energy's, `2 E[(E_local - E) O]`.
+
+        The mean in here is for `shard_map`'s checks, with which derivatives in parameters that all devices share are
+        sums over devices; without them, they are each device's own, of which the mean is taken below.
+        """
+        value: jax.Array = mean(2 * jnp.mean(clipped * net.batched(params, r)[:, 0]))
+        return value
 
     params, state = method.step(params, state, mean(jax.grad(surrogate)(params)), r)
     return params, state, (energy, variance)

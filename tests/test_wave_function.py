@@ -102,7 +102,13 @@ def test_devices_share_the_samples() -> None:
     mean = partial(jax.lax.pmean, axis_name="data")
     inside = partial(example.improve, NET, example.kfac(NET, R, 0.1, mean), mean=mean)
     specs = P(), P(), P("data")
-    found = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=P()))(start, state, R)
     assert jnp.linalg.norm(FLAT(wanted[0])[0] - FLAT(start)[0]) > 1e-3
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+    @jax.jit
+    def both(*args: Any) -> Any:
+        options: Any = {"mesh": mesh, "in_specs": specs, "out_specs": P()}
+        return [jax.shard_map(inside, check_vma=check, **options)(*args) for check in (True, False)]
+
+    for found in both(start, state, R):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)

@@ -135,6 +135,8 @@ class _Function:
         self.mc_samples = _check_count("mc_samples", mc_samples, 1) if draws else 1
         self.loss_func = loss_func
         self.entry = find_loss(loss_func)
+        # `torch.vmap` asks for the text, also where `torch.compile` traces it and takes the number for a dynamic size.
+        self._options = f"{self.fisher_type.value!r}, {self.mc_samples}"
         # JAX is not to be traced into a graph, where the operator checks the same.
         if not torch.compiler.is_compiling():
             check_loss(self.entry, loss_func, self.fisher_type)
@@ -144,7 +146,7 @@ class _Function:
         return type(self), (self.loss_func, self.fisher_type.value, self.mc_samples)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.loss_func}, {self.fisher_type.value!r}, {self.mc_samples})"
+        return f"{type(self).__name__}({self.loss_func}, {self._options})"
 
 
 class ExampleGradOutputFn(_Function):
