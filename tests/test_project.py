@@ -308,6 +308,14 @@ def test_typed(folder: Path) -> None:
     assert (folder / "py.typed").is_file()
 
 
+@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="a source archive has no .ci")
+def test_the_second_leg_has_the_tests_that_it_names() -> None:
+    listed = (ROOT / ".ci" / "run").read_text().split("tests=(")[1].split(")")[0].split()
+    for name, _, function in (entry.partition("::") for entry in listed):
+        text = (ROOT / "tests" / f"test_{name}.py").read_text()
+        assert not function or f"def {function}(" in text, function
+
+
 @pytest.mark.skipif("GGN_JAX_TEST_INSTALLED" not in os.environ, reason="asks for the installed package, as CI does")
 def test_the_installed_package_is_tested() -> None:
     assert all("site-packages" in folder.parts for folder in PACKAGES.values())
