@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._fusion import largest
@@ -63,17 +64,39 @@ def map_sequentially(fn: Callable[..., PyTree[Array]], *stacks: PyTree[Array]) -
 
 def batched(fn: Callable[[Array], tuple[Array, ...]], matrices: Sequence[Float[Array, "G d d"]]) -> list[Any]:
     """`fn` of each matrix `[d, d]`, batched over all matrices of one size."""
-    results: list[Any] = [None] * len(matrices)
-    sizes = dict.fromkeys((matrix.shape[1], matrix.dtype) for matrix in matrices)
-    for size in sizes:
-        members = [i for i, matrix in enumerate(matrices) if (matrix.shape[1], matrix.dtype) == size]
-        stacked = map_sequentially(fn, jnp.concatenate([matrices[i] for i in members]))
-        start = 0
-        for i in members:
-            stop = start + matrices[i].shape[0]
-            results[i] = tuple(part[start:stop] for part in stacked)
-            start = stop
-    return results
+    by_size = BySize(matrices)
+    parts = [map_sequentially(fn, joined) for joined in by_size.joined]
+    columns = [by_size.apart(column) for column in zip(*parts, strict=True)]
+    return list(zip(*columns, strict=True))
+
+
+class BySize:
+    """Stacks `[G, ...]`, those of one size and dtype joined: what is done with each size is built once for all."""
+
+    def __init__(self, stacks: Sequence[Float[Array, "G ..."]]):
+        sizes: dict[Any, list[int]] = {}
+        for i, x in enumerate(stacks):
+            sizes.setdefault((x.shape[1:], x.dtype), []).append(i)
+        self.members = list(sizes.values())
+        self.lengths = [x.shape[0] for x in stacks]
+        self.joined = [jnp.concatenate([stacks[i] for i in members]) for members in self.members]
+
+    @property
+    def places(self) -> list[range]:
+        """Where each stack's groups are among all groups, of the joined stacks one after the other."""
+        order = [i for members in self.members for i in members]
+        ends = np.cumsum([self.lengths[i] for i in order])
+        return [range(end - self.lengths[i], end) for i, end in sorted(zip(order, ends.tolist(), strict=True))]
+
+    def apart(self, joined: Sequence[Float[Array, "G ..."]]) -> list[Float[Array, "G ..."]]:
+        """What was made of the joined stacks, for each stack."""
+        found: dict[int, Array] = {}
+        for members, x in zip(self.members, joined, strict=True):
+            start = 0
+            for i in members:
+                found[i] = x[start : start + self.lengths[i]]
+                start += self.lengths[i]
+        return [found[i] for i in range(len(found))]
 
 
 @jax.custom_jvp

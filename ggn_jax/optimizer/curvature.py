@@ -85,17 +85,23 @@ class Curvature(NamedTuple):
 
 def find_curvature(state: Any) -> Curvature:
     """The one `Curvature` in an optimizer's state, however it is wrapped."""
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_curvature) if _is_curvature(x)]
+    found: Curvature = find_one(state, Curvature)
+    return found
+
+
+def find_one(state: Any, *kinds: type) -> Any:
+    """The one part of these kinds in an optimizer's state, however it is wrapped."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
     if len(found) != 1:
         raise ValueError(
             "state must be that of an optimizer with one kfac or scale_by_kfac, as its init returns it; got"
             f" {type(state).__name__} with {len(found)} of them."
         )
     return found[0]
-
-
-def _is_curvature(node: Any) -> bool:
-    return isinstance(node, Curvature)
 
 
 def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:

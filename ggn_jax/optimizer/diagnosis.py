@@ -14,6 +14,7 @@ from ggn_jax._eager import compiled
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.kronecker.algebra import Block, Kronecker, Spectral, is_diagonal
 from ggn_jax.kronecker.linalg import eigh, norm, resolved
+from ggn_jax.kronecker.pairs import split_damping
 from ggn_jax.kronecker.stacks import BlockSpec, unstack
 from ggn_jax.layers.table import table
 from ggn_jax.optimizer.advice import Finding, Numbers, findings
@@ -209,7 +210,7 @@ class Diagnoser:
         fresh = with_new_inverses(curvature, dtypes, settings)
         old, new = (precondition_stacks(c, stacks, settings, grads)[0] for c in (curvature, fresh))
         blocks = [unpack(block, dtype) for block, dtype in zip(curvature.blocks, dtypes, strict=True)]
-        spectra = _spectra(blocks, settings)
+        spectra = _spectra(blocks, curvature.damping, settings)
         found = []
         for i, stack in enumerate(stacks):
             numbers_of = dict(spectra[i])
@@ -230,8 +231,8 @@ class Diagnoser:
 _OF_A_STEP = "predicted", "reduction_ratio", "best_scale"
 
 
-def _spectra(blocks: Sequence[Block], settings: Settings) -> list[dict[str, Float[Array, "G d"]]]:
-    """The eigenvalues of the blocks, or of their factors."""
+def _spectra(blocks: Sequence[Block], damping: Array, settings: Settings) -> list[dict[str, Float[Array, "G d"]]]:
+    """The eigenvalues of the blocks, or of their factors; with the damping that is split between these."""
     near = [block.nearest() if isinstance(block, Kronecker) else block for block in blocks]
     named = [
         {"a": block.a[0], "b": block.b[0]} if isinstance(block, Kronecker) else {"values": jax.tree.leaves(block)[0]}
@@ -240,7 +241,16 @@ def _spectra(blocks: Sequence[Block], settings: Settings) -> list[dict[str, Floa
     dense = [x for one in named for x in one.values() if not is_diagonal(x)]
     pairs = settings.spread.locally(lambda matrices: [tuple(pair) for pair in eigh(matrices)], dense) if dense else []
     found = iter([resolved(values) for values, _ in pairs])
-    return [{name: x if is_diagonal(x) else next(found) for name, x in one.items()} for one in named]
+    spectra = [{name: x if is_diagonal(x) else next(found) for name, x in one.items()} for one in named]
+    return spectra if settings.keeps_spectra else [_shifted(spectrum, damping) for spectrum in spectra]
+
+
+def _shifted(spectrum: dict[str, Float[Array, "G d"]], damping: Array) -> dict[str, Float[Array, "G d"]]:
+    if "a" not in spectrum:
+        return spectrum
+    a, b = spectrum["a"], spectrum["b"]
+    (shift_a,), (shift_b,) = split_damping([jnp.mean(a, axis=1)], [jnp.mean(b, axis=1)], damping)
+    return {"a": a + shift_a[:, None], "b": b + shift_b[:, None]}
 
 
 def _norms(x: Float[Array, "G ..."]) -> Float[Array, " G"]:
@@ -257,13 +267,6 @@ def _block(spec: BlockSpec, found: Any, damping: float, split: bool) -> BlockDia
     wide = {name: np.maximum(np.asarray(x, np.float64), 0) for name, x in found.items()}
     if "a" in wide:
         a, b = wide["a"], wide["b"]
-        shift_a = shift_b = np.zeros((len(a), 1))
-        if split:  # `damp_factors` of one term
-            mean_a, mean_b = a.mean(1, keepdims=True), b.mean(1, keepdims=True)
-            some = mean_a * mean_b > 0
-            ratio = np.where(some, mean_a / np.where(some, mean_b, 1), 1)
-            shift_a, shift_b = np.sqrt(damping * ratio), np.sqrt(damping / ratio)
-        a, b = a + shift_a, b + shift_b
         rest = 0.0 if split else damping
         low, high = a.min(1) * b.min(1) + rest, a.max(1) * b.max(1) + rest
     else:

@@ -16,7 +16,7 @@ from ggn_jax._fusion import largest
 from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import Block, Dense, Kronecker, Spectral, finite_groups, is_diagonal
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
-from ggn_jax.kronecker.linalg import map_sequentially, rotated
+from ggn_jax.kronecker.linalg import BySize, map_sequentially, rotated
 from ggn_jax.kronecker.pairs import split_damping
 from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.spread import Groups, Spread, put, take
@@ -87,33 +87,21 @@ def _invert_products(
     if not products:
         return []
     wide = max((dtype for _, dtype in products), key=lambda dtype: jnp.finfo(dtype).bits)
-    factors = [x.astype(dtype) for block, dtype in products for x in (block.a[0], block.b[0])]
-    sizes: dict[Any, list[int]] = {}
-    for i, x in enumerate(factors):
-        sizes.setdefault((x.shape[1:], x.dtype), []).append(i)
-    # All groups of all factors, those of one size together, in the order of `places`.
-    joined = [jnp.concatenate([factors[i] for i in members]) for members in sizes.values()]
-    order = [i for members in sizes.values() for i in members]
-    starts = np.cumsum([0, *(len(factors[i]) for i in order)])
-    places = {i: range(start, stop) for i, start, stop in zip(order, starts[:-1], starts[1:], strict=True)}
-    of_a, of_b = (np.concatenate([places[i] for i in range(side, len(factors), 2)]) for side in (0, 1))
+    factors = BySize([x.astype(dtype) for block, dtype in products for x in (block.a[0], block.b[0])])
+    of_a, of_b = (np.concatenate(factors.places[side::2]) for side in (0, 1))
 
-    means = jnp.concatenate([_mean(x).astype(wide) for x in joined])
+    means = jnp.concatenate([_mean(x).astype(wide) for x in factors.joined])
     (shift_a,), (shift_b,) = split_damping([means[of_a]], [means[of_b]], damping)
     shifts = jnp.concatenate([shift_a, shift_b])[np.argsort(np.concatenate([of_a, of_b]))]
-    ends = np.cumsum([len(x) for x in joined])
+    ends = np.cumsum([len(x) for x in factors.joined])
     inverses = [
-        _shifted_inverses(x, shifts[end - len(x) : end].astype(x.dtype)) for x, end in zip(joined, ends, strict=True)
+        _shifted_inverses(x, shifts[end - len(x) : end].astype(x.dtype))
+        for x, end in zip(factors.joined, ends, strict=True)
     ]
     finite = jnp.concatenate([jnp.isfinite(largest(x, range(1, x.ndim))) for x in inverses])
 
-    found: list[Any] = [None] * len(factors)
-    for members, inverse in zip(sizes.values(), inverses, strict=True):
-        start = 0
-        for i in members:
-            found[i] = inverse[start : start + len(factors[i])]
-            start += len(factors[i])
-    both, result, start = finite[of_a] & finite[of_b], [], 0
+    found, both = factors.apart(inverses), finite[of_a] & finite[of_b]
+    result, start = [], 0
     for a, b in zip(found[::2], found[1::2], strict=True):
         result.append((Kronecker((a,), (b,)), both[start : start + len(a)]))
         start += len(a)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ggn_jax._repr import fields
-from ggn_jax.optimizer.curvature import Curvature
+from ggn_jax.optimizer.curvature import Curvature, find_one
 
 NEUTRAL = 1.0  # the slope ratio above which the damping rises
 
@@ -97,18 +97,8 @@ class KFACState(NamedTuple):
 
 def find_state(state: Any) -> KFACState | ScaleByKFACState:
     """The one state of `kfac` or `scale_by_kfac` in an optimizer's, however it is wrapped."""
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
-    if len(found) != 1:
-        raise ValueError(
-            "state must be that of an optimizer with one kfac or scale_by_kfac, as its init returns it; got"
-            f" {type(state).__name__} with {len(found)} of them."
-        )
-    one: KFACState | ScaleByKFACState = found[0]
-    return one
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, KFACState | ScaleByKFACState)
+    found: KFACState | ScaleByKFACState = find_one(state, KFACState, ScaleByKFACState)
+    return found
 
 
 RATIOS = "reduction_ratio", "slope_ratio"
