@@ -280,7 +280,12 @@ def opaque(w: jax.Array, x: jax.Array) -> jax.Array:
     return x @ w
 
 
-opaque.defvjp(lambda w, x: (opaque(w, x), (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+def masked_gradient(kept: Any, g: jax.Array) -> Any:
+    """Of positive weights alone: no product of an input and an output gradient."""
+    return jnp.where(kept[0] > 0, kept[1].T @ g, 0), g @ kept[0].T
+
+
+opaque.defvjp(lambda w, x: (opaque(w, x), (w, x)), masked_gradient)
 
 
 @jax.custom_jvp
@@ -288,7 +293,9 @@ def halved(w: jax.Array, x: jax.Array) -> jax.Array:
     return x @ w
 
 
-halved.defjvp(lambda primals, tangents: (halved(*primals), 0.5 * primals[1] @ tangents[0] + tangents[1] @ primals[0]))
+halved.defjvp(
+    lambda primals, tangents: (halved(*primals), primals[1] @ (primals[0] * tangents[0]) + tangents[1] @ primals[0])
+)
 
 UNCOVERED: dict[str, tuple[Callable[[Any, Any], jax.Array], str]] = {
     "custom_vjp": (lambda w, x: opaque(w, x), "custom_vjp"),

@@ -33,6 +33,8 @@ GGN_JAX = [
         "terms",
     },
     {"layers.convolution", "layers.uses", "layers.weights", "loss"},
+    {"layers.products", "layers.rules"},
+    {"layers.own_rules"},
     {"layers.distribute"},
     {"layers.run", "layers.labels", "cross_entropy", "joint", "losses", "likelihood"},
     {"layers.analysis"},

@@ -14,6 +14,7 @@ from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
     CUSTOM_JVP,
+    CUSTOM_VJP,
     INLINED,
     REMAT,
     SCAN,
@@ -159,9 +160,10 @@ class Analysis:
             return [Data() if isinstance(label, Data) else Stopped.copy(label) for label in labels]
         self.unmapped |= name in RAGGED
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
-        if name in CUSTOM_JVP and has_data:
-            # Under a derivative of its own, a layer's output gradient need not be that of the function inside.
-            why = f"it meets data inside {name}, which has a derivative of its own"
+        if name in CUSTOM_JVP | CUSTOM_VJP and has_data:
+            # The function inside says nothing of it; products in the rule are layers, once they are in the open.
+            self.computed |= has_params
+            why = f"it meets data in {name}, whose derivative rule has no product of an input with it"
             self.block(labels, why, source_of(eqn), module_of(eqn))
             return [Data()] * count
         if name in CUSTOM_JVP and has_params:

@@ -7,7 +7,7 @@ the real and imaginary parts of complex weights, whose products are taken apart 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ggn_jax.layers.convolution import CONVOLUTION
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
     CUSTOM_JVP,
+    CUSTOM_VJP,
     INLINED,
     REMAT,
     SCAN,
+    as_written,
     bind,
     inner_jaxpr,
     open_jaxpr,
@@ -32,31 +33,24 @@ from ggn_jax.layers.jaxprs import (
     scan_sizes,
     varying_axes,
 )
-from ggn_jax.layers.ragged import by_row, is_by_row
+from ggn_jax.layers.own_rules import as_result, open_call, passed_through
+from ggn_jax.layers.products import Dot, product_with, ragged_product
+from ggn_jax.layers.ragged import is_by_row
 from ggn_jax.layers.weights import (
-    ADDITIONS,
     CASTS,
-    DOTS,
-    GATHERS,
     MOVES,
     SELECTS,
     UNSTACKS,
-    Complex,
-    Gated,
     Parts,
-    Product,
-    Scaled,
-    Sum,
+    Straight,
     Weight,
     are_weights,
     as_weight,
     gated,
-    is_complex,
     of_each_part,
     of_leaves,
     of_weights,
     plain,
-    rank_of,
 )
 
 
@@ -85,7 +79,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
             chosen = gated(values[0], values[1:], varying_axes(jaxpr, eqn.invars[0]))
             if chosen is not None:
                 return [chosen]
-        return _evaluate(eqn, values)
+        with as_written(eqn):
+            return _evaluate(eqn, values)
 
     return run_jaxpr(jaxpr, [as_weight(const) for const in consts], values, (), step)
 
@@ -100,9 +95,12 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
         apart = jax.make_jaxpr(lambda x: [slices(x, i, axis, keepdims=False) for i in range(size)])
         return _run(*open_jaxpr(apart(values[0].value)), values)
     if are_weights(values):
-        return of_weights(eqn, values)
+        return (_straight(eqn, values) if name in CUSTOM_JVP | CUSTOM_VJP else None) or of_weights(eqn, values)
+    if name in CUSTOM_JVP | CUSTOM_VJP:
+        opened = _opened(eqn, values)
+        return bind(eqn, list(map(plain, values))) if opened is None else opened
     if is_by_row(eqn) and isinstance(values[1], Weight):
-        return [_ragged(eqn, *values)]
+        return [ragged_product(eqn, *values)]
     if name in BRANCHES:
         return _branches(eqn, values)
     if name in REMAT:
@@ -114,7 +112,7 @@ def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
         number = int(isinstance(values[1], Weight))
         weight = values[number]
         if isinstance(weight, Weight) and weight.leaves:
-            found = _distributed(eqn, values, number)
+            found = product_with(eqn, values, number)
     if len(values) == 1:
         return _of_parts(eqn, values[0])
     return bind(eqn, list(map(plain, values))) if found is None else [found]
@@ -134,184 +132,50 @@ def _of_parts(eqn: Any, x: Any) -> list[Any]:
     return [Parts(results[0], x, None)] if is_real else results
 
 
-# Products with data. -------------------------------------------------------------------------------------------------
+# Calls with derivative rules of their own. ---------------------------------------------------------------------------
 
 
-def _distributed(eqn: Any, values: list[Any], number: int) -> Any:
-    """The result of an equation of data and a weight, operand `number`; None where it is none of these."""
-    name, params = eqn.primitive.name, eqn.params
-    weight, x = values[number], values[1 - number]
-    if weight.form is None and (is_complex(weight) or not jnp.iscomplexobj(plain(x))):
-        return None  # nothing to take apart
-    if name in DOTS and params.get("out_sharding") is None:
-        (contract, batch) = params["dimension_numbers"]
-        options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
-        dot = _Dot(tuple(contract[1 - number]), tuple(contract[number]), tuple(batch[1 - number]), tuple(batch[number]))
-        result = dot(x, weight, options)
-        if number == 0:  # weights' axes come first
-            lead, free = len(dot.batch), jnp.ndim(plain(x)) - len(dot.batch) - len(dot.axes)
-            axes = range(jnp.ndim(plain(result)))
-            order = [*axes[:lead], *axes[lead + free :], *axes[lead : lead + free]]
-            result = of_each_part(lambda x: jnp.transpose(x, order), result)
-        return result
-    if name in CONVOLUTION and number == 1 and params["batch_group_count"] == 1:
-        return _convolution(eqn, plain(x), weight)
-    if name in GATHERS and number == 0:
-        return _rows(eqn, list(map(plain, values[1:])), weight)
-    if name in ADDITIONS and isinstance(weight.form, Gated):
-        of = weight.form.of.value
-        return _with_derivative(plain(x) + jax.lax.stop_gradient(of), of, weight.form.by.value)
-    return None
-
-
-def _gated(form: Gated, by: Array, x: Array, product: Callable[[Array, Weight], Array]) -> Array:
-    """The product with a constant weight, plus 0 with the derivative in the weight where `by`, of the result."""
-    still = Weight(jax.lax.stop_gradient(form.of.value), frozenset(), form.of.varies)
-    return _with_derivative(product(x, still), product(jax.lax.stop_gradient(x), form.of), by)
-
-
-def _with_derivative(value: Array, of: Array, by: Array) -> Array:
-    """A value that does not depend on `of`, as far as derivatives go, with one of 1 in it where `by`."""
-    return value + jnp.where(by, of - jax.lax.stop_gradient(of), 0)
-
-
-@dataclass(frozen=True)
-class _Dot:
-    """A product of data with a weight: which axes are contracted, and which are batched, of each."""
-
-    axes: tuple[int, ...]
-    weight_axes: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-    weight_batch: tuple[int, ...] = ()
-
-    def __call__(self, x: Any, weight: Weight, options: dict[str, Any]) -> Any:
-        """The result, `[*batch, *free axes of x, *free axes of the weight]`."""
-        form = weight.form
-        if isinstance(form, Complex):
-            return self._complex(x, form, options)
-        if isinstance(form, Sum):
-            results = [plain(self(x, part, options)) for part in form.parts]
-            return sum(results[1:], start=results[0])
-        if isinstance(form, Scaled):
-            scaled = self._scaled(x, form, options)
-            if scaled is not None:
-                return scaled
-        if isinstance(form, Gated) and form.by.varies <= set(self.weight_batch):
-            lead, rank = len(self.batch), jnp.ndim(plain(x)) - len(self.axes) + rank_of(weight) - len(self.weight_axes)
-            by = _spread(form.by, {a: i for i, a in enumerate(self.weight_batch)}, rank - lead)
-            return _gated(form, by, plain(x), lambda x, weight: plain(self(x, weight, options)))
-        if isinstance(form, Product) and not self.batch:
-            chained = self._chained(plain(x), form, options)
-            if chained is not None:
-                return chained
-        x = plain(x) if is_complex(weight) else x
-        wanted = options["preferred_element_type"]
-        if not is_complex(weight) and (jnp.iscomplexobj(plain(x)) or jnp.issubdtype(wanted, jnp.complexfloating)):
-            return self._complex(x, Complex(weight, None), options)
-        numbers = (self.axes, self.weight_axes), (self.batch, self.weight_batch)
-        return jax.lax.dot_general(x, weight.value, numbers, **options)
-
-    def _complex(self, x: Any, form: Complex, options: dict[str, Any]) -> Parts:
-        """By real products, since the gradient of a real weight is the real part of a complex one."""
-        if isinstance(x, Parts):
-            real, imag = x.real, x.imag
-        else:
-            real, imag = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x, None)
-        wanted = options["preferred_element_type"]
-        options = {**options, "preferred_element_type": None if wanted is None else jnp.finfo(wanted).dtype}
-        pairs = [(real, form.real), (imag, form.imag), (real, form.imag), (imag, form.real)]
-        parts = [None if x is None or weight is None else self(x, weight, options) for x, weight in pairs]
-        zeros = jnp.zeros_like(next(part for part in parts if part is not None))
-        rr, ii, ri, ir = (zeros if part is None else part for part in parts)
-        return Parts(jax.lax.complex(rr - ii, ri + ir), rr - ii, ri + ir)
-
-    def _scaled(self, x: Array, form: Scaled, options: dict[str, Any]) -> Array | None:
-        by, rank = form.by, rank_of(form.of)
-        if by.varies <= set(self.weight_axes):
-            places = dict(zip(self.weight_axes, self.axes, strict=True))
-            x = plain(x)
-            return plain(self(x * _spread(by, places, jnp.ndim(x)), form.of, options))
-        if not by.varies & set(self.weight_axes):
-            free = [a for a in range(rank) if a not in (*self.weight_axes, *self.weight_batch)]
-            lead = jnp.ndim(plain(x)) - len(self.axes)  # batch axes, and the free ones of x
-            places = {a: i for i, a in enumerate(self.weight_batch)} | {a: lead + i for i, a in enumerate(free)}
-            return plain(self(x, form.of, options)) * _spread(by, places, lead + len(free))
+def _straight(eqn: Any, values: list[Weight]) -> list[Weight] | None:
+    """The results of a call of weights whose rule passes on what comes, or nothing."""
+    numbers = [i for i, value in enumerate(values) if value.leaves]
+    passed = passed_through(eqn, [value.value for value in values], numbers) if numbers else None
+    if passed is None or len(passed) > 1:
         return None
+    results = [as_weight(result) for result in bind(eqn, [value.value for value in values])]
+    for number, term in passed.items():
+        of = values[number]
+        moved = jax.make_jaxpr(lambda x: as_result(term, x))(of.value)  # noqa: B023  # called at once
+        (of,) = _run(*open_jaxpr(moved), [of])
+        results = [replace(results[0], leaves=of.leaves, form=Straight(of))]
+    return [replace(x, value=x.value if x.leaves else jax.lax.stop_gradient(x.value)) for x in results]
 
-    def _chained(self, x: Array, form: Product, options: dict[str, Any]) -> Array | None:
-        """By the factor that has all contracted axes first, then the other one."""
-        origins = form.origins()
-        for i, near in enumerate((form.first, form.second)):
-            far = (form.first, form.second)[1 - i]
-            of_near = [place for place, (factor, _) in enumerate(origins) if factor == i]
-            if set(of_near) != set(self.weight_axes):
-                continue
-            # x with the near factor: [*free axes of x, *axes that the factors share].
-            hidden = _Dot(self.axes, tuple(origins[a][1] for a in self.weight_axes))(x, near, options)
-            shared = [a for a in range(rank_of(near)) if a in form.axes[i]]
-            matching = tuple(form.axes[1 - i][form.axes[i].index(a)] for a in shared)
-            rank = jnp.ndim(plain(hidden))
-            first = rank - len(shared)
-            result = _Dot(tuple(range(first, rank)), matching)(hidden, far, options)
-            # The far factor's free axes are in its own order; wanted is the weight's.
-            own = [a for a in range(rank_of(far)) if a not in form.axes[1 - i]]
-            order = [own.index(a) for factor, a in origins if factor != i]
-            return jnp.transpose(plain(result), [*range(first), *(first + place for place in order)])
+
+def _opened(eqn: Any, values: list[Any]) -> list[Any] | None:
+    """The results of a call of data and weights, with the products of its rule in the open."""
+    numbers = [i for i, value in enumerate(values) if isinstance(value, Weight) and value.leaves]
+    opened = open_call(eqn, list(map(plain, values)), numbers) if numbers else None
+    if opened is None:
         return None
-
-
-def _ragged(eqn: Any, x: Any, weights: Weight, sizes: Any) -> Array:
-    options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
-
-    def dot(x: Array, axis: int, inputs: int, group: int) -> Array:
-        return plain(_Dot((axis,), (inputs,), (0,), (group,))(x, weights, options))
-
-    return by_row(eqn, plain(x), eqn.invars[2].aval.shape[0], plain(sizes), dot)
-
-
-def _convolution(eqn: Any, x: Array, weight: Weight) -> Any:
-    form = weight.form
-    if isinstance(form, Sum):
-        results = [_convolution(eqn, x, part) for part in form.parts]
-        return sum(results[1:], start=results[0])
-    if isinstance(form, Gated) and not form.by.varies:
-        return _gated(form, _spread(form.by, {}, jnp.ndim(x)), x, lambda x, weight: _convolution(eqn, x, weight))
-    if isinstance(form, Scaled):
-        (_, feature, *_), (out, inputs, *_), (_, out_feature, *_) = eqn.params["dimension_numbers"]
-        by, rank = form.by, jnp.ndim(x)
-        if by.varies <= {out}:
-            return _convolution(eqn, x, form.of) * _spread(by, {out: out_feature}, rank)
-        if by.varies <= {inputs} and eqn.params["feature_group_count"] == 1:
-            return _convolution(eqn, x * _spread(by, {inputs: feature}, rank), form.of)
-    return bind(eqn, [x, weight.value])[0]
-
-
-def _rows(eqn: Any, indices: Sequence[Any], table: Weight) -> Any:
-    """Rows of a table that is a sum of tables, or a number times one."""
-    form = table.form
-    if isinstance(form, Complex):
-        parts = [None if part is None else _rows(eqn, indices, part) for part in (form.real, form.imag)]
-        zeros = jnp.zeros_like(next(part for part in parts if part is not None))
-        return jax.lax.complex(*(zeros if part is None else part for part in parts))
-    if isinstance(form, Sum):
-        results = [_rows(eqn, indices, part) for part in form.parts]
-        return sum(results[1:], start=results[0])
-    if isinstance(form, Scaled) and not form.by.varies:
-        result = _rows(eqn, indices, form.of)
-        return result * _spread(form.by, {}, jnp.ndim(result))
-    return bind(eqn, [table.value, *indices])[0]
-
-
-def _spread(by: Weight, places: dict[int, int], rank: int) -> Array:
-    """A scale as an array of this rank, with its axes that vary at these places."""
-    value = jnp.asarray(by.value)
-    axes = sorted(by.varies)
-    value = value[tuple(slice(None) if a in by.varies else 0 for a in range(value.ndim))]
-    order = sorted(range(len(axes)), key=lambda i: places[axes[i]])
-    shape = [1] * rank
-    for i in order:
-        shape[places[axes[i]]] = value.shape[i]
-    return jnp.transpose(value, order).reshape(shape)
+    results: list[Array] = []
+    for product in opened.products:
+        weight = values[product.operand]
+        weight = weight.form.of if isinstance(weight.form, Straight) else weight
+        (weight,) = _run(*open_jaxpr(jax.make_jaxpr(product.weight)(weight.value)), [weight])
+        axes = product.term.axes
+        if product.of is not None:
+            results[product.of] += product.place(plain(weight), axes)
+            continue
+        at = [(i, axes.index(x), x) for i, x in enumerate(product.a_axes) if x in axes]
+        batch, contract = (
+            [(i, j) for i, j, x in at if (x in product.term.b_axes) is shared] for shared in (True, False)
+        )
+        dot = Dot(*(tuple(pair[i] for pair in pairs) for pairs in (contract, batch) for i in (0, 1)))
+        free = [x for i, x in enumerate(product.a_axes) if i not in (*dot.axes, *dot.batch)]
+        free += [x for i, x in enumerate(axes) if i not in (*dot.weight_axes, *dot.weight_batch)]
+        options = {"precision": product.term.precision, "preferred_element_type": None}
+        result = plain(dot(product.a, weight, options))
+        results.append(product.place(result, (*(axes[i] for i in dot.weight_batch), *free)))
+    return opened.finish(results)
 
 
 # Calls. --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Everything that handles JAX's intermediate representation: the one module to mend when it changes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import compress
 from typing import Any
 
@@ -100,6 +101,12 @@ def is_reverse_only(jaxpr: Any) -> bool:
 def source_of(eqn: Any) -> str:
     """The user's line, `file:line:column (function)`."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def as_written(eqn: Any) -> AbstractContextManager[None]:
+    """What is traced inside is said to be of the equation's line and module."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
 
 
 def module_of(eqn: Any) -> str:

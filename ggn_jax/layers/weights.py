@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ggn_jax.layers.jaxprs import bind
 
@@ -78,6 +79,13 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class Straight:
+    """Any value, with the derivative of `of`, of its shape: what a rule of one's own makes of a weight."""
+
+    of: Weight
+
+
+@dataclass(frozen=True)
 class Complex:
     """`real + i imag`, of real weights; None is 0."""
 
@@ -101,7 +109,7 @@ class Product:
         return [free[axis] for axis in self.order]
 
 
-Form = Sum | Scaled | Gated | Complex | Product
+Form = Sum | Scaled | Gated | Straight | Complex | Product
 
 
 def of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
@@ -225,6 +233,8 @@ def _moved(eqn: Any, value: Weight) -> Form | None:
     if isinstance(form, Complex):
         parts = [part and move(part) for part in (form.real, form.imag)]
         return Complex(*parts) if before == after else None
+    if isinstance(form, Straight):
+        return Straight(move(form.of))
     if isinstance(form, Gated):
         return Gated(move(form.of), form.by if name in CASTS else move(form.by))
     if name in CASTS:
@@ -309,3 +319,15 @@ def _all_axes(value: Any) -> frozenset[int]:
 
 def rank_of(weight: Weight) -> int:
     return jnp.ndim(weight.value)
+
+
+def spread(by: Weight, places: dict[int, int], rank: int) -> Array:
+    """A scale as an array of this rank, with its axes that vary at these places."""
+    value = jnp.asarray(by.value)
+    axes = sorted(by.varies)
+    value = value[tuple(slice(None) if a in by.varies else 0 for a in range(value.ndim))]
+    order = sorted(range(len(axes)), key=lambda i: places[axes[i]])
+    shape = [1] * rank
+    for i in order:
+        shape[places[axes[i]]] = value.shape[i]
+    return jnp.transpose(value, order).reshape(shape)

@@ -1,0 +1,169 @@
+"""Calls with derivative rules of their own (`jax.custom_vjp`, `jax.custom_jvp`), with products of these in the open.
+
+The gradient that a rule gives a weight may be a product like that of any layer, `sum_s b_s a_s^T`, where `b` depends on
+the cotangents of the call's results and `a` does not: so it is of quantised and of fused layers. Then the call is a
+layer with inputs `a` and output gradients `b`, whatever it computes. It is replaced by the rule's forward pass as it
+is, beside a product of `a` and the weight whose value nobody reads, but to which the rule gives the cotangent `b`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ggn_jax.layers.jaxprs import bind
+from ggn_jax.layers.rules import Term, rule_of
+from ggn_jax.layers.weights import Weight, spread
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of `a` with a parameter, which may be none: `einsum("a_axes, axes -> b_axes", a, w)`."""
+
+    operand: int
+    term: Term
+    a: Array | None  # without the axes that are in nothing else
+    a_axes: tuple[int, ...]
+    of: int | None  # of what is added to another product, the number of that
+
+    def weight(self, value: Array) -> Array:
+        """The parameter as the product takes it: moved the other way round than its gradient is."""
+        term = self.term
+        shape = tuple(_size(term, axis) for axis in term.axes)
+
+        def move(x: Array) -> Array:
+            for eqn in term.moves:
+                (x,) = bind(eqn, [x])
+            return x
+
+        like = jax.ShapeDtypeStruct(shape, value.dtype)
+        moved = jax.linear_transpose(move, like)(value)[0] if term.moves else value
+        return moved.astype(term.like.dtype)
+
+    def place(self, x: Array, labels: tuple[int, ...]) -> Array:
+        """An array with these labels as one like `b`."""
+        order = sorted(range(len(labels)), key=lambda i: labels[i])
+        return jax.lax.broadcast_in_dim(jnp.transpose(x, order), self.term.b.aval.shape, sorted(labels))
+
+
+def _size(term: Term, label: int) -> int:
+    rank = len(term.b.aval.shape)
+    return int(term.b.aval.shape[label] if label < rank else term.a.aval.shape[label - rank])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A call taken apart: its products, and what makes its results of theirs."""
+
+    products: tuple[Product, ...]
+    finish: Callable[[list[Array]], list[Array]]
+
+
+def open_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> Opened | None:
+    """A call of data and weights, these operands, with the products of its rule in the open; None if it has none."""
+    rule = rule_of(eqn, values)
+    if rule is None:
+        return None
+    gradients = dict(zip(rule.inputs, rule.gradients, strict=True))
+    atoms = dict(zip(rule.inputs, rule.jaxpr.outvars[rule.results :], strict=True))
+    found = {i: gradients[i] for i in weights if i in gradients and gradients[i] is not None}
+    layers = [(i, term) for i, terms in found.items() for term in terms or () if term.a is not None]
+    sides = {term.side: number for number, (_, term) in enumerate(layers)}
+    # A bias has what a weight has of cotangents.
+    found = {i: t for i, t in found.items() if all(x.a is not None or x.side in sides for x in t or ())}
+    layers = [(i, term) for i, term in layers if i in found]
+    if not found:
+        return None
+    biases = [(i, term) for i, terms in found.items() for term in terms or () if term.a is None]
+    sides = {term.side: number for number, (_, term) in enumerate(layers)}
+    if any(term.side not in sides for _, term in biases):
+        return None
+
+    constant = [jax.lax.stop_gradient(value) for value in values]
+    rest = [i for i in rule.inputs if i not in found]
+    wanted = [*(atoms[i] for i in rest), *(term.b for _, term in layers)]
+    scales = [scale.atom for _, term in layers for scale in term.scales if scale.atom is not None]
+    needed = rule.needs([*wanted, *scales])
+    outputs = rule.jaxpr.outvars[: rule.results]
+    inputs = [term.a for _, term in layers]
+    given = rule.forward(constant, [*outputs, *needed, *inputs])
+    results, kept = given[: rule.results], given[rule.results : rule.results + len(needed)]
+    products = [
+        *(_product_of(i, term, a) for (i, term), a in zip(layers, given[rule.results + len(needed) :], strict=True)),
+        *(Product(i, term, None, (), sides[term.side]) for i, term in biases),
+    ]
+
+    @jax.custom_vjp
+    def same(results: Any, rest: Any, products: Any, kept: Any) -> Any:
+        return results
+
+    def forward(results: Any, rest: Any, products: Any, kept: Any) -> Any:
+        return results, kept
+
+    def backward(kept: Any, cotangents: Any) -> Any:
+        values = rule.backward(needed, kept, cotangents, [*wanted, *scales])
+        of_rest, of_products = values[: len(rest)], values[len(rest) : len(wanted)]
+        factors = iter(values[len(wanted) :])
+        scaled = [_scaled(b, term, factors) for b, (_, term) in zip(of_products, layers, strict=True)]
+        return None, of_rest, scaled, None
+
+    same.defvjp(forward, backward)
+
+    def finish(products: list[Array]) -> list[Array]:
+        return list(same(results, [values[i] for i in rest], products, kept))
+
+    return Opened(tuple(products), finish)
+
+
+def _product_of(operand: int, term: Term, a: Array) -> Product:
+    lone = [i for i, x in enumerate(term.a_axes) if x not in term.b_axes and x not in term.axes]
+    labels = tuple(x for i, x in enumerate(term.a_axes) if i not in lone)
+    a = jnp.sum(a, axis=tuple(lone)) if lone else a
+    return Product(operand, term, jax.lax.stop_gradient(a).astype(term.like.dtype), labels, None)
+
+
+def _scaled(b: Array, term: Term, factors: Any) -> Array:
+    for scale in term.scales:
+        if scale.atom is None:
+            b = -b
+            continue
+        value = next(factors)
+        places = {axis: scale.axes[axis] for axis in scale.varies}
+        by = spread(Weight(value, frozenset(), scale.varies), places, b.ndim).astype(b.dtype)
+        b = b / by if scale.inverted else b * by
+    return b.astype(term.like.dtype)
+
+
+def passed_through(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> dict[int, Term] | None:
+    """Of a call of weights, these operands, those whose gradient is the cotangent of the one result, moved about.
+
+    All others have none; None if that is not so.
+    """
+    rule = rule_of(eqn, values)
+    if rule is None:
+        return None
+    gradients = dict(zip(rule.inputs, rule.gradients, strict=True))
+    found = {}
+    for number in weights:
+        terms = gradients.get(number, ())
+        if terms is None or len(terms) > 1 or (terms and rule.results > 1):
+            return None
+        for term in terms:
+            if term.a is not None or term.b is not rule.jaxpr.invars[-1] or len(term.axes) < len(term.b_axes):
+                return None
+            found[number] = term
+    return found
+
+
+def as_result(term: Term, value: Array) -> Array:
+    """What a gradient of this term is passed on to, in the shape of the call's result."""
+    assert math.prod(term.b.aval.shape) == value.size
+    return Product(0, term, None, (), None).weight(value).transpose(*_inverse(term.axes))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=lambda i: order[i])
