@@ -31,14 +31,17 @@ quantised.defvjp(
 )
 
 
+OFFSETS = jnp.arange(5.0)  # closed over: an operand of the call without a gradient
+
+
 @jax.custom_vjp
 def fused(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ w + b)
+    return jnp.tanh(x @ w + b) + OFFSETS
 
 
 def fused_backward(kept: Any, g: jax.Array) -> Any:
     x, w, y = kept
-    before = g * (1 - y**2)
+    before = g * (1 - (y - OFFSETS) ** 2)
     return before @ w.T, jnp.einsum("...i,...o->io", x, before), before.sum(tuple(range(g.ndim - 1)))
 
 

@@ -119,7 +119,8 @@ def rule_of(eqn: Any, values: Sequence[Any]) -> Rule | None:
     """The rule of a call; None where its results or inputs are complex, or some results have no derivative."""
     if has_complex(eqn) or not all(map(is_floating, eqn.outvars)):
         return None
-    numbers = tuple(i for i, var in enumerate(eqn.invars) if is_floating(var))
+    closed_over = eqn.params.get("num_consts", 0)  # a rule gives none of these a gradient
+    numbers = tuple(i for i, var in enumerate(eqn.invars) if i >= closed_over and is_floating(var))
 
     def run(values: list[Any], cotangents: list[Any]) -> list[Any]:
         def call(*floating: Any) -> list[Any]:
