@@ -11,6 +11,7 @@ from ggn_jax.grad_output import (
     make_grad_output_sampler,
 )
 from ggn_jax.joint import JointLoss
+from ggn_jax.kronecker.options import KroneckerOptions
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.batches import BatchesGramLinearOperator
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
@@ -53,6 +54,7 @@ from ggn_jax.optimizer import (
     Diagnosis,
     Factors,
     Finding,
+    KFACOptions,
     KFACState,
     KFACTransformation,
     MultiStepsState,
@@ -92,9 +94,11 @@ __all__ = [
     "JacobianTransposeLinearOperator",
     "JointLoss",
     "KFACLinearOperator",
+    "KFACOptions",
     "KFACState",
     "KFACTransformation",
     "KFOCLinearOperator",
+    "KroneckerOptions",
     "LayerIO",
     "LayerInfo",
     "Layers",

@@ -19,7 +19,7 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
-    {"_hints", "_repr", "_version"},
+    {"_hints", "_keywords", "_repr", "_version"},
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {
@@ -78,7 +78,8 @@ GGN_JAX = [
     {"operators"},
     {"optimizer.numbers", "optimizer.spread", "optimizer.storage"},
     {"optimizer.checks"},
-    {"optimizer.defaults", "optimizer.masked", "optimizer.settings"},
+    {"optimizer.defaults", "optimizer.masked"},
+    {"optimizer.settings"},
     {"optimizer.by_layer", "optimizer.renewal"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.states"},

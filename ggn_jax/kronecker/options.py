@@ -1,9 +1,11 @@
 """How Kronecker factors are made: the options that the operators and the optimizer share."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, TypedDict, get_args
 
 from ggn_jax._checks import check_count
+from ggn_jax._keywords import check_keywords
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.plan import MAX_SMALL_SIZE
@@ -16,9 +18,60 @@ Small = Literal["full", "diagonal"]
 Large = Literal["block", "diagonal"]
 
 
+class KroneckerOptions(TypedDict, total=False):
+    """How Kronecker factors are made: the options that `kfac`, `scale_by_kfac` and the Kronecker operators share.
+
+    Each is a keyword argument of these; a dict of some is passed to all by `**`. Type checkers know their names.
+
+    >>> import jax, jax.numpy as jnp, ggn_jax
+    >>> options: ggn_jax.KroneckerOptions = {"fisher_type": "type-2", "bias": "separate", "max_dense_size": 4096}
+    >>> params, x, model_fn = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2)), lambda p, x: x @ p["w"]
+    >>> loss = ggn_jax.CrossEntropyLoss()
+    >>> operator = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, jnp.arange(8) % 3), **options)
+    >>> optimizer = ggn_jax.kfac(model_fn, loss, example_inputs=x, **options)
+    """
+
+    fisher_type: FisherType | str
+    """Which vectors are back-propagated: `"mc"` (default), `"type-2"` (exact in the loss), `"empirical"`, or
+    `"forward-only"` (`B = I`)."""
+    mc_samples: int
+    """How many targets `"mc"` draws for each datum: 1."""
+    sharing: Sharing
+    """`"expand"` (default) treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
+    first (Eschenhagen et al. 2023)."""
+    bias: Bias
+    """`"joint"` (default) makes it one more input of its layer, `"separate"` gives it the block `B`."""
+    tied: Tied
+    """Of a weight that is used several times: the `"sum"` (default) of Kronecker terms, one per use; or `"concatenate"`
+    the uses' positions."""
+    positions: Positions
+    """How type-2 treats outputs with several loss positions, such as tokens: `"signs"` (default) back-propagates all of
+    them together with independent random signs (unbiased; needs a key), `"exact"` one by one."""
+    on_uncovered: OnUncovered
+    """What parameters have that no layer covers: `"full"` the exact GGN block, `"diagonal"` the exact GGN diagonal;
+    `"auto"` (default) the block up to `max_small_size` entries, else the diagonal, with one
+    `UncoveredParametersWarning` that names them; `"error"` refuses them."""
+    small: Small
+    """`"full"` (default) or `"diagonal"`: the exact block of scales and shifts."""
+    large: Large
+    """What becomes of Kronecker factors larger than `max_dense_size`: `"block"` (default) makes them block-diagonal, in
+    parts of at most `block_size` and as even as possible, so that the layer's block is cut into Kronecker products of
+    its own for each part; `"diagonal"` keeps their diagonal."""
+    max_dense_size: int
+    """The size of the largest dense factors: 8192. Larger blocks of uncovered parameters are diagonal."""
+    block_size: int
+    """Of `large="block"`: 1024."""
+    max_small_size: int
+    """Larger blocks of scales and shifts are diagonal: 1024. So are those with more entries than the model has
+    parameters, and more than 128 x 128 (a position embedding that is added, say)."""
+    vector_chunk_size: int
+    """How many vectors are back-propagated at once: 1. On a CPU, one by one is fastest but for tiny models, and takes
+    the least memory."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """How the factors are made; see `KFACLinearOperator`."""
+    """`KroneckerOptions`, checked, with a value for each."""
 
     fisher_type: FisherType = FisherType.MC
     mc_samples: int = 1
@@ -33,6 +86,12 @@ class Options:
     block_size: int = 1024
     max_small_size: int = MAX_SMALL_SIZE
     vector_chunk_size: int = 1
+
+    @classmethod
+    def of(cls, function: str, given: Mapping[str, Any], hint: str = "") -> Self:
+        """Those that a function was given."""
+        check_keywords(function, given, DEFAULTS, hint)
+        return cls(**given)
 
     def __post_init__(self) -> None:
         given = self.fisher_type
@@ -60,3 +119,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "small": get_args(Small),
     "large": get_args(Large),
 }
+
+DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -1,8 +1,7 @@
 """How operators with Kronecker factors are made: of a batch, of many, of an objective, or of sums kept from before."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_count
 from ggn_jax._frozen import Frozen
+from ggn_jax._keywords import takes
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
@@ -18,9 +18,8 @@ from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_block
 from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, find_layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks
-from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
+from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
 from ggn_jax.kronecker.stacks import Blocks, structure
-from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
@@ -29,12 +28,15 @@ from ggn_jax.operators.nearest import nearest_blocks
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
+MASKS = " Masks are part of the batches."
+
 
 class FactoredLinearOperator(BlockLinearOperator):
     """What KFAC, EKFAC and KFOC share: how they are made; what they can do is `BlockLinearOperator`'s."""
 
     _method: ClassVar[Literal["kfac", "ekfac", "kfoc"]]
 
+    @takes(DEFAULTS)
     def __init__(
         self,
         model_fn: Callable[[PyTree, PyTree], Array],
@@ -42,52 +44,27 @@ class FactoredLinearOperator(BlockLinearOperator):
         params: PyTree[Array],
         batch: tuple[PyTree, Any],
         *,
-        fisher_type: FisherType | str = Options.fisher_type,
-        mc_samples: int = Options.mc_samples,
         key: Any = None,
-        sharing: Sharing = Options.sharing,
-        bias: Bias = Options.bias,
-        tied: Tied = Options.tied,
-        positions: Positions = Options.positions,
         mask: Any = None,
-        on_uncovered: OnUncovered = Options.on_uncovered,
-        small: Small = Options.small,
-        large: Large = Options.large,
-        max_dense_size: int = Options.max_dense_size,
-        block_size: int = Options.block_size,
-        max_small_size: int = Options.max_small_size,
         chunk_size: int | None = None,
-        vector_chunk_size: int = Options.vector_chunk_size,
         has_aux: bool = False,
         examples: Examples = "independent",
+        **options: Unpack[KroneckerOptions],
     ):
-        options = Options(
-            fisher_type,  # type: ignore[arg-type]  # made one there
-            mc_samples,
-            sharing,
-            bias,
-            tied,
-            positions,
-            on_uncovered,
-            small,
-            large,
-            max_dense_size,
-            block_size,
-            max_small_size,
-            vector_chunk_size,
-        )
-        kind = options.fisher_type
+        made = Options.of(type(self).__name__, options)
+        kind = made.fisher_type
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
-        self._check(problem, options, chunk_size)
-        keys = check_draws(problem, options, key, 0)
+        self._check(problem, made, chunk_size)
+        keys = check_draws(problem, made, key, 0)
         if mask is not None and self._method == "kfoc":
             raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
         mask = check_mask(mask, problem)
         problem.check_examples()
-        self.blocks = _compute(problem, keys, mask, options, self._method)
+        self.blocks = _compute(problem, keys, mask, made, self._method)
         self.structure = structure(problem.params)
 
     @classmethod
+    @takes(DEFAULTS)
     def from_objective(
         cls,
         objective: Objective,
@@ -98,7 +75,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         chunk_size: int | None = None,
         has_aux: bool = False,
         examples: Examples = "independent",
-        **options: Any,
+        **options: Unpack[KroneckerOptions],
     ) -> Self:
         """The operator of an objective: of the weighted sum of its functions' GGNs.
 
@@ -124,7 +101,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         parts = parts_of(objective, batches, key)
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
-        made = _as_options("from_objective", options)
+        made = Options.of("from_objective", options, MASKS)
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
@@ -139,6 +116,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         return cls._of(blocks, structure(problems[0].params))
 
     @classmethod
+    @takes(DEFAULTS)
     def from_batches(
         cls,
         model_fn: Callable[[PyTree, PyTree], Array],
@@ -151,7 +129,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         has_aux: bool = False,
         examples: Examples = "independent",
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[KroneckerOptions],
     ) -> Self:
         """The operator of all data of an iterable of batches, as if they were one batch.
 
@@ -174,8 +152,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> kfac.solve(params, damping=0.1)["w"].shape
         (2, 3)
         """
+        made = Options.of("from_batches", options, MASKS)
         if cls._method == "kfoc":
-            made = _as_options("from_batches", options)
 
             def make(inputs: PyTree, targets: Any) -> Problem:
                 args = model_fn, loss, params, (inputs, targets), chunk_size, made.fisher_type
@@ -184,7 +162,8 @@ class FactoredLinearOperator(BlockLinearOperator):
             blocks, problem = nearest_blocks(make, batches, made, key, progress)
             return cls._of(blocks, structure(problem.params))
         args = model_fn, loss, params, batches
-        options |= {
+        given: dict[str, Any] = {
+            **options,
             "key": key,
             "chunk_size": chunk_size,
             "has_aux": has_aux,
@@ -192,12 +171,13 @@ class FactoredLinearOperator(BlockLinearOperator):
             "progress": progress,
         }
         if cls._method != "ekfac":
-            return cls.finish(cls.partial_sums(*args, **options))
+            return cls.finish(cls.partial_sums(*args, **given))
         check_iterable(batches, "EKFAC goes over the batches twice")
-        factors = cls.partial_sums(*args, **options)
-        return cls.finish(cls.partial_sums(*args, factors=factors, **options))
+        factors = cls.partial_sums(*args, **given)
+        return cls.finish(cls.partial_sums(*args, factors=factors, **given))
 
     @classmethod
+    @takes(DEFAULTS)
     def partial_sums(
         cls,
         model_fn: Callable[[PyTree, PyTree], Array],
@@ -212,7 +192,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         has_aux: bool = False,
         examples: Examples = "independent",
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[KroneckerOptions],
     ) -> PartialSums:
         """The sums over some of the data that `finish` makes an operator of: a long fit, in parts.
 
@@ -239,7 +219,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> ggn_jax.EKFACLinearOperator.finish(corrected)
         EKFACLinearOperator(params=float32[2, 3], blocks=1)
         """
-        made = _as_options("partial_sums", options)
+        made = Options.of("partial_sums", options, MASKS)
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC iterates over all data, and has no sums to keep: use from_batches.")
         check_iterable(batches)
@@ -327,14 +307,6 @@ class FactoredLinearOperator(BlockLinearOperator):
             check_exact(problem.loss)
         if options.fisher_type in (FisherType.TYPE2, FisherType.MC):
             problem.check_curvature()
-
-
-def _as_options(name: str, given: dict[str, Any]) -> Options:
-    """Refuse what are no options, for what takes batches."""
-    unknown = set(given) - {field.name for field in fields(Options)}
-    if unknown:
-        raise TypeError(f"{name} got unknown options {sorted(unknown)}; masks are part of the batches.")
-    return Options(**given)
 
 
 @eqx.filter_jit

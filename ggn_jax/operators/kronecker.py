@@ -38,31 +38,14 @@ class KFACLinearOperator(FactoredLinearOperator):
       are sums over all of these, and a gradient is the batch's, for each vector; what is drawn is drawn for each
       example. With `"type-2"`, `positions="exact"` back-propagates each example's vectors on their own, `"signs"` all
       examples together. `chunk_size` is refused.
-    - `fisher_type`: `"type-2"` (exact in the loss), `"mc"`, `"empirical"`, or `"forward-only"` (`B = I`).
-    - `mc_samples`, `key`: for what is drawn: `"mc"`, and the signs of type-2; not looked at where nothing is.
-    - `sharing`: `"expand"` treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
-      first.
-    - `bias`: `"joint"` makes it one more input of its layer, `"separate"` gives it the block `B`.
-    - `tied`: `"sum"` of Kronecker terms, one per use; or `"concatenate"` the uses' positions.
-    - `positions`: how type-2 treats outputs with several loss positions, such as tokens: `"signs"` back-propagates all
-      of them together with independent random signs (unbiased; needs a key), `"exact"` one by one.
+    - `key`: for what is drawn: `"mc"`, and the signs of type-2; not looked at where nothing is.
     - `mask`: `[N, *positions]`, true for real inputs: layers with these sharing positions leave the others out of `A`.
       They have them where the lengths of their position axes are the mask's, in any order; axes of one length are in
       the order in which the inputs have them, and refused where the trace does not tell it. Axes of length 1, and those
       that weights made, such as heads, do not count. Position `i` of the mask is position `i` of the layer: a model
       that flips or shuffles positions needs a mask that is flipped as well. All other layers take all inputs.
-    - `on_uncovered`: what parameters have that no layer covers: `"full"` the exact GGN block, `"diagonal"` the exact
-      GGN diagonal; `"auto"` the block up to `max_small_size` entries, else the diagonal, with one
-      `UncoveredParametersWarning` that names them; `"error"` refuses them.
-    - `small`: `"full"` or `"diagonal"`: the exact block of scales and shifts.
-    - `large`: what becomes of Kronecker factors larger than `max_dense_size`: `"block"` makes them block-diagonal, in
-      parts of at most `block_size` and as even as possible, so that the layer's block is cut into Kronecker products of
-      its own for each part; `"diagonal"` keeps their diagonal.
-    - `max_dense_size`: the size of the largest dense factors; larger blocks of uncovered parameters are diagonal.
-    - `max_small_size`: larger blocks of scales and shifts are diagonal; so are those with more entries than the model
-      has parameters, and more than 128 x 128 (a position embedding that is added, say).
-    - `vector_chunk_size`: how many vectors are back-propagated at once. On a CPU, one by one is fastest but for tiny
-      models, and takes the least memory.
+    - `KroneckerOptions`: `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`,
+      `large`, `max_dense_size`, `block_size`, `max_small_size` and `vector_chunk_size`, which it shares with `kfac`.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them; for a model
     whose examples depend on each other (checked on four, outside of `jit`); for parameters that are not covered.

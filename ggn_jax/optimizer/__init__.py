@@ -6,6 +6,7 @@ from ggn_jax.optimizer.curvature import Curvature, Factors
 from ggn_jax.optimizer.diagnosis import BlockDiagnosis, Diagnosis
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.multi_steps import MultiStepsState, multi_steps
+from ggn_jax.optimizer.settings import KFACOptions
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.summary import CurvatureReport, CurvatureRow
 from ggn_jax.optimizer.transformation import kfac, scale_by_kfac
@@ -18,6 +19,7 @@ __all__ = [
     "Diagnosis",
     "Factors",
     "Finding",
+    "KFACOptions",
     "KFACState",
     "KFACTransformation",
     "MultiStepsState",

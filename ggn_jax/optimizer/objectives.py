@@ -1,5 +1,6 @@
 """One pass over the batches of an objective: what `Core` is for one function."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,13 +86,14 @@ class ObjectiveCore(Core):
         return value, total, self._factors(layout, joined, joined.pop("corrected", ()), counts, curvature)
 
 
-def core_of(model_fn: Any, loss: Any, *given: Any) -> Core:
+def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:
     """Of an objective, or of a model and a loss."""
+    rest = Settings.of(options), options["full_params"], options["has_aux"], options["examples"]
     if not isinstance(model_fn, Objective):
-        return Core(model_fn, loss, *given)
+        return Core(model_fn, loss, example_inputs, *rest)
     if loss is not None:
         raise TypeError(
             "an objective has its losses: pass kfac(objective, learning_rate=..., example_inputs=[...]), without loss,"
             " and learning_rate by name."
         )
-    return ObjectiveCore(model_fn, *given)
+    return ObjectiveCore(model_fn, example_inputs, *rest)

@@ -1,51 +1,104 @@
-"""How the curvature is followed; which of a function's arguments belong where."""
+"""How the curvature is followed: the options of `kfac` and `scale_by_kfac`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import check_count
+from ggn_jax._checks import Examples, check_count
+from ggn_jax._keywords import check_keywords
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose
-from ggn_jax.kronecker.options import Options
+from ggn_jax.kronecker.options import DEFAULTS as OF_FACTORS
+from ggn_jax.kronecker.options import KroneckerOptions, Options
 from ggn_jax.kronecker.split import invert_heuristically
 from ggn_jax.optimizer.checks import FROM_0_TO_1, check_dtype, check_flag, check_mesh, check_number, check_static
+from ggn_jax.optimizer.defaults import AUTO, USUAL_INTERVAL, is_word
+from ggn_jax.optimizer.numbers import Number
 from ggn_jax.optimizer.spread import Spread
 
 DampingMethod = Literal["heuristic", "exact"]
-T = TypeVar("T")
 
 
-def pick(cls: type[T], given: Mapping[str, Any]) -> T:
-    """A dataclass made of those arguments that are its fields."""
-    return cls(**{field.name: given[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+class KFACOptions(KroneckerOptions, total=False):
+    """How curvature is followed: the options that `kfac` and `scale_by_kfac` share, with those of `KroneckerOptions`.
+
+    Each is a keyword argument of these; a dict of some is passed to both by `**`. Type checkers know their names.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> options: ggn_jax.KFACOptions = {"decay": 0.9, "inverse_interval": 20, "ekfac": True, "fisher_type": "type-2"}
+    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+    >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=jnp.ones((8, 2)), **options)
+    """
+
+    decay: Number
+    """Of the averages of the factors, which are bias-corrected: 0.95."""
+    factor_interval: int
+    """How many steps pass between new factors: 1. They are renewed after 1, 2, 4, 8, ... steps as well, below the
+    first interval, since averages change fast at first."""
+    inverse_interval: int | Literal["auto"]
+    """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` without a learning
+    rate."""
+    staggered: bool
+    """Whether a share of the inverses is renewed at each step but the first, which makes all, so that no other step
+    takes longer than the rest: False."""
+    damping_method: DampingMethod
+    """`"heuristic"` (default) adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs Cholesky
+    factorisations; `"exact"` adds the damping to the Kronecker product's eigenvalues, and needs eigendecompositions,
+    about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is inverted as it is by
+    `"heuristic"`, see `KFACLinearOperator.inverse`, and of more terms as two that are near; `"exact"`, and `ekfac`,
+    take the nearest single one. `report` names such blocks."""
+    ekfac: bool
+    """Whether the GGN's diagonal in KFAC's eigenbases is followed between new bases (its first step is KFAC's);
+    damping is exact. False."""
+    factor_dtype: Any
+    """In which averages are kept: None (default) for that in which they are computed; inverses are computed and kept in
+    the latter always. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to 2^-7 of
+    each entry, rounded so that means over steps are right: choose a damping well above that part of the factors."""
+    chunk_size: int | None
+    """How many examples are worked on at once: the batch's loss, gradient and factors are added up over parts of it, so
+    that the activations of one part are held. None (default) for all of them."""
+    mesh: Mesh | None
+    """Each of its devices holds, inverts and multiplies with a share of the blocks, and all gather the preconditioned
+    gradient. None by default."""
+    full_params: PyTree | None
+    """Under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is kept); each update
+    that has a batch needs their present values, `update(..., full_params=params)`. None by default."""
+    has_aux: bool
+    """Whether `model_fn` returns `(outputs, aux)`: new running statistics, metrics. As with `jax.value_and_grad`, the
+    value of `value_and_grad_and_factors` is then a pair `(value, aux)`. False by default."""
+    examples: Examples
+    """`"independent"` (default), or `"coupled"` for a model whose examples depend on each other, as in
+    `KFACLinearOperator`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the curvature is followed; see `kfac`."""
+    """How the curvature is followed: `KFACOptions`, checked, with a value for each that is not about the model."""
 
     options: Options
-    decay: Any
-    factor_interval: int
-    inverse_interval: int
-    staggered: bool
-    damping_method: DampingMethod
-    ekfac: bool
-    factor_dtype: Any
-    chunk_size: int | None
-    mesh: Mesh | None
+    decay: Any = 0.95
+    factor_interval: int = 1
+    inverse_interval: int = USUAL_INTERVAL
+    staggered: bool = False
+    damping_method: DampingMethod = "heuristic"
+    ekfac: bool = False
+    factor_dtype: Any = None
+    chunk_size: int | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """The settings among a function's arguments."""
-        for field in (*fields(Options), *fields(cls)):
-            if field.name not in ("options", "decay"):
-                check_static(field.name, given[field.name])
-        return pick(cls, {**given, "options": pick(Options, given)})
+        """The settings among options."""
+        for name, value in given.items():
+            if name not in OF_MODEL and name != "decay":
+                check_static(name, value)
+        own = {field.name: given[field.name] for field in fields(cls) if field.name != "options"}
+        if is_word(own["inverse_interval"], AUTO):
+            own["inverse_interval"] = USUAL_INTERVAL
+        return cls(Options(**{name: given[name] for name in OF_FACTORS}), **own)
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, FROM_0_TO_1)
@@ -87,3 +140,18 @@ class Settings:
         if self.keeps_spectra:
             return list(decompose(blocks))
         return invert_heuristically(blocks, damping)
+
+
+OF_MODEL: dict[str, Any] = {"full_params": None, "has_aux": False, "examples": "independent"}
+DEFAULTS = {
+    **{field.name: field.default for field in fields(Settings) if field.name != "options"},
+    "inverse_interval": AUTO,
+    **OF_MODEL,
+    **OF_FACTORS,
+}
+
+
+def all_options(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function was given of `KFACOptions`, with the default of all others."""
+    check_keywords(function, given, DEFAULTS)
+    return {**DEFAULTS, **given}

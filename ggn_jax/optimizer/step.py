@@ -73,8 +73,8 @@ class StepRule:
     learning_rate: Any
     damping: Any
     adapt_damping: int | str | None
-    min_damping: Any
     momentum: Any
+    min_damping: Any
     kl_clip: Any
     weight_decay: Any
     weight_decay_mask: Any

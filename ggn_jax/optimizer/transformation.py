@@ -1,19 +1,15 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
-from ggn_jax._checks import Examples
 from ggn_jax._fusion import seal
+from ggn_jax._keywords import takes
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
-from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
-from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.problem import Problem
@@ -24,43 +20,20 @@ from ggn_jax.optimizer.defaults import with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
-from ggn_jax.optimizer.settings import DampingMethod, Settings, pick
+from ggn_jax.optimizer.settings import DEFAULTS, KFACOptions, all_options
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
 
 
+@takes(DEFAULTS)
 def scale_by_kfac(
     model_fn: Callable[[PyTree, PyTree], Array] | Objective,
     loss: Loss | None = None,
     *,
     example_inputs: PyTree,
     damping: Number | Schedule = 1e-3,
-    decay: Number = 0.95,
-    factor_interval: int = 1,
-    inverse_interval: int = 10,
-    staggered: bool = False,
-    damping_method: DampingMethod = "heuristic",
-    ekfac: bool = False,
-    fisher_type: FisherType | str = Options.fisher_type,
-    mc_samples: int = Options.mc_samples,
-    sharing: Sharing = Options.sharing,
-    bias: Bias = Options.bias,
-    tied: Tied = Options.tied,
-    positions: Positions = Options.positions,
-    on_uncovered: OnUncovered = Options.on_uncovered,
-    small: Small = Options.small,
-    large: Large = Options.large,
-    max_dense_size: int = Options.max_dense_size,
-    block_size: int = Options.block_size,
-    max_small_size: int = Options.max_small_size,
-    chunk_size: int | None = None,
-    factor_dtype: Any = None,
-    vector_chunk_size: int = Options.vector_chunk_size,
-    mesh: Mesh | None = None,
-    full_params: PyTree | None = None,
-    has_aux: bool = False,
-    examples: Examples = "independent",
+    **options: Unpack[KFACOptions],
 ) -> KFACTransformation:
     r"""Precondition gradients with a damped KFAC or EKFAC inverse, for `optax.chain`.
 
@@ -77,9 +50,8 @@ def scale_by_kfac(
     >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     """
-    settings = Settings.of(locals())
     check_schedule("damping", damping)
-    core = core_of(model_fn, loss, example_inputs, settings, full_params, has_aux, examples)
+    core = core_of(model_fn, loss, example_inputs, all_options("scale_by_kfac", options))
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
         rejected = core.placed(jnp.zeros((), jnp.int32), params)
@@ -111,6 +83,7 @@ def scale_by_kfac(
     return KFACTransformation.make(core, init, update, None)
 
 
+@takes(DEFAULTS)
 def kfac(
     model_fn: Callable[[PyTree, PyTree], Array] | Objective,
     loss: Loss | None = None,
@@ -124,31 +97,7 @@ def kfac(
     kl_clip: Number | Literal["auto"] | None = "auto",
     weight_decay: Number | Schedule = 0.0,
     weight_decay_mask: Any = None,
-    decay: Number = 0.95,
-    factor_interval: int = 1,
-    inverse_interval: int | Literal["auto"] = "auto",
-    staggered: bool = False,
-    damping_method: DampingMethod = "heuristic",
-    ekfac: bool = False,
-    fisher_type: FisherType | str = Options.fisher_type,
-    mc_samples: int = Options.mc_samples,
-    sharing: Sharing = Options.sharing,
-    bias: Bias = Options.bias,
-    tied: Tied = Options.tied,
-    positions: Positions = Options.positions,
-    on_uncovered: OnUncovered = Options.on_uncovered,
-    small: Small = Options.small,
-    large: Large = Options.large,
-    max_dense_size: int = Options.max_dense_size,
-    block_size: int = Options.block_size,
-    max_small_size: int = Options.max_small_size,
-    chunk_size: int | None = None,
-    factor_dtype: Any = None,
-    vector_chunk_size: int = Options.vector_chunk_size,
-    mesh: Mesh | None = None,
-    full_params: PyTree | None = None,
-    has_aux: bool = False,
-    examples: Examples = "independent",
+    **options: Unpack[KFACOptions],
 ) -> KFACTransformation:
     r"""KFAC (Martens & Grosse 2015), or EKFAC (George et al. 2018), as an optax transformation.
 
@@ -207,33 +156,11 @@ def kfac(
       `learning_rate="quadratic"`, which bounds its steps itself.
     - `weight_decay`, `weight_decay_mask`: decoupled, as in `optax.adamw`; the mask is a pytree of booleans, perhaps one
       for a whole branch, or a function of the parameters that returns one.
-    - `decay`: of the averages of the factors, which are bias-corrected.
-    - `factor_interval`, `inverse_interval`: how many steps pass between new factors, and between new inverses; these
-      are renewed after 1, 2, 4, 8, ... steps as well, below the first interval, since averages change fast at first.
-      An `inverse_interval` of `"auto"` is 10, or 5 without a learning rate.
-      `staggered` renews a share of the inverses at each step but the first, which makes all, so that no other step
-      takes longer than the rest.
-    - `damping_method`: `"heuristic"` adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs
-      Cholesky factorisations; `"exact"` adds the damping to the Kronecker product's eigenvalues, and needs
-      eigendecompositions, about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is
-      inverted as it is by `"heuristic"`, see `KFACLinearOperator.inverse`, and of more terms as two that are near;
-      `"exact"`, and `ekfac`, take the nearest single one. `report` names such blocks.
-    - `ekfac`: follow the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's); damping is
-      exact.
-    - `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`,
-      `max_dense_size`, `block_size`, `max_small_size`, `vector_chunk_size`: as in `KFACLinearOperator`.
-    - `chunk_size`: how many examples are worked on at once: the batch's loss, gradient and factors are added up over
-      parts of it, so that the activations of one part are held. None for all of them.
-    - `factor_dtype`: in which averages are kept, None for that in which they are computed; inverses are computed and
-      kept in the latter always. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to
-      2^-7 of each entry, rounded so that means over steps are right: choose a damping well above that part of the
-      factors.
-    - `mesh`: each of its devices holds, inverts and multiplies with a share of the blocks, and all gather the
-      preconditioned gradient.
-    - `full_params`: under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is
-      kept); each update that has a batch needs their present values, `update(..., full_params=params)`.
-    - `has_aux`: whether `model_fn` returns `(outputs, aux)`: new running statistics, metrics. As with
-      `jax.value_and_grad`, the value of `value_and_grad_and_factors` is then a pair `(value, aux)`.
+    - `KFACOptions`, which it shares with `scale_by_kfac`, for how curvature is followed: `decay`, `factor_interval`,
+      `inverse_interval`, `staggered`, `damping_method`, `ekfac`, `factor_dtype`, `chunk_size`, `mesh`, `full_params`,
+      `has_aux` and `examples`; and `KroneckerOptions`, which `KFACLinearOperator` has as well: `fisher_type`,
+      `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`, `max_dense_size`,
+      `block_size`, `max_small_size` and `vector_chunk_size`.
 
     **NaN and infinities:** a batch whose factors are not finite is left out of the averages and counted in
     `state.curvature.skipped`; where the gradient or the step is not finite, the update is 0, momentum stays, and
@@ -257,9 +184,12 @@ def kfac(
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     >>> params = optax.apply_updates(params, updates)
     """
-    given = with_defaults(locals())
-    rule, first_damping = pick(StepRule, given), given["damping"]
-    core = core_of(model_fn, loss, example_inputs, Settings.of(given), full_params, has_aux, examples)
+    given = all_options("kfac", options)
+    tuned = with_defaults(learning_rate, damping, adapt_damping, momentum, given["inverse_interval"])
+    given["inverse_interval"] = tuned.inverse_interval
+    rule = StepRule(*tuned[:4], min_damping, kl_clip, weight_decay, weight_decay_mask)
+    first_damping = rule.damping
+    core = core_of(model_fn, loss, example_inputs, given)
 
     def init(params: PyTree[Array]) -> KFACState:
         curvature = core.start(params, _first(first_damping))
