@@ -16,11 +16,6 @@ from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
 from ggn_jax.terms import check_values
 
-DIFFERENT_DATA = (
-    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
-    " replacement, dropping the last batch of a shuffled loader)."
-)
-
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
 

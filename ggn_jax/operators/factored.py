@@ -25,7 +25,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
-from ggn_jax.operators.nearest import nearest_blocks
+from ggn_jax.operators.nearest import nearest_blocks, refuse_mask
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
@@ -80,8 +80,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         self._check(problem, options, chunk_size)
         keys = check_draws(problem, options, key, 0)
-        if mask is not None and self._method == "kfoc":
-            raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+        if self._method == "kfoc":
+            refuse_mask(mask)
         mask = check_mask(mask, problem)
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, options, self._method)
