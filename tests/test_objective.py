@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from oracles import nearest_product
 
 import ggn_jax
 
@@ -82,8 +83,11 @@ def test_arithmetic_and_errors() -> None:
         ggn_jax.Objective(classes, jnp.mean)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a ggn_jax\.Objective"):
         ggn_jax.GGNLinearOperator.from_objective(classes, PARAMS, BATCHES)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="KFOC"):
-        ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES)
+    masked = [(*BATCHES[0], jnp.ones((5, 1), bool)), BATCHES[1]]
+    with pytest.raises(NotImplementedError, match="KFOC has no use for mask"):
+        ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, masked)
+    with pytest.raises(ValueError, match=r"batches\[0\]: a mask is for Kronecker factors"):
+        ggn_jax.JacobianLinearOperator.from_objective(SUM, PARAMS, masked)
     with pytest.raises(TypeError, match="an objective has its losses"):
         ggn_jax.kfac(SUM, CE, 0.1, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="learning_rate by name"):
@@ -108,6 +112,22 @@ def test_products() -> None:
     np.testing.assert_allclose(
         ggn_jax.EFLinearOperator.from_objective(SUM, PARAMS, BATCHES).as_matrix(), want, atol=1e-13
     )
+
+
+def test_jacobian() -> None:
+    """Of the outputs of all functions, one under the other; losses and weights do not count."""
+    jacobian = ggn_jax.JacobianLinearOperator.from_objective(SUM, PARAMS, [(x, None) for x, _ in BATCHES])
+    rows = [
+        jax.jit(jax.jacrev(lambda f, fn=t.model_fn, x=x: fn(UNRAVEL(f), x).reshape(-1)))(FLAT)
+        for t, (x, _) in zip(SUM.terms, BATCHES, strict=True)
+    ]
+    dense = np.concatenate(rows)
+    us = normal(5, 3), normal(7, 2)
+    np.testing.assert_allclose(jacobian.as_matrix(), dense, atol=1e-13)
+    np.testing.assert_allclose(ravel_pytree(lx.linearise(jacobian).mv(PARAMS))[0], dense @ FLAT, atol=1e-13)
+    np.testing.assert_allclose(ravel_pytree(jacobian.T.mv(us))[0], dense.T @ ravel_pytree(us)[0], atol=1e-12)
+    assert jacobian.to_scipy().shape == dense.shape
+    assert "JacobianLinearOperator(" in repr(jacobian)
 
 
 def blocks_of(matrix: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
@@ -139,6 +159,21 @@ def test_kfac_is_the_sum(bias: Any) -> None:
     masked = [(*BATCHES[0],), (*BATCHES[1], jnp.ones((7, 1), bool))]
     again = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, masked, **options)
     np.testing.assert_allclose(again.as_matrix(), matrix, atol=1e-14)
+
+
+def test_kfoc_is_nearest_to_the_sum() -> None:
+    """The leading singular pair of the whole GGN's block, rearranged; a function need not use the layer."""
+    kfoc = ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
+    first = np.concatenate([4 + np.arange(12).reshape(3, 4), np.arange(4)[None]])  # [in, out]; the bias is before "w"
+    for order, names in (
+        (first, ("w", "b")),
+        (np.arange(12).reshape(4, 3), ("v",)),
+        (np.arange(6).reshape(3, 2), ("u",)),
+    ):
+        rows = order.T.reshape(-1)
+        block = blocks_of(ggn_matrix(), tuple(sorted(names)))[np.ix_(rows, rows)]
+        np.testing.assert_allclose(kfoc.block(names[0]), nearest_product(block, *order.T.shape), atol=1e-8)
+    np.testing.assert_allclose(kfoc.block("c"), blocks_of(ggn_matrix(), ("c",)), atol=1e-12)
 
 
 def test_a_weight_of_0_and_ignored_targets() -> None:

@@ -11,10 +11,10 @@ from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator,
 from ggn_jax.operators.outputs import (
     BatchesJacobianLinearOperator,
     JacobianLinearOperator,
-    JacobianTransposeLinearOperator,
 )
 from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.passes import BatchesLinearOperator
+from ggn_jax.operators.rectangular import JacobianTransposeLinearOperator, StackedJacobianLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 from ggn_jax.operators.weighted import WeightedSumLinearOperator
 
@@ -34,6 +34,7 @@ __all__ = [
     "KFACLinearOperator",
     "KFOCLinearOperator",
     "PartialSums",
+    "StackedJacobianLinearOperator",
     "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",

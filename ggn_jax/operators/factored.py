@@ -17,7 +17,7 @@ from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, find_layout
-from ggn_jax.kronecker.optimal import compute_optimal_blocks
+from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
 from ggn_jax.kronecker.options import Bias, Large, OnUncovered, Options, Sharing, Small, Tied
 from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.kronecker.vectors import Positions
@@ -105,7 +105,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         A layer's block has a Kronecker term for each use of its weight, in all functions; with `tied="concatenate"`,
         one for each function that uses it, whose output factor has the weight in it. `inverse` says how sums of terms
         are inverted. What has no layer in one of the functions has an exact block of the whole GGN. EKFAC's eigenbases
-        are those of the nearest single products, and its eigenvalues are of the whole GGN.
+        are those of the nearest single products, and its eigenvalues are of the whole GGN. KFOC's blocks are the
+        products nearest to those of the whole GGN, with one term.
 
         Args:
             objective: a sum of functions of the same parameters, each with a weight.
@@ -122,12 +123,12 @@ class FactoredLinearOperator(BlockLinearOperator):
             TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
         """
         parts = parts_of(objective, batches, key)
-        if cls._method == "kfoc":
-            raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
         made = _as_options("from_objective", options)
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
+            if cls._method == "kfoc":
+                refuse_mask(mask)
             args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             cls._check(problem, made, chunk_size)
@@ -135,7 +136,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             problems.append(problem)
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))
-        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method == "ekfac")
+        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
         return cls._of(blocks, structure(problems[0].params))
 
     @classmethod
@@ -347,11 +348,13 @@ def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: s
 
 @eqx.filter_jit
 @compiler_sharded
-def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, correct: bool) -> Blocks:
+def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, method: str) -> Blocks:
     layout = JoinedLayout.of_all(problems, options)
+    if method == "kfoc":
+        return joined_optimal_blocks(layout, problems, weights, keys)
     given = layout, problems, weights, keys, masks
     sums = joined_sums(*given)
-    if not correct:
+    if method == "kfac":
         return assemble_blocks(layout, sums)
     bases = eigenbases(layout, sums)
     return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))
