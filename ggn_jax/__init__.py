@@ -14,6 +14,7 @@ from ggn_jax.joint import JointLoss
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.batches import BatchesGramLinearOperator
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
+from ggn_jax.layerwise.given import from_factors
 from ggn_jax.layerwise.gram import GramLinearOperator
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.layerwise.matrices import from_matrices, to_matrices
@@ -124,6 +125,7 @@ __all__ = [
     "check_loss",
     "find_layers",
     "from_equinox",
+    "from_factors",
     "from_haiku",
     "from_linen",
     "from_matrices",

@@ -72,7 +72,7 @@ GGN_JAX = [
     {"kronecker.optimal", "kronecker.diagonal"},
     {"operators.block_functions", "operators.squares"},
     {"operators.blocks"},
-    {"operators.averages", "operators.diagonal", "operators.nearest", "operators.solver"},
+    {"layerwise.given", "operators.averages", "operators.diagonal", "operators.nearest", "operators.solver"},
     {"operators.factored"},
     {"operators.kronecker"},
     {"operators"},

@@ -34,8 +34,8 @@ from ggn_jax.operators.base import (
     check_damping,
     check_vector,
     leaf_dampings,
+    matching,
     register,
-    simple_path,
 )
 from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped, parameters_of, solve, total_of
 
@@ -43,7 +43,8 @@ from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped,
 class BlockLinearOperator(SymmetricLinearOperator):
     """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer.
 
-    What `KFACLinearOperator` and its like are, and their inverses and roots.
+    What `KFACLinearOperator` and its like are, and their inverses and roots; of factors that are known already,
+    `ggn_jax.from_factors` makes one.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
@@ -232,19 +233,27 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
 
         A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
-        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
+        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`; and with `*` for anything,
+        where that fits parameters of one block: `"dense/*"`.
+
+        **Raises:** KeyError for a path that no parameter has, or with entries in several blocks.
         """
+        named = self._named()
+        names = [spec.names for _, (spec, _) in named]
+        fitting = set(matching(path, [name for own in names for name in own]))
         found = {
-            name: (block, spec.shape)
-            for name, (spec, block) in self._named()
-            if path in (name, *spec.names, *map(simple_path, spec.names))
+            name: (block, spec.shape) for name, (spec, block) in named if name == path or fitting & set(spec.names)
         }
+        if path in found:
+            found = {path: found[path]}
         if len(found) == 1:
             return _dense(*next(iter(found.values())))
         if found:
-            names = ", ".join(map(repr, found))
-            raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
-        known = ", ".join(dict.fromkeys(name for spec, _ in self.blocks.each() for name in spec.names))
+            raise KeyError(
+                f"{path!r} has entries in several blocks: pass one of {', '.join(map(repr, found))}; submatrix takes"
+                " several."
+            )
+        known = ", ".join(dict.fromkeys(name for own in names for name in own))
         raise KeyError(f"no parameter {path!r}; there are {known or 'none with entries'}.")
 
     def factors(self) -> dict[str, Block]:

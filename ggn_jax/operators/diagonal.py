@@ -11,7 +11,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import Examples, check_count, wide_dtype
+from ggn_jax._checks import Examples, as_array, check_count, is_concrete, wide_dtype
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._weights import weighted_sum
 from ggn_jax.kronecker.linalg import norm
@@ -24,8 +24,8 @@ from ggn_jax.operators.base import (
     check_number,
     check_vector,
     leaf_dampings,
+    matching,
     register,
-    simple_path,
     vectors_like,
 )
 from ggn_jax.operators.batches import (
@@ -98,6 +98,23 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
         self.entries = compute(problem, 0)
+
+    @classmethod
+    def from_diagonal(cls, entries: PyTree[Any]) -> Self:
+        """The operator of a diagonal that is known already: from a file, or a running average of squares.
+
+        Args:
+            entries: a pytree like the parameters, of real numbers of at least 0.
+
+        Raises:
+            TypeError, ValueError: for entries that are no real arrays, or negative where that can be looked at.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> diagonal = ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
+        >>> diagonal.solve({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, damping=0.5)["b"]
+        Array([2., 2., 2.], dtype=float32)
+        """
+        return cls._of(jax.tree_util.tree_map_with_path(_check_entries, entries))
 
     @classmethod
     def from_objective(
@@ -210,8 +227,9 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
-        made_of, key = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
-        return PartialSums(totals, jnp.asarray(seen, jnp.int32), Recipe(cls, (made_of, *key), made_of))
+        made_of, options = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
+        drawn = (key, start) if compute.draws else None
+        return PartialSums.of(Recipe(cls, (made_of, *options), made_of), problem.params, totals, seen, drawn)
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:
@@ -226,9 +244,12 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         check_sums("sums", sums, cls)
         reduction, (_, dtypes, tree) = sums.recipe.made_of
         entries, divisor = sums.totals
-        made = cls.__new__(cls)
-        whole = with_reduction(reduction, entries, divisor, jax.tree.unflatten(tree, dtypes))
-        object.__setattr__(made, "entries", whole)
+        return cls._of(with_reduction(reduction, entries, divisor, jax.tree.unflatten(tree, dtypes)))
+
+    @classmethod
+    def _of(cls, entries: PyTree[Array]) -> Self:
+        made = object.__new__(cls)
+        object.__setattr__(made, "entries", entries)
         return made
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
@@ -287,12 +308,21 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return self.entries
 
     def block(self, path: str) -> Float[Array, "d d"]:
-        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`."""
-        found = {jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)}
-        for name, leaf in found.items():
-            if path in (name, simple_path(name)):
-                return jnp.diag(leaf.reshape(-1))
-        raise KeyError(f"no parameter {path!r}; there are {', '.join(found)}.")
+        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`.
+
+        **Raises:** KeyError for a path that no parameter has, or that several have.
+        """
+        leaves = {
+            jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)
+        }
+        found = matching(path, list(leaves))
+        if len(found) == 1:
+            return jnp.diag(leaves[found[0]].reshape(-1))
+        if found:
+            raise KeyError(
+                f"{path!r} fits several parameters: pass one of {', '.join(found)}; submatrix takes several."
+            )
+        raise KeyError(f"no parameter {path!r}; there are {', '.join(leaves)}.")
 
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two diagonal operators on the same parameters, a diagonal operator."""
@@ -312,6 +342,17 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     def _replace(self, entries: PyTree[Array]) -> "GGNDiagonalLinearOperator":
         return eqx.tree_at(lambda operator: operator.entries, self, entries)
+
+
+def _check_entries(path: Any, value: Any) -> Array:
+    """One of a diagonal's arrays."""
+    name = f"entries{jax.tree_util.keystr(path)}"
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must hold floating-point numbers; got dtype {array.dtype}.")
+    if is_concrete(array) and bool(jnp.any(array < 0)):
+        raise ValueError(f"{name} must not be negative: a GGN's diagonal is a sum of squares.")
+    return array
 
 
 def _sum_of_logs(x: Array) -> Array:

@@ -5,7 +5,6 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_count
@@ -26,7 +25,7 @@ from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.nearest import nearest_blocks, refuse_mask
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
 
@@ -254,6 +253,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             bases = _bases(factors) if factors.bases is None else factors.bases
             factors = factors.factors or factors
         recipes: set[Recipe] = set()  # of the batches: one
+        drawn: list[bool] = []  # whether something was, for each batch
         key_of_loss = loss_key(loss)
 
         def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
@@ -268,6 +268,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 if factors is not None and {factors.recipe} != recipes:
                     raise ValueError("factors must be those of the same model, loss and options: these are others'.")
             keys = check_draws(problem, made, key, start + seen)
+            drawn.append(keys is not None)
             found, places = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
             if recipes != {Recipe(cls, (places, *kind))}:
                 raise ValueError("the model's layers are others than for batch 0, or in another order.")
@@ -276,7 +277,11 @@ class FactoredLinearOperator(BlockLinearOperator):
         problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
         if problem is None:
             raise no_batches(batches, again=factors is not None)
-        return PartialSums(totals, jnp.asarray(seen, jnp.int32), recipes.pop(), factors, bases)
+        made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
+        found = PartialSums.of(*made_of, factors=factors, bases=bases)
+        if factors is not None:
+            same_params("factors", factors.params, found.params)
+        return found
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:

@@ -32,6 +32,11 @@ class Squares:
         self._mc_samples, self._key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
         self.fisher_type = FisherType.MC if self._mc_samples else FisherType.TYPE2
 
+    @property
+    def draws(self) -> bool:
+        """Whether labels are drawn, with the key."""
+        return self._key is not None
+
     def check(self, problem: Problem) -> None:
         """Refuse what has no such diagonal."""
         if not self._mc_samples:
