@@ -320,7 +320,7 @@ def test_block_layout() -> None:
     block = operator.factors()["['1']['w']"]
     np.testing.assert_allclose(block.a[0][0], a.T @ a / 7, atol=1e-15)
     expected = np.kron(np.asarray(block.b[0][0]), a.T @ a / 7)
-    for path in ("['1']['w']", "1/w", "1/b"):
+    for path in ("['1']['w']", "1/w", "1/b", "1/*"):
         np.testing.assert_allclose(operator.block(path), expected, atol=1e-15)
     with pytest.raises(KeyError, match="no parameter"):
         operator.block("3/w")
