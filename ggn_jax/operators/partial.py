@@ -39,9 +39,12 @@ def loss_key(loss: Loss) -> Any:
 class PartialSums(eqx.Module):
     """What some of the data contribute to an operator; made by the operators' `partial_sums`.
 
-    A pytree of arrays, all of which are sums over examples and independent of how these are cut into batches: `a + b`
-    are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save their leaves;
-    their structure is that of the sums over any one batch.
+    A pytree of arrays: sums over examples, independent of how these are cut into batches, and what tells of what they
+    are. `a + b` are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save
+    their leaves; their structure is that of the sums over any one batch.
+
+    `a + b` refuses sums of other options, of other values of the parameters, and with draws of one key for the same
+    examples, as of a part without its `start`, or added twice. Where nothing is drawn, that is not noticed.
 
     >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
     >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
