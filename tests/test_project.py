@@ -42,7 +42,7 @@ GGN_JAX = [
     {"layers.report"},
     {"layers"},
     {"grad_output", "loss_check", "loss_hessian", "models"},
-    {"operators.flat"},
+    {"operators.flat", "operators.loaders"},
     {"objective", "operators.base", "operators.problem"},
     {"operators.jacobian", "operators.rectangular", "operators.weighted"},
     {"operators.batches", "operators.partial"},

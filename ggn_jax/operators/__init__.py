@@ -8,6 +8,7 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from ggn_jax.operators.loaders import MappedBatches, map_batches
 from ggn_jax.operators.outputs import (
     BatchesJacobianLinearOperator,
     JacobianLinearOperator,
@@ -33,9 +34,11 @@ __all__ = [
     "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
+    "MappedBatches",
     "PartialSums",
     "StackedJacobianLinearOperator",
     "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",
+    "map_batches",
 ]
