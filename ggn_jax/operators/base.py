@@ -170,7 +170,7 @@ def map_some_at_once(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Ar
 def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:
     """The numbers of the parameters that these names or patterns fit."""
     whole = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(structure)]
-    names = ", ".join(map(simple_path, whole))
+    names = ", ".join(map(simple_path, whole)) if any(whole) else "one array, whose path is ''"
     found: set[int] = set()
     for path in paths:
         if not isinstance(path, str):
