@@ -66,14 +66,11 @@ def test_layers_in_the_open() -> None:
     layers = ggn_jax.find_layers(batch_norm, PARAMS, X[:2], examples="coupled")
     options: dict[str, Any] = {"fisher_type": "type-2", "positions": "exact"}
 
-    io = jax.jit(lambda: ggn_jax.layer_io(layers, CE, PARAMS, (X, Y), **options))()
+    io = jax.jit(lambda: ggn_jax.layer_io(layers, CE, PARAMS, (X, Y), **options, grads=False))()
     for name in "wv":
         assert io[name].inputs.shape[:3] == (1, 1, N)
         gradients = np.asarray(io[name].per_example_grads()).reshape(N * 2, -1)
         assert_close(gradients.T @ gradients, block_of(name))
-    value, grads = jax.jit(jax.value_and_grad(lambda p: CE(batch_norm(p, X), Y)))(PARAMS)
-    assert_close(io.value, value)
-    assert_close(io.grads["w"], grads["w"])
     with pytest.raises(ValueError, match=r"couples examples.*examples='coupled' to find_layers"):
         ggn_jax.find_layers(batch_norm, PARAMS, X)
     with pytest.raises(ValueError, match="chunk_size cuts the batch"):

@@ -181,7 +181,7 @@ def test_outputs_that_no_loss_is_of(outputs: Callable[[torch.Tensor], Any], mess
 
 def test_loaders_of_torch_for_operators_of_jax() -> None:
     """A `DataLoader` as it is, with tensors that share memory; mappings by a function, as often as they are wanted."""
-    inputs, targets = torch.randn(7, 3, dtype=torch.float64), torch.arange(7) % 2
+    inputs, targets = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=4)
     args = (lambda w, x: jnp.tanh(x @ w)), ggn_jax.CrossEntropyLoss(), jnp.asarray(draw(3, 2).numpy())
     exact = dense_ggn(*args, (inputs.numpy(), targets.numpy()))

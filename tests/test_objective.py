@@ -114,22 +114,6 @@ def test_products() -> None:
     )
 
 
-def test_jacobian() -> None:
-    """Of the outputs of all functions, one under the other; losses and weights do not count."""
-    jacobian = ggn_jax.JacobianLinearOperator.from_objective(SUM, PARAMS, [(x, None) for x, _ in BATCHES])
-    rows = [
-        jax.jit(jax.jacrev(lambda f, fn=t.model_fn, x=x: fn(UNRAVEL(f), x).reshape(-1)))(FLAT)
-        for t, (x, _) in zip(SUM.terms, BATCHES, strict=True)
-    ]
-    dense = np.concatenate(rows)
-    us = normal(5, 3), normal(7, 2)
-    np.testing.assert_allclose(jacobian.as_matrix(), dense, atol=1e-13)
-    np.testing.assert_allclose(ravel_pytree(lx.linearise(jacobian).mv(PARAMS))[0], dense @ FLAT, atol=1e-13)
-    np.testing.assert_allclose(ravel_pytree(jacobian.T.mv(us))[0], dense.T @ ravel_pytree(us)[0], atol=1e-12)
-    assert jacobian.to_scipy().shape == dense.shape
-    assert "JacobianLinearOperator(" in repr(jacobian)
-
-
 def blocks_of(matrix: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     """The entries of these parameters."""
     sizes = {name: PARAMS[name].size for name in sorted(PARAMS)}
@@ -161,19 +145,37 @@ def test_kfac_is_the_sum(bias: Any) -> None:
     np.testing.assert_allclose(again.as_matrix(), matrix, atol=1e-14)
 
 
+LINEAR = ggn_jax.Objective(lambda p, x: x @ p["w"], ggn_jax.MSELoss(reduction="sum"))
+DEEP = LINEAR + 3 * ggn_jax.Objective(lambda p, x: x @ p["w"] @ p["v"], ggn_jax.MSELoss(reduction="sum"))
+
+
 def test_kfoc_is_nearest_to_the_sum() -> None:
-    """The leading singular pair of the whole GGN's block, rearranged; a function need not use the layer."""
-    kfoc = ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
-    first = np.concatenate([4 + np.arange(12).reshape(3, 4), np.arange(4)[None]])  # [in, out]; the bias is before "w"
-    for order, names in (
-        (first, ("w", "b")),
-        (np.arange(12).reshape(4, 3), ("v",)),
-        (np.arange(6).reshape(3, 2), ("u",)),
-    ):
-        rows = order.T.reshape(-1)
-        block = blocks_of(ggn_matrix(), tuple(sorted(names)))[np.ix_(rows, rows)]
-        np.testing.assert_allclose(kfoc.block(names[0]), nearest_product(block, *order.T.shape), atol=1e-8)
-    np.testing.assert_allclose(kfoc.block("c"), blocks_of(ggn_matrix(), ("c",)), atol=1e-12)
+    """Of Gauss-Newton blocks in closed form; the first function does not use the second layer."""
+    params, (x, y) = {"w": normal(3, 2), "v": normal(2, 2)}, (normal(5, 3), normal(4, 3))
+    batches = [(x, jnp.zeros((5, 2))), (y, jnp.zeros((4, 2)))]
+    kfoc = ggn_jax.KFOCLinearOperator.from_objective(DEEP, params, batches, fisher_type="type-2")
+    w, v, x, y = map(np.asarray, (*(params[name] for name in "wv"), x, y))
+    block = 2 * np.kron(np.eye(2), x.T @ x) + 6 * np.kron(v @ v.T, y.T @ y)
+    np.testing.assert_allclose(kfoc.block("w"), nearest_product(block, 2, 3), atol=1e-9)
+    np.testing.assert_allclose(kfoc.block("v"), 6 * np.kron(np.eye(2), w.T @ y.T @ y @ w), atol=1e-9)
+
+
+def test_jacobian() -> None:
+    """Of the outputs of all functions, one under the other; losses and weights do not count."""
+    params, (x, y) = {"w": normal(3, 2), "v": normal(2, 2)}, (normal(5, 3), normal(4, 3))
+    jacobian = ggn_jax.JacobianLinearOperator.from_objective(DEEP, params, [(x, None), (y, None)])
+    w, v, x, y = map(np.asarray, (*(params[name] for name in "wv"), x, y))
+    eye = np.eye(2)
+    first = np.concatenate([np.zeros((10, 4)), np.einsum("ni,kc->ncik", x, eye).reshape(10, 6)], 1)
+    parts = np.einsum("nk,cd->nckd", y @ w, eye), np.einsum("ni,kc->ncik", y, v)
+    dense = np.concatenate([first, np.concatenate([part.reshape(8, -1) for part in parts], 1)])
+    us = normal(5, 2), normal(4, 2)
+    np.testing.assert_allclose(jacobian.as_matrix(), dense, atol=1e-14)
+    flat = ravel_pytree(params)[0]
+    np.testing.assert_allclose(ravel_pytree(jacobian.mv(params))[0], dense @ flat, atol=1e-13)
+    np.testing.assert_allclose(ravel_pytree(jacobian.T.mv(us))[0], dense.T @ ravel_pytree(us)[0], atol=1e-13)
+    assert jacobian.to_scipy().shape == lx.linearise(jacobian).as_matrix().shape
+    assert "JacobianLinearOperator(" in repr(jacobian)
 
 
 def test_a_weight_of_0_and_ignored_targets() -> None:
