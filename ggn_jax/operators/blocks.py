@@ -162,6 +162,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         conjugate gradients in matrix form, with that inverse as preconditioner, until the residual is below `100 eps`
         times the vector, block by block: each takes two products with blocks. `"heuristic"` takes none.
         """
+        check_vector(self, vector)
         inverse = self.inverse(damping, method)
         if method == "heuristic" or all(is_exact(block, "inverse", True) for block in self.blocks.blocks):
             return inverse.mv(vector)

@@ -277,6 +277,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
         """`inverse(damping).mv(vector)`."""
+        check_vector(self, vector)
         return self.inverse(damping).mv(vector)
 
     def sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
