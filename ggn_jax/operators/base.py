@@ -185,9 +185,8 @@ def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) 
 def matching(path: str, names: Sequence[str]) -> list[str]:
     """Those of `names`, as `jax.tree_util.keystr` writes them, that a path is, or that it fits as a pattern."""
     if not isinstance(path, str):
-        raise TypeError(
-            f"a path must be a string, as 'encoder/*'; got {type(path).__name__}: pass several as arguments of submatrix."
-        )
+        got = type(path).__name__
+        raise TypeError(f"a path must be a string, as 'encoder/*'; got {got}: pass several as arguments of submatrix.")
     fits = [name for name in names if path in (name, simple_path(name))]
     # A parameter's own name is no pattern, and brackets are those of a name.
     pattern = path.replace("[", "[[]")
