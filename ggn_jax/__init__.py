@@ -15,6 +15,7 @@ from ggn_jax.kronecker.options import KroneckerOptions
 from ggn_jax.layers import Report, ReportRow, UncoveredParametersWarning, report
 from ggn_jax.layerwise.batches import BatchesGramLinearOperator
 from ggn_jax.layerwise.found import LayerInfo, Layers, find_layers
+from ggn_jax.layerwise.given import from_factors
 from ggn_jax.layerwise.gram import GramLinearOperator
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.layerwise.matrices import from_matrices, to_matrices
@@ -41,10 +42,13 @@ from ggn_jax.operators import (
     JacobianTransposeLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
+    MappedBatches,
     PartialSums,
+    StackedJacobianLinearOperator,
     WeightedSumLinearOperator,
     average_factors,
     average_operators,
+    map_batches,
 )
 from ggn_jax.optimizer import (
     BlockDiagnosis,
@@ -107,6 +111,7 @@ __all__ = [
     "Loss",
     "LossHessian",
     "MSELoss",
+    "MappedBatches",
     "ModelFn",
     "MultiStepsState",
     "Objective",
@@ -116,6 +121,7 @@ __all__ = [
     "ReportRow",
     "ScaleByKFACState",
     "ScaleByLayersState",
+    "StackedJacobianLinearOperator",
     "StepStatistics",
     "Unbatched",
     "UncoveredParametersWarning",
@@ -126,6 +132,7 @@ __all__ = [
     "check_loss",
     "find_layers",
     "from_equinox",
+    "from_factors",
     "from_haiku",
     "from_linen",
     "from_matrices",
@@ -136,6 +143,7 @@ __all__ = [
     "make_batch_grad_output_fn",
     "make_grad_output_fn",
     "make_grad_output_sampler",
+    "map_batches",
     "multi_steps",
     "report",
     "scale_by_kfac",

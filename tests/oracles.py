@@ -23,3 +23,10 @@ def _dense_ggn(model_fn: Any, loss: Any, params: Any, batch: Any) -> jax.Array:
     jacobian = jax.lax.map(lambda v: vjp(v)[0], unit)
     hessian = jax.hessian(lambda f: loss(f.reshape(outputs.shape), batch[1]))(outputs.reshape(-1))
     return jacobian.T @ hessian @ jacobian
+
+
+def nearest_product(block: Any, out: int, inputs: int) -> np.ndarray:
+    """The Kronecker product of these sizes nearest to a symmetric matrix: an SVD of its rearrangement."""
+    rearranged = np.asarray(block).reshape(out, inputs, out, inputs).transpose(0, 2, 1, 3).reshape(out**2, inputs**2)
+    u, s, vt = np.linalg.svd(rearranged)
+    return np.asarray(s[0] * np.kron(u[:, 0].reshape(out, out), vt[0].reshape(inputs, inputs)))

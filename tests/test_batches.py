@@ -123,7 +123,7 @@ def test_errors_of_batches() -> None:
         make([(*as_batches(7)[0], jnp.ones((7, 2), bool))], KFOC)
     with pytest.raises(ValueError, match=r"batch 1: targets must be class indices from 0 to 1"):
         make([(INPUTS, LABELS), (INPUTS, LABELS + 5)], KFOC)
-    with pytest.raises(TypeError, match="from_batches got an unexpected keyword argument 'mask'. Masks are part"):
+    with pytest.raises(TypeError, match=r"from_batches got an unexpected keyword argument 'mask'\. Masks are part"):
         make(as_batches(3, 4), KFOC, mask=None)
     with pytest.raises(TypeError, match="from_batches got an unexpected keyword argument 'mask'"):
         make(as_batches(3, 4), mask=None)

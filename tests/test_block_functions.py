@@ -405,3 +405,11 @@ def test_diagonal_operators() -> None:
     assert one.diagonal() is one.entries
     with pytest.raises(KeyError, match="no parameter 'u'"):
         one.block("u")
+    with pytest.raises(KeyError, match=r"'\*' fits several.*submatrix takes several"):
+        one.block("*")
+    again = ggn_jax.GGNDiagonalLinearOperator.from_diagonal(jax.tree.map(np.asarray, one.entries))
+    np.testing.assert_array_equal(again.block("v*"), one.block("v"))
+    with pytest.raises(TypeError, match=r"entries\['w'\] must hold floating-point numbers; got dtype int"):
+        ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": jnp.arange(3)})
+    with pytest.raises(ValueError, match=r"entries\['w'\] must not be negative"):
+        ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": -jnp.ones(3)})

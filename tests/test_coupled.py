@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optimizer_cases import CE, KEY, MSE, assert_close, normal
-from oracles import dense_ggn
+from oracles import dense_ggn, nearest_product
 
 import ggn_jax
 from ggn_jax import Unbatched
@@ -57,10 +57,26 @@ def test_blocks() -> None:
         exact = block_of(name)
         assert_close(ekfac.block(name), basis * np.diag(basis.T @ exact @ basis) @ basis.T)
         inputs, out = PARAMS[name].shape
-        rearranged = exact.reshape(out, inputs, out, inputs).transpose(0, 2, 1, 3).reshape(out**2, inputs**2)
-        u, s, vt = np.linalg.svd(rearranged)
-        assert_close(kfoc.block(name), np.kron(s[0] * u[:, 0].reshape(out, out), vt[0].reshape(inputs, inputs)), 1e-6)
+        assert_close(kfoc.block(name), nearest_product(exact, out, inputs), 1e-6)
     assert_close(kfac.factors()["['w']"].a[0][0], X.T @ X / N)
+
+
+def test_layers_in_the_open() -> None:
+    """The GGN's block from what `layer_io` captures, of a batch of another size than the layers were found with."""
+    layers = ggn_jax.find_layers(batch_norm, PARAMS, X[:2], examples="coupled")
+    options: dict[str, Any] = {"fisher_type": "type-2", "positions": "exact"}
+
+    io = jax.jit(lambda: ggn_jax.layer_io(layers, CE, PARAMS, (X, Y), **options, grads=False))()
+    for name in "wv":
+        assert io[name].inputs.shape[:3] == (1, 1, N)
+        gradients = np.asarray(io[name].per_example_grads()).reshape(N * 2, -1)
+        assert_close(gradients.T @ gradients, block_of(name))
+    with pytest.raises(ValueError, match=r"couples examples.*examples='coupled' to find_layers"):
+        ggn_jax.find_layers(batch_norm, PARAMS, X)
+    with pytest.raises(ValueError, match="chunk_size cuts the batch"):
+        ggn_jax.sum_layer_io(lambda io: io.value, layers, CE, PARAMS, (X, Y), chunk_size=2, **options)
+    with pytest.raises(ValueError, match="examples must be 'independent' or 'coupled'"):
+        ggn_jax.scale_by_layers(batch_norm, CE, example_inputs=X, examples="both", init=id, update=id, precondition=id)
 
 
 def mixed(p: Any, x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from compiling import flags
 from designs import covering
 from jax.flatten_util import ravel_pytree
 from oracles import dense_ggn as ggn
+from oracles import nearest_product
 
 import ggn_jax
 from ggn_jax.kronecker import inverse
@@ -319,7 +320,7 @@ def test_block_layout() -> None:
     block = operator.factors()["['1']['w']"]
     np.testing.assert_allclose(block.a[0][0], a.T @ a / 7, atol=1e-15)
     expected = np.kron(np.asarray(block.b[0][0]), a.T @ a / 7)
-    for path in ("['1']['w']", "1/w", "1/b"):
+    for path in ("['1']['w']", "1/w", "1/b", "1/*"):
         np.testing.assert_allclose(operator.block(path), expected, atol=1e-15)
     with pytest.raises(KeyError, match="no parameter"):
         operator.block("3/w")
@@ -430,6 +431,9 @@ def test_keys_in_the_inputs() -> None:
     batches = EKFAC.from_batches(dropout_net, CE, params, halves, fisher_type="type-2")
     np.testing.assert_allclose(batches.as_matrix(), whole.as_matrix(), atol=1e-14)
     np.testing.assert_allclose(whole.trace(), jnp.trace(exact), rtol=1e-13)
+    order = 12 + np.arange(8).reshape(4, 2).T.reshape(-1)  # [out, in]
+    nearest = KFOC(dropout_net, CE, params, batch, fisher_type="type-2").block("2/w")
+    np.testing.assert_allclose(nearest, nearest_product(exact[np.ix_(order, order)], 2, 4), atol=1e-10)
 
 
 def scale_and_shift(p: Any, x: jax.Array) -> jax.Array:
@@ -549,10 +553,7 @@ def test_kfoc_is_the_nearest_kronecker_product(bias: Any) -> None:
             order = np.concatenate([order, start + np.arange(out)[:, None]], 1)
         block = exact[np.ix_(order.reshape(-1), order.reshape(-1))]
         width = order.shape[1]
-        rearranged = block.reshape(out, width, out, width).transpose(0, 2, 1, 3).reshape(out**2, width**2)
-        u, s, vt = np.linalg.svd(rearranged)
-        nearest = s[0] * np.kron(u[:, 0].reshape(out, out), vt[0].reshape(width, width))
-        np.testing.assert_allclose(operator.block(name), nearest, atol=1e-10)
+        np.testing.assert_allclose(operator.block(name), nearest_product(block, out, width), atol=1e-10)
         assert np.linalg.norm(block - operator.block(name)) <= np.linalg.norm(block - kfac.block(name))
         factors = operator.factors()[f"['{name[0]}']['w']" if bias == "separate" else next(iter(names(operator, name)))]
         for factor in (*factors.a, *factors.b):
@@ -569,8 +570,7 @@ def test_kfoc_of_tied_and_shared_weights() -> None:
     batch = INPUTS, LABELS
     operator = KFOC(tied, CE, TIED, batch, fisher_type="type-2")
     exact = ggn(tied, CE, TIED, batch)[6:, 6:].reshape(3, 3, 3, 3).transpose(1, 0, 3, 2)  # [out, in, out, in]
-    u, s, vt = np.linalg.svd(exact.transpose(0, 2, 1, 3).reshape(9, 9))
-    nearest = s[0] * np.kron(u[:, 0].reshape(3, 3), vt[0].reshape(3, 3))
+    nearest = nearest_product(exact, 3, 3)
     np.testing.assert_allclose(operator.block("w"), nearest, atol=1e-10)
     inverse = operator.inverse(0.1).block("w")
     np.testing.assert_allclose(inverse, np.linalg.inv(nearest + 0.1 * np.eye(9)), atol=1e-8)

@@ -347,6 +347,21 @@ def test_meshes() -> None:
     with pytest.raises(NotImplementedError, match="use sum_layer_io"):
         ggn_jax.layer_io(layers, loss, *sharded, **options)
 
+    def scanned(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+    def moments(io: Any) -> jax.Array:
+        return jnp.einsum("gnsi,gnsj->gij", *[io[""].inputs] * 2)
+
+    x = normal("x", 4, 3)
+    with jax.set_mesh(mesh):  # layers that are found there, in a loop, outside of jit
+        args = put(normal("w", 2, 3, 3), PartitionSpec()), put(x, PartitionSpec("data"))
+        found = ggn_jax.find_layers(scanned, *args)
+        options["fisher_type"] = "forward-only"
+        summed = ggn_jax.sum_layer_io(moments, found, ggn_jax.MSELoss(), args[0], (args[1], None), **options)
+    assert_close(summed[0], x.T @ x, 1e-13)
+    options["fisher_type"] = "empirical"
+
     def shard(params: Any, batch: Any) -> jax.Array:
         io = ggn_jax.layer_io(layers, loss, params, batch, **options)
         return jax.lax.pmean(jnp.sqrt(io.reduction) * fn(io)[1], "d")

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from module_cases import draw
+from oracles import dense_ggn
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import ggn_jax
 import torch_bridge
 
 LOSS = nn.CrossEntropyLoss()
@@ -174,3 +177,24 @@ def test_outputs_that_no_loss_is_of(outputs: Callable[[torch.Tensor], Any], mess
         torch_bridge.GGNLinearOperator(module, nn.MSELoss(), list(module.parameters()), [batch])
     with pytest.raises(TypeError, match=message):
         torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1).step(batch)
+
+
+def test_loaders_of_torch_for_operators_of_jax() -> None:
+    """A `DataLoader` as it is, with tensors that share memory; mappings by a function, as often as they are wanted."""
+    inputs, targets = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=4)
+    args = (lambda w, x: jnp.tanh(x @ w)), ggn_jax.CrossEntropyLoss(), jnp.asarray(draw(3, 2).numpy())
+    exact = dense_ggn(*args, (inputs.numpy(), targets.numpy()))
+    rows = ggn_jax.map_batches(lambda row: (row["x"], row["label"]), [{"x": x, "label": y} for x, y in loader])
+    assert len(rows) == 2
+    assert repr(rows) == "MappedBatches(<lambda>, list)"
+    for batches in (loader, rows):
+        np.testing.assert_allclose(
+            ggn_jax.GGNLinearOperator.from_batches(*args, batches).as_matrix(), exact, atol=1e-14
+        )
+    with pytest.raises(TypeError, match=r"batch 0: inputs must be .* got Tensor"):
+        ggn_jax.GGNLinearOperator.from_batches(*args, [(inputs.clone().requires_grad_(), targets)])
+    with pytest.raises(TypeError, match="which can be gone over again; got list_iterator"):
+        ggn_jax.map_batches(list, iter([]))
+    with pytest.raises(TypeError, match="fn must be a function of one batch; got list"):
+        ggn_jax.map_batches([], list)  # type: ignore[arg-type]

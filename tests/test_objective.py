@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from oracles import nearest_product
 
 import ggn_jax
 
@@ -82,8 +83,11 @@ def test_arithmetic_and_errors() -> None:
         ggn_jax.Objective(classes, jnp.mean)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a ggn_jax\.Objective"):
         ggn_jax.GGNLinearOperator.from_objective(classes, PARAMS, BATCHES)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="KFOC"):
-        ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, BATCHES)
+    masked = [(*BATCHES[0], jnp.ones((5, 1), bool)), BATCHES[1]]
+    with pytest.raises(NotImplementedError, match="KFOC has no use for mask"):
+        ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, masked)
+    with pytest.raises(ValueError, match=r"batches\[0\]: a mask is for Kronecker factors"):
+        ggn_jax.JacobianLinearOperator.from_objective(SUM, PARAMS, masked)
     with pytest.raises(TypeError, match="an objective has its losses"):
         ggn_jax.kfac(SUM, CE, 0.1, example_inputs=[x for x, _ in BATCHES])
     with pytest.raises(TypeError, match="learning_rate by name"):
@@ -139,6 +143,39 @@ def test_kfac_is_the_sum(bias: Any) -> None:
     masked = [(*BATCHES[0],), (*BATCHES[1], jnp.ones((7, 1), bool))]
     again = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, masked, **options)
     np.testing.assert_allclose(again.as_matrix(), matrix, atol=1e-14)
+
+
+LINEAR = ggn_jax.Objective(lambda p, x: x @ p["w"], ggn_jax.MSELoss(reduction="sum"))
+DEEP = LINEAR + 3 * ggn_jax.Objective(lambda p, x: x @ p["w"] @ p["v"], ggn_jax.MSELoss(reduction="sum"))
+
+
+def test_kfoc_is_nearest_to_the_sum() -> None:
+    """Of Gauss-Newton blocks in closed form; the first function does not use the second layer."""
+    params, (x, y) = {"w": normal(3, 2), "v": normal(2, 2)}, (normal(5, 3), normal(4, 3))
+    batches = [(x, jnp.zeros((5, 2))), (y, jnp.zeros((4, 2)))]
+    kfoc = ggn_jax.KFOCLinearOperator.from_objective(DEEP, params, batches, fisher_type="type-2")
+    w, v, x, y = map(np.asarray, (*(params[name] for name in "wv"), x, y))
+    block = 2 * np.kron(np.eye(2), x.T @ x) + 6 * np.kron(v @ v.T, y.T @ y)
+    np.testing.assert_allclose(kfoc.block("w"), nearest_product(block, 2, 3), atol=1e-9)
+    np.testing.assert_allclose(kfoc.block("v"), 6 * np.kron(np.eye(2), w.T @ y.T @ y @ w), atol=1e-9)
+
+
+def test_jacobian() -> None:
+    """Of the outputs of all functions, one under the other; losses and weights do not count."""
+    params, (x, y) = {"w": normal(3, 2), "v": normal(2, 2)}, (normal(5, 3), normal(4, 3))
+    jacobian = ggn_jax.JacobianLinearOperator.from_objective(DEEP, params, [(x, None), (y, None)])
+    w, v, x, y = map(np.asarray, (*(params[name] for name in "wv"), x, y))
+    eye = np.eye(2)
+    first = np.concatenate([np.zeros((10, 4)), np.einsum("ni,kc->ncik", x, eye).reshape(10, 6)], 1)
+    parts = np.einsum("nk,cd->nckd", y @ w, eye), np.einsum("ni,kc->ncik", y, v)
+    dense = np.concatenate([first, np.concatenate([part.reshape(8, -1) for part in parts], 1)])
+    us = normal(5, 2), normal(4, 2)
+    np.testing.assert_allclose(jacobian.as_matrix(), dense, atol=1e-14)
+    flat = ravel_pytree(params)[0]
+    np.testing.assert_allclose(ravel_pytree(jacobian.mv(params))[0], dense @ flat, atol=1e-13)
+    np.testing.assert_allclose(ravel_pytree(jacobian.T.mv(us))[0], dense.T @ ravel_pytree(us)[0], atol=1e-13)
+    assert jacobian.to_scipy().shape == lx.linearise(jacobian).as_matrix().shape
+    assert "JacobianLinearOperator(" in repr(jacobian)
 
 
 def test_a_weight_of_0_and_ignored_targets() -> None:

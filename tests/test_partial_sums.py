@@ -36,14 +36,20 @@ def test_kfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
     assert int(sum([first, second]).examples) == 7
     np.testing.assert_allclose(sum([operator, whole]).trace(), 2 * whole.trace(), rtol=1e-12)
     assert "KFACLinearOperator" in repr(first)
+    np.testing.assert_array_equal((second + restored).draws[:, 1:], [[0, 7]])
+    with pytest.raises(ValueError, match=r"draws of one key for the examples 0 to 2: pass start="):
+        second + restored + first
+    other = KFAC.partial_sums(*ARGS, FIRST, **{**DRAWN, "key": jax.random.key(2)})
+    assert (first + other).draws.shape == (2, 3)
 
 
-def test_ekfac_in_parts_is_that_of_all_data() -> None:
+def test_ekfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
     """Both passes in parts; the second ones take the first one's eigenbases, of factors with equal eigenvalues."""
     factors = EKFAC.partial_sums(*ARGS, FIRST, **DRAWN) + EKFAC.partial_sums(*ARGS, SECOND, start=3, **DRAWN)
     first = EKFAC.partial_sums(*ARGS, FIRST, factors=factors, **DRAWN)
     second = EKFAC.partial_sums(*ARGS, SECOND, factors=first, start=3, **DRAWN)
     whole = EKFAC(*ARGS, (INPUTS, LABELS), **DRAWN)
+    first = through_a_file(first, second, tmp_path / "sums.npz")
     np.testing.assert_allclose(EKFAC.finish(first + second).as_matrix(), whole.as_matrix(), atol=1e-14)
 
 
@@ -79,6 +85,11 @@ def test_errors_of_partial_sums() -> None:
         sums + factors
     with pytest.raises(TypeError, match="added to others; got int"):
         sums + 0
+    moved = tanh_net, CE, {**PARAMS, "2": {**PARAMS["2"], "b": PARAMS["2"]["b"].at[1].add(1e-9)}}
+    with pytest.raises(ValueError, match="partial sums must be of the same parameters' values"):
+        sums + KFAC.partial_sums(*moved, SECOND, **exact)
+    with pytest.raises(ValueError, match="factors must be of the same parameters' values"):
+        EKFAC.partial_sums(*moved, FIRST, factors=factors, **exact)
     with pytest.raises(TypeError, match=r"what KFACLinearOperator\.partial_sums returned; got those of GGNDiag"):
         KFAC.finish(diagonal)
     with pytest.raises(TypeError, match="got list"):

@@ -183,6 +183,53 @@ def test_shampoo() -> None:
         assert_close(matrices_of(got)[name], roots[0] @ last @ roots[1], 1e-10)
 
 
+def test_operators_of_factors() -> None:
+    """Blocks `B (x) A` on `[out, in]`, equal ones as one stack, and a diagonal for the rest, a part of an array."""
+    params = {"t": normal("t", 2, 3, 3), "u": normal("u", 3, 3), "w": normal("w", 3, 3)}
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        for weight in (p["u"], p["w"], p["t"][0]):
+            x = jnp.tanh(jnp.einsum("ni,io->no", x, weight))
+        return x
+
+    layers = ggn_jax.find_layers(fn, params, normal("x", N, 3))
+    roots = {name: (normal("a" + name, 3, 3), normal("b" + name, 3, 3)) for name in layers.names}
+    factors = {name: ((a @ a.T)[None], (b @ b.T)[None]) for name, (a, b) in roots.items()}
+    blocks = {name: np.kron(b[0], a[0]) for name, (a, b) in factors.items()}
+    factors["t"] = factors["t"][0], jnp.array([[1.0, 2.0, 3.0]])
+    blocks["t"] = np.kron(np.diag([1.0, 2.0, 3.0]), factors["t"][0][0])
+    operator = ggn_jax.from_factors(layers, factors, {**params, "t": jnp.full((2, 3, 3), 5.0)})
+    assert [len(stack.specs) for stack in operator.blocks.stacks] == [2, 1, 1]
+    solved = operator.solve(params, DAMPING)
+    for name, block in blocks.items():
+        given, got = (
+            np.asarray(tree["t"][0] if name == "t" else tree[name]).T.reshape(-1) for tree in (params, solved)
+        )
+        assert_close(got, np.linalg.solve(block + DAMPING * np.eye(9), given), 1e-10)
+    assert_close(solved["t"][1], np.asarray(params["t"][1]) / (5 + DAMPING))
+    without = ggn_jax.from_factors(layers, factors).trace()
+    assert_close([without, operator.trace() - 9 * 5], [sum(map(np.trace, blocks.values()))] * 2)
+
+
+def test_errors_of_factors() -> None:
+    layers = ggn_jax.find_layers(model_fn, PARAMS, BATCHES[0][0])
+    factors = {"w1": (jnp.ones((1, 4)), jnp.ones((1, 4))), "w2": (jnp.ones((1, 4)), jnp.ones((1, 2)))}
+    make = partial(ggn_jax.from_factors, layers)
+    with pytest.raises(TypeError, match="layers must be what"):
+        ggn_jax.from_factors(PARAMS, factors)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="factors must be a dict"):
+        make([factors])
+    with pytest.raises(KeyError, match="factors must be of the layers w1, w2; got w1"):
+        make({"w1": factors["w1"]})
+    with pytest.raises(TypeError, match=r"factors\['w1'\] must be a pair"):
+        make(factors | {"w1": jnp.ones((1, 4))})
+    with pytest.raises(ValueError, match=r"B of factors\['w2'\] must have shape \(1, 2, 2\).*got \(2, 2\)"):
+        make(factors | {"w2": (factors["w2"][0], jnp.eye(2))})
+    for rest, got in ({**PARAMS, "s": optax.MaskedNode()}, "nothing"), ({**PARAMS, "s": jnp.ones(3)}, r"\(3,\)"):
+        with pytest.raises(ValueError, match=rf"rest\['s'\] must have the parameter's shape \(2,\).*got {got}"):
+            make(factors, rest)
+
+
 # The transformation itself. -------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Any] = {

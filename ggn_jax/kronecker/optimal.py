@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import compute_dtype
 from ggn_jax._fusion import largest
 from ggn_jax._sharding import vary_like
+from ggn_jax._weights import root, times
 from ggn_jax.kronecker.algebra import Factor, Kronecker
 from ggn_jax.kronecker.factors import factor_sums, in_places
 from ggn_jax.kronecker.inputs import Inputs
+from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, cut, join
 from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.options import Options
@@ -56,17 +58,42 @@ class Gradients(NamedTuple):
     """Of a batch's vectors and examples in all layers."""
 
     sides: list[Sides]
-    """Of each pair of parts of each layer."""
+    """Of each pair of parts of each layer; of no positions where one of several functions does not use it."""
     biases: list[Float[Array, "G out out"]]
     """The blocks of biases that are no column, in parts."""
+
+    def weighted(self, weight: Float[Array, ""]) -> "Gradients":
+        """Those of a weighted loss; with a weight of 0, what is not finite adds nothing."""
+        here, square_root = jnp.sign(weight), root(weight)
+        sides = [Sides(times(square_root, x.left), times(here, x.right)) for x in self.sides]
+        return Gradients(sides, [times(weight, bias) for bias in self.biases])
 
 
 def compute_optimal_blocks(problem: Problem, keys: Array | None, mask: Array | None, options: Options) -> Blocks:
     """KFOC's blocks: for each layer the Kronecker product that is nearest to the GGN's own block."""
     layout = Layout.of(problem, options)
     sums = factor_sums(problem, layout, keys, mask)
-    found = gradients(problem, layout, keys)
-    return in_places(layout, kronecker_blocks(layout, list(map(_nearest, found.sides)), found.biases), sums)
+    return _nearest_blocks(layout, [gradients(problem, layout, keys)], sums)
+
+
+def joined_optimal_blocks(
+    layout: JoinedLayout, problems: Sequence[Problem], weights: Sequence[Array], keys: Sequence[Array | None]
+) -> Blocks:
+    """Those that are nearest to the blocks of the weighted sum of several functions' GGNs."""
+    sums = joined_sums(layout, problems, weights, keys, [None] * len(problems))
+    wide = compute_dtype(layout.trace.outputs.dtype)
+    found = []
+    for problem, part, key, weight in zip(problems, layout.parts, keys, weights, strict=True):
+        own: Gradients = jax.tree.map(lambda x: x.astype(wide), gradients(problem, part, key))
+        found.append(own.weighted(weight.astype(wide)))
+    return _nearest_blocks(layout, found, sums)
+
+
+def _nearest_blocks(layout: Layout, found: Sequence[Gradients], sums: dict[str, Any]) -> Blocks:
+    """The blocks of all functions' gradients together."""
+    sides = zip(*(one.sides for one in found), strict=True)
+    biases = [sum(parts[1:], start=parts[0]) for parts in zip(*(one.biases for one in found), strict=True)]
+    return in_places(layout, kronecker_blocks(layout, list(map(_nearest, sides)), biases), sums)
 
 
 def gradients(problem: Problem, layout: Layout, keys: Array | None, *, unreduced: bool = False) -> Gradients:
@@ -92,6 +119,11 @@ def _gradients(
     sides, biases = [], []
     for layer in layout.plan.layers:
         left, right, bias = [], [], []
+        if not layer.uses:  # a layer of another function
+            groups, out, inputs = layer.weight.shape
+            left.append(jnp.zeros((1, groups, 1, 0, out), wide))
+            right.append(jnp.zeros((1, groups, 1, 0, inputs + layout.joint(layer)), wide))
+            bias.append(jnp.zeros((1, groups, 1, out), wide))
         for n, swapped in zip(layer.uses, layer.swapped, strict=True):
             use = trace.uses[n]
             g = jax.vmap(use.arrange_output_grads)(grads[n]).astype(wide)
@@ -145,26 +177,33 @@ def moves(a: Float[Array, "G in in"], before: Float[Array, "G in in"]) -> Bool[A
     return jnp.any(norm(a - before, (1, 2)) > 10 * jnp.finfo(a.dtype).eps)
 
 
-def _nearest(sides: Sides) -> tuple[Factor, Factor]:
-    """The nearest `B (x) A` to `sum_m vec(M_m) vec(M_m)^T`, for each group.
+def _nearest(parts: Sequence[Sides]) -> tuple[Factor, Factor]:
+    """The nearest `B (x) A` to `sum_m vec(M_m) vec(M_m)^T` over all parts, for each group.
 
     The leading singular pair of the rearranged block by power iterations `B = sum M A M^T / |A|^2` and
     `A = sum M^T B M / |B|^2`. They map positive semi-definite matrices to such, so both factors are, starting from I.
     """
-    scales = safe(sides.scales())
-    sides = sides.divided(scales)
+    largest_of = jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(sides.scales() for sides in parts))
+    scales = safe(largest_of)
+    parts = [sides.divided(scales) for sides in parts]
+
+    def to_b(a: Array) -> Array:
+        return sum((sides.to_b(a) for sides in parts[1:]), start=parts[0].to_b(a))
+
+    def to_a(b: Array) -> Array:
+        return sum((sides.to_a(b) for sides in parts[1:]), start=parts[0].to_a(b))
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         a, _, count = state
-        return unit(sides.to_a(unit(sides.to_b(a)))), a, count + 1
+        return unit(to_a(unit(to_b(a)))), a, count + 1
 
     def goes_on(state: tuple[Array, Array, Array]) -> Array:
         a, before, count = state
         return (count < POWER_ITERATIONS) & moves(a, before)
 
-    first = start(sides)
+    first = vary_like(start(parts[0]), parts)
     a, _, _ = jax.lax.while_loop(goes_on, step, (first, jnp.zeros_like(first), jnp.zeros((), jnp.int32)))
-    return scaled((a, sides.to_b(a)), scales)
+    return scaled((a, to_b(a)), scales)
 
 
 def safe(scales: tuple[Array, Array]) -> tuple[Array, Array]:

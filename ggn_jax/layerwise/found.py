@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import Examples, check_coupled, is_concrete
 from ggn_jax._hints import called_with
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
@@ -22,7 +22,7 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.operators.base import simple_path, structure_of
 
-COUPLED_WAY_OUT = "use KFACLinearOperator, or kfac, with examples='coupled'"
+COUPLED_WAY_OUT = "pass examples='coupled' to find_layers"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerInfo:
     in_: int
     """The number of inputs; with a joint bias, of its constant 1 as well."""
     positions: tuple[int, ...]
-    """For each use, how many sharing positions there are in one example: tokens, pixels."""
+    """For each use, how many sharing positions one example has, or a batch of coupled ones: tokens, pixels."""
     uses: int
     """In how many places of the model the weight is used."""
     paths: tuple[str, ...]
@@ -92,6 +92,8 @@ class Layers:
     """Whether it was seen that the model's examples do not depend on each other."""
     has_aux: bool = False
     """Whether the model returns `(outputs, aux)`."""
+    coupled: bool = False
+    """Whether examples depend on each other: then the batch is one example, with the positions of all."""
 
     @cached_property
     def all(self) -> tuple[LayerInfo, ...]:
@@ -144,7 +146,7 @@ class Layers:
 
     def again(self, params: PyTree, inputs: PyTree) -> "Layers":
         """The same layers, in the model's jaxpr for parameters and inputs of these types."""
-        trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs)
+        trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
         return replace(self, trace=trace, plan=make_plan(trace))
 
     @cached_property
@@ -170,6 +172,7 @@ def find_layers(
     *,
     bias: Literal["joint", "separate"] = "joint",
     has_aux: bool = False,
+    examples: Examples = "independent",
 ) -> Layers:
     """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
 
@@ -177,12 +180,14 @@ def find_layers(
     convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
 
     Args:
-        model_fn: `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`; it treats examples independently.
+        model_fn: `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`.
         params: a pytree of floating arrays, or of `jax.ShapeDtypeStruct`s.
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
         bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
             leaves biases to the rest. A bias that is added to rows of a table is separate always.
         has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
+        examples: `"independent"`, or `"coupled"` for a model whose examples depend on each other (batch normalisation
+            in training mode, attention within a batch): then a batch is one example, N = 1, with the positions of all.
 
     Returns:
         The layers, a static value.
@@ -203,17 +208,18 @@ def find_layers(
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
-    model = Model(model_fn, has_aux)
-    with called_with(params, example_inputs, one_example=True):
-        trace = trace_model(model, params, example_inputs)
+    model, coupled = Model(model_fn, has_aux), check_coupled(examples)
+    with called_with(params, example_inputs, one_example=not coupled):
+        trace = trace_model(model, params, example_inputs, coupled=coupled)
     has_values = all(
         isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
         for leaf in jax.tree.leaves((params, example_inputs))
     )
-    if has_values:
+    if has_values and not coupled:
         outputs = jax.eval_shape(compiler_sharded(model), params, example_inputs)
         check_independent(model, params, example_inputs, outputs.dtype, COUPLED_WAY_OUT)
-    return Layers(model_fn, trace, make_plan(trace), bias, structure_of(example_inputs), has_values, has_aux)
+    like = structure_of(example_inputs)
+    return Layers(model_fn, trace, make_plan(trace), bias, like, has_values or coupled, has_aux, coupled)
 
 
 def _infos(layers: Layers) -> Iterator[LayerInfo]:

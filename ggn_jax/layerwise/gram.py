@@ -187,7 +187,7 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         weights = array_weights(objective) if isinstance(objective, Objective) else []
         for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
             with prefixed(f"batches[{i}]: "):
-                args = term.model_fn, term.loss, params, tuple(batch)
+                args = term.model_fn, term.loss, params, tuple(batch) if isinstance(batch, list) else batch
                 functions.append(_function(*args, weights[i], centred, chunk_size, has_aux))
         made = object.__new__(cls)
         object.__setattr__(made, "functions", tuple(functions))

@@ -49,7 +49,7 @@ def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
     """
     leaves = _leaves(layers, tree)
     matrices = dict(zip(layers.names, read(layers.stacks, tree), strict=True))
-    owned = _owned(layers)
+    owned = free_entries(layers)
     rest: list[Any] = [
         leaf if free is None else optax.MaskedNode() if not free.any() else jnp.where(jnp.asarray(free), leaf, 0)
         for leaf, free in zip(leaves, owned, strict=True)
@@ -87,7 +87,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
                 f"matrices[{layer.name!r}] must have shape {layer.shape} (groups, out, in); got"
                 f" {jnp.shape(matrices[layer.name])}."
             )
-    trace, owned = layers.trace, _owned(layers)
+    trace, owned = layers.trace, free_entries(layers)
     parts = [jnp.asarray(matrices[name]) for name in layers.names]
     dtypes: list[Any] = list(trace.dtypes)
     for stack, part in zip(layers.stacks, parts, strict=True):
@@ -97,7 +97,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
         if part.dtype != usual:
             for leaf in leaves:
                 dtypes[leaf] = part.dtype
-    given = _rest_leaves(layers, rest)
+    given = rest_leaves(layers, rest)
     shapes = trace.shapes
     written = jax.tree.leaves(write(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
     result = []
@@ -126,7 +126,7 @@ def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
     return leaves
 
 
-def _rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
+def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
     """What `rest` has in place of each parameter."""
     try:
         return layers.trace.structure.flatten_up_to(rest)
@@ -134,7 +134,7 @@ def _rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
         raise ValueError(f"rest must be a pytree like the parameters, {layers.trace.structure}: {error}") from error
 
 
-def _owned(layers: Layers) -> list[np.ndarray | None]:
+def free_entries(layers: Layers) -> list[np.ndarray | None]:
     """For each parameter, which of its entries no layer owns; None where layers own none."""
     sizes = layers.sizes
     views = [view for stack in layers.stacks for view in stack.specs[0].views]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -72,7 +73,8 @@ def layer_io(
 
     Returns:
         A pytree: `value`, `grads`, `reduction`, and for each layer's name `inputs` `[G, N, S, in]`, `output_grads`
-        `[V, G, N, S, out]` and `per_example_grads()` `[V, N, G, out, in]`.
+        `[V, G, N, S, out]` and `per_example_grads()` `[V, N, G, out, in]`. Of coupled examples, N is 1, and S counts
+        the positions of all.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
@@ -151,10 +153,14 @@ def sum_layer_io(
         layers, loss, params, batch, chunk_size, fisher_type, mc_samples, key, positions, mask, grads
     )
 
-    def run(problem: Problem, extra: Any) -> PyTree[Array]:
-        return problem.sum_over_chunks(lambda *args: fn(_look(view, problem, *args)), extra)
+    is_explicit = explicit_mesh((problem, extra)) is not None
 
-    return compiler_sharded(run)(problem, extra)
+    def run(problem: Problem, extra: Any) -> PyTree[Array]:
+        # Where the compiler shards, types of arrays inside the jaxpr are others than where layers were found.
+        own = view._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else view
+        return problem.sum_over_chunks(lambda *args: fn(_look(own, problem, *args)), extra)
+
+    return (eqx.filter_jit(compiler_sharded(run)) if is_explicit else run)(problem, extra)
 
 
 class _View(NamedTuple):
@@ -187,10 +193,11 @@ def _prepare(
         check_exact(loss)
     without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
     args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
-    problem = make_problem(*args, has_aux=layers.has_aux)
+    problem = make_problem(*args, has_aux=layers.has_aux, examples="coupled" if layers.coupled else "independent")
     check_fits(layers, problem)
-    if varying_axes((problem.params, problem.inputs)):
-        # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.
+    # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.
+    varies = varying_axes((problem.params, problem.inputs))
+    if varies or (layers.coupled and problem.outputs.shape[0] != layers.trace.examples):
         layers = layers.again(problem.params, problem.inputs)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
@@ -234,10 +241,11 @@ def _look(
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
     kind = options.fisher_type, options.mc_samples, options.positions
-    num = count_vectors(problem.loss, layers.trace.outputs, *kind)
+    together = layers.trace.examples
+    num = count_vectors(problem.loss, layers.trace.outputs, *kind, together)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:
-        vectors = vector_maker(terms, *kind, extra["keys"])(jnp.arange(num)).astype(captured.outputs.dtype)
+        vectors = vector_maker(terms, *kind, extra["keys"], together)(jnp.arange(num)).astype(captured.outputs.dtype)
     value = gradient = None
     if valued:
         value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(captured.outputs)
@@ -259,7 +267,7 @@ def pulled_back(
     if len(vectors):
         found, own = jax.vmap(captured.pull_back)(vectors)
     else:
-        size = captured.outputs.shape[0]
+        size = captured.outputs.shape[0] // trace.examples
         found = tuple(jnp.zeros((0, size, *use.output_shape), use.output_dtype) for use in trace.uses)
         own = ()
     masks, wide = arrange_masks(trace, mask), compute_dtype(trace.outputs.dtype)

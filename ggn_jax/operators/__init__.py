@@ -8,13 +8,14 @@ from ggn_jax.operators.ef import EFLinearOperator
 from ggn_jax.operators.ggn import GGNLinearOperator
 from ggn_jax.operators.hessian import HessianLinearOperator
 from ggn_jax.operators.kronecker import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from ggn_jax.operators.loaders import MappedBatches, map_batches
 from ggn_jax.operators.outputs import (
     BatchesJacobianLinearOperator,
     JacobianLinearOperator,
-    JacobianTransposeLinearOperator,
 )
 from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.passes import BatchesLinearOperator
+from ggn_jax.operators.rectangular import JacobianTransposeLinearOperator, StackedJacobianLinearOperator
 from ggn_jax.operators.solver import BlockSolver
 from ggn_jax.operators.weighted import WeightedSumLinearOperator
 
@@ -33,8 +34,11 @@ __all__ = [
     "JacobianTransposeLinearOperator",
     "KFACLinearOperator",
     "KFOCLinearOperator",
+    "MappedBatches",
     "PartialSums",
+    "StackedJacobianLinearOperator",
     "WeightedSumLinearOperator",
     "average_factors",
     "average_operators",
+    "map_batches",
 ]

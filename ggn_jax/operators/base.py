@@ -3,7 +3,7 @@
 import abc
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self
@@ -170,23 +170,27 @@ def map_some_at_once(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Ar
 def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:
     """The numbers of the parameters that these names or patterns fit."""
     whole = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(structure)]
-    names = list(map(simple_path, whole))
+    names = ", ".join(map(simple_path, whole)) if any(whole) else "one array, whose path is ''"
     found: set[int] = set()
     for path in paths:
-        if not isinstance(path, str):
-            raise TypeError(
-                f"a path must be a string, as 'encoder/*'; got {type(path).__name__}: pass several as arguments."
-            )
-        # A parameter's own name is no pattern, and brackets are those of a name.
-        pattern = path.replace("[", "[[]")
-        fits = [i for i, pair in enumerate(zip(whole, names, strict=True)) if path in pair]
-        fits = fits or [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
+        fits = matching(path, whole)
         if not fits:
-            raise KeyError(f"no parameter {path!r}; there are {', '.join(names)}.")
-        found.update(fits)
+            raise KeyError(f"no parameter {path!r}; there are {names}.")
+        found.update(map(whole.index, fits))
     if not paths:
-        raise KeyError(f"pass the paths of some parameters; there are {', '.join(names)}.")
+        raise KeyError(f"pass the paths of some parameters; there are {names}.")
     return tuple(sorted(found))
+
+
+def matching(path: str, names: Sequence[str]) -> list[str]:
+    """Those of `names`, as `jax.tree_util.keystr` writes them, that a path is, or that it fits as a pattern."""
+    if not isinstance(path, str):
+        got = type(path).__name__
+        raise TypeError(f"a path must be a string, as 'encoder/*'; got {got}: pass several as arguments of submatrix.")
+    fits = [name for name in names if path in (name, simple_path(name))]
+    # A parameter's own name is no pattern, and brackets are those of a name.
+    pattern = path.replace("[", "[[]")
+    return fits or [name for name in names if fnmatchcase(simple_path(name), pattern)]
 
 
 def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:

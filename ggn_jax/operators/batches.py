@@ -13,13 +13,9 @@ from ggn_jax._checks import compute_dtype, is_concrete
 from ggn_jax._unbatched import batched_leaves
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
+from ggn_jax.operators.loaders import without_copies
 from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
 from ggn_jax.terms import check_values
-
-DIFFERENT_DATA = (
-    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
-    " replacement, dropping the last batch of a shuffled loader)."
-)
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
 """Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
@@ -126,12 +122,14 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
     total, count = None, 0
     for number, batch in enumerate(batches):
         inputs = None
-        pair, mask = unpack_batch(f"batch {number}", batch, " One is [batch].")
+        pair, mask = unpack_batch(
+            f"batch {number}", batch, " One is [batch]; ggn_jax.map_batches makes pairs of others."
+        )
         try:
-            inputs, targets, size = as_batch(pair)
+            inputs, targets, size = as_batch(without_copies(pair))
             if first is not None:
                 _check_like(inputs, first.inputs)
-            problem, more = sums(inputs, targets, mask, count)
+            problem, more = sums(inputs, targets, without_copies(mask), count)
             if first is not None and structure_of(more) != structure_of(total):
                 raise ValueError("the model's layers are others than for batch 0.")
         except (TypeError, ValueError, NotImplementedError) as error:

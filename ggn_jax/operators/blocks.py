@@ -10,29 +10,23 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.kronecker.algebra import Block, Diagonal, Kronecker, finite_groups
-from ggn_jax.kronecker.functions import DENSE, MatrixFunction, apply
+from ggn_jax.kronecker.algebra import Block, Diagonal
+from ggn_jax.kronecker.functions import DENSE
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.refine import refined
-from ggn_jax.kronecker.split import split_inverses
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, read, write
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
 from ggn_jax.kronecker.sums import (
     AnyBlock,
     Function,
     add,
-    damp,
     is_exact,
     is_representable,
-    pair_inverses,
     scale,
     size_of,
-    spectra_of,
-    terms_of,
 )
 from ggn_jax.operators.base import (
     COLUMNS_AT_ONCE,
@@ -40,17 +34,17 @@ from ggn_jax.operators.base import (
     check_damping,
     check_vector,
     leaf_dampings,
+    matching,
     register,
-    simple_path,
 )
-
-HEURISTIC = "heuristic inverse"
+from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped, parameters_of, solve, total_of
 
 
 class BlockLinearOperator(SymmetricLinearOperator):
     """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer.
 
-    What `KFACLinearOperator` and its like are, and their inverses and roots.
+    What `KFACLinearOperator` and its like are, and their inverses and roots; of factors that are known already,
+    `ggn_jax.from_factors` makes one.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
@@ -70,9 +64,12 @@ class BlockLinearOperator(SymmetricLinearOperator):
         object.__setattr__(operator, "structure", structure)
         return operator
 
+    def _replace(self, blocks: Blocks) -> "BlockLinearOperator":
+        """An operator on the same parameters."""
+        return BlockLinearOperator._of(blocks, self.structure)
+
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes, dtypes, tree = self.structure
-        return jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in zip(shapes, dtypes, strict=True)])
+        return parameters_of(self.structure)
 
     def _details(self) -> dict[str, Any]:
         return {"blocks": len(self.blocks.each())}
@@ -93,7 +90,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         **Raises:** ValueError for a damping that is not a number of at least 0, or is no prefix of the parameters, or
         where a block has several.
         """
-        return _damped(self, self._check_damping(damping))
+        return self._replace(damped(self.blocks, self.structure, self._check_damping(damping)))
 
     def trace(self) -> Float[Array, ""]:
         """The trace."""
@@ -112,7 +109,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
         See `inverse` for the blocks' eigenvalues. Its derivative is `tr((self + damping I)^-1 d(self + damping I))`.
         """
-        return _logdet(self, self._check_functions(damping))
+        return logdet(self.blocks, self.structure, self._check_functions(damping))
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
         """The determinant of `self + damping * I`; `logdet` does not overflow."""
@@ -165,6 +162,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         conjugate gradients in matrix form, with that inverse as preconditioner, until the residual is below `100 eps`
         times the vector, block by block: each takes two products with blocks. `"heuristic"` takes none.
         """
+        check_vector(self, vector)
         inverse = self.inverse(damping, method)
         if method == "heuristic" or all(is_exact(block, "inverse", True) for block in self.blocks.blocks):
             return inverse.mv(vector)
@@ -173,7 +171,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def _refined(self, inverse: "BlockLinearOperator", vector: PyTree[Any]) -> PyTree[Array]:
         """`self^-1 vector`, by conjugate gradients where `inverse` is not exact."""
         check_vector(self, vector)
-        return _solve(self, inverse, vector)
+        return solve(self.blocks, inverse.blocks, self.structure, vector)
 
     def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`; see `inverse`."""
@@ -236,19 +234,27 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
 
         A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
-        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`.
+        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`; and with `*` for anything,
+        where that fits parameters of one block: `"dense/*"`.
+
+        **Raises:** KeyError for a path that no parameter has, or with entries in several blocks.
         """
+        named = self._named()
+        names = [spec.names for _, (spec, _) in named]
+        fitting = set(matching(path, [name for own in names for name in own]))
         found = {
-            name: (block, spec.shape)
-            for name, (spec, block) in self._named()
-            if path in (name, *spec.names, *map(simple_path, spec.names))
+            name: (block, spec.shape) for name, (spec, block) in named if name == path or fitting & set(spec.names)
         }
+        if path in found:
+            found = {path: found[path]}
         if len(found) == 1:
             return _dense(*next(iter(found.values())))
         if found:
-            names = ", ".join(map(repr, found))
-            raise KeyError(f"{path!r} has entries in several blocks: pass one of {names}.")
-        known = ", ".join(dict.fromkeys(name for spec, _ in self.blocks.each() for name in spec.names))
+            raise KeyError(
+                f"{path!r} has entries in several blocks: pass one of {', '.join(map(repr, found))}; submatrix takes"
+                " several."
+            )
+        known = ", ".join(dict.fromkeys(name for own in names for name in own))
         raise KeyError(f"no parameter {path!r}; there are {known or 'none with entries'}.")
 
     def factors(self) -> dict[str, Block]:
@@ -300,7 +306,7 @@ def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
 @jax.jit
 @compiler_sharded
 def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
-    return _sum([jnp.sum(block.traces()) for block in operator.blocks.blocks])
+    return total_of([jnp.sum(block.traces()) for block in operator.blocks.blocks])
 
 
 @jax.jit
@@ -308,57 +314,6 @@ def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
 def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
     norms = [norm(block.norms()) for block in operator.blocks.blocks]
     return norm(stack_scalars(norms)) if norms else jnp.zeros(())
-
-
-@jax.jit
-@compiler_sharded
-def _logdet(operator: BlockLinearOperator, damping: PyTree[Array]) -> Float[Array, ""]:
-    pairs = list(zip(operator.blocks.blocks, _group_dampings(operator, damping), strict=True))
-    large = [pair for pair in pairs if terms_of(pair[0]) is not None]
-    rest = [pair for pair in pairs if terms_of(pair[0]) is None]
-    spectra = spectra_of([block for block, _ in rest])
-    shifted = [apply(spectrum, damping, "shift") for spectrum, (_, damping) in zip(spectra, rest, strict=True)]
-    inverted = pair_inverses(*_columns(large))
-    return _sum([jnp.sum(jnp.log(x.values)) for x in shifted] + [jnp.sum(x.logdets()) for x in inverted])
-
-
-def _columns(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
-@jax.jit
-@partial(compiler_sharded, like=lambda operator, inverse, vector: vector)
-def _solve(operator: BlockLinearOperator, inverse: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
-    stacks = operator.blocks.stacks
-    triples = zip(operator.blocks.blocks, inverse.blocks.blocks, read(stacks, vector), strict=True)
-
-    def one(block: Any, inverse: Any, m: Array) -> Array:
-        m = m.astype(jax.tree.leaves(block)[0].dtype)
-        return inverse.mv(m) if is_exact(block, "inverse", True) else refined(block.mv, inverse, m)
-
-    return write(stacks, operator.structure, [one(*triple) for triple in triples])
-
-
-def _sum(parts: list[Array]) -> Array:
-    return jnp.sum(stack_scalars(parts)) if parts else jnp.zeros(())
-
-
-def _group_dampings(operator: BlockLinearOperator, damping: PyTree[Array]) -> list[Float[Array, "G *d"]]:
-    """The damping of each group of each stack, and of each entry where the block is diagonal."""
-    stacks, blocks = operator.blocks.stacks, operator.blocks.blocks
-    if isinstance(damping, jax.Array):
-        return [jnp.broadcast_to(damping, stack.shape[:1]) for stack in stacks]
-    shapes, _, tree = operator.structure
-    numbers = leaf_dampings(damping, operator.in_structure())
-    entries = jax.tree.unflatten(tree, [jnp.broadcast_to(d, s) for d, s in zip(numbers, shapes, strict=True)])
-    parts = [part.reshape(len(part), -1) for part in read(stacks, entries)]
-    return [part if isinstance(block, Diagonal) else part[:, 0] for part, block in zip(parts, blocks, strict=True)]
-
-
-@jax.jit
-def _damped(operator: BlockLinearOperator, damping: PyTree[Array]) -> BlockLinearOperator:
-    dampings = _group_dampings(operator, damping)
-    return _with_blocks(operator, [damp(*pair) for pair in zip(operator.blocks.blocks, dampings, strict=True)])
 
 
 @jax.jit
@@ -370,18 +325,15 @@ def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Arra
         return blocks if weight is None else [scale(block, weight) for block in blocks]
 
     terms = [weighted(*pair) for pair in zip(operators, weights, strict=True)]
-    return _with_blocks(operators[0], [reduce(add, blocks) for blocks in zip(*terms, strict=True)])
-
-
-def _with_blocks(operator: BlockLinearOperator, blocks: Sequence[Any]) -> BlockLinearOperator:
-    return BlockLinearOperator._of(Blocks(tuple(blocks), operator.blocks.stacks), operator.structure)
+    blocks = tuple(reduce(add, blocks) for blocks in zip(*terms, strict=True))
+    return operators[0]._replace(Blocks(blocks, operators[0].blocks.stacks))
 
 
 def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
     """A function of `operator + damping * I`; refused where it is not finite and that can be looked at."""
     damping = operator._check_functions(damping)
-    result, finite = _map_blocks(operator, damping, what)
-    for stack, flags in zip(result.blocks.stacks, finite, strict=True):
+    result, finite = mapped(operator.blocks, operator.structure, damping, what)
+    for stack, flags in zip(result.stacks, finite, strict=True):
         if is_concrete(flags) and not np.asarray(flags).all():
             bad = int(np.searchsorted(stack.starts, np.argmin(flags), side="right")) - 1
             raise FloatingPointError(
@@ -389,39 +341,11 @@ def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLine
                 " finite: it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a"
                 " loss of your own with ggn_jax.check_loss."
             )
-    return result
+    return operator._replace(result)
 
 
 def _shown(damping: PyTree[Array]) -> str:
     return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_text, damping))
-
-
-@partial(jax.jit, static_argnames="what")
-def _map_blocks(
-    operator: BlockLinearOperator, damping: PyTree[Array], what: str
-) -> tuple[BlockLinearOperator, list[Bool[Array, " G"]]]:
-    """The function of each block, and whether it is finite."""
-    pairs = list(zip(operator.blocks.blocks, _group_dampings(operator, damping), strict=True))
-
-    def way(block: AnyBlock) -> str:
-        if what == HEURISTIC and isinstance(block, Kronecker):
-            return "split"
-        return "pair" if what in ("inverse", HEURISTIC) and terms_of(block) is not None else "spectrum"
-
-    def chosen(name: str) -> tuple[list[Any], list[Any]]:
-        return _columns([pair for pair in pairs if way(pair[0]) == name])
-
-    blocks, dampings = chosen("spectrum")
-    name: Any = "inverse" if what == HEURISTIC else what
-    mapped = [apply(spectrum, d, name) for spectrum, d in zip(spectra_of(blocks), dampings, strict=True)]
-    made = {
-        "split": iter(split_inverses(*chosen("split"))),
-        "pair": iter(pair_inverses(*chosen("pair"))),
-        "spectrum": iter(mapped),
-    }
-    result: list[Any] = [next(made[way(block)]) for block, _ in pairs]
-    finite = [finite_groups(block.values if isinstance(block, MatrixFunction) else block) for block in result]
-    return _with_blocks(operator, result), finite
 
 
 @partial(jax.jit, static_argnames="shape")

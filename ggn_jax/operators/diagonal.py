@@ -1,6 +1,5 @@
 """The diagonal of the generalized Gauss-Newton matrix."""
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, Self
@@ -12,18 +11,11 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import Examples, check_count, check_sampling, compute_dtype, wide_dtype
-from ggn_jax._draws import example_keys
+from ggn_jax._checks import Examples, as_array, check_count, is_concrete, wide_dtype
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax._supported import check_exact
-from ggn_jax._unbatched import batch_axes, map_batched
 from ggn_jax._weights import weighted_sum
-from ggn_jax.fisher_type import FisherType
-from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.kronecker.stacks import structure
-from ggn_jax.layers.run import mapped
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
@@ -32,8 +24,8 @@ from ggn_jax.operators.base import (
     check_number,
     check_vector,
     leaf_dampings,
+    matching,
     register,
-    simple_path,
     vectors_like,
 )
 from ggn_jax.operators.batches import (
@@ -44,10 +36,10 @@ from ggn_jax.operators.batches import (
     refuse_mask,
     with_progress,
     with_reduction,
-    without_reduction,
 )
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key
 from ggn_jax.operators.problem import Problem, make_problem
+from ggn_jax.operators.squares import Squares, unreduced
 from ggn_jax.operators.weighted import of_terms
 
 
@@ -101,11 +93,28 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         has_aux: bool = False,
         examples: Examples = "independent",
     ):
-        compute = _Compute(mc_samples, key, vector_chunk_size, method)
+        compute = Squares(mc_samples, key, vector_chunk_size, method)
         kind = compute.fisher_type
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
         self.entries = compute(problem, 0)
+
+    @classmethod
+    def from_diagonal(cls, entries: PyTree[Any]) -> Self:
+        """The operator of a diagonal that is known already: from a file, or a running average of squares.
+
+        Args:
+            entries: a pytree like the parameters, of real numbers of at least 0.
+
+        Raises:
+            TypeError, ValueError: for entries that are no real arrays, or negative where that can be looked at.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> diagonal = ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
+        >>> diagonal.solve({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, damping=0.5)["b"]
+        Array([2., 2., 2.], dtype=float32)
+        """
+        return cls._of(jax.tree_util.tree_map_with_path(_check_entries, entries))
 
     @classmethod
     def from_objective(
@@ -202,7 +211,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
         (2, 3)
         """
-        compute = _Compute(mc_samples, key, vector_chunk_size, method)
+        compute = Squares(mc_samples, key, vector_chunk_size, method)
         check_iterable(batches)
         start = check_count("start", start, 0)
 
@@ -213,13 +222,14 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
             if not seen:
                 compute.check(problem)
                 check_unbatched(problem)
-            return problem, _unreduced(problem, compute(problem, start + seen))
+            return problem, unreduced(problem, compute(problem, start + seen))
 
         problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
-        made_of, key = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
-        return PartialSums(totals, jnp.asarray(seen, jnp.int32), Recipe(cls, (made_of, *key), made_of))
+        made_of, options = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
+        drawn = (key, start) if compute.draws else None
+        return PartialSums.of(Recipe(cls, (made_of, *options), made_of), problem.params, totals, seen, drawn)
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:
@@ -234,9 +244,12 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         check_sums("sums", sums, cls)
         reduction, (_, dtypes, tree) = sums.recipe.made_of
         entries, divisor = sums.totals
-        made = cls.__new__(cls)
-        whole = with_reduction(reduction, entries, divisor, jax.tree.unflatten(tree, dtypes))
-        object.__setattr__(made, "entries", whole)
+        return cls._of(with_reduction(reduction, entries, divisor, jax.tree.unflatten(tree, dtypes)))
+
+    @classmethod
+    def _of(cls, entries: PyTree[Array]) -> Self:
+        made = object.__new__(cls)
+        object.__setattr__(made, "entries", entries)
         return made
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
@@ -264,6 +277,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
         """`inverse(damping).mv(vector)`."""
+        check_vector(self, vector)
         return self.inverse(damping).mv(vector)
 
     def sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
@@ -295,12 +309,21 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return self.entries
 
     def block(self, path: str) -> Float[Array, "d d"]:
-        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`."""
-        found = {jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)}
-        for name, leaf in found.items():
-            if path in (name, simple_path(name)):
-                return jnp.diag(leaf.reshape(-1))
-        raise KeyError(f"no parameter {path!r}; there are {', '.join(found)}.")
+        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`.
+
+        **Raises:** KeyError for a path that no parameter has, or that several have.
+        """
+        leaves = {
+            jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)
+        }
+        found = matching(path, list(leaves))
+        if len(found) == 1:
+            return jnp.diag(leaves[found[0]].reshape(-1))
+        if found:
+            raise KeyError(
+                f"{path!r} fits several parameters: pass one of {', '.join(found)}; submatrix takes several."
+            )
+        raise KeyError(f"no parameter {path!r}; there are {', '.join(leaves)}.")
 
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two diagonal operators on the same parameters, a diagonal operator."""
@@ -320,6 +343,17 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     def _replace(self, entries: PyTree[Array]) -> "GGNDiagonalLinearOperator":
         return eqx.tree_at(lambda operator: operator.entries, self, entries)
+
+
+def _check_entries(path: Any, value: Any) -> Array:
+    """One of a diagonal's arrays."""
+    name = f"entries{jax.tree_util.keystr(path)}"
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must hold floating-point numbers; got dtype {array.dtype}.")
+    if is_concrete(array) and bool(jnp.any(array < 0)):
+        raise ValueError(f"{name} must not be negative: a GGN's diagonal is a sum of squares.")
+    return array
 
 
 def _sum_of_logs(x: Array) -> Array:
@@ -347,73 +381,3 @@ register(GGNDiagonalLinearOperator, positive_semidefinite=True, diagonal=True)
 def _flat(operator: GGNDiagonalLinearOperator) -> Float[Array, " P"]:
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
         return ravel_pytree(operator.entries)[0]
-
-
-class _Compute:
-    """How the diagonal of a batch is made."""
-
-    def __init__(self, mc_samples: Any, key: Any, vector_chunk_size: Any, method: Any):
-        if method not in ("layers", "data"):
-            raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
-        self._compute = _by_layers if method == "layers" else _by_data
-        self._chunk_size = check_count("vector_chunk_size", vector_chunk_size)
-        self._mc_samples, self._key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
-        self.fisher_type = FisherType.MC if self._mc_samples else FisherType.TYPE2
-
-    def check(self, problem: Problem) -> None:
-        """Refuse what has no such diagonal."""
-        if not self._mc_samples:
-            check_exact(problem.loss)
-        problem.check_examples()
-        problem.check_curvature()
-
-    def __call__(self, problem: Problem, start: int) -> PyTree[Array]:
-        """The entries for a batch whose first example is number `start` of all."""
-        keys = None if self._key is None else example_keys(self._key, start, problem.outputs.shape[0])
-        entries: PyTree[Array] = self._compute(problem, keys, self._mc_samples, self._chunk_size)
-        return entries
-
-
-@jax.jit
-def _unreduced(problem: Problem, entries: PyTree[Array]) -> tuple[PyTree[Array], Array]:
-    r = problem.reduction()
-    return without_reduction(entries, r), 1 / r
-
-
-_like_parameters = partial(compiler_sharded, like=lambda problem, *_: problem.params)
-_by_layers = jax.jit(_like_parameters(compute_diagonal), static_argnames=("mc_samples", "vector_chunk_size"))
-
-
-@partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
-@_like_parameters
-def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
-    together = problem.together
-    num = mc_samples or together * math.prod(problem.outputs.shape[1:])
-
-    def datum(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
-        """The sum over vectors of squared gradients of one datum: a batch of one, or of coupled examples."""
-        outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
-        terms = terms_at(outputs, operand)
-        drawn = terms.sampled_gradients(*keys, num) / math.sqrt(num) if keys else None
-
-        def squared(index: Array) -> PyTree[Array]:
-            if drawn is not None:
-                vector = drawn[index]
-            else:
-                unit = (jnp.arange(num) == index).astype(outputs.dtype).reshape(outputs.shape)
-                vector = terms.product("sqrt_mv", unit)
-            # In 16 bits, squares underflow long before gradients do.
-            return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)) ** 2, vjp(vector.astype(outputs.dtype))[0])
-
-        def squares(indices: Array) -> PyTree[Array]:
-            return jax.tree.map(lambda s: jnp.sum(s, axis=0), mapped(squared)(indices))
-
-        return sum_in_parts(squares, num, vector_chunk_size)
-
-    def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
-        data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)
-        squares = mapped(partial(datum, terms_at), batch_axes(data))(*data)
-        return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
-
-    total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))
-    return jax.tree.map(lambda s, p: s.astype(p.dtype), total, problem.params)

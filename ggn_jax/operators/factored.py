@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, Self, Unpack
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_count
@@ -17,15 +16,15 @@ from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
 from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, find_layout
-from ggn_jax.kronecker.optimal import compute_optimal_blocks
+from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
 from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
 from ggn_jax.kronecker.stacks import Blocks, structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
-from ggn_jax.operators.nearest import nearest_blocks
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples
+from ggn_jax.operators.nearest import nearest_blocks, refuse_mask
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
 MASKS = " Masks are part of the batches."
@@ -56,8 +55,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         self._check(problem, made, chunk_size)
         keys = check_draws(problem, made, key, 0)
-        if mask is not None and self._method == "kfoc":
-            raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+        if self._method == "kfoc":
+            refuse_mask(mask)
         mask = check_mask(mask, problem)
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, made, self._method)
@@ -82,7 +81,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         A layer's block has a Kronecker term for each use of its weight, in all functions; with `tied="concatenate"`,
         one for each function that uses it, whose output factor has the weight in it. `inverse` says how sums of terms
         are inverted. What has no layer in one of the functions has an exact block of the whole GGN. EKFAC's eigenbases
-        are those of the nearest single products, and its eigenvalues are of the whole GGN.
+        are those of the nearest single products, and its eigenvalues are of the whole GGN. KFOC's blocks are the
+        products nearest to those of the whole GGN, with one term.
 
         Args:
             objective: a sum of functions of the same parameters, each with a weight.
@@ -99,12 +99,12 @@ class FactoredLinearOperator(BlockLinearOperator):
             TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
         """
         parts = parts_of(objective, batches, key)
-        if cls._method == "kfoc":
-            raise NotImplementedError("KFOC is made of one function: use KFAC or EKFAC for an objective.")
         made = Options.of("from_objective", options, MASKS)
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
+            if cls._method == "kfoc":
+                refuse_mask(mask)
             args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             cls._check(problem, made, chunk_size)
@@ -112,7 +112,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             problems.append(problem)
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))
-        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method == "ekfac")
+        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
         return cls._of(blocks, structure(problems[0].params))
 
     @classmethod
@@ -233,6 +233,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             bases = _bases(factors) if factors.bases is None else factors.bases
             factors = factors.factors or factors
         recipes: set[Recipe] = set()  # of the batches: one
+        drawn: list[bool] = []  # whether something was, for each batch
         key_of_loss = loss_key(loss)
 
         def sums(inputs: PyTree, targets: Any, mask: Any, seen: int) -> tuple[Problem, PyTree[Array]]:
@@ -247,6 +248,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 if factors is not None and {factors.recipe} != recipes:
                     raise ValueError("factors must be those of the same model, loss and options: these are others'.")
             keys = check_draws(problem, made, key, start + seen)
+            drawn.append(keys is not None)
             found, places = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
             if recipes != {Recipe(cls, (places, *kind))}:
                 raise ValueError("the model's layers are others than for batch 0, or in another order.")
@@ -255,7 +257,11 @@ class FactoredLinearOperator(BlockLinearOperator):
         problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
         if problem is None:
             raise no_batches(batches, again=factors is not None)
-        return PartialSums(totals, jnp.asarray(seen, jnp.int32), recipes.pop(), factors, bases)
+        made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
+        found = PartialSums.of(*made_of, factors=factors, bases=bases)
+        if factors is not None:
+            same_params("factors", factors.params, found.params)
+        return found
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:
@@ -319,11 +325,13 @@ def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: s
 
 @eqx.filter_jit
 @compiler_sharded
-def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, correct: bool) -> Blocks:
+def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, method: str) -> Blocks:
     layout = JoinedLayout.of_all(problems, options)
+    if method == "kfoc":
+        return joined_optimal_blocks(layout, problems, weights, keys)
     given = layout, problems, weights, keys, masks
     sums = joined_sums(*given)
-    if not correct:
+    if method == "kfac":
         return assemble_blocks(layout, sums)
     bases = eigenbases(layout, sums)
     return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))

@@ -1,16 +1,13 @@
 """KFOC's power iterations over an iterable of batches, each step of which is two passes."""
 
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._frozen import Frozen
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.checks import check_draws
 from ggn_jax.kronecker.factors import batch_sums, in_places, reduce_sums
@@ -18,19 +15,9 @@ from ggn_jax.kronecker.layout import Layout, find_layout
 from ggn_jax.kronecker.optimal import POWER_ITERATIONS, gradients, kronecker_blocks, moves, safe, scaled, start, unit
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
-from ggn_jax.operators.batches import (
-    DIFFERENT_DATA,
-    MadeByShapes,
-    add_up,
-    check_iterable,
-    fingerprint,
-    no_batches,
-    same_data,
-    with_data,
-    with_progress,
-    with_reduction,
-)
+from ggn_jax.operators.batches import check_iterable, with_reduction
 from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.sweeps import Sweeps
 
 
 def nearest_blocks(
@@ -41,84 +28,43 @@ def nearest_blocks(
     The first pass makes all that takes no iterations, and finds how large gradients are. Then `B` is made of `A` and
     `A` of `B`, in turns, as for one batch.
     """
-    passes = _Passes(make, batches, options, key, progress)
+    check_iterable(batches, "KFOC goes over the batches many times")
+    sweeps = Sweeps(make, lambda problem: problem, batches, progress, refuse=refuse_mask)
     found: list[Any] = []
+    layouts: list[Layout] = []  # of the first batch; every other is compared with it
 
-    def first(problem: Problem, keys: Array | None) -> PyTree[Array]:
-        totals, other, places = _first(problem, keys, options)
+    def first(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
+        if not layouts:
+            layouts.append(find_layout(problem, options))
+        totals, other, places = _first(problem, check_draws(problem, options, key, start), options)
         found.append(other)
-        if places != passes.signature:
+        if places != layouts[0].signature():
             raise ValueError("the model's layers are others than for batch 0, or in another order.")
         return totals
 
-    sums, biases = passes.sweep(first, "sizes")
+    sums, biases = sweeps.sweep(first, "sizes")
     scales = [safe(x) for x in jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(scales for scales, _ in found))]
 
     def step(given: list[Array], to_b: bool) -> list[Array]:
-        share = partial(_step, options=options, scales=scales, given=given, to_b=to_b)
-        return passes.sweep(share, "outputs" if to_b else "inputs")
+        def share(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
+            keys = check_draws(problem, options, key, start)
+            return _step(problem, keys, options=options, scales=scales, given=given, to_b=to_b)
+
+        stepped: list[Array] = sweeps.sweep(share, "outputs" if to_b else "inputs")
+        return stepped
 
     a = found[0][1]
     for _ in range(POWER_ITERATIONS):
         before, a = a, _units(step(_units(step(a, True)), False))
         if not _any_moves(a, before):
             break
-    return _finish(passes.layout, sums, biases, a, step(a, True), scales), passes.problem
+    return _finish(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
 
 
-class _Passes:
-    """Passes over batches in any order, the first two of which are compared."""
-
-    def __init__(
-        self,
-        make: Callable[[PyTree, Any], Problem],
-        batches: Iterable[Any],
-        options: Options,
-        key: Any,
-        progress: bool,
-    ):
-        check_iterable(batches, "KFOC goes over the batches many times")
-        self._made, self._batches, self._progress = MadeByShapes(make), batches, progress
-        self._options, self._key = options, key
-        self._seen: list[np.ndarray] = []
-
-    @property
-    def problem(self) -> Problem:
-        """Of the first batch."""
-        found: Problem = self._made.first
-        return found
-
-    @cached_property
-    def layout(self) -> Layout:
-        """The blocks that the first batch has; every other is compared with them."""
-        return find_layout(self.problem, self._options)
-
-    @cached_property
-    def signature(self) -> Frozen:
-        return self.layout.signature()
-
-    def sweep(self, share: Callable[..., PyTree[Array]], description: str) -> Any:
-        """The sum of `share(problem, keys)` over the batches."""
-
-        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
-            if mask is not None:
-                raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
-            made: Problem = self._made.of(inputs, targets)
-            problem = with_data(made, inputs, targets, check=not self._seen)
-            mark = None if len(self._seen) > 1 else _fingerprint(problem.inputs, problem.targets)
-            return problem, (share(problem, check_draws(problem, self._options, self._key, start)), mark)
-
-        _, total, count = add_up(with_progress(self._batches, self._progress, description), sums)
-        if not count:
-            raise no_batches(self._batches, again=bool(self._seen))
-        if total[1] is not None:
-            self._seen.append(np.asarray(total[1]))
-            if not same_data(self._seen[-1], self._seen[0]):
-                raise ValueError(DIFFERENT_DATA)
-        return total[0]
-
-
-_fingerprint = jax.jit(compiler_sharded(fingerprint))
+def refuse_mask(mask: Any) -> None:
+    """Refuse a mask."""
+    if mask is not None:
+        raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
 
 
 @eqx.filter_jit

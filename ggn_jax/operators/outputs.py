@@ -1,6 +1,5 @@
 """Linear maps between the parameters and a model's outputs."""
 
-import abc
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Self
@@ -13,16 +12,17 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype
+from ggn_jax._checks import compute_dtype, prefixed
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
+from ggn_jax.objective import Objective, parts_of
 from ggn_jax.operators.base import check_vector, map_some_at_once, register, vectors_like
-from ggn_jax.operators.batches import check_on_host
-from ggn_jax.operators.flat import scipy_operator
+from ggn_jax.operators.batches import check_on_host, refuse_mask
 from ggn_jax.operators.jacobian import Jacobian
-from ggn_jax.operators.problem import Problem, make_problem
+from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
+from ggn_jax.operators.rectangular import AbstractJacobian, StackedJacobianLinearOperator
 from ggn_jax.operators.rows import RowPasses
 
 
@@ -70,30 +70,6 @@ def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> 
     take = chunks.taker(problem.inputs)
     parts = jax.lax.map(lambda places: fn(take(places)), chunks.even)
     return chunks.put_together(parts, None if chunks.rest is None else fn(take(chunks.rest)))
-
-
-class AbstractJacobian(lx.AbstractLinearOperator):
-    """A Jacobian whose transpose has products, too."""
-
-    @abc.abstractmethod
-    def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
-        """`J^T u`."""
-
-    @abc.abstractmethod
-    def out_structure(self) -> jax.ShapeDtypeStruct: ...
-
-    def transpose(self) -> "JacobianTransposeLinearOperator":
-        return JacobianTransposeLinearOperator(self)
-
-    def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` of shape `[K, P]` on flat NumPy vectors, as rows and columns of
-        `as_matrix`.
-
-        >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
-        >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.eye(8, 2))
-        >>> solution = scipy.sparse.linalg.lsqr(jacobian.to_scipy(), np.ones(24))[0]
-        """
-        return scipy_operator(self, self.vjp)
 
 
 class JacobianLinearOperator(AbstractJacobian):
@@ -182,6 +158,49 @@ class JacobianLinearOperator(AbstractJacobian):
         return BatchesJacobianLinearOperator(RowPasses(make, batches, with_targets=False, progress=progress))
 
     @classmethod
+    def from_objective(
+        cls,
+        objective: Objective,
+        params: PyTree[Array],
+        batches: Any,
+        *,
+        chunk_size: int | None = None,
+        has_aux: bool = False,
+    ) -> StackedJacobianLinearOperator:
+        """The Jacobians of an objective's functions, one under the other: `J v` is a tuple with one for each.
+
+        Losses, weights and targets are not looked at: with those, the objective's GGN is `sum_k w_k J_k^T H_k J_k`
+        (`GGNLinearOperator.from_objective`), and `GramLinearOperator.from_objective` the products of the rows.
+
+        Args:
+            objective: a sum of functions of the same parameters.
+            params: a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; they may differ in size, and targets may
+                be None.
+            chunk_size, has_aux: those of the constructor, for each function.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for batches that are not
+                as many.
+
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
+        >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
+        >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
+        >>> batches = [(jnp.ones((8, 2)), None), (jnp.ones((3, 2)), None)]
+        >>> jacobian = ggn_jax.JacobianLinearOperator.from_objective(objective, params, batches)
+        >>> [part.shape for part in jacobian.mv(params)], jacobian.as_matrix().shape
+        ([(8, 1), (3, 2)], (14, 2))
+        """
+        made = []
+        for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
+            (inputs, _), mask = unpack_batch(f"batches[{i}]", batch)
+            with prefixed(f"batches[{i}]: "):
+                refuse_mask(mask)
+                made.append(cls(term.model_fn, params, inputs, chunk_size=chunk_size, has_aux=has_aux))
+        return StackedJacobianLinearOperator(tuple(made))
+
+    @classmethod
     def of_problem(cls, problem: Problem) -> Self:
         """That of a problem's model, which has been checked."""
         made = object.__new__(cls)
@@ -213,43 +232,6 @@ class JacobianLinearOperator(AbstractJacobian):
     def linearised(self) -> Linearised:
         """The model's linearisation."""
         return Linearised.of(self.problem) if self.kept is None else self.kept
-
-
-class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
-    """The transpose of a model's Jacobian; `JacobianLinearOperator(...).T`.
-
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.ones((8, 2)))
-    >>> jacobian.T.as_matrix().shape, jacobian.T.T is jacobian
-    ((6, 24), True)
-    """
-
-    jacobian: AbstractJacobian
-
-    def __repr__(self) -> str:
-        return fields(self, jacobian=self.jacobian)
-
-    def in_structure(self) -> jax.ShapeDtypeStruct:
-        return self.jacobian.out_structure()
-
-    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return self.jacobian.in_structure()
-
-    def mv(self, vector: Float[Array, "N *out"]) -> PyTree[Array]:
-        """`J^T u` for `u` of the outputs' shape."""
-        check_vector(self, vector, "output")
-        return self.jacobian.vjp(vector)
-
-    def transpose(self) -> AbstractJacobian:
-        return self.jacobian
-
-    def as_matrix(self) -> Float[Array, "P K"]:
-        """The dense matrix: rows in the order of `jax.flatten_util.ravel_pytree(params)`."""
-        return self.jacobian.as_matrix().T
-
-    def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` of shape `[P, K]` on flat NumPy vectors."""
-        return scipy_operator(self, self.jacobian.mv)
 
 
 class BatchesJacobianLinearOperator(AbstractJacobian):
@@ -335,8 +317,8 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
-for _cls in (JacobianLinearOperator, JacobianTransposeLinearOperator, BatchesJacobianLinearOperator):
-    register(_cls, symmetric=False)
+register(JacobianLinearOperator, symmetric=False)
+register(BatchesJacobianLinearOperator, symmetric=False)
 
 
 def with_linearisation(operator: Any) -> Any:
@@ -348,4 +330,3 @@ def with_linearisation(operator: Any) -> Any:
 
 
 lx.linearise.register(JacobianLinearOperator, with_linearisation)
-lx.linearise.register(JacobianTransposeLinearOperator, lambda operator: lx.linearise(operator.jacobian).T)

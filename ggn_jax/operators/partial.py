@@ -1,16 +1,18 @@
 """Sums over a part of the data, kept to be saved, added to others, and made an operator."""
 
+from functools import reduce
 from typing import Any, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, UInt32
 
 from ggn_jax._checks import is_concrete, starts_sum
 from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
+from ggn_jax._sharding import compiler_sharded
 from ggn_jax.loss import Loss
 
 
@@ -37,9 +39,12 @@ def loss_key(loss: Loss) -> Any:
 class PartialSums(eqx.Module):
     """What some of the data contribute to an operator; made by the operators' `partial_sums`.
 
-    A pytree of arrays, all of which are sums over examples and independent of how these are cut into batches: `a + b`
-    are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save their leaves;
-    their structure is that of the sums over any one batch.
+    A pytree of arrays: sums over examples, independent of how these are cut into batches, and what tells of what they
+    are. `a + b` are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save
+    their leaves; their structure is that of the sums over any one batch.
+
+    `a + b` refuses sums of other options, of other values of the parameters, and with draws of one key for the same
+    examples, as of a part without its `start`, or added twice. Where nothing is drawn, that is not noticed.
 
     >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
     >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
@@ -56,11 +61,32 @@ class PartialSums(eqx.Module):
     totals: PyTree[Array]
     examples: Int[Array, ""]
     """How many examples were summed over."""
+    params: UInt32[Array, ""]
+    """A number made of all bits of the parameters, which tells others apart."""
+    draws: UInt32[Array, "ranges 3"]
+    """Of which examples something was drawn: a number made of the key, the first example, and one past the last."""
     recipe: Recipe = eqx.field(static=True)
     factors: "PartialSums | None" = None
     """Of EKFAC's second pass: the sums of its first."""
     bases: PyTree[Array] = None
     """And the eigenbases that these have."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        params: PyTree[Array],
+        totals: PyTree[Array],
+        seen: int,
+        drawn: tuple[Any, int] | None,
+        **passes: Any,
+    ) -> Self:
+        """Sums over `seen` examples; `drawn` are the key and the number of the first, where something was drawn."""
+        ranges = np.zeros((0, 3), np.uint32)
+        if drawn is not None and _is_known(drawn[0]):
+            ranges = np.asarray([[_key_mark(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)
+        made = totals, jnp.asarray(seen, jnp.int32), _params_mark(params), jnp.asarray(ranges)
+        return cls(*made, recipe, **passes)
 
     def __repr__(self) -> str:
         return fields(self, operator=self.recipe.operator.__name__, examples=self.examples, totals=self.totals)
@@ -74,10 +100,11 @@ class PartialSums(eqx.Module):
                 f"partial sums are of one operator, model, loss and set of options; got those of {self._kind} and of"
                 f" {other._kind}, made otherwise."
             )
+        same_params("partial sums", self.params, other.params)
         if self.factors is not None and other.factors is not None:
             same_examples("the factors of both", self.factors.examples, other.factors.examples)
             pairs = zip(jax.tree.leaves(self.bases), jax.tree.leaves(other.bases), strict=True)
-            if not all(not is_concrete(x) or not is_concrete(y) or np.array_equal(x, y) for x, y in pairs):
+            if not all(not _is_known(x) or not _is_known(y) or np.array_equal(x, y) for x, y in pairs):
                 raise ValueError(
                     "the second pass's sums are in different eigenbases, as other machines may find them: start the"
                     " other parts with factors=, the sums of the first part of this pass."
@@ -89,7 +116,9 @@ class PartialSums(eqx.Module):
                     f" {jnp.shape(y)}: restore what was saved, in the same order."
                 )
         totals = jax.tree.map(jnp.add, self.totals, other.totals)
-        return type(self)(totals, self.examples + other.examples, self.recipe, self.factors, self.bases)
+        draws = _union(self.draws, other.draws)
+        made = totals, self.examples + other.examples, self.params, draws
+        return type(self)(*made, self.recipe, self.factors, self.bases)
 
     def __radd__(self, other: Any) -> Self:
         return self if starts_sum(other) else NotImplemented
@@ -101,8 +130,63 @@ class PartialSums(eqx.Module):
 
 def same_examples(what: str, one: Array, two: Array) -> None:
     """Refuse counts of examples that differ, where they are known."""
-    if is_concrete(one) and is_concrete(two) and int(one) != int(two):
+    if _is_known(one) and _is_known(two) and int(one) != int(two):
         raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
+
+
+def _is_known(x: Any) -> bool:
+    """Whether an array, perhaps of a file, has values to look at."""
+    return isinstance(x, np.ndarray | np.generic) or is_concrete(x)
+
+
+def same_params(what: str, one: Array, two: Array) -> None:
+    """Refuse marks of parameters that differ, where they are known."""
+    if _is_known(one) and _is_known(two) and int(one) != int(two):
+        raise ValueError(
+            f"{what} must be of the same parameters' values; got those of others, as after a step of training: make all"
+            " parts at the same ones."
+        )
+
+
+def _union(one: Array, two: Array) -> Array:
+    """The ranges of both, which must not overlap."""
+    if not _is_known(one) or not _is_known(two):
+        return jnp.concatenate([one, two])
+    merged: list[list[int]] = []
+    for mark, start, stop in sorted(np.concatenate([np.asarray(one), np.asarray(two)]).tolist()):
+        last = merged[-1] if merged and merged[-1][0] == mark else None
+        if last is None or start > last[2]:
+            merged.append([mark, start, stop])
+        elif start == last[2]:
+            last[2] = stop
+        else:
+            raise ValueError(
+                f"both partial sums have draws of one key for the examples {start} to {min(stop, last[2]) - 1}: pass"
+                " start=, the number of examples before those of a part, and add each part once."
+            )
+    return jnp.asarray(np.asarray(merged, np.uint32).reshape(-1, 3))
+
+
+def _key_mark(key: Array) -> int:
+    """A number made of a key's words."""
+    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return reduce(lambda mark, word: (mark * ODD + word) % 2**32, np.asarray(words).reshape(-1).tolist(), 1)
+
+
+ODD = 2654435761  # 2^32 divided by the golden ratio
+
+
+@jax.jit
+@compiler_sharded
+def _params_mark(params: PyTree[Array]) -> UInt32[Array, ""]:
+    """Sums of integers, which are the same in any order, and so on all machines."""
+    mark = jnp.ones((), jnp.uint32)
+    for leaf in jax.tree.leaves(params):
+        width = min(leaf.dtype.itemsize, 4)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32).reshape(-1)
+        weights = jnp.uint32(ODD) * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)
+        mark = jnp.uint32(ODD) * mark + jnp.sum(words * weights, dtype=jnp.uint32)
+    return mark
 
 
 def check_sums(name: str, sums: Any, operator: type) -> None:

@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -23,23 +22,15 @@ from ggn_jax.operators.base import (
     vectors_like,
 )
 from ggn_jax.operators.batches import (
-    DIFFERENT_DATA,
-    MadeByShapes,
-    add_up,
     check_iterable,
     check_on_host,
     check_unbatched,
-    fingerprint,
-    no_batches,
-    refuse_mask,
-    same_data,
-    with_progress,
     with_reduction,
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem
+from ggn_jax.operators.sweeps import Sweeps
 from ggn_jax.operators.weighted import WeightedSumLinearOperator, of_terms
-from ggn_jax.terms import check_values
 
 
 class DataLinearOperator(CurvatureLinearOperator):
@@ -116,70 +107,34 @@ class DataLinearOperator(CurvatureLinearOperator):
         def make(inputs: PyTree, targets: Any) -> DataLinearOperator:
             return cls(model_fn, loss, params, (inputs, targets), **options)  # type: ignore[call-arg, arg-type]
 
-        passes = _Passes(make, batches, progress)
-        first = passes.first()
-        return BatchesLinearOperator(passes, vectors_like(params), lx.is_positive_semidefinite(first))
+        passes = _Products(make, batches, progress)
+        return BatchesLinearOperator(passes, vectors_like(params), lx.is_positive_semidefinite(passes.first))
 
 
-class _Passes:
-    """Passes over batches, the first two of which are compared."""
+class _Products:
+    """Products that go over batches."""
 
     def __init__(self, make: Callable[[PyTree, Any], DataLinearOperator], batches: Iterable[Any], progress: bool):
         def checked(inputs: PyTree, targets: Any) -> DataLinearOperator:
             operator = make(inputs, targets)
             check_unbatched(operator.problem)
-            if self._made.first is None:
+            if self._sweeps.first is None:
                 operator.problem.check_parts()
             return operator
 
-        self._made, self._batches, self._progress = MadeByShapes(checked), batches, progress
-        self._seen: np.ndarray | None = None
-        self._compared = False
-
-    def first(self) -> DataLinearOperator:
+        self._sweeps = Sweeps(checked, lambda operator: operator.problem, batches, progress)
+        self.first = self._sweeps.peek()
         """The operator of the first batch."""
-        found: list[DataLinearOperator] = []
-
-        def take(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree]:
-            found.append(self._of(inputs, targets, mask, start))
-            return found[0].problem, ()
-
-        add_up((batch for batch, _ in zip(self._batches, range(1), strict=False)), take)
-        if not found:
-            raise no_batches(self._batches)
-        return found[0]
 
     def product(self, vectors: PyTree[Float[Array, "K ..."]]) -> PyTree[Float[Array, "K ..."]]:
         """The products of all data's operator with these vectors, in one pass."""
 
-        def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree]:
-            operator = self._of(inputs, targets, mask, start)
-            return operator.problem, _share(operator, vectors)
+        def share(operator: DataLinearOperator, problem: Problem, start: int) -> PyTree[Array]:
+            return _share(operator._for_batch(problem.inputs, problem.targets, start), vectors)
 
-        name = "products"
-        problem, total, _ = add_up(with_progress(self._batches, self._progress, name), sums)
-        if problem is None:
-            raise no_batches(self._batches, again=True)
-        self._compare(np.asarray(total["fingerprint"]))
-        result: PyTree[Array] = _whole(problem, total, vectors)
+        total = self._sweeps.sweep(share, "products")
+        result: PyTree[Array] = _whole(self.first.problem, total, vectors)
         return result
-
-    def _of(self, inputs: PyTree, targets: Any, mask: Any, start: int) -> DataLinearOperator:
-        refuse_mask(mask)
-        operator: DataLinearOperator = self._made.of(inputs, targets)
-        if targets is None:
-            targets = operator.problem.targets  # of no meaning
-        elif self._seen is None:
-            check_values(operator.problem.loss, operator.problem.outputs, targets, True)
-        return operator._for_batch(inputs, targets, start)
-
-    def _compare(self, fingerprint: np.ndarray) -> None:
-        if self._seen is None:
-            self._seen = fingerprint
-        elif not self._compared:
-            if not same_data(fingerprint, self._seen):
-                raise ValueError(DIFFERENT_DATA)
-            self._compared = True
 
 
 class BatchesLinearOperator(SymmetricLinearOperator):
@@ -195,7 +150,7 @@ class BatchesLinearOperator(SymmetricLinearOperator):
     ('BatchesLinearOperator', (6, 6))
     """
 
-    passes: _Passes = eqx.field(static=True)
+    passes: _Products = eqx.field(static=True)
     structure: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
     positive_semidefinite: bool = eqx.field(static=True)
 
@@ -250,7 +205,6 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
     return {
         "products": without_reduction(products, r),
         "divisor": 1 / r,
-        "fingerprint": fingerprint(problem.inputs, problem.targets),
     }
 
 

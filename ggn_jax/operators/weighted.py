@@ -62,5 +62,6 @@ def of_terms(
     for i, (term, batch, own_key) in enumerate(parts_of(objective, batches, key)):
         own = options if own_key is None else {**options, "key": own_key}
         with prefixed(f"batches[{i}]: "):
-            made.append(make(term.model_fn, term.loss, params, tuple(batch), **own))
+            pair = tuple(batch) if isinstance(batch, list) else batch
+            made.append(make(term.model_fn, term.loss, params, pair, **own))
     return made, array_weights(objective)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._checks import Examples, check_coupled
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Bias, Options
@@ -55,6 +56,7 @@ def scale_by_layers(
     bias: Bias = Options.bias,
     full_params: PyTree | None = None,
     has_aux: bool = False,
+    examples: Examples = "independent",
 ) -> optax.GradientTransformationExtraArgs:
     r"""A preconditioner that is written for one layer, as an optax transformation of all parameters.
 
@@ -69,7 +71,7 @@ def scale_by_layers(
     batch=(inputs, targets), key=key)`, perhaps with a mask as third member of the batch, and `full_params`.
 
     Args:
-        model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently.
+        model_fn: `model_fn(params, inputs) -> outputs [N, *out]`.
         loss: a `Loss`.
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
         init: from a `LayerInfo` (with `shape`, `groups`, `out`, `in_`) to the first state, a pytree of arrays.
@@ -81,6 +83,7 @@ def scale_by_layers(
         bias: `"joint"` or `"separate"`, as for `find_layers`.
         full_params: as for `scale_by_kfac`, under `optax.masked` and the like.
         has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
+        examples: `"coupled"` for a model whose examples depend on each other, as for `find_layers`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
@@ -107,6 +110,7 @@ def scale_by_layers(
     """
     check_static("model_fn", model_fn)
     check_static("loss", loss)
+    check_coupled(examples)
     vectors: dict[str, Any] = {"fisher_type": fisher_type, "mc_samples": mc_samples, "positions": positions}
     Options(**vectors)  # checked before the first step
     inputs = as_arrays("example_inputs", example_inputs)
@@ -116,7 +120,8 @@ def scale_by_layers(
     )
 
     def find(params: PyTree[Array], inputs: PyTree, full_params: PyTree | None) -> Layers:
-        return find_layers(model_of_part(model_fn, params, full_params), params, inputs, bias=bias, has_aux=has_aux)
+        part = model_of_part(model_fn, params, full_params)
+        return find_layers(part, params, inputs, bias=bias, has_aux=has_aux, examples=examples)
 
     def start(params: PyTree[Array]) -> ScaleByLayersState:
         layers = find(params, inputs, full)

@@ -1,0 +1,129 @@
+"""Operators of factors that are known already, on the layers that a model has."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from ggn_jax._checks import as_array, check_real, compute_dtype
+from ggn_jax.kronecker.algebra import Block, Diagonal, Factor, Kronecker
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
+from ggn_jax.layers.index_map import IndexMap
+from ggn_jax.layers.uses import View
+from ggn_jax.layerwise.found import LayerInfo, Layers
+from ggn_jax.layerwise.matrices import free_entries, rest_leaves
+from ggn_jax.operators.blocks import BlockLinearOperator
+
+
+def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: PyTree = None) -> BlockLinearOperator:
+    """The operator with the block `B (x) A` for each layer, of factors that are known already.
+
+    It looks at no model and no batch: for factors of one's own rule, from a file, or made of what `layer_io` captures.
+
+    Args:
+        layers: those of the model.
+        factors: for each layer's name, `(A, B)`: symmetric positive semi-definite `[groups, in, in]` and `[groups, out,
+            out]`, or diagonal ones, without the last axis. A joint bias is the last input.
+        rest: the diagonal for what no layer owns, as `to_matrices(layers, tree)` has it: a pytree like the parameters,
+            with anything in the layers' places. 0 by default, so that inverses need damping.
+
+    Returns:
+        An operator with blocks, and all that these have: inverses, roots, determinants, `damped`, `+`.
+
+    Raises:
+        TypeError, ValueError, KeyError: for factors that do not fit, naming the layer or the parameter.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
+    >>> factors = {"w": (jnp.eye(3)[None], 2 * jnp.eye(2)[None])}
+    >>> operator = ggn_jax.from_factors(layers, factors, rest={"w": None, "s": jnp.ones(2)})
+    >>> float(operator.trace()), operator.solve(params, damping=1.0)["s"]
+    (14.0, Array([0.5, 0.5], dtype=float32))
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(f"layers must be what ggn_jax.find_layers returned; got {type(layers).__name__}.")
+    names = ", ".join(layers.names)
+    if not isinstance(factors, Mapping):
+        raise TypeError(f"factors must be a dict of (A, B) for the layers {names}; got {type(factors).__name__}.")
+    if set(factors) != set(layers.names):
+        raise KeyError(f"factors must be of the layers {names}; got {', '.join(map(str, factors)) or 'none'}.")
+    pairs: list[tuple[BlockSpec, Block]] = [
+        (stack.specs[0], _kronecker(layer, factors[layer.name]))
+        for layer, stack in zip(layers, layers.stacks, strict=True)
+    ]
+    pairs += _of_the_rest(layers, rest)
+    groups: dict[Any, list[tuple[BlockSpec, Block]]] = {}
+    for spec, block in pairs:
+        kinds = [(x.ndim, x.dtype) for x in jax.tree.leaves(block)]
+        groups.setdefault((type(block), layout_of(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
+            (spec, block)
+        )
+    stacks = tuple(Stack(tuple(spec for spec, _ in group)) for group in groups.values())
+    blocks = [jax.tree.map(lambda *x: jnp.concatenate(x), *(block for _, block in group)) for group in groups.values()]
+    trace = layers.trace
+    return BlockLinearOperator._of(Blocks(tuple(blocks), stacks), (trace.shapes, trace.dtypes, trace.structure))
+
+
+def _kronecker(layer: LayerInfo, pair: Any) -> Kronecker:
+    """The block of one layer."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(
+            f"factors[{layer.name!r}] must be a pair (A, B), of inputs and outputs; got {type(pair).__name__}."
+        )
+    a, b = (
+        _factor(f"{side} of factors[{layer.name!r}]", x, (layer.groups, size))
+        for side, x, size in zip("AB", pair, (layer.in_, layer.out), strict=True)
+    )
+    return Kronecker((a,), (b,))
+
+
+def _factor(name: str, value: Any, diagonal: tuple[int, int]) -> Factor:
+    factor = as_array(name, value)
+    check_real(name, factor)
+    wanted = (*diagonal, diagonal[1])
+    if factor.shape not in (wanted, diagonal):
+        raise ValueError(
+            f"{name} must have shape {wanted} (groups first), or {diagonal} for a diagonal one; got {factor.shape}."
+        )
+    return factor.astype(compute_dtype(factor.dtype))
+
+
+def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    if isinstance(value, optax.MaskedNode) or value is None:
+        raise ValueError(f"{name} must have the parameter's shape {shape}, since no layer owns it; got nothing.")
+    values = as_array(name, value)
+    check_real(name, values)
+    if values.shape != shape:
+        raise ValueError(f"{name} must have the parameter's shape {shape}; got {values.shape}.")
+    return values.astype(compute_dtype(values.dtype))
+
+
+def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
+    """Diagonal blocks of what no layer owns; zeros without `rest`."""
+    trace, sizes = layers.trace, layers.sizes
+    given = [optax.MaskedNode()] * len(sizes) if rest is None else rest_leaves(layers, rest)
+    pairs: list[tuple[BlockSpec, Block]] = []
+    for leaf, (free, value) in enumerate(zip(free_entries(layers), given, strict=True)):
+        start, shape = sum(sizes[:leaf]), trace.shapes[leaf]
+        if not sizes[leaf] or (free is not None and not free.any()):
+            continue
+        if rest is None:
+            values = jnp.zeros(shape, compute_dtype(trace.dtypes[leaf]))
+        else:
+            values = _diagonal(f"rest{trace.names[leaf]}", value, shape)
+        if free is None:
+            entries = IndexMap.contiguous((1, 1, math.prod(shape)), start)
+            flat: Array = values.reshape(1, -1)
+        else:
+            (numbers,) = np.nonzero(free.reshape(-1))
+            entries = IndexMap.explicit((start + numbers).reshape(1, 1, -1))
+            flat = values.reshape(-1)[numbers][None]
+        view = View(entries, (1, 1, flat.shape[1]))
+        pairs.append((BlockSpec((trace.names[leaf],), "rest", (view,)), Diagonal(flat)))
+    return pairs

@@ -1,0 +1,125 @@
+"""What Jacobians share: products both ways, transposes, and several of the same parameters, one under the other."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from ggn_jax._repr import fields
+from ggn_jax.operators.base import check_vector, register
+from ggn_jax.operators.flat import scipy_operator
+
+
+class AbstractJacobian(lx.AbstractLinearOperator):
+    """A Jacobian whose transpose has products, too."""
+
+    @abc.abstractmethod
+    def vjp(self, u: PyTree[Float[Array, "N *out"]]) -> PyTree[Array]:
+        """`J^T u`."""
+
+    @abc.abstractmethod
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]: ...
+
+    def transpose(self) -> "JacobianTransposeLinearOperator":
+        return JacobianTransposeLinearOperator(self)
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` of shape `[K, P]` on flat NumPy vectors, as rows and columns of
+        `as_matrix`.
+
+        >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
+        >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.eye(8, 2))
+        >>> solution = scipy.sparse.linalg.lsqr(jacobian.to_scipy(), np.ones(24))[0]
+        """
+        return scipy_operator(self, self.vjp)
+
+
+class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
+    """The transpose of a model's Jacobian; `JacobianLinearOperator(...).T`.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> jacobian = ggn_jax.JacobianLinearOperator(lambda p, x: x @ p, jnp.ones((2, 3)), jnp.ones((8, 2)))
+    >>> jacobian.T.as_matrix().shape, jacobian.T.T is jacobian
+    ((6, 24), True)
+    """
+
+    jacobian: AbstractJacobian
+
+    def __repr__(self) -> str:
+        return fields(self, jacobian=self.jacobian)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobian.out_structure()
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobian.in_structure()
+
+    def mv(self, vector: PyTree[Float[Array, "N *out"]]) -> PyTree[Array]:
+        """`J^T u` for `u` like the outputs."""
+        check_vector(self, vector, "output")
+        return self.jacobian.vjp(vector)
+
+    def transpose(self) -> AbstractJacobian:
+        return self.jacobian
+
+    def as_matrix(self) -> Float[Array, "P K"]:
+        """The dense matrix: rows in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        return self.jacobian.as_matrix().T
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` of shape `[P, K]` on flat NumPy vectors."""
+        return scipy_operator(self, self.jacobian.mv)
+
+
+class StackedJacobianLinearOperator(AbstractJacobian):
+    """The Jacobians of several functions of the same parameters, one under the other.
+
+    Made by `JacobianLinearOperator.from_objective`. Vectors of outputs are tuples, with an array for each function.
+
+    >>> import jax.numpy as jnp, ggn_jax
+    >>> one = ggn_jax.Objective(lambda p, x: x @ p, ggn_jax.MSELoss())
+    >>> batches = [(jnp.ones((8, 2)), None), (jnp.ones((5, 2)), None)]
+    >>> jacobian = ggn_jax.JacobianLinearOperator.from_objective(one + one, jnp.ones((2, 3)), batches)
+    >>> type(jacobian).__name__, jacobian.T.mv((jnp.ones((8, 3)), jnp.ones((5, 3)))).shape
+    ('StackedJacobianLinearOperator', (2, 3))
+    """
+
+    jacobians: tuple[AbstractJacobian, ...]
+
+    def __repr__(self) -> str:
+        return fields(self, jacobians=self.jacobians)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobians[0].in_structure()
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return tuple(jacobian.out_structure() for jacobian in self.jacobians)
+
+    def mv(self, vector: PyTree[Array]) -> tuple[Float[Array, "N *out"], ...]:
+        """`J_k v` of each function, for `v`, a pytree like the parameters."""
+        check_vector(self, vector)
+        return tuple(jacobian.mv(vector) for jacobian in self.jacobians)
+
+    def vjp(self, u: PyTree[Float[Array, "N *out"]]) -> PyTree[Array]:
+        """`sum_k J_k^T u_k`."""
+        parts = [jacobian.vjp(own) for jacobian, own in zip(self.jacobians, u, strict=True)]
+        return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *parts)
+
+    def as_matrix(self) -> Float[Array, "K P"]:
+        """The dense matrix: rows are the first function's outputs, then the next one's."""
+        with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
+            return jnp.concatenate([jacobian.as_matrix() for jacobian in self.jacobians])
+
+
+for _cls in (JacobianTransposeLinearOperator, StackedJacobianLinearOperator):
+    register(_cls, symmetric=False)
+lx.linearise.register(JacobianTransposeLinearOperator, lambda operator: lx.linearise(operator.jacobian).T)
+
+
+@lx.linearise.register(StackedJacobianLinearOperator)
+def _linearise(operator: StackedJacobianLinearOperator) -> StackedJacobianLinearOperator:
+    kept: list[Any] = [lx.linearise(jacobian) for jacobian in operator.jacobians]
+    return StackedJacobianLinearOperator(tuple(kept))
