@@ -114,6 +114,8 @@ def test_refused() -> None:
 
 
 HEALTHY = Numbers(
+    loss=0.5,
+    cosine=0.4,
     damping=1e-3,
     reduction_ratio=0.9,
     best_scale=1.0,
@@ -126,7 +128,7 @@ HEALTHY = Numbers(
     condition_number=1e3,
     resolution=1e-7,
 )
-RULE = StepRule("quadratic", 1.0, "slope", 1e-5, "quadratic", "auto", 0.0, None)
+RULE = StepRule("quadratic", 1.0, "slope", "quadratic", 1e-5, "auto", 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,8 @@ RULE = StepRule("quadratic", 1.0, "slope", 1e-5, "quadratic", "auto", 0.0, None)
         ({"condition_number": 1e6}, ["ill-conditioned"], "1.0e+06"),
         ({"condition_number": 1e6, "resolution": 1e-16}, [], ""),
         ({"stale": 0.4}, ["stale-inverses"], "40%"),
+        ({"loss": np.nan, "cosine": np.nan, "reduction_ratio": np.nan, "stale": np.nan}, ["not-finite"], "is nan"),
+        ({"cosine": np.nan, "best_scale": np.nan}, ["not-finite"], "The gradient is not finite"),
     ],
 )
 def test_findings(change: dict[str, Any], names: list[str], words: str) -> None:

@@ -1,6 +1,7 @@
 """What slows a run, from the numbers of a diagnosis: each finding with what to do about it."""
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 from ggn_jax.optimizer.step import StepRule
@@ -23,8 +24,8 @@ class Finding(NamedTuple):
     """
 
     name: str
-    """"damping-large", "damping-small", "step-long", "step-short", "step-uphill", "clipped", "rejected", "skipped",
-    "ill-conditioned" or "stale-inverses"."""
+    """"not-finite", "damping-large", "damping-small", "step-long", "step-short", "step-uphill", "clipped", "rejected",
+    "skipped", "ill-conditioned" or "stale-inverses"."""
     text: str
     advice: str
 
@@ -32,6 +33,8 @@ class Finding(NamedTuple):
 class Numbers(NamedTuple):
     """What findings depend on; see `Diagnosis`."""
 
+    loss: float
+    cosine: float
     damping: float
     reduction_ratio: float | None
     best_scale: float | None
@@ -49,7 +52,15 @@ class Numbers(NamedTuple):
 
 def findings(of: Numbers, rule: StepRule | None) -> tuple[Finding, ...]:
     """What slows a run."""
-    return tuple(Finding(*found) for part in (_damping, _step, _counts, _inverses) for found in part(of, rule))
+    return tuple(Finding(*found) for part in (_values, _damping, _step, _counts, _inverses) for found in part(of, rule))
+
+
+def _values(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
+    if isfinite(of.loss) and isfinite(of.cosine):
+        return
+    what = f"The loss of this batch is {of.loss:.3g}" if not isfinite(of.loss) else "The gradient is not finite"
+    advice = "Look for the first step whose loss is not finite, go back to parameters from before, and lower its step."
+    yield "not-finite", f"{what} at these parameters: nothing else can be said of the next step.", advice
 
 
 def _damping(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
