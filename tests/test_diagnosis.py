@@ -150,7 +150,7 @@ RULE = StepRule("quadratic", 1.0, "slope", "quadratic", 1e-5, "auto", 0.0, None)
         ({"condition_number": 1e6}, ["ill-conditioned"], "1.0e+06"),
         ({"condition_number": 1e6, "resolution": 1e-16}, [], ""),
         ({"stale": 0.4}, ["stale-inverses"], "40%"),
-        ({"loss": np.nan, "cosine": np.nan, "reduction_ratio": np.nan, "stale": np.nan}, ["not-finite"], "is nan"),
+        ({"loss": np.nan, "cosine": np.nan, "reduction_ratio": -np.inf, "stale": np.nan}, ["not-finite"], "is nan"),
         ({"cosine": np.nan, "best_scale": np.nan}, ["not-finite"], "The gradient is not finite"),
     ],
 )

@@ -52,12 +52,12 @@ class Numbers(NamedTuple):
 
 def findings(of: Numbers, rule: StepRule | None) -> tuple[Finding, ...]:
     """What slows a run."""
-    return tuple(Finding(*found) for part in (_values, _damping, _step, _counts, _inverses) for found in part(of, rule))
+    is_finite = isfinite(of.loss) and isfinite(of.cosine)
+    parts = (_damping, _step, _counts, _inverses) if is_finite else (_values, _counts)
+    return tuple(Finding(*found) for part in parts for found in part(of, rule))
 
 
 def _values(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
-    if isfinite(of.loss) and isfinite(of.cosine):
-        return
     what = f"The loss of this batch is {of.loss:.3g}" if not isfinite(of.loss) else "The gradient is not finite"
     advice = "Look for the first step whose loss is not finite, go back to parameters from before, and lower its step."
     yield "not-finite", f"{what} at these parameters: nothing else can be said of the next step.", advice
