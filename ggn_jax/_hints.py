@@ -51,7 +51,7 @@ def module_hint(value: Any) -> str:
     if is_a(value, "flax.linen", "Module"):
         return " For a linen module: model_fn, params = ggn_jax.from_linen(module, variables)."
     if is_a(value, "torch.nn", "Module"):
-        return " JAX cannot run modules of PyTorch."
+        return " For a PyTorch module: model_fn, params = torch_bridge.from_module(module, example_inputs)."
     if isinstance(value, eqx.Module):
         return " For an Equinox module: model_fn, params = ggn_jax.from_equinox(module)."
     return ""
@@ -111,6 +111,11 @@ def check_model_fn(model_fn: Any) -> None:
     known = any(is_a(model_fn, library, "Module") for library in ("flax.nnx", "flax.linen", "torch.nn"))
     if known or type(model_fn).__module__.startswith("equinox.nn"):
         raise TypeError(f"{wanted}; got {kind(model_fn)}, a module.{module_hint(model_fn)}")
+    if is_a(model_fn, "ggn_jax", "Objective"):
+        raise TypeError(
+            f"{wanted}; got an Objective, which has one for each of its terms. kfac, scale_by_kfac and the operators'"
+            " from_objective take it as it is; elsewhere pass objective.terms[i].model_fn."
+        )
     if not callable(model_fn):
         order = " Arguments are model_fn, loss, params, batch, in this order." if jax.tree.leaves(model_fn) else ""
         raise TypeError(f"{wanted}; got {kind(model_fn)}.{order}")

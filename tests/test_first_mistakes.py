@@ -80,7 +80,7 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] =
         TypeError,
         ("model_fn must be a function of (params, inputs)", "MyModel(x", "from_equinox"),
     ),
-    "a torch module": ({"model_fn": torch.nn.Linear(2, 3)}, TypeError, ("model_fn", "Linear", "PyTorch")),
+    "a torch module": ({"model_fn": torch.nn.Linear(2, 3)}, TypeError, ("model_fn", "Linear", "torch_bridge.from_module")),
     "a function of inputs": ({"model_fn": lambda x: x}, TypeError, ("(params, inputs)", "<lambda>(x)", "Parameters")),
     "model and params swapped": (
         {"model_fn": PARAMS, "params": model},
@@ -192,6 +192,16 @@ MORE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         lambda: ggn_jax.GGNLinearOperator(model, CE, PARAMS, (X[0], Y[0])),
         ValueError,
         ("leading batch axis", "inputs (2,), targets ()", "x[None]"),
+    ),
+    "an objective for a model": (
+        lambda: ggn_jax.report(ggn_jax.Objective(model, CE), PARAMS, X),
+        TypeError,
+        ("model_fn must be a function", "an Objective", "from_objective", "objective.terms[i].model_fn"),
+    ),
+    "a wrong name of an option": (
+        lambda: ggn_jax.kfac(model, CE, example_inputs=X, fisher="mc"),
+        TypeError,
+        ("unexpected keyword argument 'fisher'", "Did you mean 'fisher_type'?"),
     ),
     "a report on one example": (lambda: ggn_jax.report(model, PARAMS, X[0]), Exception, (CALLED, "a batch of one")),
     "a report on a batch with targets": (
