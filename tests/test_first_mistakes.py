@@ -80,7 +80,11 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] =
         TypeError,
         ("model_fn must be a function of (params, inputs)", "MyModel(x", "from_equinox"),
     ),
-    "a torch module": ({"model_fn": torch.nn.Linear(2, 3)}, TypeError, ("model_fn", "Linear", "torch_bridge.from_module")),
+    "a torch module": (
+        {"model_fn": torch.nn.Linear(2, 3)},
+        TypeError,
+        ("model_fn", "Linear", "torch_bridge.from_module"),
+    ),
     "a function of inputs": ({"model_fn": lambda x: x}, TypeError, ("(params, inputs)", "<lambda>(x)", "Parameters")),
     "model and params swapped": (
         {"model_fn": PARAMS, "params": model},
