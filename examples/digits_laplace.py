@@ -97,7 +97,7 @@ def train(model_fn: Callable, params: Params, batch: Batch, *, steps: int) -> Pa
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
     def objective(params: Params) -> jax.Array:
-        """The negative log-posterior per datum, up to a constant."""
+        """The negative log-posterior per example, up to a constant."""
         total = LOSS(model_fn(params, batch[0]), batch[1]) + WEIGHT_DECAY / 2 * optax.tree.norm(params, squared=True)
         return total / batch[1].size
 

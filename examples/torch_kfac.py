@@ -3,7 +3,7 @@
 A small PyTorch classifier is trained on scikit-learn's digits. For each linear layer with inputs `a` and output
 gradients `g` (of the vectors that `torch_bridge` returns), KFAC approximates the layer's Gauss-Newton block by
 `B (x) A`, `A` the mean of `a a^T` and `B` the sum of `g g^T`. The factors are compared with those of curvlinops'
-`KFACLinearOperator`, and then, from one Monte-Carlo vector per datum, turn gradients into training steps.
+`KFACLinearOperator`, and then, from one Monte-Carlo vector per example, turn gradients into training steps.
 
     pip install "ggn-jax[torch-examples]"
     python examples/torch_kfac.py

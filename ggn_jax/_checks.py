@@ -150,7 +150,7 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
             ) from None
     if key.ndim != (0 if typed else 1):
         way_out = (
-            "this function takes one key and draws independently for each datum"
+            "this function takes one key and draws independently for each example"
             if batch
             else "map over the data: jax.vmap(fn)(outputs, targets, jax.random.split(key, N))"
         )

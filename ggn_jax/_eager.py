@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def compiled(fn: Callable[..., T]) -> Callable[..., T]:
-    """`fn`, compiled where it is called outside of all transformations. What is no array must be hashable.
+    """`fn`, compiled where it is called outside of all transformations. What is not an array must be hashable.
 
     Inside of one it is `fn` itself, which need not be traced for a program of its own first.
     """

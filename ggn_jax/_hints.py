@@ -74,7 +74,7 @@ def params_hint(params: Any) -> str:
 
 
 def batch_hint(batch: Any) -> str:
-    """For something that holds a batch's inputs and targets, but is no pair of them."""
+    """For something that holds a batch's inputs and targets, but is not a pair of them."""
     if isinstance(batch, dict) and len(batch) in (2, 3):
         return f" Pass ({', '.join(f'batch[{name!r}]' for name in batch)}), inputs first."
     if isinstance(batch, tuple | list) and batch and all(isinstance(b, tuple | list) and len(b) > 1 for b in batch):

@@ -144,7 +144,7 @@ class CrossEntropyLoss(Loss):
         )
 
     def _fits_last_axis(self, example: tuple[int, ...], targets: Array | None) -> bool:
-        """Whether nobody said where the classes are, and the last axis would do for them as well as the first."""
+        """Whether it was not said where the classes are, and the last axis would do for them as well as the first."""
         if self.class_axis is not None or len(example) < 2 or math.prod(example) == 1:
             return False
         if self.weight is not None and self.weight.shape[0] != example[-1]:

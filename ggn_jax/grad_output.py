@@ -18,7 +18,7 @@ from ggn_jax.terms import check_terms, split_terms
 
 
 def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Any]:
-    r"""A function of **one datum** that returns its gradient output vectors.
+    r"""A function of **one example** that returns its gradient output vectors.
 
     `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a
     **batch of one**, `loss(output[None], target[None])`, including its reduction and weights:
@@ -54,7 +54,7 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
     >>> fn = make_grad_output_fn(ggn_jax.CrossEntropyLoss(), "mc", mc_samples=2)
-    >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per datum
+    >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per example
     >>> jax.vmap(fn)(outputs, targets, keys).shape
     (5, 2, 3)
     """
@@ -76,7 +76,7 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
     of the **whole batch**: for each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its
     Hessian. For a weighted or masked mean the two differ by more than `1 / N`, since the denominator is the batch's.
 
-    It takes one key and draws independently for each datum, as with `jax.random.split(key, N)`.
+    It takes one key and draws independently for each example, as with `jax.random.split(key, N)`.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])
@@ -96,7 +96,7 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
 
 
 def make_grad_output_sampler(loss: Loss) -> Callable[..., Any]:
-    r"""A function that draws would-be gradients of one datum.
+    r"""A function that draws would-be gradients of one example.
 
     `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of
     a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
@@ -121,7 +121,7 @@ def make_grad_output_sampler(loss: Loss) -> Callable[..., Any]:
 
 
 def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_func: Loss) -> Float[Array, "..."]:
-    r"""The square root `S` of the Hessian of one datum's loss as a dense array, `[*out, *out]`.
+    r"""The square root `S` of the Hessian of one example's loss as a dense array, `[*out, *out]`.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`. For
     cross-entropy `S = sqrt(a) (diag(sqrt p) - p sqrt(p)^T)` per position, with `a` reduction times weight. Prefer

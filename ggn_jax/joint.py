@@ -37,7 +37,8 @@ class JointLoss(Loss):
         weights: a number of at least 0 for each of these names, or for some; 1 by default.
 
     Raises:
-        TypeError, ValueError: for what is no dict of losses, or weights that are not of these names, or negative.
+        TypeError, ValueError: for anything that is not a dict of losses, or weights that are not of these names, or
+            negative.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> losses = {"policy": ggn_jax.CrossEntropyLoss(), "value": ggn_jax.MSELoss()}

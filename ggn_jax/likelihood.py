@@ -21,14 +21,14 @@ class LikelihoodLoss(Loss):
     * `curvature` (class attribute, required): `"hessian"` if each term's Hessian in the output is positive
       semi-definite, `"fisher"` if it may not be (Student-t, a Gaussian with a learned variance). It says which matrix
       the vectors reproduce.
-    * `term_axes` (class attribute): the axes of one datum's output that make up one term: `()`, the default, if each
+    * `term_axes` (class attribute): the axes of one example's output that make up one term: `()`, the default, if each
       entry is a term of its own; `(-1,)` if the last axis holds a term's parameters.
     * `nll(f, y)`: the negative log-likelihood of one term; `f` has the shape of one term, `y` that of one `sample`.
     * `sample(key, f)`: a target drawn at `f`. Its shape is that of one term's target: `()`, or the term's own.
     * `term_valid(f, y)` (optional): whether `y` is in the domain: targets that are not are refused, and give NaN inside
       of `jit`. `target_domain(shape, batch)` says in words what is, for the error.
     * `term_weight(f, y)` (optional): what the term's value, gradient and curvature are multiplied by, at least 0; it
-      may look at a part of the target that holds a weight for each datum. 0 ignores the term. `term_count(f, y)` is
+      may look at a part of the target that holds a weight for each example. 0 ignores the term. `term_count(f, y)` is
       what it adds to the denominator of `reduction="mean"`: 1 also where it is ignored, if you leave that out.
     * `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
       `[*term, *term]`. Without it only `"mc"` and `"empirical"` vectors exist.

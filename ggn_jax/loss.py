@@ -39,7 +39,7 @@ class Loss(eqx.Module):
     curvature: ClassVar[Literal["hessian", "fisher"]]
     """Whether the terms' matrix is their Hessian, which is then positive semi-definite, or their Fisher."""
     term_axes: ClassVar[tuple[int, ...]] = ()
-    """The axes of one datum's output that belong to one term."""
+    """The axes of one example's output that belong to one term."""
     takes_trailing_axes: ClassVar[bool] = False
     """Whether the methods below also take many terms at once, as trailing axes: `f [*term, *positions]`."""
     reduction: str = eqx.field(default="mean", static=True, kw_only=True)
@@ -58,8 +58,8 @@ class Loss(eqx.Module):
     def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> Bool[Array, "*positions"]:
         """Whether the target of each term is of the loss's domain (a class index in range, say), `[*positions]`.
 
-        Outside of `jit`, every function of this package raises ValueError where it is not. Inside, where nobody can
-        look at values, the results are NaN there, and this says so beforehand. `batch` says whether outputs and
+        Outside of `jit`, every function of this package raises ValueError where it is not. Under `jit`, where
+        values are unknown, the results are NaN there, and this says so beforehand. `batch` says whether outputs and
         targets have a leading batch axis.
         """
         outputs, targets = check_shapes_and_dtypes(self, outputs, targets, batch)

@@ -32,7 +32,7 @@ class LossHessian(eqx.Module):
     - `outputs`, `targets`: a batch, `[N, *out]`, by default; `H` is then the Hessian of the loss of the whole batch.
       `targets` may be None where `H` depends on no target (no class weights, say): nothing is ignored then. Of a
       `JointLoss`, dicts of them; so are vectors, products and the diagonal.
-    - `batch`: `False` for one datum, `[*out]`, whose loss is that of a batch of one.
+    - `batch`: `False` for one example, `[*out]`, whose loss is that of a batch of one.
 
     It is a pytree: pass it through `jax.jit`, make it under `jax.vmap` (with `batch=False`) or `jax.grad`.
 

@@ -170,7 +170,7 @@ def _check_same_shape(loss: Loss, outputs: Shaped, targets: Array) -> None:
 
 
 def _broadcast(name: str, value: Array, outputs: Shaped, batch: bool) -> Array:
-    """`value` broadcast against a batch of outputs, as torch does; one datum is a batch of one."""
+    """`value` broadcast against a batch of outputs, as torch does; one example is a batch of one."""
     shape = outputs.shape if batch else (1, *outputs.shape)
     try:
         fits = np.broadcast_shapes(value.shape, shape) == shape

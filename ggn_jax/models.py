@@ -138,7 +138,7 @@ class _Linen(ModelFn):
 def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree[Array]]:
     """An Equinox module as a function of its floating arrays.
 
-    **Arguments:** `module`: an `equinox.Module`, called with one datum as is Equinox's custom and mapped over the
+    **Arguments:** `module`: an `equinox.Module`, called with one example as is Equinox's custom and mapped over the
     batch, unless `batched` says that it takes a batch itself.
 
     **Returns:** `(model_fn, params)`; `equinox.combine(params, module)` is the module with new parameters.
@@ -178,7 +178,7 @@ def from_haiku(
 
     **Returns:** `(model_fn, params)`.
 
-    **Raises:** TypeError for what is not transformed, and for a state that is missing or has no place.
+    **Raises:** TypeError for anything that is not transformed, and for a state that is missing or has no place.
 
     >>> from typing import NamedTuple
     >>> import jax.numpy as jnp

@@ -195,7 +195,7 @@ def _sum_but_one(f: Float[Array, "C *at"], top: Float[Array, "1 *at"]) -> Float[
 
 
 def _step(below: Float[Array, "C *at"], any_number: Float[Array, "1 *at"]) -> Float[Array, "C *at"]:
-    """0 at 0 and -1 below: what is rounded down is limited by some number from -1 up to 0, which is no constant."""
+    """0 at 0 and -1 below: what is rounded down is limited by some number from -1 up to 0, which is not a constant."""
     return jnp.floor(jnp.maximum(below, -jax.lax.rsqrt(1 + jnp.abs(any_number))))
 
 

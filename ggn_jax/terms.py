@@ -1,6 +1,6 @@
 """A loss at given outputs, split into its independent terms: the one place where reduction and weights are applied.
 
-A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one datum or of a
+A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one example or of a
 batch, and scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and
 gradients `r`.
 """
@@ -22,12 +22,12 @@ from ggn_jax._sharding import run_auto, vary_alike
 
 
 def term_axes(loss: Any, outputs: Shaped, batch: bool) -> tuple[int, ...]:
-    """`loss.term_axes`, which count the axes of one datum, as sorted axes of `outputs`."""
+    """`loss.term_axes`, which count the axes of one example, as sorted axes of `outputs`."""
     ndim = outputs.ndim - batch
     for axis in loss.term_axes:
         if not -ndim <= axis < ndim:
             raise ValueError(
-                f"{type(loss).__name__} takes axis {axis} of one datum's output as part of a term, but one datum's"
+                f"{type(loss).__name__} takes axis {axis} of one example's output as part of a term, but one example's"
                 f" output has shape {outputs.shape[batch:]}."
             )
     axes = tuple(sorted(axis % ndim + batch for axis in loss.term_axes))
@@ -163,7 +163,7 @@ class Terms(eqx.Module):
     def draw(self, keys: Array, num: int) -> Array:
         """What would-be gradients are made of (a label per term, say), for `num` samples: `[num, *positions, ...]`.
 
-        One datum takes one key and a batch one key per datum, so that what is drawn for a datum depends on
+        One example takes one key and a batch one key per example, so that what is drawn for an example depends on
         nothing else.
         """
         term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
@@ -206,7 +206,7 @@ class Terms(eqx.Module):
         return self.map(fn, self.scale, in_axes=((),), out_axes=self.axes)
 
     def columns(self) -> Float[Array, "V *shape"]:
-        """The columns of the Hessian's square root: `V` runs over the entries of one datum's output in C order."""
+        """The columns of the Hessian's square root: `V` runs over the entries of one example's output in C order."""
         lead, ndim, count = int(self.batch), self.outputs.ndim - self.batch, len(self.axes)
         fn = self._scaled(lambda f, y: self.loss.term_hessian(f, y).columns())
         out_axes = (*range(count), *(axis + count for axis in self.axes))
@@ -377,7 +377,7 @@ def _(primals: tuple[Array, Array, Any], tangents: tuple[Any, Any, Any]) -> tupl
 def split_terms(loss: Any, outputs: Array, targets: Any, *, batch: bool) -> Any:
     """The terms of `loss` at `outputs`, which have a leading batch axis or not.
 
-    Targets that the loss does not accept, and that nobody could look at under `jit`, give NaN.
+    Targets that the loss does not accept, and whose values are unknown under `jit`, give NaN.
     """
     return loss.split(outputs, targets, batch)
 

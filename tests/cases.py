@@ -120,7 +120,7 @@ def _ce_case(reduction: str, shape: tuple[int, ...], weighted: bool, smoothing: 
     if kind == "ignored":
         options["ignore_index"] = 1 if classes > 1 else -7
         targets.flat[0] = options["ignore_index"]
-        if positions:  # one datum of which everything is ignored
+        if positions:  # one example of which everything is ignored
             targets[1] = options["ignore_index"]
     weight = None
     if weighted:

@@ -131,7 +131,7 @@ class Problem:
 
     @cache  # noqa: B019
     def ef(self, per: str) -> np.ndarray:
-        """`r sum_t g_t g_t^T` with one backward pass of torch per term, or the sum over each datum of terms."""
+        """`r sum_t g_t g_t^T` with one backward pass of torch per term, or the sum over each example of terms."""
         f = torch.from_numpy(self.outputs().copy())
 
         def terms(f: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ def ce_plain_sum() -> Problem:
 
 
 def ce_sequence_classes_first() -> Problem:
-    """Some tokens are ignored, and one datum wholly."""
+    """Some tokens are ignored, and one example wholly."""
     targets = integers("tokens", 4, N, 3)
     targets[0, 1], targets[3] = -1, -1
     model_fn = lambda params, x: jnp.moveaxis(sequence(params, x), -1, 1)  # noqa: E731
@@ -208,7 +208,7 @@ def bce_weights() -> Problem:
 
 
 def bce_weight_of_batch() -> Problem:
-    """A weight of each datum: chunks must take their share of it."""
+    """A weight of each example: chunks must take their share of it."""
     weight = np.linspace(0, 2, N)[:, None]
     torch_loss = lambda reduction: torch.nn.BCEWithLogitsLoss(torch.from_numpy(weight), reduction=reduction)  # noqa: E731
     loss = ggn_jax.BCEWithLogitsLoss(weight, reduction="sum")

@@ -161,7 +161,7 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
         make((x.astype("float32"), y))
     with pytest.raises(ValueError, match=r"batch 1: inputs must be like .*; got float64 of shape \(4, 1, 3\)"):
         make((x[:, None], y))
-    with pytest.raises(TypeError, match=r"(?s)batch 1: .*sizes are others: inputs \(4, 2\), for batch 0 \(3, 3\)"):
+    with pytest.raises(TypeError, match=r"(?s)batch 1: .*sizes differ: inputs \(4, 2\), for batch 0 \(3, 3\)"):
         make((x[:, :2], y))
     with pytest.raises(ValueError, match=r"batch 1: mask of shape \(4, 5\) fits no layer"):
         make((x, y, jnp.ones((4, 5), bool)))

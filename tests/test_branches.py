@@ -160,7 +160,7 @@ def test_a_loop_over_blocks_of_two_kinds() -> None:
 
 
 def flagged(p: Any, inputs: Any) -> jax.Array:
-    """A branch by a flag; what is added to the result is no bias of one of its layers."""
+    """A branch by a flag; what is added to the result is not a bias of one of its layers."""
     flag, x = inputs["flag"], inputs["x"]
     token = lax.cond(flag, lambda x: p["token"] * jnp.ones_like(x), lambda x: p["token"], x[0])
     y = lax.cond(flag, lambda x: jnp.tanh(x @ p["w"] + p["b"]), lambda x: x @ p["v"] + p["b"], x)

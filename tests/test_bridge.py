@@ -30,7 +30,7 @@ def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gram(vectors: torch.Tensor) -> np.ndarray:
-    """`sum_v v v^T` of each datum, `[N, K, K]`, from `[V, N, *out]`."""
+    """`sum_v v v^T` of each example, `[N, K, K]`, from `[V, N, *out]`."""
     flat = vectors.reshape(*vectors.shape[:2], -1)
     return torch.einsum("vni,vnj->nij", flat, flat).numpy()
 

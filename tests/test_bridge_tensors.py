@@ -167,7 +167,7 @@ def test_what_to_torch_refuses() -> None:
 
 @st.composite
 def arguments(draw: st.DrawFn) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """A loss with options, and one datum of random shape, dtype and strides."""
+    """A loss with options, and one example of random shape, dtype and strides."""
     kind = draw(st.sampled_from(["mse", "bce", "ce", "ce-soft"]))
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=kind.startswith("ce"), max_size=3)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))

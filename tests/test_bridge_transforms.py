@@ -241,7 +241,7 @@ def test_make_fx_of_defaults_and_keywords() -> None:
 
 
 def assert_would_be_gradients(drawn: torch.Tensor, loss: Any, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-    """Each is `sqrt(a) (p - onehot(k))` for some class k, `a` the weight of the datum's term over its count."""
+    """Each is `sqrt(a) (p - onehot(k))` for some class k, `a` the weight of the example's term over its count."""
     e, weight = loss.label_smoothing, loss.weight
     scale = (((1 - e) * weight[targets] + e * weight.mean()) / weight[targets]).sqrt()
     labels = outputs.softmax(1) - drawn / scale[:, None]
@@ -419,7 +419,7 @@ def test_the_operator_lowers_for_every_platform(vectors: str) -> None:
 
 
 def native(loss: Any, fisher_type: str) -> Any:
-    """A datum's vectors in plain, differentiable PyTorch."""
+    """An example's vectors in plain, differentiable PyTorch."""
 
     def fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if fisher_type == "empirical":

@@ -174,7 +174,7 @@ def test_forward_derivatives_of_operators() -> None:
         return operator.mv(jax.tree.map(jnp.ones_like, params))
 
     def dense(params: Any) -> Any:
-        """Of J^T H J for one datum after the other, with JAX's own derivatives."""
+        """Of J^T H J for one example after the other, with JAX's own derivatives."""
         inputs, _ = batch
         p = jax.nn.softmax(model_fn(params, inputs))
         root = jnp.sqrt(p)[:, :, None] * (jnp.eye(3)[None] - p[:, None, :])  # its outer products' sum is the Hessian

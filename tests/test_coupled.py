@@ -136,7 +136,7 @@ def test_draws_are_right_in_the_mean(fisher_type: str) -> None:
 
 
 def test_empirical() -> None:
-    """The batch is one datum with one gradient."""
+    """The batch is one example with one gradient."""
     kfac = KFAC(batch_norm, CE, PARAMS, (X, Y), fisher_type="empirical", examples="coupled")
     gradient = jax.grad(lambda p: CE(batch_norm(p, X), Y))(PARAMS)["s"]
     assert_close(kfac.block("s"), N * np.outer(gradient, gradient))

@@ -95,7 +95,7 @@ def test_one_random_word_per_label() -> None:
     "loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__
 )
 def test_keys(loss: ggn_jax.Loss) -> None:
-    """Typed and raw keys; equal keys, equal draws; one shared key under vmap, the same draws for every datum."""
+    """Typed and raw keys; equal keys, equal draws; one shared key under vmap, the same draws for every example."""
     outputs = jnp.zeros((4, 3))
     targets = jnp.zeros(4, int) if isinstance(loss, CrossEntropyLoss) else jnp.zeros((4, 3))
     for make, args in (

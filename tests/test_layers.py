@@ -411,7 +411,7 @@ def test_shapes_are_enough() -> None:
 
 @pytest.mark.parametrize("name", ["scan", "transformer", "convolutions"])
 def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
-    """Against one datum's gradient by automatic differentiation, of each weight."""
+    """Against one example's gradient by automatic differentiation, of each weight."""
     model_fn, params, inputs = model_of(name)
     trace = trace_model(model_fn, params, inputs)
     plan = make_plan(trace)
@@ -419,7 +419,7 @@ def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     vectors = normal(*outputs.shape, seed=5)
 
     def gradient(use: Any, a: jax.Array, grads: jax.Array) -> jax.Array:
-        """Of each datum, `[n, group, out, in]`."""
+        """Of each example, `[n, group, out, in]`."""
         a = use.arrange_inputs(a)
         if use.kind == "embedding":
             a = jax.nn.one_hot(a, use.weight.shape[2], dtype=jnp.float64)
@@ -434,11 +434,11 @@ def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
 
     @jax.jit
     def flat(params: Any) -> list[jax.Array]:
-        def datum(params: Any, n: int) -> jax.Array:
+        def example(params: Any, n: int) -> jax.Array:
             one = jax.tree.map(lambda x: x[n : n + 1], inputs)
             return jnp.sum(model_fn(params, one) * vectors[n : n + 1])
 
-        return [jax.flatten_util.ravel_pytree(jax.grad(datum)(params, n))[0] for n in range(len(vectors))]
+        return [jax.flatten_util.ravel_pytree(jax.grad(example)(params, n))[0] for n in range(len(vectors))]
 
     got, products = captured(params, inputs)
     np.testing.assert_allclose(got, outputs, atol=1e-14)

@@ -198,7 +198,7 @@ def test_one_position() -> None:
     batches = [(x[:3], y[:3], mask[:3]), (x[3:, :1], y[3:], mask[3:, :1])]
     operator = KFAC.from_batches(network, MSE, NETWORK, batches, **FORWARD)
     np.testing.assert_allclose(operator.block("w"), whole.block("w"), atol=1e-14)
-    # A datum that is left out is so in layers that have the position only.
+    # An example that is left out is so in layers that have the position only.
     single, kept = x[:, :1], jnp.array([[True], [False], [True], [True], [False], [True]])
 
     def make(mask: jax.Array) -> Any:

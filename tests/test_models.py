@@ -62,7 +62,7 @@ class LinenDropout(linen.Module):
 
 
 class EquinoxNet(eqx.Module):
-    """Takes one datum; an integer array and a function besides the parameters."""
+    """Takes one example; an integer array and a function besides the parameters."""
 
     layer: eqx.nn.Linear
     order: jax.Array
@@ -238,7 +238,7 @@ def test_operators(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [made_nnx_net, made_linen_net], ids=lambda make: make.__name__)
 def test_chunks_and_diagonal(make: Any) -> None:
-    """No datum sees another in evaluation: chunks, and batches of one, make no difference."""
+    """No example sees another in evaluation: chunks, and batches of one, make no difference."""
     (model_fn, params), _ = make()
     args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)
     matrix = GGNLinearOperator(*args).as_matrix()

@@ -215,7 +215,7 @@ def test_curvlinops(name: str, reduction: str) -> None:
 # Monte Carlo. --------------------------------------------------------------------------------------------------------
 
 
-# A plain one, one with ignored tokens, and a weight for each datum; `test_vectors.py` has the draws of all losses.
+# A plain one, one with ignored tokens, and a weight for each example; `test_vectors.py` has the draws of all losses.
 drawn_problems = pytest.mark.parametrize("problem", [CE, PROBLEMS[2], PROBLEMS[5]], ids=lambda problem: problem.name)
 
 

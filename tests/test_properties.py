@@ -83,7 +83,7 @@ def test_binary_cross_entropy_and_broadcasting(shape: tuple[int, ...], data: Any
     options = {}
     for name in ("weight", "pos_weight"):
         if data.draw(st.booleans()):
-            # Any suffix of the datum's shape, each axis kept or of length 1.
+            # Any suffix of the example's shape, each axis kept or of length 1.
             suffix = shape[data.draw(st.integers(0, len(shape))) :]
             options[name] = rng.uniform(0, 3, size=[data.draw(st.sampled_from([1, n])) for n in suffix])
     reduction = data.draw(reductions)

@@ -21,7 +21,7 @@ def gram(vectors: jax.Array) -> np.ndarray:
 
 
 def reduction_factor(case: Case, n: int | None) -> float:
-    """`r` of one datum or (None) of the batch, written from torch's documentation."""
+    """`r` of one example or (None) of the batch, written from torch's documentation."""
     targets = case.targets if n is None else case.targets[n][None]
     outputs = case.outputs if n is None else case.outputs[n][None]
     if case.loss.reduction == "sum":
@@ -41,7 +41,7 @@ def reduction_factor(case: Case, n: int | None) -> float:
 
 @pytest.mark.parametrize("case", ALL)
 def test_exact_functions(case: Case) -> None:
-    """The value, vectors of a batch and of one datum, and the Hessian as products."""
+    """The value, vectors of a batch and of one example, and the Hessian as products."""
     v = np.random.default_rng(0).normal(size=case.outputs.shape)
     u = np.random.default_rng(1).normal(size=case.outputs.shape)
 
@@ -122,7 +122,7 @@ def range_of_products(case: Case) -> float:
 
 @pytest.mark.parametrize("case", drawn())
 def test_monte_carlo(case: Case) -> None:
-    """Means of a batch's draws; a datum's key gives the same labels alone, and only the reduction differs."""
+    """Means of a batch's draws; an example's key gives the same labels alone, and only the reduction differs."""
     samples, size, bound = 2000, case.outputs[0].size, range_of_products(case)
 
     @jax.jit

@@ -15,7 +15,7 @@ from ggn_jax.operators.problem import Problem
 
 
 def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
-    """A key per datum, where something is drawn: it depends on the datum's number alone, from `start` on."""
+    """A key per example, where something is drawn: it depends on the example's number alone, from `start` on."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     signs = draws_signs(problem.loss, output, options.fisher_type, options.positions, problem.together)
     if options.fisher_type is not FisherType.MC and not signs:
@@ -43,5 +43,5 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
             f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape"
             f" {mask.shape}.{way_out}"
         )
-    single = mask.size == size  # one position for each datum: layers that have it look like layers that have none
+    single = mask.size == size  # one position for each example: layers that have it look like layers that have none
     return None if single and is_concrete(mask) and np.asarray(mask).all() else mask

@@ -12,10 +12,10 @@ from ggn_jax.operators.problem import Problem
 
 
 def compute_diagonal(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
-    """`sum_{v, n} (sum_s g a^T)^2` of each weight, and of everything else the squared gradients of each datum.
+    """`sum_{v, n} (sum_s g a^T)^2` of each weight, and of everything else the squared gradients of each example.
 
     It is what EKFAC does in the basis of the parameters themselves. Where a weight is used at one position only, no
-    datum's gradient is formed: its square is `g^2 (a^2)^T`.
+    example's gradient is formed: its square is `g^2 (a^2)^T`.
     """
     options = Options(
         FisherType.MC if mc_samples else FisherType.TYPE2,

@@ -107,7 +107,7 @@ class Layout:
         return wanted == "full" and size <= options.max_dense_size
 
     def warn(self) -> None:
-        """Tell which parameters have a diagonal that nobody asked for."""
+        """Warn about parameters that have a diagonal by default."""
         left = [left for left in self.plan.leftovers if left.kind == "uncovered" and not self.is_full(left)]
         if left and self.options.on_uncovered == "auto":
             message = (

@@ -48,7 +48,7 @@ def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, Label]]) -> Match |
     own = [i for i, (size, label) in enumerate(axes) if label != 0 and (size > 1 or not several)]
     if not several and all(axes[i][0] == 1 for i in own) and any(axes[i][1] is None for i in own):
         raise _UntoldError(
-            "one position for each datum may as well be none. Pad to two positions, or leave out the data that the"
+            "one position for each example may as well be none. Pad to two positions, or leave out the data that the"
             " mask leaves out."
         )
     if sorted(axes[i][0] for i in own) != sorted(shape[axis] for axis in wanted):

@@ -132,7 +132,7 @@ def _gradients(
             left.append(a if swapped else g)
             right.append(g if swapped else a)
             bias.append(jnp.sum(g, axis=3))
-        # A datum's weight gradient is a sum over positions, and over uses just as well.
+        # An example's weight gradient is a sum over positions, and over uses just as well.
         both = Sides(jnp.concatenate(left, 3), jnp.concatenate(right, 3))
         outs, ins = layout.cuts(layer)
         for runs in product(outs, ins):

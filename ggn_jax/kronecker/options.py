@@ -35,7 +35,7 @@ class KroneckerOptions(TypedDict, total=False):
     """Which vectors are back-propagated: `"mc"` (default), `"type-2"` (exact in the loss), `"empirical"`, or
     `"forward-only"` (`B = I`)."""
     mc_samples: int
-    """How many targets `"mc"` draws for each datum: 1."""
+    """How many targets `"mc"` draws for each example: 1."""
     sharing: Sharing
     """`"expand"` (default) treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
     first (Eschenhagen et al. 2023)."""

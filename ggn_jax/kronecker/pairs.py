@@ -168,9 +168,9 @@ def split_damping(
 def near_pair(block: Kronecker) -> Kronecker:
     """Two terms near a sum of several: each of them goes with the more alike of the two that differ most.
 
-    The first is the largest; the second has the most that is no multiple of the first. Both groups are replaced by the
-    nearest product (`Kronecker.nearest`), so that the result is positive semi-definite, which the best sum of two need
-    not be. Of two terms it is the block itself.
+    The first is the largest; the second has the most that is not a multiple of the first. Both groups are replaced by
+    the nearest product (`Kronecker.nearest`), so that the result is positive semi-definite, which the best sum of two
+    need not be. Of two terms it is the block itself.
     """
     if len(block.a) == 2:
         return block

@@ -16,7 +16,7 @@ Positions = Literal["signs", "exact"]
 
 
 def features(loss: Loss, output: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The axes of one datum's output whose entries are seeded one by one.
+    """The axes of one example's output whose entries are seeded one by one.
 
     Those of a term; the last axis where each entry is a term of its own, as with squared errors.
     """
@@ -66,7 +66,7 @@ def vector_maker(
 ) -> Any:
     """A function of indices `[v]` that returns these of the stack's vectors, `[v, N, *out]`.
 
-    `keys` holds one key per datum, where something is drawn.
+    `keys` holds one key per example, where something is drawn.
     """
     shape, dtype = terms.outputs.shape, terms.outputs.dtype
     one = jax.ShapeDtypeStruct(shape[1:], dtype)

@@ -61,8 +61,8 @@ def capture(
 ) -> Captured:
     """Run the model on a batch, mapped over examples, or on all of them together if it was traced so.
 
-    `leaves` are parameters wanted with a gradient per datum; `gradient` asks for the batch's in all parameters; `taps`
-    are of the uses, by their numbers, whose arrays are not wanted themselves.
+    `leaves` are parameters wanted with a gradient per example; `gradient` asks for the batch's in all parameters;
+    `taps` are of the uses, by their numbers, whose arrays are not wanted themselves.
     """
     jaxpr, consts = open_jaxpr(trace.closed)
     given, tree = jax.tree.flatten(params)

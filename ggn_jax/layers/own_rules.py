@@ -3,7 +3,7 @@
 The gradient that a rule gives a weight may be a product like that of any layer, `sum_s b_s a_s^T`, where `b` depends on
 the cotangents of the call's results and `a` does not: so it is of quantised and of fused layers. Then the call is a
 layer with inputs `a` and output gradients `b`, whatever it computes. It is replaced by the rule's forward pass as it
-is, beside a product of `a` and the weight whose value nobody reads, but to which the rule gives the cotangent `b`.
+is, beside a product of `a` and the weight whose value is not used, but to which the rule gives the cotangent `b`.
 """
 
 import math

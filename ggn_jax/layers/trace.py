@@ -41,7 +41,7 @@ def trace_model(
 ) -> Trace:
     """Trace `model_fn` on one example of `inputs` (a batch of one, its axis kept) and find the uses of `params`.
 
-    Coupled examples are traced together: the batch is one datum, whose positions are those of all of them.
+    Coupled examples are traced together: the batch is one example, whose positions are those of all of them.
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
 

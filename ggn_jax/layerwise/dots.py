@@ -83,7 +83,7 @@ class Gradients(eqx.Module):
     """The gradients of each output of a function's examples, in the parts that their inner products are made of."""
 
     parts: list[_Part | None]
-    """For each layer its weight and its bias, and each parameter without a layer; None for what is not used."""
+    """For each layer its weight and its bias, and each parameter without a layer; None for what is unused."""
     examples: int = eqx.field(static=True)
     outputs: int = eqx.field(static=True)
     """How many an example has."""

@@ -103,7 +103,7 @@ class LayerIO(eqx.Module):
     def rows(self) -> Int[Array, "G N S"]:
         """Of an embedding, the numbers of the rows that are read, without one-hot inputs; one past the last for none.
 
-        **Raises:** ValueError for what is no embedding.
+        **Raises:** ValueError for anything that is not an embedding.
         """
         self._check_alike("rows")
         return _joined([use.rows for use in self.uses], 2)

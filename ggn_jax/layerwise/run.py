@@ -156,7 +156,7 @@ def sum_layer_io(
     is_explicit = explicit_mesh((problem, extra)) is not None
 
     def run(problem: Problem, extra: Any) -> PyTree[Array]:
-        # Where the compiler shards, types of arrays inside the jaxpr are others than where layers were found.
+        # Where the compiler shards, types of arrays inside the jaxpr differ from those where layers were found.
         own = view._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else view
         return problem.sum_over_chunks(lambda *args: fn(_look(own, problem, *args)), extra)
 

@@ -245,8 +245,8 @@ class FunctionSpaceLinearOperator(SymmetricLinearOperator):
             A pytree like the parameters.
 
         Raises:
-            ValueError: for a vector that is not like the parameters, or a damping that is not above 0, or is no prefix
-                of the parameters.
+            ValueError: for a vector that is not like the parameters, or a damping that is not above 0, or is not a
+                prefix of the parameters.
         """
         checked = check_damping(damping, self._params())
         for path, number in jax.tree_util.tree_leaves_with_path(checked):

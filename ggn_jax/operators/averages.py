@@ -16,8 +16,8 @@ from ggn_jax.operators.blocks import BlockLinearOperator, added, are_alike
 def average_operators(operators: Sequence[BlockLinearOperator], weights: Any = None) -> BlockLinearOperator:
     r"""The weighted mean of operators, `sum_i w_i O_i / sum_i w_i`, exactly: an operator with blocks again.
 
-    A mean of Kronecker products `B_i (x) A_i` is no Kronecker product: each operator adds its terms to the blocks, and
-    inverses, roots and determinants follow the rules for sums of terms (`KFACLinearOperator.inverse`). To keep one
+    A mean of Kronecker products `B_i (x) A_i` is not a Kronecker product: each operator adds its terms to the blocks,
+    and inverses, roots and determinants follow the rules for sums of terms (`KFACLinearOperator.inverse`). To keep one
     term, as running averages in optimizers do, see `average_factors`.
 
     **Arguments:**

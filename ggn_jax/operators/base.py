@@ -46,7 +46,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
             return super().__hash__()
         except TypeError:
             raise TypeError(
-                f"{type(self).__name__} holds arrays, and has no hash as jax.jit wants it of a function: instead of"
+                f"{type(self).__name__} holds arrays, and has no hash which jax.jit requires of a function: instead of"
                 " jax.jit(operator.mv), use equinox.filter_jit(operator.mv), or pass the operator as an argument."
             ) from None
 
@@ -69,7 +69,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
 
         Raises:
             KeyError: for a path that no parameter has.
-            TypeError: for what is no path.
+            TypeError: for anything that is not a path.
 
         >>> import jax.numpy as jnp, ggn_jax
         >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
@@ -188,7 +188,7 @@ def matching(path: str, names: Sequence[str]) -> list[str]:
         got = type(path).__name__
         raise TypeError(f"a path must be a string, as 'encoder/*'; got {got}: pass several as arguments of submatrix.")
     fits = [name for name in names if path in (name, simple_path(name))]
-    # A parameter's own name is no pattern, and brackets are those of a name.
+    # A parameter's own name is not a pattern, and brackets are those of a name.
     pattern = path.replace("[", "[[]")
     return fits or [name for name in names if fnmatchcase(simple_path(name), pattern)]
 
@@ -264,7 +264,7 @@ def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct
 
 
 def _misfit(damping: PyTree[Array], structure: PyTree, name: str = "damping") -> str:
-    """Where a pytree is no prefix of another, and what is there in both; empty if it is one."""
+    """Where a pytree is not a prefix of another, and what is there in both; empty if it is one."""
     if jax.tree_util.all_leaves([damping]):
         return ""
     (own, kind), (wanted, wanted_kind) = _children(damping), _children(structure)

@@ -131,7 +131,7 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
                 _check_like(inputs, first.inputs)
             problem, more = sums(inputs, targets, without_copies(mask), count)
             if first is not None and structure_of(more) != structure_of(total):
-                raise ValueError("the model's layers are others than for batch 0.")
+                raise ValueError("the model's layers differ from those of batch 0.")
         except (TypeError, ValueError, NotImplementedError) as error:
             if type(error) not in (TypeError, ValueError, NotImplementedError):
                 raise  # made of other things than a message
@@ -167,7 +167,7 @@ def _sizes(inputs: PyTree[Array] | None, first: Problem | None) -> str:
         for (path, leaf), like in pairs
         if leaf.shape[1:] != like.shape[1:]
     ]
-    return f" Its sizes are others: {'; '.join(differ)}." if differ else ""
+    return f" Its sizes differ: {'; '.join(differ)}." if differ else ""
 
 
 def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:
@@ -182,7 +182,7 @@ def with_progress(batches: Iterable[Any], progress: bool, description: str) -> I
 
 
 def check_unbatched(problem: Problem) -> None:
-    """Refuse a loss that holds something for each datum, where it is to be used for several batches."""
+    """Refuse a loss that holds something for each example, where it is to be used for several batches."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     # Not the first one: JAX refuses to slice an axis that is sharded explicitly.
     target = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), problem.targets)
@@ -196,7 +196,7 @@ def check_unbatched(problem: Problem) -> None:
         problem.loss.check_shapes(output, target, False)
     except ValueError as error:
         raise ValueError(
-            f"the loss must be the same for each batch, but holds something for each datum of one ({error}). Pass all"
+            f"the loss must be the same for each batch, but holds something for each example of one ({error}). Pass all"
             " data as one batch, with chunk_size to bound the memory."
         ) from None
 

@@ -87,8 +87,8 @@ class BlockLinearOperator(SymmetricLinearOperator):
         `damped.solve(vector)`, or `lineax.linear_solve(damped, vector, ggn_jax.BlockSolver())`; lineax's default solver
         makes the dense matrix.
 
-        **Raises:** ValueError for a damping that is not a number of at least 0, or is no prefix of the parameters, or
-        where a block has several.
+        **Raises:** ValueError for a damping that is not a number of at least 0, or is not a prefix of the parameters,
+        or where a block has several.
         """
         return self._replace(damped(self.blocks, self.structure, self._check_damping(damping)))
 

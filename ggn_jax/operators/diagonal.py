@@ -46,17 +46,17 @@ from ggn_jax.operators.weighted import of_terms
 class GGNDiagonalLinearOperator(SymmetricLinearOperator):
     r"""The diagonal of the GGN: `d = sum_{n, v} (J_n^T s_{v, n})^2`, entrywise, as a diagonal operator.
 
-    `J_n` is the Jacobian of datum `n`'s outputs in the parameters; `s_{v, n}` are its gradient output vectors
+    `J_n` is the Jacobian of example `n`'s outputs in the parameters; `s_{v, n}` are its gradient output vectors
     (`make_batch_grad_output_fn`): all columns of the loss Hessian's square root, one backward pass each, or
     `mc_samples` drawn ones. It is computed once, when the operator is made.
 
     **Arguments:** as for `GGNLinearOperator`, and
 
-    - `vector_chunk_size`: how many vectors of a datum are back-propagated at once.
+    - `vector_chunk_size`: how many vectors of an example are back-propagated at once.
     - `method`: `"layers"` finds the linear layers (`ggn_jax.report`) and squares `sum_s g a^T` of their inputs `a` and
-      output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron, no datum's gradient
-      is formed. `"data"` squares each datum's gradient, and looks at nothing inside of the model. Memory is about
-      `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of them.
+      output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron, no example's
+      gradient is formed. `"data"` squares each example's gradient, and looks at nothing inside of the model. Memory is
+      about `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of them.
     - `examples`: `"independent"`: `model_fn` is called on batches of one and mapped over the data; `"coupled"`: on the
       whole batch, each of whose entries has its own vectors, back-propagated through all examples. `chunk_size` is
       refused then.

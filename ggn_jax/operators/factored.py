@@ -134,15 +134,15 @@ class FactoredLinearOperator(BlockLinearOperator):
         """The operator of all data of an iterable of batches, as if they were one batch.
 
         `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and in the lengths
-        of their sequences. A mean is over all their terms. What is drawn for a datum depends on its place in the whole,
-        so that it does not matter how data are cut into batches. EKFAC goes over them twice, and KFOC twice for each of
-        its iterations (twenty passes or so): they want an iterable that can be gone over again, a list, or a
-        loader, but no generator. A function is compiled for each size of batch. `progress=True`
-        shows a bar (needs tqdm); `options` are those of the constructor. Must be called outside of `jit` if `batches`
-        are not arrays there.
+        of their sequences. A mean is over all their terms. What is drawn for an example depends on its place in the
+        whole, so that it does not matter how data are cut into batches. EKFAC goes over them twice, and KFOC twice for
+        each of its iterations (twenty passes or so): they want an iterable that can be gone over again, a list, or a
+        loader, but no generator. A function is compiled for each size of batch. `progress=True` shows a bar (needs
+        tqdm); `options` are `KroneckerOptions`. Must be called outside of `jit` if `batches` are not arrays
+        there.
 
         **Raises:** as the constructor, naming the batch; ValueError for a batch that does not fit the first, for a loss
-        with a weight for each datum, for an iterable that is empty, or that differs between EKFAC's passes.
+        with a weight for each example, for an iterable that is empty, or that differs between EKFAC's passes.
 
         >>> import jax, jax.numpy as jnp, ggn_jax
         >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
@@ -246,12 +246,12 @@ class FactoredLinearOperator(BlockLinearOperator):
                 layout = find_layout(problem, made)
                 recipes.add(Recipe(cls, (layout.signature(), *kind), (layout, kind[2])))
                 if factors is not None and {factors.recipe} != recipes:
-                    raise ValueError("factors must be those of the same model, loss and options: these are others'.")
+                    raise ValueError("factors must be those of the same model, loss and options: these differ.")
             keys = check_draws(problem, made, key, start + seen)
             drawn.append(keys is not None)
             found, places = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
             if recipes != {Recipe(cls, (places, *kind))}:
-                raise ValueError("the model's layers are others than for batch 0, or in another order.")
+                raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
             return problem, found
 
         problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)

@@ -137,7 +137,7 @@ class GGNLinearOperator(DataLinearOperator):
         if not keys:
             return terms.product("mv", tangent)
         vectors = terms.sampled_gradients(keys[0], self.mc_samples)
-        # A datum's vectors see that datum's outputs only.
+        # An example's vectors see that example's outputs only.
         axes = tuple(range(2, vectors.ndim))
         inner = jnp.sum(vectors * tangent.astype(vectors.dtype)[None], axis=axes, keepdims=True)
         return jnp.mean(inner * vectors, axis=0).astype(terms.dtype)

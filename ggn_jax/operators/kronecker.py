@@ -15,7 +15,7 @@ class KFACLinearOperator(FactoredLinearOperator):
     ```
 
     `g` carries the loss's reduction and weights. It equals the GGN's block for deep linear networks with squared error,
-    and for one datum with one position. Grouped convolutions have a factor pair per group; weights used several times
+    and for one example with one position. Grouped convolutions have a factor pair per group; weights used several times
     have a sum of Kronecker terms; embeddings a diagonal `A` of counts. Parameters that scale or shift data entry by
     entry (normalisation layers) have their exact GGN block.
 
@@ -34,8 +34,8 @@ class KFACLinearOperator(FactoredLinearOperator):
 
     - `examples`: `"independent"`: `model_fn` is traced on one example, and treats each as if it were alone. Or
       `"coupled"`, for batch normalisation in training mode, attention within a batch, contrastive losses, or a graph as
-      a batch: it is traced on the whole batch, which then is one datum with the positions of all examples. `A` and `B`
-      are sums over all of these, and a gradient is the batch's, for each vector; what is drawn is drawn for each
+      a batch: it is traced on the whole batch, which then is one example with the positions of all examples. `A` and
+      `B` are sums over all of these, and a gradient is the batch's, for each vector; what is drawn is drawn for each
       example. With `"type-2"`, `positions="exact"` back-propagates each example's vectors on their own, `"signs"` all
       examples together. `chunk_size` is refused.
     - `key`: for what is drawn: `"mc"`, and the signs of type-2; not looked at where nothing is.
@@ -67,7 +67,7 @@ class EKFACLinearOperator(FactoredLinearOperator):
     r"""EKFAC: KFAC's eigenbases, with the GGN's own diagonal in them (George et al. 2018).
 
     `(Q_B (x) Q_A) diag(E) (Q_B (x) Q_A)^T` with `Q` the eigenvectors of KFAC's factors and
-    `E = sum_{v,n} (Q_B^T (sum_s g a^T) Q_A)^2` from each datum's weight gradients: no other diagonal in this basis is
+    `E = sum_{v,n} (Q_B^T (sum_s g a^T) Q_A)^2` from each example's weight gradients: no other diagonal in this basis is
     nearer to the GGN's block in Frobenius norm, so it is never farther than KFAC's.
 
     Two of them have different eigenbases, so their leaves cannot be averaged: use `ggn_jax.average_operators` or
@@ -90,7 +90,7 @@ class EKFACLinearOperator(FactoredLinearOperator):
 class KFOCLinearOperator(FactoredLinearOperator):
     r"""KFOC: for each layer the Kronecker product nearest to the GGN's own block (Koroko et al. 2022).
 
-    It minimises `|B (x) A - sum_{v,n} vec(G) vec(G)^T|` in Frobenius norm over all `A` and `B`, with each datum's
+    It minimises `|B (x) A - sum_{v,n} vec(G) vec(G)^T|` in Frobenius norm over all `A` and `B`, with each example's
     weight gradients `G = sum_s g a^T`: the leading singular pair of the rearranged block, by power iterations that keep
     both factors positive semi-definite. It is never farther from the block than KFAC.
 

@@ -47,7 +47,7 @@ def map_batches(fn: Callable[[Any], T], batches: Iterable[Any]) -> "MappedBatche
         An iterable, with the length of `batches` if that has one.
 
     Raises:
-        TypeError: for what is no function, and no iterable that starts anew.
+        TypeError: for anything that is not a function, and no iterable that starts anew.
 
     >>> import numpy as np, jax.numpy as jnp, ggn_jax
     >>> rows = [{"image": np.ones((n, 2), np.float32), "label": np.arange(n) % 3} for n in (8, 5)]

@@ -39,7 +39,7 @@ def nearest_blocks(
         totals, other, places = _first(problem, check_draws(problem, options, key, start), options)
         found.append(other)
         if places != layouts[0].signature():
-            raise ValueError("the model's layers are others than for batch 0, or in another order.")
+            raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
         return totals
 
     sums, biases = sweeps.sweep(first, "sizes")

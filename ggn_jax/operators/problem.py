@@ -44,7 +44,7 @@ class Problem(eqx.Module):
     outputs: jax.ShapeDtypeStruct = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
     coupled: bool = eqx.field(static=True)
-    """Whether examples depend on each other: the batch is one datum."""
+    """Whether examples depend on each other: the batch is one example."""
     reverse_only: bool = eqx.field(static=True)
     """Whether the model has no derivatives in forward mode."""
 
@@ -68,7 +68,7 @@ class Problem(eqx.Module):
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.
 
         `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is that of the whole
-        batch, and whatever the loss holds per datum is cut along with the data.
+        batch, and whatever the loss holds per example is cut along with the data.
 
         A chunk has some examples of each of the batch's runs, which are on devices of their own if it is sharded: so
         they all work on what they have.

@@ -68,8 +68,8 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
     together = problem.together
     num = mc_samples or together * math.prod(problem.outputs.shape[1:])
 
-    def datum(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
-        """The sum over vectors of squared gradients of one datum: a batch of one, or of coupled examples."""
+    def example(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
+        """The sum over vectors of squared gradients of one example: a batch of one, or of coupled examples."""
         outputs, vjp = jax.vjp(lambda params: problem.model_fn(params, inputs), problem.params)
         terms = terms_at(outputs, operand)
         drawn = terms.sampled_gradients(*keys, num) / math.sqrt(num) if keys else None
@@ -90,7 +90,7 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
         data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)
-        squares = mapped(partial(datum, terms_at), batch_axes(data))(*data)
+        squares = mapped(partial(example, terms_at), batch_axes(data))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

@@ -115,7 +115,7 @@ def is_function(value: Any) -> bool:
 
 
 def check_decay_mask(mask: Any) -> None:
-    """Refuse what is no pytree of booleans; whether it fits the parameters is seen by `spread_mask`."""
+    """Refuse what is not a pytree of booleans; whether it fits the parameters is seen by `spread_mask`."""
     wanted = "weight_decay_mask must be a pytree of booleans like params, or a function of params that returns one"
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not path or not isinstance(leaf, bool | np.bool_):
@@ -143,7 +143,7 @@ def check_type(name: str, got: Any, wanted: type) -> None:
 
 
 def check_structure(name: str, got: Any, wanted: Any) -> Any:
-    """`got` with the structure of `wanted`, whose leaves need shapes only; refused if its arrays are others.
+    """`got` with the structure of `wanted`, whose leaves need shapes only; refused if its arrays differ.
 
     Named tuples are compared field by field. Anything that wraps single arrays, as `nnx.Optimizer` does, comes off.
     """

@@ -1,7 +1,7 @@
 """Stacks of blocks shared out over the devices of a mesh: each holds, inverts and multiplies with its share.
 
-The groups of a stack are cut over all devices; where their number is no multiple of the devices', blocks of zeros fill
-the rest, so that a device has `ceil(G / devices)` of them, which is the least that whole blocks allow.
+The groups of a stack are cut over all devices; where their number is not a multiple of the devices', blocks of zeros
+fill the rest, so that a device has `ceil(G / devices)` of them, which is the least that whole blocks allow.
 """
 
 from collections.abc import Callable

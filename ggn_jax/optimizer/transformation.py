@@ -165,8 +165,8 @@ def kfac(
     **NaN and infinities:** a batch whose factors are not finite is left out of the averages and counted in
     `state.curvature.skipped`; where the gradient or the step is not finite, the update is 0, momentum stays, and
     `state.rejected` counts it. An inverse that fails leaves the last one; as long as a block has none, which happens
-    with `damping=0`, updates are rejected as well. A batch in which every target is ignored is no step: the update is
-    0, and averages, inverses, momentum and an adapted damping stay as they are.
+    with `damping=0`, updates are rejected as well. A batch in which every target is ignored does not count as a step:
+    the update is 0, and averages, inverses, momentum and an adapted damping stay as they are.
 
     **Examples:** with `examples="independent"`, `init` compares a batch with its examples one by one, and refuses a
     model that couples them, as batch normalisation in training mode does. It needs values: of `example_inputs`, and of
