@@ -167,7 +167,7 @@ def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
         make((x, y, jnp.ones((4, 5), bool)))
     with pytest.raises(TypeError, match=r"batch 1 must be .*; got a tuple of length 4"):
         make((x, y, y, y))
-    with pytest.raises(ValueError, match=r"batch 1: the model's layers are others than .*: inputs \(4, 2\), for"):
+    with pytest.raises(ValueError, match=r"batch 1: the model's layers differ from those of .*: inputs \(4, 2\), for"):
         make((x[:, :2], y), lambda p, x: x @ p["1"]["w"][: x.shape[1], :2])
 
     class OwnError(ValueError):

@@ -129,7 +129,7 @@ def test_what_is_refused() -> None:
             make([])
         with pytest.raises(TypeError, match=r"batch 1 must be \(inputs, targets\).*; got an array"):
             make([(x, y), x])
-        with pytest.raises(ValueError, match=r"(?s)batch 1: .*sizes are others: inputs \(5, 2\), for batch 0 \(5, 3\)"):
+        with pytest.raises(ValueError, match=r"(?s)batch 1: .*sizes differ: inputs \(5, 2\), for batch 0 \(5, 3\)"):
             make([(x, y), (x[:, :2], y)])
         with pytest.raises(ValueError, match=r"batch 1: inputs must be like .*float64.* got float32"):
             make([(x, y), (x.astype("float32"), y)])
