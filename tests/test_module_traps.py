@@ -87,7 +87,7 @@ def old(name: str) -> nn.Module:
         lambda: nn.utils.spectral_norm(linear()),
         lambda: parametrizations.orthogonal(linear()),
         lambda: prune.l1_unstructured(linear(), "weight", amount=0.5),
-        lambda: nn.LazyLinear(2, dtype=torch.float64),
+        lambda: nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d()).double(),
     ],
     ids=["hook", "pre-hook", "weight norm", "spectral norm", "orthogonal", "pruned", "lazy"],
 )

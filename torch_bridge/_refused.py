@@ -32,6 +32,16 @@ def check_module(module: object) -> None:
                 f"{_name(path)} has max_norm={part.max_norm}, which writes into its weight whenever it is called: set"
                 " its max_norm to None, and scale the weight's rows yourself, between steps."
             )
+        if isinstance(part, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+            raise NotImplementedError(
+                f"{_name(path)} is a {type(part).__name__}, which draws its windows at each call, also in"
+                " evaluation: use AdaptiveMaxPool2d or AdaptiveMaxPool3d for outputs of the same size."
+            )
+        if isinstance(part, nn.CrossMapLRN2d):
+            raise NotImplementedError(
+                f"{_name(path)} is a CrossMapLRN2d, a torch.autograd.Function that torch.export does not follow: use"
+                " torch.nn.LocalResponseNorm, whose sums differ (these have a channel too many from number size on)."
+            )
         if "quantized" in type(part).__module__.split("."):
             raise NotImplementedError(
                 f"{_name(path)} is quantised ({type(part).__name__}), and so has no derivative: convert the module that"
