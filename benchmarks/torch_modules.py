@@ -56,9 +56,9 @@ def timed(fn: Callable[[], object], repeats: int, clock: Callable[[], float]) ->
     return (clock() - start) / repeats
 
 
-def first(fn: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return fn(), time.perf_counter() - start
+def first(fn: Callable[[], Any], clock: Callable[[], float]) -> tuple[Any, float]:
+    start = clock()
+    return fn(), clock() - start
 
 
 def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -68,16 +68,16 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any
     covered = (torch.nn.Linear, torch.nn.Conv2d)
     weights = [p for m in module.modules() if isinstance(m, covered) for p in m.parameters()]
     vector = [torch.randn_like(p) for p in params]
-    converted, export = first(lambda: torch_bridge.ConvertedModule(module, batch[0]))
+    converted, export = first(lambda: torch_bridge.ConvertedModule(module, batch[0]), clock)
 
     def factors() -> Any:
         return torch_bridge.KFACLinearOperator(
             converted, loss, params, [batch], mc_samples=1, separate_weight_and_bias=False
         )
 
-    _, first_factors = first(factors)
+    _, first_factors = first(factors, clock)
     ggn = torch_bridge.GGNLinearOperator(converted, loss, params, [batch])
-    _, first_product = first(lambda: ggn @ vector)
+    _, first_product = first(lambda: ggn @ vector, clock)
 
     def peer(kind: Any, of: list[torch.nn.Parameter], **options: Any) -> Any:
         return kind(module, loss, of, [batch], check_deterministic=False, num_data=len(batch[0]), **options)
