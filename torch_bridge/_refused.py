@@ -92,6 +92,16 @@ def _name(path: str) -> str:
     return f"module's {path!r}" if path else "module"
 
 
+def spectral_norms(module: nn.Module) -> list[str]:
+    """The paths of spectral norms in training mode, each of which iterates its vectors in place at a call."""
+    found = []
+    for path, part in module.named_modules():
+        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
+        if part.training and (type(part).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks):
+            found.append(path)
+    return found
+
+
 class ModuleCallError(RuntimeError):
     """What the module itself raises on the example inputs."""
 

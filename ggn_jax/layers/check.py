@@ -73,7 +73,8 @@ def check_independent(
 
     def elsewhere() -> bool:
         with jax.ensure_compile_time_eval():
-            gap, is_nan = measure(moved(params), VARIED)
+            others = moved(params)
+        gap, is_nan = measure(others, VARIED)
         return gap <= limit and not is_nan
 
     if not is_nan:

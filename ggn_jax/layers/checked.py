@@ -74,6 +74,8 @@ def moved(params: PyTree[Array]) -> PyTree[Array]:
         values = np.asarray(x, np.float64)
         size = np.sqrt(np.mean(values**2)) if x.size else 0.0
         drawn = np.resize(rng.standard_normal(min(x.size, 2**16)), x.shape)
-        return jax.device_put((values + MOVE * (size or 1.0) * drawn).astype(x.dtype), x.sharding)
+        # Committed only if it was, for which JAX compiles again.
+        other = (values + MOVE * (size or 1.0) * drawn).astype(x.dtype)
+        return jax.device_put(other, x.sharding if x.committed else None)
 
     return jax.tree.map(move, params)
