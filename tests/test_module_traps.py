@@ -335,6 +335,15 @@ def test_what_is_refused(make: Callable[[], nn.Module], x: torch.Tensor, message
         torch_bridge.from_module(make(), x)
 
 
+def test_spectral_norms_in_training_mode() -> None:
+    """Those that iterate are refused; in evaluation they are constants of a module that is not."""
+    module = nn.Sequential(parametrizations.spectral_norm(linear()))
+    with pytest.raises(NotImplementedError, match=r"spectral norms.*\(0.parametrizations.weight.0\).*train=None"):
+        torch_bridge.from_module(module, draw(3, 4), train=True)
+    module.get_submodule("0.parametrizations.weight.0").eval()
+    assert torch_bridge.from_module(module, draw(3, 4), train=None)[1]
+
+
 def test_hooks_that_leave_gradients_as_they_are() -> None:
     """One that runs after a gradient is accumulated, and one that was removed."""
     module = with_tensor_hook("register_post_accumulate_grad_hook")

@@ -98,8 +98,8 @@ def export(
         if _writes(exported.graph_module):
             if paths := spectral_norms(module):
                 raise NotImplementedError(
-                    f"module has spectral norms that iterate in place when it is called ({', '.join(map(repr, paths))}):"
-                    " put these into evaluation, module.get_submodule(path).eval(), and convert with train=None, or as"
+                    f"module has spectral norms that iterate in place when it is called ({', '.join(paths)}): put these"
+                    " into evaluation, module.get_submodule(path).eval(), and convert with train=None, or as"
                     " the module then is; their vectors are constants. To iterate them, call each in training mode"
                     " between conversions."
                 )
