@@ -22,7 +22,11 @@ def as_array(name: str, value: Any) -> Array:
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
-        return value
+        if value.dtype.kind not in "iu" or value.dtype == jax.dtypes.canonicalize_dtype(value.dtype):
+            return value
+        if not is_concrete(value):
+            return value
+        value = np.asarray(value)  # integers of 64 bits where JAX has none, as of torch_bridge.to_jax
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
         raise TypeError(
             f"{name} must be a JAX or NumPy array, or a number; got {type(value).__name__}.{tensor_hint(value)}"

@@ -305,6 +305,12 @@ def test_sixty_four_bits_are_never_narrowed() -> None:
             with raises(TypeError, "targets", "int64", "int32"):
                 CrossEntropyLoss()(f, np.array([0, wraps]))
         assert CrossEntropyLoss()(f, np.array([0, 2])) > 0  # those that fit are taken
+    with jax.enable_x64(True):
+        wide = jnp.array([0, 2]), jnp.array([0, 2**32])
+    with jax.enable_x64(False):
+        assert CrossEntropyLoss()(f, wide[0]) > 0
+        with raises(TypeError, "targets", "int64", "int32"):
+            CrossEntropyLoss()(f, wide[1])
 
 
 def test_targets_valid_under_jit() -> None:

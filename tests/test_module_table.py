@@ -175,7 +175,10 @@ MORE: dict[str, Case] = {
         torch.view_as_complex(t["x"].reshape(2, 3, 2, 2)).angle(),
     ],
     "fold": lambda t: F.fold(t["x"].reshape(2, 4, 3)[..., :2].repeat(1, 1, 2), (3, 3), 2),
-    "max pool": lambda t: F.max_pool1d(t["x"], 2, return_indices=True)[0],
+    "max pool": lambda t: F.max_pool1d(t["x"].round(), 3, 1, 1, return_indices=True),
+    "adaptive max pool": lambda t: F.adaptive_max_pool2d(t["x"].round(), (2, 3), return_indices=True),
+    "unpooling": lambda t: F.max_unpool1d(*F.max_pool1d(t["x"], 2, return_indices=True), 2),
+    "unpooling3d": lambda t: F.max_unpool3d(*F.max_pool3d(t["x"][:, None, :, None], 1, return_indices=True), 1),
 }
 
 BAG = torch.tensor([[0, 2, 1], [1, 1, 0]])
@@ -193,23 +196,13 @@ def test_operators(cases: dict[str, Case]) -> None:
     check(cases, INPUTS | {"s": SQUARE}, dynamic=False)
 
 
-class Refused(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layer(x)
-        return y[0] + y[1] if isinstance(y, tuple) else y
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.MaxPool1d(2, return_indices=True), r"indices of max pooling are used.*of 'layer'|indices of max pooling"),
-        (nn.FractionalMaxPool2d(2, output_size=2), r"fractional_max_pool2d.*register_operator"),
+        (nn.FractionalMaxPool2d(2, output_size=2), r"'0' is a FractionalMaxPool2d.*AdaptiveMaxPool2d"),
+        (nn.CrossMapLRN2d(2), r"'0' is a CrossMapLRN2d.*LocalResponseNorm"),
     ],
 )
 def test_layers_that_are_refused(layer: nn.Module, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        torch_bridge.from_module(Refused(layer), draw(2, 3, 6, 6) if "2d" in message else draw(2, 3, 6))
+        torch_bridge.from_module(nn.Sequential(layer), draw(2, 3, 6, 6))

@@ -87,7 +87,7 @@ def old(name: str) -> nn.Module:
         lambda: nn.utils.spectral_norm(linear()),
         lambda: parametrizations.orthogonal(linear()),
         lambda: prune.l1_unstructured(linear(), "weight", amount=0.5),
-        lambda: nn.LazyLinear(2, dtype=torch.float64),
+        lambda: nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d()).double(),
     ],
     ids=["hook", "pre-hook", "weight norm", "spectral norm", "orthogonal", "pruned", "lazy"],
 )
@@ -333,6 +333,15 @@ class Autocast(nn.Module):
 def test_what_is_refused(make: Callable[[], nn.Module], x: torch.Tensor, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         torch_bridge.from_module(make(), x)
+
+
+def test_spectral_norms_in_training_mode() -> None:
+    """Those that iterate are refused; in evaluation they are constants of a module that is not."""
+    module = nn.Sequential(parametrizations.spectral_norm(linear()))
+    with pytest.raises(NotImplementedError, match=r"spectral norms.*\(0.parametrizations.weight.0\).*train=None"):
+        torch_bridge.from_module(module, draw(3, 4), train=True)
+    module.get_submodule("0.parametrizations.weight.0").eval()
+    assert torch_bridge.from_module(module, draw(3, 4), train=None)[1]
 
 
 def test_hooks_that_leave_gradients_as_they_are() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from torch_bridge._faithful import check_faithful, outputs_of
-from torch_bridge._refused import ModuleCallError
+from torch_bridge._refused import ModuleCallError, spectral_norms
 from torch_bridge.batches import Call, unwrapped
 from torch_bridge.tensors import borrow, jax_on
 
@@ -96,6 +96,13 @@ def export(
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
         wide = check_faithful(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
+            if paths := spectral_norms(module):
+                raise NotImplementedError(
+                    f"module has spectral norms that iterate in place when it is called ({', '.join(paths)}): put these"
+                    " into evaluation, module.get_submodule(path).eval(), and convert with train=None, or as"
+                    " the module then is; their vectors are constants. To iterate them, call each in training mode"
+                    " between conversions."
+                )
             if _calls(exported.graph_module, NO_GRAD):
                 raise NotImplementedError(
                     "module uses both torch.no_grad() and operators in place, which torch.export cannot untangle with"

@@ -21,6 +21,7 @@ def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
     Backward hooks and derivatives of one's own are refused by name.
     """
     with _all_require_gradients(flat), _same_draws():
+        _make_lazy_buffers(flat, leaves)
         copies = {id(buffer): buffer.clone() for buffer in flat.buffers()}
         # Each part once: torch would put the copies into one that has two names, and leave them there.
         parts = [(path, part.named_buffers("", False, False)) for path, part in flat.named_modules()]
@@ -29,6 +30,19 @@ def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
         outputs = list(torch.func.functional_call(flat, buffers, inputs, tie_weights=False))
         _check_nodes(outputs)
     return outputs
+
+
+def _make_lazy_buffers(flat: nn.Module, leaves: Sequence[Any]) -> None:
+    """Let lazy normalisations make their statistics, which this leaves as they start."""
+    if not any(nn.parameter.is_lazy(buffer) for buffer in flat.buffers()):
+        return
+    modes = {part: part.training for part in flat.modules()}
+    try:
+        with torch.no_grad():
+            flat.eval()(*(leaf.clone() for leaf in leaves))
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leaves: Sequence[Any]) -> list[str]:

@@ -32,6 +32,16 @@ def check_module(module: object) -> None:
                 f"{_name(path)} has max_norm={part.max_norm}, which writes into its weight whenever it is called: set"
                 " its max_norm to None, and scale the weight's rows yourself, between steps."
             )
+        if isinstance(part, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+            raise NotImplementedError(
+                f"{_name(path)} is a {type(part).__name__}, which draws its windows at each call, also in"
+                " evaluation: use AdaptiveMaxPool2d or AdaptiveMaxPool3d for outputs of the same size."
+            )
+        if isinstance(part, nn.CrossMapLRN2d):
+            raise NotImplementedError(
+                f"{_name(path)} is a CrossMapLRN2d, a torch.autograd.Function that torch.export does not follow: use"
+                " torch.nn.LocalResponseNorm, whose sums differ (these have a channel too many from number size on)."
+            )
         if "quantized" in type(part).__module__.split("."):
             raise NotImplementedError(
                 f"{_name(path)} is quantised ({type(part).__name__}), and so has no derivative: convert the module that"
@@ -80,6 +90,16 @@ def hooked(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _name(path: str) -> str:
     return f"module's {path!r}" if path else "module"
+
+
+def spectral_norms(module: nn.Module) -> list[str]:
+    """The paths of spectral norms in training mode, each of which iterates its vectors in place at a call."""
+    found = []
+    for path, part in module.named_modules():
+        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
+        if part.training and (type(part).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks):
+            found.append(path)
+    return found
 
 
 class ModuleCallError(RuntimeError):

@@ -197,6 +197,10 @@ class GGNLinearOperator(TorchLinearOperator):
 
     Products are those at the parameters' values when it was made, and refused once these have changed.
 
+    It has no `solve`: take SciPy's conjugate gradients of `damped(d).to_scipy()`, with a `KFACLinearOperator`'s
+    `inverse(d).to_scipy()` as preconditioner; or, where there are fewer outputs than parameters, the exact
+    `ggn_jax.GramLinearOperator(...).solve_ggn` of `from_module`'s function.
+
     >>> import torch
     >>> module = torch.nn.Linear(2, 3)
     >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]

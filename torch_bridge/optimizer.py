@@ -73,7 +73,9 @@ class KFAC(torch.optim.Optimizer):
             raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
-            raise TypeError(f"{unknown} are no options of KFAC, which has {', '.join(sorted(OPTIONS))}.")
+            known = ", ".join(sorted({*NUMBERS, "seed", *OPTIONS}))
+            renamed = " learning_rate is lr here." if "learning_rate" in unknown else ""
+            raise TypeError(f"KFAC has no options {', '.join(unknown)}; it has {known}.{renamed}")
         check_initialised(module)
         numbers = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, number in numbers.items():
