@@ -310,7 +310,7 @@ def test_what_has_no_progress() -> None:
     module, _, params, data = setting(mlp, nn.BCEWithLogitsLoss())
     weighted = nn.BCEWithLogitsLoss(weight=torch.rand(5, 1).double())
     data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
-    with pytest.raises(ValueError, match=r"something for each datum.*leave progress out"):
+    with pytest.raises(ValueError, match=r"something for each example.*leave progress out"):
         torch_bridge.EFLinearOperator(module, weighted, params, data, progress=True)
     torch_bridge.EFLinearOperator(module, weighted, params, data)
     with pytest.raises(NotImplementedError, match=r"mask is of all data.*leave progress out"):

@@ -1,6 +1,6 @@
 """The JAX side: gradient output vectors of many independent items, and their derivative, as compiled functions.
 
-An item is what one call of a `ggn_jax` function takes: one datum, or with `batch` one batch of data.
+An item is what one call of a `ggn_jax` function takes: one example, or with `batch` one batch of data.
 """
 
 from collections.abc import Callable, Sequence

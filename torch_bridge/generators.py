@@ -5,7 +5,7 @@ operator, outside of everything that JAX does, gives torch's semantics for free:
 
 * one state gives one result, be it that of a `torch.Generator` or, without one, of `torch.manual_seed`, and each call
   advances it;
-* `torch.vmap` draws one seed for each datum (`randomness="different"`), one for all (`"same"`) or raises (`"error"`);
+* `torch.vmap` draws one seed for each example (`randomness="different"`), one for all (`"same"`) or raises (`"error"`);
 * traced graphs (`make_fx`, `torch.compile`) hold the draw, not its result. The backend inductor may draw other numbers
   for a state than torch does elsewhere, as it does for all random functions: `torch.normal` of float64 keeps its stream
   there until torch 2.13. In any version one state gives one result, and each call advances it.

@@ -21,7 +21,7 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def make_grad_output_fn(
     loss_func: torch.nn.Module, fisher_type: FisherType | str, mc_samples: int = 1
 ) -> Callable[..., Tensor]:
-    r"""A function of **one datum** that returns its gradient output vectors.
+    r"""A function of **one example** that returns its gradient output vectors.
 
     `fn(output [*out], target, generator=None) -> vectors [V, *out]`. With `L` the loss of a **batch of one**,
     `loss_func(output[None], target[None])`, including its reduction, weights and all other options:
@@ -45,7 +45,7 @@ def make_grad_output_fn(
     NotImplementedError. *Inside* of a compiled region there is `backward` only: `torch.func.grad` raises, and forward
     mode, which cannot be seen there, gives zeros, so detach outputs first. It can be pickled, and copied with its loss.
 
-    Under `vmap` with random vectors, `randomness="different"` gives each datum draws of its own. For a whole batch,
+    Under `vmap` with random vectors, `randomness="different"` gives each example draws of its own. For a whole batch,
     `make_batch_grad_output_fn` is faster, and knows the batch's reduction.
 
     **Arguments:**
@@ -95,7 +95,7 @@ def make_batch_grad_output_fn(
 
 
 def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor]:
-    r"""A function that draws would-be gradients of one datum.
+    r"""A function that draws would-be gradients of one example.
 
     `fn(output_one_datum [*out], num_samples, target_one_datum, generator=None) -> [num_samples, *out]` with `E[g g^T]`
     the Hessian of the loss of a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by
@@ -110,7 +110,7 @@ def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor
 
 
 def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor, loss_func: torch.nn.Module) -> Tensor:
-    r"""The square root `S` of the Hessian of one datum's loss as a dense tensor, `[*out, *out]`.
+    r"""The square root `S` of the Hessian of one example's loss as a dense tensor, `[*out, *out]`.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`.
 

@@ -120,8 +120,8 @@ def register_loss(
 
     Registering a class again replaces its entry for functions made from then on.
 
-    **Raises:** TypeError for a `cls` that is no class of modules; ValueError for a `convert` that is a class which is
-    not registered.
+    **Raises:** TypeError for a `cls` that is not a class of modules; ValueError for a `convert` that is a class which
+    is not registered.
 
     >>> import torch
     >>> class LoggedLoss(torch.nn.CrossEntropyLoss):  # changes nothing about the loss's value

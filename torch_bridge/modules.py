@@ -111,7 +111,7 @@ def convert(
     call = how_to_call(module, example_inputs)
     leaves, structure = jax.tree.flatten(as_inputs(example_inputs))
     if not leaves:
-        raise ValueError("example_inputs must hold at least one tensor: a module without inputs is no model of data.")
+        raise ValueError("example_inputs must hold at least one tensor: a module without inputs has no examples.")
     check_examples(leaves)
     leaves = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
     programs: dict[Any, Program] = {}

@@ -80,7 +80,7 @@ class ComputedLinearOperator(TorchLinearOperator):
                 but for the batch's size.
 
         Raises:
-            TypeError: for what is no state.
+            TypeError: for anything that is not a state.
             ValueError: for the state of another kind of operator, of other parameters, of a module with another
                 forward, or of another loss.
         """

@@ -55,10 +55,10 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
     What is guaranteed is listed at the top of this module.
 
-    **Raises:** TypeError for what is not a tensor, or has a dtype that JAX does not have; RuntimeError for a CUDA
-    tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other devices, for
-    tensors that are not one dense array (sparse, nested, masked, distributed ones), and for tensors without values
-    (fake tensors, tensors inside of `torch.vmap`).
+    **Raises:** TypeError for anything that is not a tensor, or has a dtype that JAX does not have; RuntimeError for a
+    CUDA tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other
+    devices, for tensors that are not one dense array (sparse, nested, masked, distributed ones), and for tensors
+    without values (fake tensors, tensors inside of `torch.vmap`).
 
     >>> import torch
     >>> tensor = torch.arange(3)
@@ -84,8 +84,9 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 
     What is guaranteed is listed at the top of this module.
 
-    **Raises:** TypeError for what is not a JAX array, is being traced, holds PRNG keys, or has a dtype that torch does
-    not have; ValueError for an array on several devices; NotImplementedError for devices other than CPU and CUDA.
+    **Raises:** TypeError for anything that is not a JAX array, is being traced, holds PRNG keys, or has a dtype that
+    torch does not have; ValueError for an array on several devices; NotImplementedError for devices other than CPU and
+    CUDA.
 
     >>> import jax.numpy as jnp
     >>> array = jnp.arange(3.0)
@@ -121,7 +122,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
     return hand_over(array)
 
 
-# From what is no dense array of its own, by the name of its class: that is imported by those who use it.
+# From what is not a dense array of its own, by the name of its class: that is imported by those who use it.
 WAYS_TO_DENSE = {
     "nested": "pass its components one by one, {0}.unbind(), or a padded tensor",
     "DTensor": "pass {0}.full_tensor(), or the part of this process, {0}.to_local()",

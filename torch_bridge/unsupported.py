@@ -28,14 +28,14 @@ WAYS_OUT = {
     "L1Loss": f"{_LINEAR}; or take Laplace's distribution: {_LIKELIHOOD}, with curvature='fisher'",
     "HuberLoss": _LIKELIHOOD,
     "SmoothL1Loss": _LIKELIHOOD,
-    "MultiMarginLoss": "it is no negative log-likelihood: use CrossEntropyLoss",
-    "MultiLabelMarginLoss": "it is no negative log-likelihood: use BCEWithLogitsLoss",
+    "MultiMarginLoss": "it is not a negative log-likelihood: use CrossEntropyLoss",
+    "MultiLabelMarginLoss": "it is not a negative log-likelihood: use BCEWithLogitsLoss",
     "HingeEmbeddingLoss": _LINEAR,
     "MarginRankingLoss": _SEVERAL,
     "CosineEmbeddingLoss": _SEVERAL,
     "TripletMarginLoss": _SEVERAL,
     "TripletMarginWithDistanceLoss": _SEVERAL,
-    "CTCLoss": "it sums over alignments of log-probabilities, and is no sum of terms of one position each",
+    "CTCLoss": "it sums over alignments of log-probabilities, and is not a sum of terms of one position each",
 }
 
 

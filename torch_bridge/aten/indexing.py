@@ -21,7 +21,7 @@ def embedding(
 ) -> Array:
     """Rows; that of `padding_idx` has no gradient."""
     if scale_grad_by_freq:
-        raise NotImplementedError("scale_grad_by_freq=True is no gradient of a function: leave it out")
+        raise NotImplementedError("scale_grad_by_freq=True is not a gradient of a function: leave it out")
     rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
     if padding_idx < 0:
         return rows
@@ -51,12 +51,12 @@ def embedding_bag(
 ) -> Any:
     """Sums, means or maxima (modes 0, 1, 2) of the rows of each bag; entries of `padding_idx` do not count."""
     if scale_grad_by_freq:
-        raise NotImplementedError("scale_grad_by_freq=True is no gradient of a function: leave it out")
+        raise NotImplementedError("scale_grad_by_freq=True is not a gradient of a function: leave it out")
     starts = offsets[:-1] if include_last_offset else offsets
     number = starts.shape[0]
     bags = jnp.searchsorted(starts, jnp.arange(indices.shape[0], dtype=starts.dtype), side="right").astype(int) - 1
     if padding_idx is not None and padding_idx >= 0:
-        bags = jnp.where(indices == padding_idx, number, bags)  # which is no bag
+        bags = jnp.where(indices == padding_idx, number, bags)  # which is not a bag
     rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
