@@ -46,7 +46,7 @@ def task() -> Task:
         "digits, autoencoder",
         lambda params, x: module.apply({"params": params}, x),
         LOSS,
-        lambda seed: module.init(jax.random.key(seed), images[:1])["params"],
+        lambda key: module.init(key, images[:1])["params"],
         batch_of,
         (images, images),
         numbers={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 20},

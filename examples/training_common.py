@@ -27,7 +27,7 @@ from tqdm import tqdm
 import ggn_jax
 
 LOOK = 10  # steps between looks at the loss
-ROUNDS, BLOCK = 5, 50  # of the clock; in a block, inverses are renewed once or more
+ROUNDS = 5  # of blocks of steps on the clock
 COLORS = {
     "SGD": "#7f7f7f",
     "AdamW": "#4d9a3f",
@@ -45,8 +45,8 @@ class Task:
     """What is trained: `batch_of(key)` draws a batch, `value(params)` is the training loss that is reported."""
 
     name: str
-    init: Callable[[int], Any]
-    """The first parameters of a seed."""
+    init: Callable[[jax.Array], Any]
+    """The first parameters, from a key."""
     loss: Callable[[Any, Any], jax.Array]
     """Of the parameters, on a batch."""
     batch_of: Callable[[jax.Array], Any]
@@ -61,13 +61,15 @@ class Task:
     """Settings of KFAC with the quadratic model; `grid` lists the first dampings."""
     warmup: int = 0
     """Over how many steps the learning rates, of all optimizers that have one, rise from 0."""
+    block: int = 50
+    """Steps of a block on the clock: a multiple of those between new inverses."""
 
 
 def supervised(
     name: str,
     model_fn: Callable[[Any, Any], jax.Array],
     loss: ggn_jax.Loss,
-    init: Callable[[int], Any],
+    init: Callable[[jax.Array], Any],
     batch_of: Callable[[jax.Array], tuple[Any, Any]],
     data: tuple[Any, Any],
     *,
@@ -81,7 +83,7 @@ def supervised(
     for `ggn_jax.kfac`.
     """
     value, init = (lambda params, batch: loss(model_fn(params, batch[0]), batch[1])), jax.jit(init)
-    params, (inputs, _) = jax.eval_shape(init, 0), jax.eval_shape(batch_of, jax.random.key(0))
+    params, (inputs, _) = (jax.eval_shape(make, jax.random.key(0)) for make in (init, batch_of))
     return Task(
         name,
         init,
@@ -111,8 +113,8 @@ class Run:
 
 
 def kernels(layers: ggn_jax.Layers, params: Any) -> Any:
-    """For Muon: the axes of each layer's weight `[..., in, out]`; None, for AdamW, of embeddings and all else."""
-    names = {layer.paths[0] for layer in layers if layer.kind != "embedding"}
+    """For Muon: the axes of a weight `[..., in, out]`; None, for AdamW, of embeddings, the last layer and all else."""
+    names = {layer.paths[0] for layer in list(layers)[:-1] if layer.kind != "embedding"}
     axes = lambda p: MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)  # noqa: E731
     return jax.tree.map_with_path(lambda path, p: axes(p) if jax.tree_util.keystr(path) in names else None, params)
 
@@ -134,7 +136,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     matrices = partial(kernels, task.layers)
     return {
         "SGD": rates(partial(optax.sgd, momentum=0.9), 0.03, 0.1, 0.3, 1.0),
-        "AdamW": rates(partial(optax.adamw, weight_decay=0.0), 1e-3, 3e-3, 1e-2, 3e-2),
+        "AdamW": rates(partial(optax.adamw, weight_decay=0.0), 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
         # Updates as large as AdamW's (Liu et al. 2025), so that what is no matrix has the same learning rate.
         "Muon": rates(
             partial(muon, consistent_rms=0.2, muon_weight_dimension_numbers=matrices), 1e-3, 3e-3, 1e-2, 3e-2
@@ -165,14 +167,14 @@ class Trainer:
                 updates, state = optimizer.update(jax.grad(task.loss)(params, batch), state, params)
             return optax.apply_updates(params, updates), state
 
-        self.task, self.init, params = task, jax.jit(optimizer.init), task.init(0)
+        self.task, self.init, params = task, jax.jit(optimizer.init), task.init(jax.random.key(0))
         start = time.process_time()
         self.step = step.lower(params, jax.eval_shape(self.init, params), jax.random.key(0)).compile()
         self.compile_seconds = time.process_time() - start
 
     def train(self, steps: int, seed: int) -> list[float]:
         """The training loss at each look."""
-        params = self.task.init(seed)
+        params = self.task.init(jax.random.key(seed))
         state, losses = self.init(params), [float(self.task.value(params))]
         keys = list(jax.random.split(jax.random.key(seed), steps))  # the same batches for all
         for first in range(0, steps - LOOK + 1, LOOK):
@@ -186,7 +188,7 @@ def clock(trainers: dict[str, Trainer], block: int, rounds: int) -> dict[str, fl
     """CPU milliseconds of a step: the median of blocks of steps, of all optimizers by turns."""
     at = {}
     for name, trainer in trainers.items():
-        params = trainer.task.init(0)
+        params = trainer.task.init(jax.random.key(0))
         at[name] = params, trainer.init(params)
     found: dict[str, list[float]] = {name: [] for name in trainers}
     keys = list(jax.random.split(jax.random.key(0), block))
@@ -216,7 +218,7 @@ def race(task: Task, steps: int, seeds: Sequence[int], quick: bool) -> list[Run]
         for seed in tqdm(seeds, desc=f"{task.name}: {name}, {best}", unit="seed"):
             losses = trainers[name].train(steps, seed)
             runs.append(Run(task.name, name, best, seed, losses, trainers[name].compile_seconds, tries))
-    times = clock(trainers, 1, 1) if quick else clock(trainers, BLOCK, ROUNDS)
+    times = clock(trainers, 1, 1) if quick else clock(trainers, task.block, ROUNDS)
     for run in runs:
         run.cpu_ms = times[run.optimizer]
     return runs

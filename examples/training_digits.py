@@ -25,14 +25,14 @@ BATCH = 256
 
 
 def mlp() -> tuple[Any, Any]:
-    """Three dense layers: the model, and the first parameters of a seed."""
+    """Three dense layers: the model, and the first parameters from a key."""
 
-    def make(seed: int) -> nnx.Module:
-        rngs = nnx.Rngs(seed)
+    def make(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key)
         layers = [nnx.Linear(a, b, rngs=rngs) for a, b in ((64, 128), (128, 64), (64, 10))]
         return nnx.Sequential(layers[0], nnx.relu, layers[1], nnx.relu, layers[2])
 
-    return ggn_jax.from_nnx(make(0))[0], lambda seed: ggn_jax.from_nnx(make(seed))[1]
+    return ggn_jax.from_nnx(make(jax.random.key(0)))[0], lambda key: ggn_jax.from_nnx(make(key))[1]
 
 
 class ResNet(linen.Module):
@@ -77,8 +77,8 @@ def tasks() -> Sequence[Callable[[], Task]]:
         index = jax.random.randint(key, (BATCH,), 0, len(inputs))
         return inputs[index], classes[index]
 
-    def first(module: linen.Module, seed: int) -> Any:
-        return module.init(jax.random.key(seed), square[:1])["params"]
+    def first(module: linen.Module, key: jax.Array) -> Any:
+        return module.init(key, square[:1])["params"]
 
     def made(name: str, model_fn: Any, init: Any, inputs: jax.Array, **options: Any) -> Callable[[], Task]:
         numbers = {"grid": [0.1, 0.3, 1.0], "damping": 0.03, "factor_interval": 10, "inverse_interval": 50}

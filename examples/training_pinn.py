@@ -23,7 +23,7 @@ def task() -> Task:
     examples, options = [problem.inside[0], problem.edge[0]], {"fisher_type": "type-2", "tied": "concatenate"}
     return Task(
         problem.title,
-        lambda seed: network(jax.random.key(seed), [2, *WIDTHS, 1]),
+        lambda key: network(key, [2, *WIDTHS, 1]),
         problem.objective,
         lambda key: problem.batches,
         jax.jit(lambda params: problem.objective(params, problem.batches)),
@@ -31,6 +31,7 @@ def task() -> Task:
         ggn_jax.find_layers(jax.vmap(value, (None, 0)), problem.params, examples[1], bias="separate"),
         numbers={"grid": [0.01, 0.03, 0.1], "damping": 1e-3, "inverse_interval": 5},
         quadratic={"grid": [1e-3], "adapt_damping": 2, "min_damping": 1e-12, "inverse_interval": 2},
+        block=10,
     )
 
 

@@ -73,7 +73,7 @@ def task() -> Task:
         "standard library, transformer",
         lambda params, tokens: module.apply({"params": params}, tokens),
         LOSS,
-        lambda seed: module.init(jax.random.key(seed), fixed[0][:1])["params"],
+        lambda key: module.init(key, fixed[0][:1])["params"],
         batch_of,
         fixed,
         numbers={
@@ -86,6 +86,7 @@ def task() -> Task:
         },
         quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
         warmup=50,
+        block=10,
     )
 
 
