@@ -275,8 +275,8 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             mine = [run for run in runs if (run.task, run.optimizer) == (task, name)]
             if not mine:
                 continue
-            losses = np.array([run.losses for run in mine])
-            steps = LOOK * np.arange(losses.shape[1])
+            losses = np.array([run.losses[1:] for run in mine])
+            steps = LOOK * np.arange(1, losses.shape[1] + 1)
             for ax, x in zip(row, (steps, 1e-3 * mine[0].cpu_ms * steps), strict=True):
                 ax.plot(x, np.median(losses, 0), color=color, label=f"{name} ({mine[0].setting})".replace(" ()", ""))
                 ax.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.15, linewidth=0)
@@ -284,6 +284,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             ax.set(xlabel=label, ylabel="training loss", yscale="log", title=task)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
+        row[1].set_xscale("log")
         row[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
