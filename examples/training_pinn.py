@@ -37,4 +37,4 @@ def task() -> Task:
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    main(__doc__, "training_pinn", [task], steps=1000)
+    main(__doc__, "training_pinn", [task], steps=300)
