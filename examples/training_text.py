@@ -1,4 +1,4 @@
-"""Train a character-level transformer on the source of Python's standard library with KFAC, AdamW and SGD.
+"""Train a character-level transformer on the source of Python's standard library with KFAC, SOAP, Muon, AdamW and SGD.
 
     pip install "ggn-jax[examples]"
     python examples/training_text.py
@@ -8,14 +8,13 @@ it has curvature: embeddings a diagonal factor of counts, normalisation and posi
 """
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen
-from training_common import Task, main
+from training_common import Task, main, supervised
 
 import ggn_jax
 
@@ -57,8 +56,7 @@ def load_text() -> tuple[np.ndarray, int]:
     return numbers.astype(np.int32), len(characters)
 
 
-def tasks(seed: int) -> Sequence[Task]:
-    """One task."""
+def task() -> Task:
     numbers, characters = load_text()
     text = jnp.asarray(numbers)
 
@@ -71,28 +69,26 @@ def tasks(seed: int) -> Sequence[Task]:
 
     fixed = cut(jax.random.randint(jax.random.key(1), (EVALUATED,), 0, text.size - LENGTH - 1))
     module = Transformer(characters)
-    model_fn, params = ggn_jax.from_linen(module, module.init(jax.random.key(seed), fixed[0][:1]))
-    return [
-        Task(
-            "standard library, transformer",
-            model_fn,
-            params,
-            LOSS,
-            batch_of,
-            jax.jit(lambda params: LOSS(model_fn(params, fixed[0]), fixed[1])),
-            kfac={
-                "grid": [0.003, 0.01, 0.03],
-                "damping": 0.001,
-                "kl_clip": 0.01,
-                "decay": 0.9,
-                "factor_interval": 2,
-                "inverse_interval": 2,
-            },
-            quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
-            warmup=50,
-        )
-    ]
+    return supervised(
+        "standard library, transformer",
+        lambda params, tokens: module.apply({"params": params}, tokens),
+        LOSS,
+        lambda key: module.init(key, fixed[0][:1])["params"],
+        batch_of,
+        fixed,
+        numbers={
+            "grid": [0.003, 0.01, 0.03],
+            "damping": 0.001,
+            "kl_clip": 0.01,
+            "decay": 0.9,
+            "factor_interval": 2,
+            "inverse_interval": 2,
+        },
+        quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
+        warmup=50,
+        block=10,
+    )
 
 
 if __name__ == "__main__":
-    main(__doc__, "training_text", tasks, steps=600)
+    main(__doc__, "training_text", [task], steps=600)

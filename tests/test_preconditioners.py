@@ -230,6 +230,34 @@ def test_errors_of_factors() -> None:
             make(factors, rest)
 
 
+def test_soap() -> None:
+    """Square matrices, so that no eigenvalue of the first averages is 0 twice, and their eigenvectors are unique."""
+    params = {"w": normal("w", 3, 3), "v": normal("v", 3, 3), "s": normal("s", 3)}
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] * p["s"][None]  # noqa: E731
+    scale = load("matrices").scale_by_soap(ggn_jax.find_layers(fn, params, BATCHES[0][0]), interval=2)
+    state, update = scale.init(params), jax.jit(scale.update)
+    grads = [{name: normal(f"{name}{i}", *p.shape) for name, p in params.items()} for i in range(6)]
+    got = []
+    for each in grads:
+        updates, state = update(each, state)
+        got.append(updates)
+    for name in ("w", "v"):
+        m = v = np.zeros((3, 3))
+        left, right = (0.05 * g @ g.T for g in (np.asarray(grads[0][name]).T, np.asarray(grads[0][name])))
+        ql, qr = (np.linalg.eigh(x)[1] for x in (left, right))
+        assert_close(got[0][name], np.zeros((3, 3)))
+        for t in range(1, 6):
+            g = np.asarray(grads[t][name]).T
+            m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * (ql.T @ g @ qr) ** 2
+            adam = ql.T @ m @ qr / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+            assert_close(got[t][name].T, ql @ adam @ qr.T, 1e-9)
+            left, right = 0.95 * left + 0.05 * g @ g.T, 0.95 * right + 0.05 * g.T @ g
+            if t % 2 == 0:
+                rows, columns = (np.argsort(-np.diag(q.T @ x @ q)) for q, x in ((ql, left), (qr, right)))
+                v = v[rows][:, columns]
+                ql, qr = np.linalg.qr(left @ ql[:, rows])[0], np.linalg.qr(right @ qr[:, columns])[0]
+
+
 # The transformation itself. -------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Muon (Jordan et al. 2024) and Shampoo (Gupta et al. 2018, arXiv:1802.09568): what needs a gradient's matrix only.
+"""Muon (Jordan et al. 2024), Shampoo (Gupta et al. 2018, arXiv:1802.09568) and SOAP (Vyas et al. 2024,
+arXiv:2409.11321): what needs a gradient's matrix only.
 
 Which matrix a layer's gradient is, of a fused, scanned, convolutional or tied weight, `to_matrices` knows; all that has
 no layer (biases with `find_layers(..., bias="separate")`, scales) is for Adam.
@@ -52,6 +53,58 @@ def scale_by_shampoo(layers: ggn_jax.Layers, epsilon: float = 1e-6) -> optax.Gra
 def _root(x: jax.Array) -> jax.Array:
     values, q = jnp.linalg.eigh(x)
     return (q * values[:, None] ** -0.25) @ jnp.swapaxes(q, 1, 2)
+
+
+def scale_by_soap(
+    layers: ggn_jax.Layers, b1: float = 0.95, b2: float = 0.95, epsilon: float = 1e-8, interval: int = 10
+) -> optax.GradientTransformation:
+    """Adam in the eigenbases of running averages of `G G^T` and `G^T G`, which a QR renews every `interval` steps.
+
+    As in the authors' code, the first gradient starts the averages only, and its update is 0.
+    """
+
+    def start(m: jax.Array) -> Any:
+        sides = [jnp.zeros((len(m), size, size), m.dtype) for size in m.shape[1:]]
+        return jnp.zeros((), int), jnp.zeros_like(m), jnp.zeros_like(m), sides, sides
+
+    def step(m: jax.Array, state: Any) -> Any:
+        count, first, second, averages, (left, right) = state
+        first = jnp.where(count > 0, b1 * first + (1 - b1) * m, 0)
+        second = b2 * second + (1 - b2) * (_transpose(left) @ m @ right) ** 2
+        steps = jnp.maximum(count, 1)
+        scale = jnp.sqrt(second / (1 - b2**steps)) + epsilon
+        update = left @ (_transpose(left) @ first @ right / (1 - b1**steps) / scale) @ _transpose(right)
+        averages = [
+            b2 * old + (1 - b2) * x @ _transpose(x) for old, x in zip(averages, (m, _transpose(m)), strict=True)
+        ]
+        which = jnp.where(count == 0, 0, jnp.where(count % interval == 0, 1, 2))
+        second, bases = jax.lax.switch(which, [_decompose, _renew, _keep], second, averages, [left, right])
+        return update, (count + 1, first, second, averages, bases)
+
+    return on_matrices(layers, start, step, optax.scale_by_adam(b1, b2))
+
+
+def _keep(second: jax.Array, averages: list[jax.Array], bases: list[jax.Array]) -> Any:
+    return second, bases
+
+
+def _decompose(second: jax.Array, averages: list[jax.Array], bases: list[jax.Array]) -> Any:
+    return second, [jnp.linalg.eigh(average)[1] for average in averages]
+
+
+def _renew(second: jax.Array, averages: list[jax.Array], bases: list[jax.Array]) -> Any:
+    """A step of orthogonal iteration, the largest eigenvalues first; `second` follows the order."""
+    new = []
+    for axis, (average, q) in enumerate(zip(averages, bases, strict=True), 1):
+        product = average @ q
+        order = jnp.argsort(-jnp.sum(q * product, axis=1), axis=1)
+        second = jnp.take_along_axis(second, jnp.expand_dims(order, 3 - axis), axis)
+        new.append(jnp.linalg.qr(jnp.take_along_axis(product, order[:, None], 2))[0])
+    return second, new
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
 
 
 def on_matrices(
