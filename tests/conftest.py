@@ -32,9 +32,25 @@ CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "cross_entro
 HOOK = install_import_hook([f"ggn_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`@pytest.mark.by_default("id", ...)`: the test's other parameters run with `-m sweep` only."""
+    missing = set()
+    for item in items:
+        for mark in item.iter_markers("by_default"):
+            missing |= {(item.nodeid.split("[")[0], name) for name in mark.args}
+            if item.callspec.id not in mark.args:
+                item.add_marker("sweep")
+    missing -= {(item.nodeid.split("[")[0], item.callspec.id) for item in items if hasattr(item, "callspec")}
+    if missing and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"by_default names parameters that do not exist: {sorted(missing)}")
+
 
 LOOK_EVERY, MOST = 20, 30_000
 finished = 0

@@ -108,6 +108,7 @@ def test_layers_explain_the_gradient(program: ModuleType, architectures: ModuleT
     assert set(report.uncovered) <= {"['token']"}
 
 
+@pytest.mark.sweep
 def test_figures(tmp_path: Path) -> None:
     printed, found = run_models("--model", "mlp-10", "--options", "max_dense_size=4", tmp_path=tmp_path)
     rows = {row["row"]: row for row in found["mlp-10"]}
@@ -144,6 +145,7 @@ def test_what_fails_says_why(tmp_path: Path) -> None:
     assert "ValueError: damping must be" in printed
 
 
+@pytest.mark.sweep
 def test_the_limit_leaves_the_other_models(tmp_path: Path) -> None:
     _, found = run_models("--model", "mlp-10", "mlp-20", "--limit", "0.01", tmp_path=tmp_path)
     ended = [{"row": "process", "error": "it ended after 0.01 s, the limit"}]

@@ -67,6 +67,7 @@ MADE: dict[str, tuple[Callable[[], Any], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.by_default("inverse and sum", "mixed", "damped by layers", "mean")
 def test_operators_made_of_others(name: str) -> None:
     operator, want = MADE[name][0](), MADE[name][1]
     assert isinstance(operator, BlockLinearOperator)
@@ -235,6 +236,7 @@ def test_derivatives() -> None:
         np.testing.assert_allclose(change, np.asarray(gradient) @ along, rtol=1e-10, err_msg=name)
 
 
+@pytest.mark.sweep
 def test_derivatives_of_ekfac_and_heuristic_inverses() -> None:
     """Against finite differences, in the parameters and in class weights, at eigenvalues that differ."""
     rng = np.random.default_rng(5)

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import CrossEntropyLoss, MSELoss
 
@@ -71,6 +72,7 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+@pytest.mark.sweep
 def test_memory_does_not_grow() -> None:
     if not Path("/proc/self/statm").exists():  # pragma: no cover
         return

@@ -67,6 +67,15 @@ def model_of(weight: Callable[[Any], jax.Array]) -> Callable[[Any, jax.Array], j
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.by_default(
+    "merged adapter",
+    "three factors",
+    "normalised",
+    "learned scale",
+    "transposed adapter in jit",
+    "masked",
+    "straight through",
+)
 def test_blocks_are_exact_for_one_example(name: str) -> None:
     """There, KFAC's block of each parameter is the GGN's: J^T H J by automatic differentiation."""
     hidden, weight, kinds = WEIGHTS[name]
@@ -85,6 +94,7 @@ def test_blocks_are_exact_for_one_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["merged adapter", "scaled both", "learned scale"])
+@pytest.mark.by_default("scaled both")
 def test_factors_are_those_of_the_layers_written_out(name: str) -> None:
     """Of several examples, the blocks of the model in which data meet the parameters one by one."""
     apart: dict[str, Callable[[Any, jax.Array], jax.Array]] = {

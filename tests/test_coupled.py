@@ -95,6 +95,7 @@ def pooled(p: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(("model_fn", "sharing"), [(mixed, "expand"), (pooled, "reduce")])
 @pytest.mark.parametrize("cls", [KFAC, EKFAC])
+@pytest.mark.by_default("KFACLinearOperator-mixed-expand", "EKFACLinearOperator-pooled-reduce")
 def test_exact_for_deep_linear_nets(model_fn: Any, sharing: str, cls: Any) -> None:
     params = {"u": normal(5, 3, 2), "v": normal(6, 2, 2)}
     batch = X, normal(7, N, 2)
@@ -119,6 +120,7 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+@pytest.mark.by_default("mc")
 def test_draws_are_right_in_the_mean(fisher_type: str) -> None:
     """Signs and labels are drawn for each example: means over keys have the exact block's mean."""
 
@@ -201,6 +203,7 @@ def convolution(p: Any, inputs: Any) -> jax.Array:
     ],
     ids=["loop", "convolution", "contrastive", "graph"],
 )
+@pytest.mark.by_default("graph", "loop")
 def test_other_coupled_models(model_fn: Any, inputs: Any, targets: Any) -> None:
     params = {"i": normal(13, 3, 2), "t": normal(14, 3, 2)}
     plain = jax.tree.map(

@@ -133,6 +133,7 @@ def test_who_started_jax_too_early_is_told() -> None:
 
 
 @pytest.mark.parametrize("invert", [by_halves, by_solves])
+@pytest.mark.by_default("by_halves")
 def test_inverses_from_triangular_factors(invert: Callable[[jax.Array], jax.Array]) -> None:
     size = 1500  # cut in halves once
     x = np.random.default_rng(0).normal(size=(size, 2 * size)) / size**0.5

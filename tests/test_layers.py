@@ -226,6 +226,17 @@ def report_of(name: str) -> ggn_jax.Report:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.by_default(
+    "transformer",
+    "moved",
+    "scan",
+    "experts",
+    "twice",
+    "pytree inputs",
+    "batch last",
+    "merged axes",
+    "gathered",
+)
 def test_layers_explain_the_gradient(name: str) -> None:
     found = report_of(name)
     assert found.passed, str(found)
@@ -410,6 +421,7 @@ def test_shapes_are_enough() -> None:
 
 
 @pytest.mark.parametrize("name", ["scan", "transformer", "convolutions"])
+@pytest.mark.by_default("transformer")
 def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     """Against one datum's gradient by automatic differentiation, of each weight."""
     model_fn, params, inputs = model_of(name)

@@ -201,6 +201,15 @@ every_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__na
 
 
 @every_maker
+@pytest.mark.by_default(
+    "linen_net",
+    "equinox_mlp",
+    "haiku_net",
+    "nnx_linear",
+    "nnx_method",
+    "linen_dropout",
+    "equinox_batched",
+)
 def test_outputs_are_the_modules(make: Any) -> None:
     (model_fn, params), want = make()
     np.testing.assert_allclose(model_fn(params, X), want, rtol=1e-12, atol=1e-12)
@@ -211,6 +220,7 @@ def test_outputs_are_the_modules(make: Any) -> None:
 
 
 @every_maker
+@pytest.mark.by_default("linen_dense", "equinox_mlp", "haiku_net", "nnx_net")
 def test_operators(make: Any) -> None:
     (model_fn, params), outputs = make()
     args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)
@@ -237,6 +247,7 @@ def test_operators(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [made_nnx_net, made_linen_net], ids=lambda make: make.__name__)
+@pytest.mark.by_default("made_linen_net")
 def test_chunks_and_diagonal(make: Any) -> None:
     """No datum sees another in evaluation: chunks, and batches of one, make no difference."""
     (model_fn, params), _ = make()

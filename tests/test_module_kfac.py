@@ -120,6 +120,7 @@ def test_digits() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.by_default("False")
 def test_one_step_in_training_mode(batch_norm: bool) -> None:
     """It is that of `ggn_jax.kfac`, with a key for the batch or each example; and statistics are torch's."""
     torch.manual_seed(0)

@@ -104,6 +104,11 @@ def test_binary_cross_entropy_keeps_relative_accuracy(logit: float, dtype: str) 
     dtype=DTYPES,
     ids=lambda x: None if isinstance(x, str) else type(x).__name__,
 )
+@pytest.mark.by_default(
+    "CrossEntropyLoss-mc-bfloat16",
+    "MSELoss-type-2-float16",
+    "BCEWithLogitsLoss-empirical-float32",
+)
 def test_extreme_outputs_are_finite(loss: ggn_jax.Loss, fisher_type: str, dtype: str) -> None:
     outputs = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]], dtype)
     targets = jnp.asarray([0, 1, 2]) if isinstance(loss, CrossEntropyLoss) else jnp.ones((3, 3), dtype)
@@ -262,6 +267,7 @@ MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
 
 
 @pytest.mark.parametrize(("first", "second"), [("forward", "reverse"), ("reverse", "forward")])
+@pytest.mark.by_default("reverse-forward")
 def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
     """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
     rng = np.random.default_rng(0)

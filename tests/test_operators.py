@@ -49,6 +49,7 @@ def names(value: Any) -> str | None:
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[3, None], ids=names)  # the Hessian has the other chunk size
+@pytest.mark.by_default("ce-sequence-[N,C,T]-3", "bce-dict-3", "mse-images-3", "poisson-None")
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(ggn.as_matrix(), problem.ggn())
@@ -56,6 +57,7 @@ def test_ggn(problem: Problem, chunk_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 2])
+@pytest.mark.by_default("1", "5")
 def test_other_chunk_sizes(chunk_size: int) -> None:
     """One; one less than, equal to and more than the batch."""
     for operator, want in (
@@ -74,12 +76,14 @@ def test_oracle_in_jax_agrees(problem: Problem) -> None:
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[None, 3], ids=names)
+@pytest.mark.by_default("ce-sequence-[N,T,C]-3", "bce-weight-of-batch-3", "mse-scalar-3")
 def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     hessian = HessianLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "datum"], ids=names)
+@pytest.mark.by_default("ce-sequence-[N,C,T]-1-term", "bce-options-3-term", "mse-scalar-3-datum")
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -107,6 +111,12 @@ def test_ef_of_terms_and_of_data_differ() -> None:
 
 
 @covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], method=["layers", "data"], ids=names)
+@pytest.mark.by_default(
+    "ce-sequence-[N,T,C]-chunks19-data",
+    "bce-options-chunks26-layers",
+    "bce-dict-chunks52-layers",
+    "poisson-chunks55-data",
+)
 def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
     options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
@@ -184,6 +194,7 @@ def test_ggn_of_deep_linear_net_that_fits_is_hessian() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
 @covering(1, name=["mse", "ce", "bce"], reduction=["mean", "sum"])
+@pytest.mark.by_default("ce-sum", "bce-mean")
 def test_curvlinops(name: str, reduction: str) -> None:
     params = [normal("w1", 4, 3), normal("b1", 4), normal("w2", 3, 4), normal("b2", 3)]
     ours, torchs, targets = {
@@ -220,6 +231,7 @@ drawn_problems = pytest.mark.parametrize("problem", [CE, PROBLEMS[2], PROBLEMS[5
 
 
 @drawn_problems
+@pytest.mark.by_default("ce-options")
 def test_monte_carlo_draws(problem: Problem) -> None:
     """The same for every chunk size and for the diagonal; a function of the key."""
     key = jax.random.key(0)
@@ -245,6 +257,7 @@ def assert_unbiased(samples: np.ndarray, want: np.ndarray) -> None:
 
 
 @drawn_problems
+@pytest.mark.by_default("bce-weight-of-batch")
 def test_monte_carlo_is_unbiased(problem: Problem) -> None:
     def matrix(key: jax.Array) -> jax.Array:
         return GGNLinearOperator(*problem.args, mc_samples=1, key=key).as_matrix()
@@ -254,6 +267,7 @@ def test_monte_carlo_is_unbiased(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("problem", [CE, PROBLEMS[6]], ids=lambda problem: problem.name)
+@pytest.mark.by_default("ce-options")
 def test_monte_carlo_diagonal_is_unbiased(problem: Problem) -> None:
     def entries(key: jax.Array) -> jax.Array:
         return ravel_pytree(GGNDiagonalLinearOperator(*problem.args, mc_samples=3, key=key).entries)[0]
@@ -286,6 +300,7 @@ def test_monte_carlo_of_a_loss_without_hessian() -> None:
 
 
 @covering(1, name=["ggn", "mc", "ef", "hessian", "diagonal"], dtype=["float32", "bfloat16"])
+@pytest.mark.by_default("mc-bfloat16", "diagonal-float32")
 def test_low_precision(name: str, dtype: str) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), MLP_PARAMS)
     vector = jax.tree.map(lambda p: p.astype(dtype), CE.vector)
@@ -303,6 +318,7 @@ def test_low_precision(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.by_default("mc-diagonal", "hessian")
 def test_mixed_dtypes(name: str) -> None:
     """A float32 leaf among float64 ones."""
     params = {**MLP_PARAMS, "w2": MLP_PARAMS["w2"].astype("float32")}
@@ -440,6 +456,7 @@ def test_models_of_no_inputs() -> None:
 
 
 @pytest.mark.parametrize("cls", [GGNLinearOperator, GGNDiagonalLinearOperator], ids=lambda cls: cls.__name__)
+@pytest.mark.by_default("GGNDiagonalLinearOperator")
 def test_loss_without_exact_factor(cls: Any) -> None:
     args = mlp, StudentLoss(), MLP_PARAMS, (X, normal("y", N, 3))
     with pytest.raises(NotImplementedError, match="StudentLoss declares curvature='fisher' and has no exact factor"):

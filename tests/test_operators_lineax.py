@@ -60,6 +60,12 @@ def names_of_classes(value: Any) -> str | None:
     cls=[GGNLinearOperator, EFLinearOperator],
     ids=names_of_classes,
 )
+@pytest.mark.by_default(
+    "LU-GGNLinearOperator",
+    "Cholesky-EFLinearOperator",
+    "AutoLinearSolver-EFLinearOperator",
+    "CG-GGNLinearOperator",
+)
 def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
     operator = cls(*CE.args).damped(DAMPING)
     solution = lx.linear_solve(operator, CE.vector, solver).value
@@ -73,6 +79,7 @@ def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
     [lx.GMRES(rtol=1e-10, atol=1e-10, restart=40), lx.LSMR(rtol=1e-10, atol=1e-10), lx.LU()],
     ids=lambda solver: type(solver).__name__,
 )
+@pytest.mark.by_default("GMRES", "LU")
 def test_solve_with_hessian(solver: lx.AbstractLinearSolver) -> None:
     solution = lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, solver).value
     assert_close(flat(solution), dense_solve(CE.hessian(), CE.vector), 1e-6)
@@ -165,6 +172,7 @@ def test_tags() -> None:
     ("name", "chunk_size"),
     [("ggn", None), ("ef", 3), ("diagonal", None)],
 )
+@pytest.mark.by_default("ef-3")
 def test_other_forms_of_the_same_operator(name: str, chunk_size: int | None) -> None:
     """Linearised, materialised, through `jit`: the same matrix; also with damping."""
     problem = PROBLEMS[2]
@@ -259,6 +267,7 @@ def test_constructed_under_jit_with_constant_targets() -> None:
     chunk_size=[None, 2],
     ids=names_of_classes,
 )
+@pytest.mark.by_default("EFLinearOperator-Cholesky-2")
 def test_model_closes_over_traced_values(cls: Any, solver: Any, chunk_size: int | None) -> None:
     """Parameters that are not differentiated, batch statistics and the like, made in the same `jit`."""
 
@@ -350,6 +359,7 @@ def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
 
 
 @pytest.mark.parametrize(("name", "chunk_size"), [("mc", 2), ("ef", None), ("hessian", 2), ("diagonal", 2)])
+@pytest.mark.by_default("mc-2", "ef-None")
 def test_nothing_is_traced_anew(name: str, chunk_size: int | None) -> None:
     """A training loop makes a new operator each step, with values of the same shapes."""
     traces = 0

@@ -172,6 +172,7 @@ def test_quadratic_learning_rate_and_momentum() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.01, 30.0])
+@pytest.mark.by_default("30.0")
 def test_levenberg_marquardt(rate: float) -> None:
     params, batch = mlp_params(), batch_of()
     grads = gradient(mlp, CE, params, batch)
@@ -307,6 +308,7 @@ def embedding_problem() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("ekfac", [False, True])
+@pytest.mark.by_default("True")
 def test_one_pass_equals_two(ekfac: bool) -> None:
     params, batch = embedding_problem()
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=3)
@@ -364,6 +366,7 @@ def mesh_of(size: int) -> Mesh:
 
 
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"staggered": True, "inverse_interval": 2}])
+@pytest.mark.by_default("options1")
 def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> None:
     mesh = mesh_of(2)
     batch = batch_of()

@@ -40,6 +40,7 @@ def train(optimizer: Any, params: Any, steps: int, **extra: Any) -> tuple[Any, A
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])  # float64 is that of all other tests
+@pytest.mark.by_default("bfloat16")
 def test_dtypes_are_stable(dtype: Any) -> None:
     params, batch = mlp_params(dtype), batch_of(dtype=dtype)
     optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=0.1, weight_decay=1e-3, adapt_damping=1)
@@ -122,6 +123,7 @@ def test_transformations_that_hold_one() -> None:
 
 
 @pytest.mark.parametrize("way", ["function", "static_args"])
+@pytest.mark.by_default("function")
 def test_inject_hyperparams(way: str) -> None:
     x = batch_of()[0]
     schedule = optax.linear_schedule(0.2, 0.1, 10)
@@ -275,6 +277,7 @@ def test_linen_train_state() -> None:
 
 
 @pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])
+@pytest.mark.by_default("kfac")
 def test_donated_states_hold_nothing_of_the_users(kind: str) -> None:
     """Numbers as arrays, parameters, batches, gradients and keys are still there when a state is gone."""
     numbers = {"damping": jnp.float64(0.1), "decay": jnp.float64(0.9)}

@@ -58,6 +58,7 @@ PAIRS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.by_default("low rank", "of different sizes", "a term is 0", "commuting, of equal eigenvalues")
 def test_damped_inverse(name: str) -> None:
     """Products, determinant, diagonal, trace and norm; and derivatives of the first two."""
     a, b = PAIRS[name]
@@ -112,6 +113,7 @@ def test_nothing_at_all() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 1, 1), (2, 2, 2, 1)])
+@pytest.mark.by_default("ranks0")
 def test_singular_without_damping(ranks: tuple[int, ...]) -> None:
     a, b = (psd(4, ranks[0]), psd(4, ranks[1])), (psd(3, ranks[2]), psd(3, ranks[3]))
     (inverse,) = split_inverses([Kronecker(a, b)], [jnp.zeros(())])

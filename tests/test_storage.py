@@ -14,6 +14,7 @@ from ggn_jax.optimizer.storage import dithered, pack_triangle, unpack_triangle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
+@pytest.mark.by_default("7", "1")
 def test_a_triangle_holds_a_symmetric_matrix(size: int) -> None:
     x = normal(size, 3, size, size)
     x = x + jnp.swapaxes(x, 1, 2)
@@ -55,6 +56,7 @@ def train(steps: int, **options: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("options", [{"damping_method": "exact"}, {"ekfac": True}], ids=str)
+@pytest.mark.by_default("{'ekfac': True}")
 def test_averages_in_bfloat16(options: Any) -> None:
     """Averages of 30 steps differ by rounding, inverses are float32, and half the bytes are kept."""
     (full, value), (half, found) = train(30, **options), train(30, factor_dtype="bfloat16", **options)

@@ -29,6 +29,7 @@ BATCH = normal(7, 3), jnp.arange(7) % 2
 
 
 @BOTH
+@pytest.mark.by_default("KFACLinearOperator")
 def test_what_an_uncovered_parameter_gets(cls: Any) -> None:
     args, exact = (weight_normed, CE, PARAMS, BATCH), ggn(weight_normed, CE, PARAMS, BATCH)[4:, 4:]
     np.testing.assert_allclose(cls(*args, fisher_type="type-2").block("w"), exact, atol=1e-15)
@@ -112,6 +113,7 @@ def test_batches_for_which_layers_come_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.by_default("float32")
 def test_the_report_explains_gradients_that_cancel(dtype: Any) -> None:
     """A bias before a normalisation has no gradient, but for rounding."""
 
@@ -154,6 +156,7 @@ def first_state(p: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("model_fn", [class_token, mask_token, written_token, first_state])
+@pytest.mark.by_default("first_state", "class_token")
 def test_tokens_and_first_states_are_shifts(model_fn: Any) -> None:
     """They are put beside data, in the place of some, or at the start of a loop: their block is the GGN's."""
     params, batch = {"q": normal(3, 3), "token": normal(3), "w": normal(3, 2)}, (normal(5, 4, 3), normal(5, 2, seed=1))
@@ -200,6 +203,7 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("name", QUERIES)
+@pytest.mark.by_default("attends", "is added as it is")
 def test_a_weight_whose_input_is_another_parameter(name: str) -> None:
     """As latent arrays that are normalised first: the weight is a layer, the latent array has its exact block."""
     params, batch = {"query": normal(3), "v": normal(3, 2), "w": normal(3, 3)}, (normal(1, 4, 3), normal(1, 2))

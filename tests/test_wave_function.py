@@ -93,6 +93,7 @@ def test_kfac_finds_every_layer_and_bounds_the_step() -> None:
     assert {row.parameter.split("]")[0] for row in report.rows if row.curvature == "block"} == {"['envelopes'"}
 
 
+@pytest.mark.sweep
 def test_devices_share_the_samples() -> None:
     """With means over devices, each has the step of all samples."""
     start, mesh = params(), jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
