@@ -1,5 +1,6 @@
 """Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices, and shapes checked at run time."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(2)}"
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Each operation of a program would carry ten lines of Python's stack.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # What was forgotten (see below) is loaded again in a tenth of the time that it takes to compile. Each process has a
 # folder of its own: JAX does not write files at one stroke, so that others might read the half of one.
@@ -50,6 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing -= {(item.nodeid.split("[")[0], item.callspec.id) for item in items if hasattr(item, "callspec")}
     if missing and not any("::" in arg for arg in config.args):
         raise pytest.UsageError(f"by_default names parameters that do not exist: {sorted(missing)}")
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many small objects: what is imported is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 LOOK_EVERY, MOST = 20, 30_000

@@ -338,6 +338,7 @@ def test_kfoc_of_small_outputs_in_float32() -> None:
     np.testing.assert_allclose(fn(size) / size**2, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.sweep
 def test_preconditioned_conjugate_gradients_in_float32() -> None:
     """To the accuracy that float32 allows, with the residual as the recurrence has it (`KFACLinearOperator`)."""
     rng = np.random.default_rng(0)
@@ -362,6 +363,7 @@ def test_preconditioned_conjugate_gradients_in_float32() -> None:
     assert np.linalg.norm(np.asarray(flat(solution.value), float) - want) < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.sweep
 def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the dense matrix would be too large."""
     monkeypatch.setattr(functions, "DENSE", 11)

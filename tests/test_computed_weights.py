@@ -114,6 +114,7 @@ def test_factors_are_those_of_the_layers_written_out(name: str) -> None:
         np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-14)
 
 
+@pytest.mark.sweep
 def test_adapters_of_a_stack_of_layers() -> None:
     """In a scan, of dense layers with heads, and under vmap: blocks of one position are the GGN's."""
 
@@ -160,6 +161,7 @@ def test_kernels_and_tables() -> None:
     np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-14)
 
 
+@pytest.mark.sweep
 def test_multipliers_follow_the_parameters() -> None:
     """A step of the optimizer is that of the model written out, also at other parameters than `init` saw."""
     hidden, weight, _ = WEIGHTS["merged adapter"]

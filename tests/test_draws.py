@@ -37,6 +37,7 @@ def test_probabilities(classes: int) -> None:
     assert_chi_squared(np.bincount(drawn_classes(logits, 20_000), minlength=classes), p)
 
 
+@pytest.mark.sweep
 def test_fifty_thousand_classes_behind_one_that_dominates() -> None:
     """The tail has 1 % of the mass, 2e-7 a class: two steps of a float32 uniform."""
     classes, words = 50_000, 2_000_000

@@ -205,6 +205,7 @@ def test_the_factors_of_a_weight_that_meets_a_constant() -> None:
         assert any(np.allclose(a, f[0], atol=1e-14) and np.allclose(b, g[0], atol=1e-14) for f, g in pairs)
 
 
+@pytest.mark.sweep
 def test_constant_inputs_inside_loops() -> None:
     """Each step has a weight of its own, whose inputs are the same for all examples: a constant, or known rows."""
     constant = jnp.ones(3)

@@ -650,6 +650,7 @@ def test_more_errors() -> None:
         KFAC(scale_and_shift, CE, params, (INPUTS, LABELS), fisher_type="forward-only")
 
 
+@pytest.mark.sweep
 def test_factorisations_of_many_sizes_end() -> None:
     # Two batched LAPACK calls at a time wait for each other for ever in jaxlib 0.10 on two cores.
     code = """

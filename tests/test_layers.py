@@ -514,10 +514,28 @@ def views(draw: st.DrawFn) -> tuple[IndexMap, np.ndarray]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(views(), st.integers(0, 3))
-def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+@given(views())
+def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray]) -> None:
     entries, array = view
     np.testing.assert_array_equal(entries.numbers(), array)
     assert entries.is_injective()
-    flat = jnp.arange(int(array.max()) + 1 + more)
-    np.testing.assert_array_equal(entries.reader(flat.size)(flat), array)
+
+
+def check_reader(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    entries, array = view
+    flat = np.arange(int(array.max()) + 1 + more)
+    np.testing.assert_array_equal(jax.jit(entries.reader(flat.size))(flat), array)
+
+
+# Each is compiled anew.
+@settings(max_examples=15, deadline=None)
+@given(views(), st.integers(0, 3))
+def test_readers_read_what_index_maps_say(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    check_reader(view, more)
+
+
+@pytest.mark.sweep
+@settings(max_examples=100, deadline=None)
+@given(views(), st.integers(0, 3))
+def test_more_readers(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    check_reader(view, more)

@@ -193,6 +193,7 @@ def network(p: Any, x: jax.Array) -> jax.Array:
 NETWORK = {"w": normal(4, 4), "v": normal(4, 2)}
 
 
+@pytest.mark.sweep
 def test_one_position() -> None:
     x, y = normal(6, 3, 4), normal(6, 2)
     mask = jnp.arange(3)[None] < jnp.array([3, 2, 3, 1, 1, 1])[:, None]

@@ -343,6 +343,7 @@ def test_equinox_parameters_are_written_back() -> None:
     np.testing.assert_allclose(jax.vmap(eqx.combine(new, module))(X), model_fn(new, X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sweep
 def test_a_step_on_the_ggn_lowers_the_loss() -> None:
     """The whole way round: module, operator, solve, update, module."""
     module, loss = nnx_net(), ggn_jax.CrossEntropyLoss()

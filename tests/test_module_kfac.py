@@ -79,6 +79,7 @@ def train(module: nn.Module, optimizer: Any, steps: int, scheduler: Any = None) 
             scheduler.step()
 
 
+@pytest.mark.sweep
 def test_digits() -> None:
     """Lower than AdamW's loss after as many steps; a schedule is followed; and a run that is resumed goes on.
 

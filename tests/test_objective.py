@@ -202,6 +202,7 @@ def test_ekfac_has_the_whole_diagonal_in_its_bases() -> None:
     np.testing.assert_allclose(ekfac.trace(), np.trace(ggn_matrix()), rtol=1e-12)
 
 
+@pytest.mark.sweep
 def test_forward_only_and_draws() -> None:
     linear = ggn_jax.Objective(lambda p, x: x @ p["w"], ggn_jax.MSELoss())
     params, inputs = {"w": PARAMS["w"]}, [x for x, _ in BATCHES]

@@ -276,6 +276,7 @@ def test_monte_carlo_diagonal_is_unbiased(problem: Problem) -> None:
     assert_unbiased(np.asarray(jax.jit(jax.vmap(entries))(keys)), np.diagonal(problem.ggn()))
 
 
+@pytest.mark.sweep
 def test_monte_carlo_converges_with_samples() -> None:
     """Many samples of one key: the error falls as their square root."""
     errors = [
@@ -300,7 +301,7 @@ def test_monte_carlo_of_a_loss_without_hessian() -> None:
 
 
 @covering(1, name=["ggn", "mc", "ef", "hessian", "diagonal"], dtype=["float32", "bfloat16"])
-@pytest.mark.by_default("mc-bfloat16", "diagonal-float32")
+@pytest.mark.by_default("mc-bfloat16")
 def test_low_precision(name: str, dtype: str) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), MLP_PARAMS)
     vector = jax.tree.map(lambda p: p.astype(dtype), CE.vector)

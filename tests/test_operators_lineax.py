@@ -172,7 +172,7 @@ def test_tags() -> None:
     ("name", "chunk_size"),
     [("ggn", None), ("ef", 3), ("diagonal", None)],
 )
-@pytest.mark.by_default("ef-3")
+@pytest.mark.by_default("diagonal-None")
 def test_other_forms_of_the_same_operator(name: str, chunk_size: int | None) -> None:
     """Linearised, materialised, through `jit`: the same matrix; also with damping."""
     problem = PROBLEMS[2]

@@ -328,7 +328,7 @@ def test_a_key_for_each_device() -> None:
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.by_default("True")
+@pytest.mark.by_default("False")
 def test_parameters_of_each_device(check_vma: bool) -> None:
     """An ensemble: a model for each device, and one batch for all."""
     model_fn, loss, params, batch = MODELS["images"]

@@ -115,6 +115,7 @@ def place(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.by_default("plain-Auto", "custom-vjp-Explicit", "looped-Explicit", "grouped-Auto")
 def test_the_diagonal_by_data(name: str, kind: str) -> None:
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
@@ -125,6 +126,7 @@ def test_the_diagonal_by_data(name: str, kind: str) -> None:
 
 
 @covering(1, name=[name for name in MODELS if name != "plain"], kind=["Auto", "Explicit"])
+@pytest.mark.by_default("looped-Auto", "grouped-Explicit", "custom-vjp-Auto")
 def test_blocks_of_kernels_that_are_no_layers(name: str, kind: str) -> None:
     options: Any = {"fisher_type": "type-2", "on_uncovered": "full"}
 

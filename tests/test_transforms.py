@@ -142,7 +142,7 @@ def test_losses_are_pytrees() -> None:
 
 
 def test_no_retrace_for_new_values() -> None:
-    name = "ce-sequence"
+    name = "bce"
     _, outputs, targets = problem(name)
     # A user's loss, so that its methods can count how often they are traced.
     traces = []
@@ -174,7 +174,7 @@ def test_no_retrace_for_new_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce-sequence", "bce"])
-@pytest.mark.by_default("ce-sequence")
+@pytest.mark.by_default("bce")
 def test_cross_lowering(name: str) -> None:
     """All public functions lower for CPU, CUDA and TPU, with nothing that only one of them has."""
     loss, outputs, targets = problem(name)
@@ -201,7 +201,7 @@ def test_export_with_a_symbolic_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce-sequence", "bce"])
-@pytest.mark.by_default("ce-sequence")
+@pytest.mark.by_default("bce")
 def test_sharded_batch_is_the_same(name: str) -> None:
     """Data parallel on two devices: the reduction and the draws are those of one device."""
     assert jax.device_count() >= 2

@@ -40,6 +40,12 @@ def test_page() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.by_default(
+    "Fourier neural operator",
+    "custom_vjp around a layer",
+    "equilibrium, implicit derivative",
+    "vector-quantised autoencoder",
+)
 def test_curvature_is_exact(name: str) -> None:
     """Of one example: the whole block, but for layers with several positions or uses, whose gradient is looked at."""
     model = MODELS[name]()
