@@ -241,7 +241,7 @@ PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @covering(1, name=PRODUCTS, ignored=[True, False])
-@pytest.mark.by_default("GGN, drawn-True", "diagonal, drawn-False")
+@pytest.mark.by_default("EF-False", "diagonal, drawn-False")
 def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) -> None:
     """Of NumPy arrays, uneven sizes, and a batch where all is ignored."""
     cls, options = PRODUCTS[name]

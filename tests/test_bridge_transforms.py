@@ -314,6 +314,7 @@ def test_compile_of_everything(fisher_type: str) -> None:
     torch.testing.assert_close(seeded(compiled, outputs, targets), seeded(product, outputs, targets))
 
 
+@pytest.mark.sweep
 def test_losses_made_in_a_compiled_region() -> None:
     def vectors(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = MSELoss(reduction="sum") if targets.is_floating_point() else CrossEntropyLoss()

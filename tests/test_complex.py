@@ -83,12 +83,7 @@ LAYERS: dict[str, tuple[Any, Callable[[Any, jax.Array], jax.Array], Callable[[An
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.by_default(
-    "a matrix for each frequency",
-    "weights of two parts",
-    "a table",
-    "real weights of complex data",
-)
+@pytest.mark.by_default("a matrix for each frequency", "weights of two parts")
 def test_complex_layers_are_real_ones(name: str) -> None:
     """As if both parts were written out: the factors of KFAC, and the exact diagonal."""
     params, layer, parts = LAYERS[name]

@@ -87,15 +87,7 @@ def test_forward_derivatives_of_gradients() -> None:
 
 
 @covering(1, name=CONVOLUTIONS, entries=[1, 60, None])
-@pytest.mark.by_default(
-    "transposed-None",
-    "strided-dilated-None",
-    "1d-1",
-    "groups-None",
-    "channels-first-60",
-    "cropped-1",
-    "3d-None",
-)
+@pytest.mark.by_default("transposed-None", "strided-dilated-None", "groups-None", "channels-first-60")
 def test_input_factors_are_those_of_patches(name: str, entries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of the batch, which need not divide it."""
     if entries is not None:

@@ -56,7 +56,7 @@ def taken() -> jax.Array:
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.by_default("dynamic index", "columns")
+@pytest.mark.by_default("columns")
 def test_rows_read_one_by_one_are_an_embedding(name: str) -> None:
     model_fn = reading(ROWS[name])
     assert kinds(model_fn, TABLE, TOKENS)["['table']"] == ("embedding", "Kronecker", 1)
@@ -95,7 +95,7 @@ SCALED: dict[str, tuple[float, Callable[[jax.Array], jax.Array]]] = {
 
 
 @pytest.mark.parametrize("name", SCALED)
-@pytest.mark.by_default("array", "transposed")
+@pytest.mark.by_default("transposed")
 def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
     scale, weight = SCALED[name]
 
@@ -112,6 +112,7 @@ def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
     np.testing.assert_allclose(found, jacobian[:, None] * like * jacobian[None], atol=1e-15)
 
 
+@pytest.mark.sweep
 def test_scales_that_are_no_number() -> None:
     """A mask and a number that depends on the loop have no Kronecker form; another parameter and 0 scale the layer."""
     params, x = {"w": normal(3, 3), "s": jnp.ones(())}, normal(4, 3)
@@ -127,6 +128,7 @@ def test_scales_that_are_no_number() -> None:
     assert kinds(looped, {"w": params["w"]}, x)["['w']"][0] == "uncovered"
 
 
+@pytest.mark.sweep
 def test_a_scaled_convolution_and_a_tied_weight_of_two_scales() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         x = jax.lax.conv_general_dilated(x, p["kernel"] / 3, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))

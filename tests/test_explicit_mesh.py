@@ -67,7 +67,7 @@ def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) ->
 
 
 @pytest.mark.parametrize("name", ["ggn-chunked", "diagonal", "ekfac", "losses", "kfac", "multi-steps"])
-@pytest.mark.by_default("ggn-chunked", "kfac")
+@pytest.mark.by_default("ggn-chunked")
 def test_outside_of_jit_too(name: str) -> None:
     """With parameters that are on no mesh, as they come."""
     model_fn, loss, params, batch = MODELS["images"]

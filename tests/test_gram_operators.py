@@ -92,6 +92,7 @@ def test_solve_equals_the_ggns() -> None:
     assert_close(eigenvalues, np.linalg.eigvalsh(CE.ggn())[::-1][: len(eigenvalues)], 1e-10)
 
 
+@pytest.mark.sweep
 def test_chunks_change_nothing() -> None:
     args = CE.model_fn, CE.params, CE.inputs
     options: dict[str, Any] = {"loss": CE.loss, "targets": CE.targets, "centred": True}

@@ -89,7 +89,7 @@ HEADS = [  # with a term per entry, the last axis are the features
 
 
 @pytest.mark.parametrize(("number", "name", "positions"), thinned(HEADS, 2))
-@pytest.mark.by_default("0-classes first-True", "1-plain-False", "2-flat-False", "3-no bias-False", "1-cast-False")
+@pytest.mark.by_default("0-classes first-True", "2-flat-False", "1-cast-False")
 def test_the_heads_factor_is_the_sum_of_loss_hessians(number: int, name: str, positions: bool) -> None:
     cls, options = LOSSES[number]
     model_fn, loss, batch = make_case(name, cls, options, positions)

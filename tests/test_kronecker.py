@@ -424,6 +424,7 @@ def dropout_net(p: Any, inputs: Any) -> jax.Array:
     return jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(inputs["key"]), h, 0) @ p["2"]["w"]
 
 
+@pytest.mark.sweep
 def test_keys_in_the_inputs() -> None:
     """A key for each example: the same for all data at once, in chunks, and in batches."""
     dropped = jax.jit(dropout_net)

@@ -360,6 +360,7 @@ def test_indices_of_an_outer_function_are_not_known() -> None:
     assert "known only when the program runs" in found[0][0]
 
 
+@pytest.mark.sweep
 def test_a_weight_at_known_places_has_the_blocks_of_the_moved_weight() -> None:
     batch, w = (normal(6, 4), jnp.arange(6) % 3), normal(4, 3)
 

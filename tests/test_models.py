@@ -220,7 +220,7 @@ def test_outputs_are_the_modules(make: Any) -> None:
 
 
 @every_maker
-@pytest.mark.by_default("linen_dense", "equinox_mlp", "haiku_net", "nnx_net")
+@pytest.mark.by_default("linen_dense", "equinox_mlp", "haiku_net", "nnx_linear")
 def test_operators(make: Any) -> None:
     (model_fn, params), outputs = make()
     args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)

@@ -90,6 +90,7 @@ def dense(operator: Any) -> torch.Tensor:
     ],
     ids=["encoding", "dict", "mapping", "pair", "pair with labels"],
 )
+@pytest.mark.by_default("encoding", "dict")
 def test_forms_of_batches(form: Callable[[Encoding], Any]) -> None:
     module = classifier()
     ours = torch_bridge.GGNLinearOperator(module, LOSS, list(module.parameters()), [form(batch) for batch in BATCHES])

@@ -321,6 +321,7 @@ def test_what_has_no_progress() -> None:
         torch_bridge.KFACLinearOperator(module, nn.MSELoss(), params, data, mask=torch.ones(5, 1), progress=True)
 
 
+@pytest.mark.sweep
 def test_a_mask() -> None:
     """Of real inputs, as a tensor; others are left out of the input factors."""
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ def test_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "u-net", "recurrent", "language model"])
-@pytest.mark.by_default("language model")
+@pytest.mark.by_default("cnn")
 def test_layers_are_found(name: str) -> None:
     module, x = make(name)
     model_fn, params = torch_bridge.from_module(module, x)

@@ -214,6 +214,7 @@ def derivatives(loss: ggn_jax.Loss) -> Any:
     st.sampled_from([MSELoss(), CrossEntropyLoss(label_smoothing=0.2), BCEWithLogitsLoss(pos_weight=2.5)]),
     st.lists(st.sampled_from([0.0, 0.0, 1.0, -2.0, 3.5]), min_size=3, max_size=3),
 )
+@pytest.mark.sweep
 def test_derivatives_of_all_orders(loss: ggn_jax.Loss, logits: list[float]) -> None:
     """Shortcuts for rounding (shifts, absolute values) must not show in derivatives, at ties and at zero either."""
     for name, (got, want) in derivatives(loss)(jnp.asarray(logits)[None]).items():

@@ -241,6 +241,7 @@ def test_a_step(options: Any) -> None:
     assert jnp.isfinite(ravel_pytree(got)[0]).all()
 
 
+@pytest.mark.sweep
 def test_quadratic_model() -> None:
     """Its first step, along `d`, minimises the quadratic model with the whole GGN."""
     rule: Any = {"learning_rate": "quadratic", "momentum": None, "adapt_damping": 1}

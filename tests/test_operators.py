@@ -89,6 +89,7 @@ def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     assert_close(ef.as_matrix(), problem.ef(per))
 
 
+@pytest.mark.sweep
 def test_ef_is_what_empirical_means_elsewhere() -> None:
     """An example with several terms, for which KFAC's block is exact: it has one sharing position."""
 

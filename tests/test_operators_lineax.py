@@ -90,6 +90,7 @@ def test_cg_refuses_the_hessian() -> None:
         lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, lx.CG(rtol=1e-6, atol=1e-6))
 
 
+@pytest.mark.sweep
 def test_preconditioned_cg() -> None:
     """Badly scaled inputs: the diagonal saves steps, and both give the solution."""
     x = normal("many", 60, 12) * jnp.logspace(-1.0, 1.0, 12)[None]
@@ -295,6 +296,7 @@ def test_closed_over_values_may_differ_by_batch_element_of_a_vmap() -> None:
         assert_close(value, product(scale))
 
 
+@pytest.mark.sweep
 def test_vmap_over_damping() -> None:
     ggn = GGNLinearOperator(*CE.args)
 
@@ -425,6 +427,7 @@ def test_matfree_trace_and_diagonal() -> None:
 
 
 @pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.sweep
 def test_matfree_lanczos_eigenvalues() -> None:
     hessian = HessianLinearOperator(*CE.args)
     theta, unravel = ravel_pytree(CE.params)

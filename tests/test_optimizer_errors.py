@@ -135,6 +135,7 @@ def test_an_ignored_batch_is_no_step(options: dict[str, Any]) -> None:
     assert_close(after._replace(curvature=after.curvature._replace(count=before.curvature.count)), before, 0)
 
 
+@pytest.mark.sweep
 def test_micro_batches_that_say_nothing() -> None:
     loss = ggn_jax.CrossEntropyLoss(ignore_index=-1)
     params, (x, y) = {"w": normal(0, 3, 2)}, batch_of()
@@ -252,6 +253,7 @@ def test_masks_that_do_not_fit_are_refused(mask: Any) -> None:
         optimizer.init(mlp_params())
 
 
+@pytest.mark.sweep
 def test_a_mask_may_have_one_boolean_for_a_branch() -> None:
     params = {"a": {"w": normal(0, 3, 3)}, "b": {"w": normal(1, 3, 2)}}
     batch = batch_of()

@@ -110,6 +110,7 @@ def test_squared_error(shape: tuple[int, ...], reduction: str, size: int) -> Non
     cross_entropies(),
     st.booleans(),
 )
+@pytest.mark.sweep
 def test_results_have_the_outputs_dtype_and_shape(dtype: str, kind: str, case: tuple[Any, ...], batch: bool) -> None:
     loss, _, outputs, targets, _ = case
     f = jax.numpy.asarray(outputs, dtype)

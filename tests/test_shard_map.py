@@ -277,7 +277,7 @@ def test_each_device_has_the_curvature_of_its_shard(model: str, name: str) -> No
 
 
 @pytest.mark.parametrize("name", NEWER)
-@pytest.mark.by_default("function-space", "layers")
+@pytest.mark.by_default("layers")
 def test_layers_outputs_and_objectives_are_those_of_the_shard(name: str) -> None:
     model_fn, loss, params, batch = MODELS["images"]
 
@@ -347,6 +347,7 @@ def test_parameters_of_each_device(check_vma: bool) -> None:
     assert_close(jax.jit(sharded)(models, batch), jax.tree.map(lambda *x: jnp.concatenate(x), *each), 1e-9)
 
 
+@pytest.mark.sweep
 def test_solves_inside_of_shard_map() -> None:
     """lineax's solvers start from zeros that do not vary, which needs `check_vma=False`."""
     model_fn, loss, params, batch = MODELS["images"]

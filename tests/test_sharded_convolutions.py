@@ -148,6 +148,13 @@ def test_blocks_of_kernels_that_are_no_layers(name: str, kind: str) -> None:
     groups=[1, 2],
     by_vectors=[False, True],
 )
+@pytest.mark.by_default(
+    "1-steps7-2-False",
+    "2-steps14-2-True",
+    "5-steps24-1-False",
+    "5-steps31-2-False",
+    "2-steps16-2-True",
+)
 def test_kernel_gradients_of_examples(size: int, steps: Any, groups: int, by_vectors: bool) -> None:
     """With strides and dilations, one by one; with several vectors for each example too."""
 

@@ -95,6 +95,7 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
         ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch_of()[0], factor_dtype=dtype)
 
 
+@pytest.mark.sweep
 def test_large_factors_are_cut_in_blocks_of_a_size() -> None:
     x, params = normal(0, 6, 30), {"w": normal(1, 30, 4)}
     batch = x, jnp.arange(6) % 4

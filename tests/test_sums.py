@@ -36,7 +36,7 @@ def product(operator: str, dtype: str, chunk_size: int | None) -> np.ndarray:
 
 
 @covering(1, operator=OPERATORS, dtype=["bfloat16", "float16"])
-@pytest.mark.by_default("empirical Fisher-float16", "GGN-bfloat16", "Hessian-bfloat16")
+@pytest.mark.by_default("GGN-bfloat16", "Hessian-bfloat16")
 def test_one_example_at_a_time(operator: str, dtype: str) -> None:
     """Added in bfloat16, 2048 examples stop at about 256 of their terms."""
     if operator == "GGN, Monte-Carlo":  # draws differ between dtypes
@@ -70,7 +70,7 @@ KRONECKER: dict[str, Any] = {
 
 
 @covering(1, operator=["GGN", "diagonal by layers", "diagonal by data", *KRONECKER], dtype=["bfloat16", "float16"])
-@pytest.mark.by_default("EKFAC-bfloat16", "GGN-bfloat16")
+@pytest.mark.by_default("GGN-bfloat16")
 def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
     """The whole batch in float64 is the oracle."""
     rng = np.random.default_rng(0)

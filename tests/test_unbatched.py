@@ -130,6 +130,7 @@ def test_report() -> None:
     assert kinds == {"['s']": "scale", "['t']": "linear", "['u']": "linear", "['v']": "linear"}
 
 
+@pytest.mark.sweep
 def test_optimizer_follows_their_values() -> None:
     """A step with other values than `example_inputs` had; factors, gradient and value are a closure's."""
     other = {**STATE, "time": jnp.asarray(-0.2), "mean": STATE["mean"] + 1}

@@ -163,6 +163,7 @@ def test_operators_that_need_targets() -> None:
         ggn_jax.KFACLinearOperator(linear, LOSS, PARAMS, (X, None), fisher_type="empirical", key=KEY)
 
 
+@pytest.mark.sweep
 def test_batches() -> None:
     make = partial(ggn_jax.KFACLinearOperator.from_batches, linear, LOSS, PARAMS, fisher_type="type-2", key=KEY)
     got, wanted = (make([(X, y), (X[:3], z)]).mv(PARAMS)["w"] for y, z in ((None, None), (Y, Y[:3])))

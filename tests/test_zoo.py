@@ -35,6 +35,7 @@ def as_users_have_it() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sweep
 def test_page() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/zoo_page.py"
 
