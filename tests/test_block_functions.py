@@ -140,6 +140,7 @@ def test_damping_by_layers_that_a_block_does_not_have() -> None:
     np.testing.assert_allclose(ggn.damped({"w": 0.1, "b": 0.2, "v": 0.7}).mv(VECTOR)["v"], want, rtol=1e-14)
 
 
+@pytest.mark.sweep
 def test_solves_by_lineax() -> None:
     """By blocks, with the derivative in the damping `-(K + x)^-2 v`."""
 

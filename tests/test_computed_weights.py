@@ -127,6 +127,7 @@ def test_adapters_of_a_stack_of_layers() -> None:
         np.testing.assert_allclose(kfac[start:stop, start:stop], exact[start:stop, start:stop], atol=1e-13)
 
 
+@pytest.mark.sweep
 def test_kernels_and_tables() -> None:
     """Scales of a kernel's channels, and of a whole table, against the layers with scaled data."""
     scale = jnp.array([0.5, 2.0])

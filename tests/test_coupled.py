@@ -107,6 +107,7 @@ def test_exact_for_deep_linear_nets(model_fn: Any, sharing: str, cls: Any) -> No
         assert_close(got.reshape(2 * inputs, 2 * inputs), dense[places, places])
 
 
+@pytest.mark.sweep
 def test_batches() -> None:
     """Each is coupled within itself; a mean is over all."""
     batches = [(X, Y), (normal(8, 3, 3), jnp.arange(3) % 2)]
@@ -151,6 +152,7 @@ def attention(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.mean(mixed.reshape(*x.shape[:2], 2), axis=1)) @ p["out"]
 
 
+@pytest.mark.sweep
 def test_mask() -> None:
     """Layers with the positions of all examples leave padding out; layers with one for each example do not."""
     params = {"in": normal(9, 3, 2), "out": normal(10, 2, 2)}

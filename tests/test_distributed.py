@@ -152,10 +152,10 @@ for name, (model, params) in models.items():
 print(json.dumps(result))
 """
 
-# Between both models, each function, and what images and what tokens have of their own. By default: convolutions and
-# what is chunked, masks, the diagonal, and the optimizer's pass.
-ASKED = {"images": ["mc", "ggn-chunked"], "tokens": ["empirical", "diagonal", "pass-chunked"]}
-SWEPT = {"images": ["ggn", "diagonal"], "tokens": ["ggn", "data", "pass", "mc-chunked"]}
+# Between both models, each function, and what images and what tokens have of their own. By default: products in
+# chunks of a convolution, factors with a mask, and the optimizer's pass in chunks.
+ASKED = {"images": ["ggn-chunked"], "tokens": ["empirical", "pass-chunked"]}
+SWEPT = {"images": ["mc", "ggn", "diagonal"], "tokens": ["ggn", "diagonal", "data", "pass", "mc-chunked"]}
 
 CONNECT = """
 import sys, jax

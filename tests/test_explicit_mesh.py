@@ -201,6 +201,7 @@ def test_kfac_for_models_that_name_shardings_is_refused_with_the_way_out() -> No
     assert "must not name shardings of explicit axes" in "".join(caught.value.__notes__)
 
 
+@pytest.mark.sweep
 def test_models_that_constrain_shardings_of_auto_axes() -> None:
     """Also where that of a batch does not fit one example."""
     auto = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data"))

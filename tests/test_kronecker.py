@@ -546,6 +546,7 @@ def test_empty_parameters() -> None:
     assert operator.block("w").shape == (6, 6)
 
 
+@pytest.mark.sweep
 def test_partly_used_parameters() -> None:
     params = {"w": normal(3, 4)}
     operator = KFAC(lambda p, x: x @ p["w"][:, :2], CE, params, (INPUTS, LABELS), fisher_type="type-2")

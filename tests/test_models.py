@@ -247,7 +247,7 @@ def test_operators(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [made_nnx_net, made_linen_net], ids=lambda make: make.__name__)
-@pytest.mark.by_default("made_linen_net")
+@pytest.mark.sweep
 def test_chunks_and_diagonal(make: Any) -> None:
     """No datum sees another in evaluation: chunks, and batches of one, make no difference."""
     (model_fn, params), _ = make()

@@ -68,6 +68,7 @@ def test_other_chunk_sizes(chunk_size: int) -> None:
 
 
 @every_problem
+@pytest.mark.by_default("ce-options", "bce-dict", "mse-images")
 def test_oracle_in_jax_agrees(problem: Problem) -> None:
     """The dense GGN from torch's loss is the one from `jax.hessian` of our loss."""
     hessian = jax.jit(jax.hessian(lambda f: problem.loss(f, problem.targets)))(problem.outputs())
@@ -288,6 +289,7 @@ def test_monte_carlo_converges_with_samples() -> None:
     assert errors[2] < errors[1] / 3 < errors[0] / 9
 
 
+@pytest.mark.sweep
 def test_monte_carlo_of_a_loss_without_hessian() -> None:
     """Student-t: the estimate's mean is the Fisher, not the indefinite Hessian."""
     batch = (X, normal("y", N, 3))

@@ -336,6 +336,7 @@ def test_solve_with_mixed_dtypes() -> None:
     assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-3)
 
 
+@pytest.mark.sweep
 def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
     """lineax takes curvature below 100 eps P for a breakdown; a scaled preconditioner avoids it, as documented."""
     size = 20_000

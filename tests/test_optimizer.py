@@ -57,6 +57,7 @@ def test_linear_model_takes_the_natural_gradient_step() -> None:
     assert_close(updates, unravel(-0.7 * np.linalg.solve(ggn + 0.1 * np.eye(6), flat)))
 
 
+@pytest.mark.sweep
 def test_deep_linear_model_takes_the_block_diagonal_step() -> None:
     params = {"u": normal(0, 3, 4), "v": normal(1, 4, 5), "w": normal(2, 5, 2)}
     batch = normal(3, 20, 3), normal(4, 20, 2)

@@ -292,6 +292,7 @@ class Decay(eqx.Module):
         return self.value if isinstance(given, jax.Array) else jax.tree.map(lambda p: p.ndim > 1, given)
 
 
+@pytest.mark.sweep
 def test_masks_and_schedules_that_can_be_called() -> None:
     """As with `optax.add_decayed_weights`, whose updates are the oracle."""
     params, batch = Linear(normal(0, 3, 2), normal(1, 2)), batch_of()

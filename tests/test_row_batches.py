@@ -81,6 +81,7 @@ def test_gram_of_batches(with_loss: bool, centred: bool) -> None:
     assert ("loss=CrossEntropyLoss" in repr(gram)) == with_loss
 
 
+@pytest.mark.sweep
 def test_solving_on_the_host() -> None:
     """With SciPy's conjugate gradients, in function space; lineax's are refused."""
     gram = GramLinearOperator.from_batches(CE.model_fn, CE.params, Loader(3, 2), loss=CE.loss)

@@ -108,6 +108,7 @@ def test_squares_that_16_bits_do_not_hold() -> None:
         np.testing.assert_allclose(got.astype(float), np.full((1, 16), 1024 * 2e-8), rtol=4e-3)
 
 
+@pytest.mark.sweep
 def test_the_loss_decreases_by_less_than_its_rounding() -> None:
     """From 225 by about 1/2, in bfloat16: as predicted, so that the damping is lowered."""
     params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((8, 1), jnp.bfloat16)

@@ -92,7 +92,7 @@ def test_deep_linear_network_in_a_loop_is_exact() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 2, "factor_interval": 3}], ids=str)
-@pytest.mark.by_default("{'chunk_size': 2, 'factor_interval': 3}")
+@pytest.mark.sweep
 def test_one_pass_of_an_optimizer(options: dict[str, Any]) -> None:
     """Value and gradient are those of automatic differentiation, and the factors those of the operator."""
     optimizer = ggn_jax.kfac(looped, CE, 0.1, example_inputs=BATCH[0], **options)

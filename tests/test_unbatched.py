@@ -101,6 +101,7 @@ def test_traced_constants_beside_them() -> None:
     assert_close(product(jnp.asarray(2.0), BATCH), want)
 
 
+@pytest.mark.sweep
 def test_function_space_and_layers() -> None:
     """Also of a model that returns more than its outputs."""
     jacobian = ggn_jax.JacobianLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)

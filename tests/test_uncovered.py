@@ -61,6 +61,7 @@ def test_an_optimizer_warns_when_it_starts_and_not_at_its_steps() -> None:
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.sweep
 def test_a_parameter_that_is_added_has_no_block_larger_than_the_model() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         return (x + p["position"][None]) @ p["w"]
