@@ -157,6 +157,7 @@ def test_matrices_are_exact_and_go_back(model: Model) -> None:
     jax.tree.map(np.testing.assert_array_equal, (again, rest_again), (matrices, rest))
 
 
+@pytest.mark.sweep
 def test_matrices_are_the_weights() -> None:
     matrices, rest = ggn_jax.to_matrices(MODELS[0].layers, MODELS[0].params)
     p = MODELS[0].params

@@ -166,6 +166,7 @@ def test_tree_map_params() -> None:
     assert_close(mapped.curvature, state.curvature)
 
 
+@pytest.mark.sweep
 def test_optax_multi_steps() -> None:
     """It works, with the factors of the last micro-batch: `ggn_jax.multi_steps` has those of all."""
     x = batch_of(dtype=jnp.float32)[0]
@@ -264,6 +265,7 @@ class KFACTrainState(TrainState):
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
 
 
+@pytest.mark.sweep
 def test_linen_train_state() -> None:
     module = linen.Sequential([linen.Dense(4), jnp.tanh, linen.Dense(2)])
     x, y = batch_of(dtype=jnp.float32)
@@ -285,7 +287,7 @@ def test_linen_train_state() -> None:
 
 
 @pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])
-@pytest.mark.by_default("kfac")
+@pytest.mark.sweep
 def test_donated_states_hold_nothing_of_the_users(kind: str) -> None:
     """Numbers as arrays, parameters, batches, gradients and keys are still there when a state is gone."""
     numbers = {"damping": jnp.float64(0.1), "decay": jnp.float64(0.9)}
