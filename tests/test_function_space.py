@@ -161,6 +161,7 @@ def test_damping_inside_of_a_layer(damping: Any) -> None:
     assert_close(flat(solve(damping)), want, 1e-10)
 
 
+@pytest.mark.sweep
 def test_one_function_as_an_objective_and_linearised() -> None:
     """A batch for itself; lineax's solvers on tuples; the linearisation is kept."""
     params, _, batches = CASES["otherwise"]

@@ -168,6 +168,7 @@ def test_products() -> None:
         np.testing.assert_allclose(ravel_pytree(diagonal)[0], np.diag(ggn_matrix()), atol=1e-12)
 
 
+@pytest.mark.sweep
 def test_draws_are_unbiased() -> None:
     ggn = ggn_jax.GGNLinearOperator(*ARGS, mc_samples=20_000, key=jax.random.key(1))
     v = UNRAVEL(jnp.ones_like(FLAT))

@@ -239,6 +239,7 @@ def test_type_2_vectors_make_the_ggn() -> None:
         start += size
 
 
+@pytest.mark.sweep
 def test_sums_over_chunks() -> None:
     model = MODELS[1]
     options: dict[str, Any] = {"fisher_type": "mc", "mc_samples": 2, "key": jax.random.key(3)}

@@ -117,6 +117,7 @@ def test_modules_of_one_mapping() -> None:
         np.testing.assert_allclose(model_fn(params, inputs), wanted, rtol=1e-10)
 
 
+@pytest.mark.sweep
 def test_optimizer() -> None:
     """Where the Kronecker product is the Hessian, one undamped step of length 1 solves the problem."""
 

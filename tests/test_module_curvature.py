@@ -89,6 +89,7 @@ def test_diagonals_and_the_empirical_fisher() -> None:
     torch.testing.assert_close(dense(ef), dense(peer), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.sweep
 def test_damped_operators() -> None:
     """Also inside of torch.compile, which leaves them out of its graphs."""
     module, loss, params, data = setting(mlp, nn.MSELoss())

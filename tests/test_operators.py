@@ -145,6 +145,7 @@ def test_keys_in_the_inputs() -> None:
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
 
+@pytest.mark.sweep
 def test_all_ignored_is_zero() -> None:
     """0/0 counts as 0."""
     loss = ggn_jax.CrossEntropyLoss(ignore_index=0)

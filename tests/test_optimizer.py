@@ -367,7 +367,7 @@ def mesh_of(size: int) -> Mesh:
 
 
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"staggered": True, "inverse_interval": 2}])
-@pytest.mark.by_default("options2")
+@pytest.mark.sweep
 def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> None:
     mesh = mesh_of(2)
     batch = batch_of()

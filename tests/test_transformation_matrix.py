@@ -124,7 +124,7 @@ def same(got: Any, want: Any, rtol: float = 1e-9) -> None:
 
 
 @every_group
-@pytest.mark.by_default("vectors", "kronecker")
+@pytest.mark.by_default("kronecker")
 def test_vmap(name: str) -> None:
     same(jax.jit(jax.vmap(GROUPS[name]))(*stacked(A, B)), stacked(compiled(name)(*A), compiled(name)(*B)))
 
@@ -170,7 +170,7 @@ def test_donated_arguments(name: str) -> None:
 
 
 @every_group
-@pytest.mark.by_default("vectors", "operators", "kronecker", "optimizers")
+@pytest.mark.by_default("operators", "optimizers")
 def test_checks_for_nan(name: str) -> None:
     with jax.debug_nans(True):
         same(jax.jit(GROUPS[name])(*B), compiled(name)(*B))

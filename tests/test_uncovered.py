@@ -96,6 +96,7 @@ def test_equal_examples_at_the_border_of_a_domain_are_taken_as_they_are() -> Non
     ggn_jax.kfac(model_fn, MSE, 0.1, example_inputs=jnp.ones((4, 3)) / 2 + 0.49).init({"w": normal(3, 2)})
 
 
+@pytest.mark.sweep
 def test_batches_for_which_layers_come_in_another_order() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         names = ("a", "b") if x.shape[1] > 2 else ("b", "a")
