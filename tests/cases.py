@@ -143,7 +143,7 @@ CASES = _mse() + _bce() + _ce()
 
 
 def _designs() -> tuple[set[str], set[str]]:
-    """The cases that run by default, and those that `-m sweep` adds.
+    """The cases that cheap tests run by default, and those that `-m sweep` adds; others run `few` by default.
 
     Any two options of a loss meet in one of the first, any three in one of both. The mean of the cross-entropy depends
     on weights and on what is ignored at once: with both, every value of the other options is there.
@@ -168,18 +168,19 @@ def params(keep: Callable[[Case], bool] = lambda case: True, by_default: Collect
     return _marked([case for case in CASES if case.name in CORE | WIDE and keep(case)], by_default)
 
 
-def drawn() -> list[Any]:
-    """Those for draws, which are compared with the same matrices: by default each value of an option is in one."""
+def few() -> set[str]:
+    """So many that each value of an option is in one."""
     names = [tuple(name.split("-")) for name in sorted(CORE)]
-    few = set().union(*(cover([name for name in names if name[0] == kind], 1) for kind in ("mse", "bce", "ce")))
-    few |= cover([name for name in names if {"ce", "mean", "weighted", "ignored"} <= {*name}], 1)
-    return _marked([case for case in CASES if case.name in CORE], {"-".join(name) for name in few})
+    found = set().union(*(cover([name for name in names if name[0] == kind], 1) for kind in ("mse", "bce", "ce")))
+    found |= cover([name for name in names if {"ce", "mean", "weighted", "ignored"} <= {*name}], 1)
+    return {"-".join(name) for name in found}
 
 
 def _marked(cases: list[Case], by_default: Collection[str]) -> list[Any]:
     return [pytest.param(case, id=case.name, marks=[] if case.name in by_default else SWEPT) for case in cases]
 
 
+FEW = few()
 ALL = params()
 PER_DATUM = params(lambda case: not case.batched_only)
 

@@ -1,5 +1,6 @@
 """Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices, and shapes checked at run time."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Each operation of a program would carry ten lines of Python's stack.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # What was forgotten (see below) is loaded again in a tenth of the time that it takes to compile. Each process has a
 # folder of its own: JAX does not write files at one stroke, so that others might read the half of one.
 CACHE = tempfile.TemporaryDirectory(prefix="ggn-jax-tests-")
@@ -32,9 +36,32 @@ CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "cross_entro
 HOOK = install_import_hook([f"ggn_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`@pytest.mark.by_default("id", ...)`: the test's other parameters run with `-m sweep` only."""
+    missing = set()
+    for item in items:
+        for mark in item.iter_markers("by_default"):
+            missing |= {(item.nodeid.split("[")[0], name) for name in mark.args}
+            if item.callspec.id not in mark.args:
+                item.add_marker("sweep")
+    missing -= {(item.nodeid.split("[")[0], item.callspec.id) for item in items if hasattr(item, "callspec")}
+    if missing and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"by_default names parameters that do not exist: {sorted(missing)}")
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many small objects: what is imported is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
 
 LOOK_EVERY, MOST = 20, 30_000
 finished = 0

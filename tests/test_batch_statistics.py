@@ -106,6 +106,7 @@ MODELS = pytest.mark.parametrize("make", [of_linen, of_nnx, of_equinox])
 
 
 @MODELS
+@pytest.mark.by_default("of_equinox")
 def test_curvature(make: Callable[[], Model]) -> None:
     """EKFAC's trace, in any eigenbases, and the blocks of scales and shifts are the dense GGN's."""
     model_fn, params, stats = make()
@@ -125,6 +126,7 @@ def test_curvature(make: Callable[[], Model]) -> None:
 
 
 @MODELS
+@pytest.mark.by_default("of_linen")
 def test_training(make: Callable[[], Model]) -> None:
     """With default options; statistics of the same pass go into the next step, and metrics come out of it."""
     model_fn, params, stats = make()

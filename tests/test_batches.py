@@ -51,6 +51,7 @@ EACH += [(EKFAC, "ignored", "type-2"), (EKFAC, "ignored", "empirical"), (EKFAC, 
 
 
 @pytest.mark.parametrize(("cls", "name", "fisher_type"), swept([*product([KFAC, EKFAC], LOSSES, FISHER_TYPES)], EACH))
+@pytest.mark.by_default("EKFACLinearOperator-weights-mc", "KFACLinearOperator-sum-empirical")
 def test_batches_are_one_batch(cls: Any, name: str, fisher_type: str) -> None:
     """Of any sizes, and one where all that it holds is ignored; with the same draws."""
     loss = LOSSES[name]
@@ -64,6 +65,7 @@ def test_batches_are_one_batch(cls: Any, name: str, fisher_type: str) -> None:
 
 
 @covering(1, name=["weights", "ignored"], fisher_type=["type-2", "mc"], bias=["joint", "separate"])
+@pytest.mark.by_default("weights-type-2-joint")
 def test_kfoc_of_batches_is_that_of_one_batch(name: str, fisher_type: str, bias: str) -> None:
     """By passes, which are few; what has no layer as well."""
     params = {**PARAMS, "s": normal(2, seed=1)}
@@ -80,6 +82,7 @@ def test_kfoc_of_batches_is_that_of_one_batch(name: str, fisher_type: str, bias:
     np.testing.assert_allclose(operator.as_matrix(), whole.as_matrix(), atol=1e-14)
 
 
+@pytest.mark.sweep
 def test_batches_of_masked_sequences_with_leftovers() -> None:
     """Scales have their own blocks; a chunk size does not matter, nor does a progress bar."""
     params = {"s": normal(3), "w": normal(3, 2)}
@@ -238,6 +241,7 @@ PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @covering(1, name=PRODUCTS, ignored=[True, False])
+@pytest.mark.by_default("EF-False", "diagonal, drawn-False")
 def test_products_over_batches_are_those_of_one_batch(name: str, ignored: bool) -> None:
     """Of NumPy arrays, uneven sizes, and a batch where all is ignored."""
     cls, options = PRODUCTS[name]

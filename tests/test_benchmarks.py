@@ -94,6 +94,7 @@ def test_all_models_have_a_tiny_one(architectures: ModuleType) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.sweep] if name in SLOW else []) for name in NAMES.split()]
 )
+@pytest.mark.by_default("mlp-10")
 def test_layers_explain_the_gradient(program: ModuleType, architectures: ModuleType, name: str) -> None:
     problem = architectures.TINY[name](batch=3)
     inputs, _ = program.random_batch(problem)
@@ -108,6 +109,7 @@ def test_layers_explain_the_gradient(program: ModuleType, architectures: ModuleT
     assert set(report.uncovered) <= {"['token']"}
 
 
+@pytest.mark.sweep
 def test_figures(tmp_path: Path) -> None:
     printed, found = run_models("--model", "mlp-10", "--options", "max_dense_size=4", tmp_path=tmp_path)
     rows = {row["row"]: row for row in found["mlp-10"]}
@@ -129,6 +131,7 @@ def test_figures(tmp_path: Path) -> None:
     assert model["uncovered"] == {}
 
 
+@pytest.mark.sweep
 def test_a_step_with_values(tmp_path: Path) -> None:
     printed, found = run_models("--run", "--model", "mlp-10", tmp_path=tmp_path)
     (row,) = found["mlp-10"]
@@ -144,6 +147,7 @@ def test_what_fails_says_why(tmp_path: Path) -> None:
     assert "ValueError: damping must be" in printed
 
 
+@pytest.mark.sweep
 def test_the_limit_leaves_the_other_models(tmp_path: Path) -> None:
     _, found = run_models("--model", "mlp-10", "mlp-20", "--limit", "0.01", tmp_path=tmp_path)
     ended = [{"row": "process", "error": "it ended after 0.01 s, the limit"}]

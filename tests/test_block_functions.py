@@ -67,6 +67,7 @@ MADE: dict[str, tuple[Callable[[], Any], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.by_default("inverse and sum", "mixed", "damped by layers", "mean")
 def test_operators_made_of_others(name: str) -> None:
     operator, want = MADE[name][0](), MADE[name][1]
     assert isinstance(operator, BlockLinearOperator)
@@ -139,6 +140,7 @@ def test_damping_by_layers_that_a_block_does_not_have() -> None:
     np.testing.assert_allclose(ggn.damped({"w": 0.1, "b": 0.2, "v": 0.7}).mv(VECTOR)["v"], want, rtol=1e-14)
 
 
+@pytest.mark.sweep
 def test_solves_by_lineax() -> None:
     """By blocks, with the derivative in the damping `-(K + x)^-2 v`."""
 
@@ -235,6 +237,7 @@ def test_derivatives() -> None:
         np.testing.assert_allclose(change, np.asarray(gradient) @ along, rtol=1e-10, err_msg=name)
 
 
+@pytest.mark.sweep
 def test_derivatives_of_ekfac_and_heuristic_inverses() -> None:
     """Against finite differences, in the parameters and in class weights, at eigenvalues that differ."""
     rng = np.random.default_rng(5)
@@ -336,6 +339,7 @@ def test_kfoc_of_small_outputs_in_float32() -> None:
     np.testing.assert_allclose(fn(size) / size**2, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.sweep
 def test_preconditioned_conjugate_gradients_in_float32() -> None:
     """To the accuracy that float32 allows, with the residual as the recurrence has it (`KFACLinearOperator`)."""
     rng = np.random.default_rng(0)
@@ -360,6 +364,7 @@ def test_preconditioned_conjugate_gradients_in_float32() -> None:
     assert np.linalg.norm(np.asarray(flat(solution.value), float) - want) < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.sweep
 def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the dense matrix would be too large."""
     monkeypatch.setattr(functions, "DENSE", 11)

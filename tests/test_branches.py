@@ -84,6 +84,7 @@ def test_positions_that_choose_for_themselves() -> None:
         assert np.abs(np.diag(wanted)).min() > 0
 
 
+@pytest.mark.sweep
 def test_convolutions_in_branches() -> None:
     def by_switch(p: Any, inputs: Any) -> jax.Array:
         def one(choice: jax.Array, x: jax.Array) -> jax.Array:
@@ -146,6 +147,7 @@ def hybrid_written_out(p: Any, x: jax.Array) -> jax.Array:
 STACK = params(blocks={"first": {"w": (3, 3, 4), "b": (3, 4)}, "last": {"w": (3, 4, 3), "b": (3, 3)}}, out=(3, 2))
 
 
+@pytest.mark.sweep
 def test_a_loop_over_blocks_of_two_kinds() -> None:
     """EKFAC's bases are those of KFAC's factors."""
     batch = normal(5, 3), jnp.arange(5) % 2

@@ -206,6 +206,7 @@ def arguments(draw: st.DrawFn) -> tuple[torch.nn.Module, torch.Tensor, torch.Ten
 
 
 @given(arguments())
+@pytest.mark.sweep
 def test_any_loss_shape_and_layout(arguments: tuple[torch.nn.Module, torch.Tensor, torch.Tensor]) -> None:
     loss, output, target = arguments
     kept = output.clone(), target.clone()

@@ -60,6 +60,12 @@ def seeded(fn: Any, *args: Any) -> Any:
 
 @pytest.mark.parametrize("fisher_type", TYPES)
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.by_default(
+    "CrossEntropyLoss()-mc",
+    "BCEWithLogitsLoss()-empirical",
+    "MSELoss()-type-2",
+    "MSELoss()-forward-only",
+)
 def test_vmap_is_a_loop(loss: Any, fisher_type: str) -> None:
     outputs, targets = batch(loss)
     fn = torch_bridge.make_grad_output_fn(loss, fisher_type, 2)
@@ -125,6 +131,7 @@ def test_vmap_over_weights() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.by_default("CrossEntropyLoss()")
 def test_a_state_is_a_result(loss: Any) -> None:
     """`Generator().manual_seed(s)` and `torch.manual_seed(s)` are the same state."""
     outputs, targets = batch(loss)
@@ -176,6 +183,7 @@ def test_the_sampler_as_curvlinops_calls_it() -> None:
 
 
 @covering(1, fisher_type=TYPES, mode=["real", "fake", "symbolic"])
+@pytest.mark.by_default("mc-fake", "empirical-symbolic", "forward-only-real")
 def test_make_fx(mode: str, fisher_type: str) -> None:
     loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double())
     outputs, targets = batch(loss)
@@ -205,6 +213,7 @@ def doubled(fn: Any, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.by_default("mc", "forward-only")
 def test_functionalize(fisher_type: str) -> None:
     loss = CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double())
     outputs, targets = batch(loss)
@@ -250,6 +259,7 @@ def assert_would_be_gradients(drawn: torch.Tensor, loss: Any, outputs: torch.Ten
 
 
 @covering(1, fisher_type=TYPES, backend=BACKENDS)
+@pytest.mark.by_default("empirical-aot_eager", "mc-inductor", "forward-only-eager")
 def test_compile(fisher_type: str, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor compiles C++, and there is no g++")
@@ -277,6 +287,7 @@ def test_compile(fisher_type: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
+@pytest.mark.by_default("True", "None")
 def test_compile_follows_the_options(dynamic: bool | None) -> None:
     loss = CrossEntropyLoss(label_smoothing=0.1)
     fn = torch_bridge.make_batch_grad_output_fn(loss, "empirical")
@@ -288,6 +299,7 @@ def test_compile_follows_the_options(dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.by_default("type-2", "forward-only")
 def test_compile_of_everything(fisher_type: str) -> None:
     """Also the making of the function is traced, as it is where an operator makes it at its first product."""
     loss = CrossEntropyLoss(label_smoothing=0.1)
@@ -302,6 +314,7 @@ def test_compile_of_everything(fisher_type: str) -> None:
     torch.testing.assert_close(seeded(compiled, outputs, targets), seeded(product, outputs, targets))
 
 
+@pytest.mark.sweep
 def test_losses_made_in_a_compiled_region() -> None:
     def vectors(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = MSELoss(reduction="sum") if targets.is_floating_point() else CrossEntropyLoss()
@@ -342,6 +355,7 @@ def pseudo_loss_product(fn: Any, outputs: torch.Tensor, targets: torch.Tensor, v
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+@pytest.mark.by_default("type-2")
 def test_nested_derivatives_of_a_pseudo_loss(fisher_type: str) -> None:
     loss = CrossEntropyLoss()
     outputs, targets = batch(loss)
@@ -397,6 +411,7 @@ def opcheck_arguments() -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("args", list(opcheck_arguments()), ids=lambda args: f"{args[5]}-{args[7]}")
+@pytest.mark.by_default("mc-True", "type-2-False")
 def test_opcheck(args: tuple[Any, ...]) -> None:
     outputs, *rest = args
     torch.library.opcheck(torch.ops.torch_bridge.grad_output_vectors, args)
@@ -436,6 +451,7 @@ def native(loss: Any, fisher_type: str) -> Any:
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
 @pytest.mark.parametrize("loss", [CrossEntropyLoss(), BCEWithLogitsLoss()], ids=str)
+@pytest.mark.by_default("CrossEntropyLoss()-type-2", "BCEWithLogitsLoss()-empirical")
 def test_derivatives_in_the_outputs(loss: Any, fisher_type: str) -> None:
     ours, theirs = torch_bridge.make_grad_output_fn(loss, fisher_type), native(loss, fisher_type)
     outputs, targets = batch(loss)

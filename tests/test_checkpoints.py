@@ -115,6 +115,13 @@ def assert_same_bits(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", ["chain", "multi_steps", "exact", "masked"])
+@pytest.mark.by_default(
+    "exact-by_flax",
+    "multi_steps-by_orbax",
+    "masked-by_npz",
+    "chain-by_pickle",
+    "exact-by_equinox",
+)
 def test_states_continue_bit_for_bit(name: str, way: Callable[..., Any], tmp_path: Path) -> None:
     like, state, step, after = trained(name)
     restored = way(state, like, tmp_path)

@@ -83,6 +83,7 @@ LAYERS: dict[str, tuple[Any, Callable[[Any, jax.Array], jax.Array], Callable[[An
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.by_default("a matrix for each frequency", "weights of two parts")
 def test_complex_layers_are_real_ones(name: str) -> None:
     """As if both parts were written out: the factors of KFAC, and the exact diagonal."""
     params, layer, parts = LAYERS[name]
@@ -116,6 +117,7 @@ def test_complex_layers_are_real_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [KFAC, EKFAC])
+@pytest.mark.by_default("KFACLinearOperator")
 def test_what_is_no_real_layer_has_the_exact_block(cls: Any) -> None:
     """One real parameter in both parts, a complex kernel, and a bias."""
 

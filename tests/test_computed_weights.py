@@ -67,6 +67,7 @@ def model_of(weight: Callable[[Any], jax.Array]) -> Callable[[Any, jax.Array], j
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.by_default("merged adapter", "normalised", "transposed adapter in jit", "straight through")
 def test_blocks_are_exact_for_one_example(name: str) -> None:
     """There, KFAC's block of each parameter is the GGN's: J^T H J by automatic differentiation."""
     hidden, weight, kinds = WEIGHTS[name]
@@ -85,6 +86,7 @@ def test_blocks_are_exact_for_one_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["merged adapter", "scaled both", "learned scale"])
+@pytest.mark.by_default("scaled both")
 def test_factors_are_those_of_the_layers_written_out(name: str) -> None:
     """Of several examples, the blocks of the model in which data meet the parameters one by one."""
     apart: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
@@ -104,6 +106,7 @@ def test_factors_are_those_of_the_layers_written_out(name: str) -> None:
         np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-14)
 
 
+@pytest.mark.sweep
 def test_adapters_of_a_stack_of_layers() -> None:
     """In a scan, of dense layers with heads, and under vmap: blocks of one position are the GGN's."""
 
@@ -124,6 +127,7 @@ def test_adapters_of_a_stack_of_layers() -> None:
         np.testing.assert_allclose(kfac[start:stop, start:stop], exact[start:stop, start:stop], atol=1e-13)
 
 
+@pytest.mark.sweep
 def test_kernels_and_tables() -> None:
     """Scales of a kernel's channels, and of a whole table, against the layers with scaled data."""
     scale = jnp.array([0.5, 2.0])
@@ -150,6 +154,7 @@ def test_kernels_and_tables() -> None:
     np.testing.assert_allclose(found.as_matrix(), like.as_matrix(), atol=1e-14)
 
 
+@pytest.mark.sweep
 def test_multipliers_follow_the_parameters() -> None:
     """A step of the optimizer is that of the model written out, also at other parameters than `init` saw."""
     hidden, weight, _ = WEIGHTS["merged adapter"]

@@ -87,6 +87,7 @@ def test_forward_derivatives_of_gradients() -> None:
 
 
 @covering(1, name=CONVOLUTIONS, entries=[1, 60, None])
+@pytest.mark.by_default("transposed-None", "strided-dilated-None", "groups-None", "channels-first-60")
 def test_input_factors_are_those_of_patches(name: str, entries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of the batch, which need not divide it."""
     if entries is not None:
@@ -195,6 +196,7 @@ def test_kfac_of_a_convolutional_net_lowers_for_gpu_and_tpu() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.sweep
 def test_kfac_of_a_convolutional_net_on_a_sharded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(factors.AT_ONCE, "cpu", 100)
     _, params, batch = network()

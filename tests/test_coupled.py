@@ -95,6 +95,7 @@ def pooled(p: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(("model_fn", "sharing"), [(mixed, "expand"), (pooled, "reduce")])
 @pytest.mark.parametrize("cls", [KFAC, EKFAC])
+@pytest.mark.by_default("KFACLinearOperator-mixed-expand", "EKFACLinearOperator-pooled-reduce")
 def test_exact_for_deep_linear_nets(model_fn: Any, sharing: str, cls: Any) -> None:
     params = {"u": normal(5, 3, 2), "v": normal(6, 2, 2)}
     batch = X, normal(7, N, 2)
@@ -106,6 +107,7 @@ def test_exact_for_deep_linear_nets(model_fn: Any, sharing: str, cls: Any) -> No
         assert_close(got.reshape(2 * inputs, 2 * inputs), dense[places, places])
 
 
+@pytest.mark.sweep
 def test_batches() -> None:
     """Each is coupled within itself; a mean is over all."""
     batches = [(X, Y), (normal(8, 3, 3), jnp.arange(3) % 2)]
@@ -119,6 +121,7 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+@pytest.mark.by_default("mc")
 def test_draws_are_right_in_the_mean(fisher_type: str) -> None:
     """Signs and labels are drawn for each example: means over keys have the exact block's mean."""
 
@@ -149,6 +152,7 @@ def attention(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.mean(mixed.reshape(*x.shape[:2], 2), axis=1)) @ p["out"]
 
 
+@pytest.mark.sweep
 def test_mask() -> None:
     """Layers with the positions of all examples leave padding out; layers with one for each example do not."""
     params = {"in": normal(9, 3, 2), "out": normal(10, 2, 2)}
@@ -201,6 +205,7 @@ def convolution(p: Any, inputs: Any) -> jax.Array:
     ],
     ids=["loop", "convolution", "contrastive", "graph"],
 )
+@pytest.mark.by_default("graph", "loop")
 def test_other_coupled_models(model_fn: Any, inputs: Any, targets: Any) -> None:
     params = {"i": normal(13, 3, 2), "t": normal(14, 3, 2)}
     plain = jax.tree.map(

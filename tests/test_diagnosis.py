@@ -128,7 +128,16 @@ HEALTHY = Numbers(
     condition_number=1e3,
     resolution=1e-7,
 )
-RULE = StepRule("quadratic", 1.0, "slope", "quadratic", 1e-5, "auto", 0.0, None)
+RULE = StepRule(
+    learning_rate="quadratic",
+    damping=1.0,
+    adapt_damping="slope",
+    momentum="quadratic",
+    min_damping=1e-5,
+    kl_clip="auto",
+    weight_decay=0.0,
+    weight_decay_mask=None,
+)
 
 
 @pytest.mark.parametrize(

@@ -152,11 +152,10 @@ for name, (model, params) in models.items():
 print(json.dumps(result))
 """
 
-# Between both models, each function, and what images and what tokens have of their own.
-ASKED = {
-    "images": ["mc", "ggn", "diagonal", "ggn-chunked"],
-    "tokens": ["empirical", "ggn", "diagonal", "data", "pass", "mc-chunked", "pass-chunked"],
-}
+# Between both models, each function, and what images and what tokens have of their own. By default: products in
+# chunks of a convolution, factors with a mask, and the optimizer's pass in chunks.
+ASKED = {"images": ["ggn-chunked"], "tokens": ["empirical", "pass-chunked"]}
+SWEPT = {"images": ["mc", "ggn", "diagonal"], "tokens": ["ggn", "diagonal", "data", "pass", "mc-chunked"]}
 
 CONNECT = """
 import sys, jax
@@ -172,14 +171,16 @@ batch = tuple(jax.make_array_from_process_local_data(NamedSharding(mesh, P("data
 everywhere = NamedSharding(mesh, P())
 placed = {name: jax.make_array_from_process_local_data(everywhere, leaf) for name, leaf in params.items()}
 # A state that is made outside of `jit` is put on all devices of the mesh.
-result = [train(mesh, placed, batch, compiled=False)]
+result = [train(mesh, placed, batch, compiled=False)] if "auto" in sys.argv else []
 explicit = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
 batch = tuple(jax.make_array_from_process_local_data(NamedSharding(explicit, P("data")), part[half]) for part in (x, y))
 everywhere = NamedSharding(explicit, P())
 placed = {name: jax.make_array_from_process_local_data(everywhere, leaf) for name, leaf in params.items()}
-result.append(train(None, placed, batch, compiled=False))
+if "inferred" in sys.argv:
+    result.append(train(None, placed, batch, compiled=False))
 with jax.set_mesh(explicit):  # a compiled `init` uses no value of the parameters, which would name the mesh
-    result.append(train(explicit, placed, batch))
+    if "explicit" in sys.argv:
+        result.append(train(explicit, placed, batch))
 print(json.dumps(result))
 """
 
@@ -221,6 +222,12 @@ def on_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finish(start(COMMON + DEVICES + asked + WORK, 8, tmp_path_factory.mktemp("devices")))
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    asked = f"result, asked = {{}}, {SWEPT}\n"
+    return finish(start(COMMON + asked + WORK, 8, tmp_path_factory.mktemp("swept")))
+
+
 def test_steps_are_those_of_one_device(on_devices: Any) -> None:
     assert_close(on_devices["params"], on_devices["alone"])
 
@@ -235,26 +242,39 @@ def test_devices_take_their_shares_of_what_they_have(on_devices: Any) -> None:
     assert on_devices["sent"] == {str(n): [] for n in (1, 2, 4, 8)}
 
 
-@pytest.mark.parametrize("name", [f"{model}-{what}" for model in ASKED for what in ASKED[model]])
-def test_devices_share_the_work_and_exchange_sums_only(on_devices: Any, name: str) -> None:
+def check_work(found: Any, name: str) -> None:
     """Of a batch that is sharded: no activation leaves its device, and a chunk has examples of each."""
-    (alone, none), (shared, collectives) = (on_devices[f"{name}-{n}"] for n in (1, 8))
+    (alone, none), (shared, collectives) = (found[f"{name}-{n}"] for n in (1, 8))
     assert none == []
     assert collectives == ["all-reduce"]
     assert shared < 1.1 * alone / 8
 
 
-def test_two_processes(on_devices: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [f"{model}-{what}" for model in ASKED for what in ASKED[model]])
+def test_devices_share_the_work_and_exchange_sums_only(on_devices: Any, name: str) -> None:
+    check_work(on_devices, name)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [f"{model}-{what}" for model in SWEPT for what in SWEPT[model]])
+def test_devices_share_more_of_the_work(swept: Any, name: str) -> None:
+    check_work(swept, name)
+
+
+# How the mesh comes: given, with automatic and with explicit axes; and found at the parameters.
+@pytest.mark.parametrize("ways", [("auto", "explicit"), pytest.param(("inferred",), marks=pytest.mark.sweep)])
+def test_two_processes(on_devices: Any, ways: tuple[str, ...], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(CONNECT + COMMON + PROCESS, 1, tmp_path, str(number), str(port)) for number in range(2)]
+    processes = [start(CONNECT + COMMON + PROCESS, 1, tmp_path, str(number), str(port), *ways) for number in range(2)]
     try:
         first, second = [finish(process) for process in processes]
     finally:
         for process in processes:
             with process:
                 process.kill()
+    assert len(first) == len(ways)
     assert first == second
     for params in first:
         assert_close(params, on_devices["alone"])

@@ -15,7 +15,7 @@ import ggn_jax
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
-# One process for all: what is imported and compiled for one example serves the others.
+# One process for many: what is imported and compiled for one example serves the others.
 EXAMPLES = """
 import contextlib, doctest, importlib, io, json, pkgutil, sys, traceback
 import ggn_jax, torch_bridge
@@ -48,19 +48,20 @@ def run(blocks):
             failed += 1
     return failed, len(blocks)
 
-pages = json.load(sys.stdin)
 found = {}
-for page in ["docstrings", *pages]:
+for page, blocks in json.load(sys.stdin).items():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        failed, attempted = docstrings() if page == "docstrings" else run(pages[page])
+        failed, attempted = run(blocks) if blocks else docstrings()
     found[page] = [failed, attempted, printed.getvalue()]
 print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int, str]]:
-    """How many examples of the docstrings and of each page fail, of how many, and what they print.
+Found = dict[str, tuple[int, int, str]]
+
+
+def run_examples(pages: dict[str, list[tuple[int, str]]], cwd: Path) -> Found:
+    """How many examples of each page fail, of how many, and what they print; a page of none is all docstrings.
 
     In a fresh interpreter that finds the same package, with warnings as errors.
     """
@@ -68,10 +69,10 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, i
     env |= {"PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent), "MPLBACKEND": "Agg", "XLA_FLAGS": flags(1)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", EXAMPLES],
-        input=json.dumps({path.stem: blocks_of_page(path) for path in PAGES}),
+        input=json.dumps(pages),
         capture_output=True,
         text=True,
-        cwd=tmp_path_factory.mktemp("examples"),
+        cwd=cwd,
         env=env,
         check=False,
         timeout=900,
@@ -115,11 +116,23 @@ def test_pages_have_examples() -> None:
     assert sum(len(blocks_of_page(path)) for path in PAGES) > 20
 
 
-@pytest.mark.parametrize("page", ["docstrings", *(path.stem for path in PAGES)])
-def test_examples(examples: dict[str, tuple[int, int, str]], page: str) -> None:
-    failed, attempted, printed = examples[page]
-    assert attempted
-    assert not failed, printed
+def check(found: Found) -> None:
+    for page, (failed, attempted, printed) in found.items():
+        assert attempted, page
+        assert not failed, f"{page}: {printed}"
+
+
+def test_docstrings(tmp_path: Path) -> None:
+    check(run_examples({"docstrings": []}, tmp_path))
+
+
+FIRST = ["README", "start"]
+
+
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.sweep)], ids=["first", "others"])
+def test_pages(first: bool, tmp_path: Path) -> None:
+    """What is read first by default, the other pages with `-m sweep`."""
+    check(run_examples({page.stem: blocks_of_page(page) for page in PAGES if (page.stem in FIRST) == first}, tmp_path))
 
 
 def test_every_page_is_in_the_contents() -> None:

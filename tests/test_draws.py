@@ -30,12 +30,14 @@ def assert_chi_squared(counts: np.ndarray, p: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 7, 65, 1000])
+@pytest.mark.by_default("65", "2")
 def test_probabilities(classes: int) -> None:
     logits = np.random.default_rng(classes).uniform(-1, 1, size=classes)
     p = np.exp(logits) / np.exp(logits).sum()
     assert_chi_squared(np.bincount(drawn_classes(logits, 20_000), minlength=classes), p)
 
 
+@pytest.mark.sweep
 def test_fifty_thousand_classes_behind_one_that_dominates() -> None:
     """The tail has 1 % of the mass, 2e-7 a class: two steps of a float32 uniform."""
     classes, words = 50_000, 2_000_000
@@ -94,6 +96,7 @@ def test_one_random_word_per_label() -> None:
 @pytest.mark.parametrize(
     "loss", [ggn_jax.MSELoss(), CrossEntropyLoss(), BCEWithLogitsLoss()], ids=lambda x: type(x).__name__
 )
+@pytest.mark.by_default("CrossEntropyLoss")
 def test_keys(loss: ggn_jax.Loss) -> None:
     """Typed and raw keys; equal keys, equal draws; one shared key under vmap, the same draws for every example."""
     outputs = jnp.zeros((4, 3))
@@ -131,6 +134,7 @@ def descend(masses: list[int], rest: int) -> int:
 
 
 @pytest.mark.parametrize("classes", [1, 5, LARGE, LARGE + 1, 300, 511, 513, 4099])
+@pytest.mark.by_default("256", "257", "1")
 def test_levels_that_are_skipped_change_no_label(classes: int) -> None:
     rng = np.random.default_rng(classes)
     p = np.where(rng.uniform(size=classes) < 0.7, rng.exponential(size=classes), 0) + 1e-9
@@ -143,6 +147,7 @@ def test_levels_that_are_skipped_change_no_label(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [7, 1000])
+@pytest.mark.by_default("7")
 def test_labels_of_several_positions(classes: int) -> None:
     """Positions that follow the classes, probabilities that are a factor away: as each by itself."""
     p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (classes, 3, 2), "float32"), axis=0)
@@ -155,6 +160,7 @@ def test_labels_of_several_positions(classes: int) -> None:
 
 
 @pytest.mark.parametrize("loss", [ggn_jax.MSELoss(), CrossEntropyLoss()], ids=lambda x: type(x).__name__)
+@pytest.mark.by_default("MSELoss")
 def test_one_sample_at_a_time(loss: ggn_jax.Loss) -> None:
     """What is back-propagated for some of the samples are these of all vectors."""
     outputs = jax.random.normal(jax.random.key(0), (4, 3, 2))

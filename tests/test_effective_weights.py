@@ -56,6 +56,7 @@ def taken() -> jax.Array:
 
 
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.by_default("columns")
 def test_rows_read_one_by_one_are_an_embedding(name: str) -> None:
     model_fn = reading(ROWS[name])
     assert kinds(model_fn, TABLE, TOKENS)["['table']"] == ("embedding", "Kronecker", 1)
@@ -63,6 +64,7 @@ def test_rows_read_one_by_one_are_an_embedding(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.by_default("clip")
 def test_several_tables_in_one_array(mode: str) -> None:
     """The table's number is data as well; an index that is out of range reads nothing, or the last row."""
 
@@ -93,6 +95,7 @@ SCALED: dict[str, tuple[float, Callable[[jax.Array], jax.Array]]] = {
 
 
 @pytest.mark.parametrize("name", SCALED)
+@pytest.mark.by_default("transposed")
 def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
     scale, weight = SCALED[name]
 
@@ -109,6 +112,7 @@ def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
     np.testing.assert_allclose(found, jacobian[:, None] * like * jacobian[None], atol=1e-15)
 
 
+@pytest.mark.sweep
 def test_scales_that_are_no_number() -> None:
     """A mask and a number that depends on the loop have no Kronecker form; another parameter and 0 scale the layer."""
     params, x = {"w": normal(3, 3), "s": jnp.ones(())}, normal(4, 3)
@@ -124,6 +128,7 @@ def test_scales_that_are_no_number() -> None:
     assert kinds(looped, {"w": params["w"]}, x)["['w']"][0] == "uncovered"
 
 
+@pytest.mark.sweep
 def test_a_scaled_convolution_and_a_tied_weight_of_two_scales() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         x = jax.lax.conv_general_dilated(x, p["kernel"] / 3, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
@@ -160,6 +165,7 @@ DERIVATIVES: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
+@pytest.mark.by_default("value and force")
 def test_derivatives_in_the_inputs_have_layers_with_constant_inputs(name: str) -> None:
     """Energy models and physics-informed networks: a weight meets a unit tangent, or a seed of ones, before data."""
 
@@ -201,6 +207,7 @@ def test_the_factors_of_a_weight_that_meets_a_constant() -> None:
         assert any(np.allclose(a, f[0], atol=1e-14) and np.allclose(b, g[0], atol=1e-14) for f, g in pairs)
 
 
+@pytest.mark.sweep
 def test_constant_inputs_inside_loops() -> None:
     """Each step has a weight of its own, whose inputs are the same for all examples: a constant, or known rows."""
     constant = jnp.ones(3)
@@ -255,6 +262,7 @@ def test_a_scale_that_repeats_the_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+@pytest.mark.by_default("int8")
 def test_indices_that_cannot_hold_the_rows_numbers(dtype: Any) -> None:
     numbers = jax.lax.GatherDimensionNumbers((1,), (0, 1), (0, 1))
 
@@ -271,6 +279,7 @@ def test_indices_that_cannot_hold_the_rows_numbers(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (4, 1)])
+@pytest.mark.by_default("shape0")
 def test_a_part_of_a_weight_that_is_scaled_along_some_axes(shape: tuple[int, ...]) -> None:
     """For one example, KFAC is the GGN, however the weight was made."""
 

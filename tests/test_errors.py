@@ -143,6 +143,7 @@ def of_shape(outputs: tuple[int, ...], targets: tuple[int, ...], indices: bool, 
 
 
 @pytest.mark.parametrize("shapes", UNCLEAR, ids=str)
+@pytest.mark.by_default("((2, 2, 2), (2, 2), True, None)", "((3, 2), (3, 2), False, None)")
 def test_a_class_axis_that_shapes_leave_open_must_be_given(shapes) -> None:
     f, y, kwargs = of_shape(*shapes)
     for call in (
@@ -162,6 +163,7 @@ def test_a_class_axis_that_shapes_leave_open_must_be_given(shapes) -> None:
 
 
 @pytest.mark.parametrize("shapes", CLEAR, ids=str)
+@pytest.mark.by_default("((2, 3, 2), (3, 2), True, None)")
 def test_a_class_axis_that_shapes_tell_is_the_first(shapes) -> None:
     f, y, kwargs = of_shape(*shapes)
     np.testing.assert_array_equal(CrossEntropyLoss(**kwargs)(f, y), CrossEntropyLoss(**kwargs, class_axis=0)(f, y))
@@ -193,6 +195,7 @@ def test_dtypes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [bool, "int8", "int32", "uint8", "float16", "float32"])
+@pytest.mark.by_default("bool", "float16")
 def test_targets_of_other_dtypes_are_cast(dtype) -> None:
     f, y = jnp.asarray([[0.3, -2.0]]), jnp.asarray([[1.0, 0.0]])
     for loss in (MSELoss(), BCEWithLogitsLoss(pos_weight=3)):
@@ -201,6 +204,7 @@ def test_targets_of_other_dtypes_are_cast(dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.by_default("int8", "uint64")
 def test_class_indices_of_every_integer_dtype(dtype: str) -> None:
     f = jnp.asarray(np.random.default_rng(0).normal(size=(3, 200)))
     y = jnp.asarray([0, 100, 120])

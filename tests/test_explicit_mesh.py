@@ -51,6 +51,13 @@ def alone(model: str, name: str) -> Any:
         [(*case, is_set(case)) for case in DEFAULT],
     ),
 )
+@pytest.mark.by_default(
+    "images-kfac-True",
+    "images-losses-False",
+    "images-ggn-False",
+    "images-ef-False",
+    "images-diagonal-True",
+)
 def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) -> None:
     model_fn, loss, params, batch = MODELS[model]
     params, batch = place(params), place(batch, "data")
@@ -60,6 +67,7 @@ def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) ->
 
 
 @pytest.mark.parametrize("name", ["ggn-chunked", "diagonal", "ekfac", "losses", "kfac", "multi-steps"])
+@pytest.mark.by_default("ggn-chunked")
 def test_outside_of_jit_too(name: str) -> None:
     """With parameters that are on no mesh, as they come."""
     model_fn, loss, params, batch = MODELS["images"]
@@ -76,6 +84,7 @@ def same_sharding(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("cls", [GGN, ggn_jax.EFLinearOperator, ggn_jax.HessianLinearOperator, DIAGONAL, KFAC, EKFAC])
+@pytest.mark.by_default("HessianLinearOperator")
 def test_products_are_sharded_as_the_parameters_are(cls: Any) -> None:
     loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
     options = {"key": KEY} if cls in (KFAC, EKFAC) else {}
@@ -109,6 +118,7 @@ def keys() -> jax.Array:
 
 
 @covering(1, is_set=[False, True], sharded=[False, True])
+@pytest.mark.by_default("True-True")
 def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
     start = over_features(params) if sharded else place(params)
@@ -120,6 +130,7 @@ def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
 
 
 @covering(1, options=[{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], is_set=[False, True], ids=str)
+@pytest.mark.by_default("{'inverse_interval': 2, 'staggered': True}-False")
 def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: bool) -> None:
     params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
     with jax.set_mesh(mesh()) if is_set else nullcontext():
@@ -127,6 +138,7 @@ def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: boo
     assert_close(found, train(params, batch, **options)[0], 1e-9)
 
 
+@pytest.mark.sweep
 def test_lineax_solves() -> None:
     model_fn, loss, params, batch = MODELS["images"]
 
@@ -139,6 +151,7 @@ def test_lineax_solves() -> None:
 
 
 @pytest.mark.parametrize("name", ["ggn", "kfac", "ekfac", "preconditioned"])
+@pytest.mark.by_default("preconditioned")
 def test_lineax_solves_with_sharded_parameters(name: str) -> None:
     """Inside of `auto_axes`: lineax adds up over axes that are sharded, and compares shardings."""
     loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
@@ -188,6 +201,7 @@ def test_kfac_for_models_that_name_shardings_is_refused_with_the_way_out() -> No
     assert "must not name shardings of explicit axes" in "".join(caught.value.__notes__)
 
 
+@pytest.mark.sweep
 def test_models_that_constrain_shardings_of_auto_axes() -> None:
     """Also where that of a batch does not fit one example."""
     auto = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
@@ -218,6 +232,7 @@ def test_report_of_a_sharded_batch() -> None:
     assert [(row.parameter, row.kind) for row in found.rows] == [(row.parameter, row.kind) for row in wanted.rows]
 
 
+@pytest.mark.sweep
 def test_several_batches() -> None:
     model_fn, loss, params, batch = MODELS["images"]
     batches = [batch, jax.tree.map(lambda x: x[::-1], batch)]
@@ -226,6 +241,7 @@ def test_several_batches() -> None:
     assert_close(found.as_matrix(), make(params, batches, key=KEY).as_matrix(), 1e-9)
 
 
+@pytest.mark.sweep
 def test_a_mask_is_sharded_as_the_batch_is() -> None:
     model_fn, loss, params, batch = MODELS["tokens"]
     mask = jnp.asarray(np.arange(24).reshape(8, 3) % 5 > 0)

@@ -114,6 +114,7 @@ def gram_of(name: str) -> GramLinearOperator:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.by_default("slopes")
 def test_gram_of_an_objective(name: str) -> None:
     """The rows of all functions, with the roots of losses and weights; as matrix, product and solve."""
     _, ggn, x = dense(name)
@@ -126,6 +127,7 @@ def test_gram_of_an_objective(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.by_default("slopes")
 def test_damping_for_each_parameter(name: str) -> None:
     """A prefix of the parameters, of which some share a number; all kinds of layers have scaled inner products."""
     _, ggn, _ = dense(name)
@@ -144,6 +146,7 @@ def fused(p: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("damping", [{"a": 0.1, "c": 0.3, "v": 0.2}, {"a": {"w": 0.1, "b": 0.4}, "c": 0.3, "v": 1}])
+@pytest.mark.by_default("damping1")
 def test_damping_inside_of_a_layer(damping: Any) -> None:
     params = {"a": {"w": normal("aw", 9, 4), "b": normal("ab", 4)}, "c": {"w": normal("cw", 9, 5)}, "v": normal("v", 9)}
     x, y = normal("x", 4, 9), normal("y", 4)
@@ -158,6 +161,7 @@ def test_damping_inside_of_a_layer(damping: Any) -> None:
     assert_close(flat(solve(damping)), want, 1e-10)
 
 
+@pytest.mark.sweep
 def test_one_function_as_an_objective_and_linearised() -> None:
     """A batch for itself; lineax's solvers on tuples; the linearisation is kept."""
     params, _, batches = CASES["otherwise"]

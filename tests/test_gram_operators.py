@@ -33,6 +33,7 @@ def centring(size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("problem", "chunk_size"), [(CE, 2), (SEQUENCE, None)], ids=["ce", "sequence"])
+@pytest.mark.by_default("ce")
 def test_jacobian(problem: Problem, chunk_size: int | None) -> None:
     jacobian = JacobianLinearOperator(problem.model_fn, problem.params, problem.inputs, chunk_size=chunk_size)
     u = normal("u", *problem.outputs().shape)
@@ -66,6 +67,7 @@ def test_jacobian_solves_least_squares() -> None:
     [(CE, True, True), (SEQUENCE, True, False), (IMAGES, False, True)],
     ids=["ce", "sequence", "images"],
 )
+@pytest.mark.by_default("sequence")
 def test_gram(problem: Problem, with_loss: bool, centred: bool) -> None:
     j = problem.jacobian()
     x = (centring(len(j)) @ j if centred else j).T
@@ -90,6 +92,7 @@ def test_solve_equals_the_ggns() -> None:
     assert_close(eigenvalues, np.linalg.eigvalsh(CE.ggn())[::-1][: len(eigenvalues)], 1e-10)
 
 
+@pytest.mark.sweep
 def test_chunks_change_nothing() -> None:
     args = CE.model_fn, CE.params, CE.inputs
     options: dict[str, Any] = {"loss": CE.loss, "targets": CE.targets, "centred": True}
@@ -151,6 +154,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.by_default("scanned", "grouped")
 def test_gram_of_layers(name: str) -> None:
     model_fn, params, inputs = MODELS[name]
     theta, unravel = ravel_pytree(params)

@@ -89,6 +89,7 @@ HEADS = [  # with a term per entry, the last axis are the features
 
 
 @pytest.mark.parametrize(("number", "name", "positions"), thinned(HEADS, 2))
+@pytest.mark.by_default("0-classes first-True", "2-flat-False", "1-cast-False")
 def test_the_heads_factor_is_the_sum_of_loss_hessians(number: int, name: str, positions: bool) -> None:
     cls, options = LOSSES[number]
     model_fn, loss, batch = make_case(name, cls, options, positions)
@@ -107,6 +108,7 @@ def _key(layout: Layout) -> Any:
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.by_default("reduce")
 def test_it_is_what_back_propagation_gives(sharing: Any) -> None:
     """The same layer, hidden from the finder of the head by a factor of 1 that is data."""
     model_fn, loss, batch = make_case("plain", *LOSSES[0], True)

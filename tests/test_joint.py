@@ -68,7 +68,9 @@ def ggn_matrix() -> np.ndarray:
 
 
 def outer(vectors: Any) -> np.ndarray:
-    rows = np.asarray(jax.vmap(lambda tree: ravel_pytree(tree)[0])(vectors))
+    """`sum_v v v^T`, of all outputs in the order of their names."""
+    leaves = [np.asarray(x).reshape(len(x), -1) for x in jax.tree.leaves(vectors)]
+    rows = np.concatenate(leaves, axis=1)
     return rows.T @ rows
 
 
@@ -101,24 +103,38 @@ def test_value_and_errors() -> None:
 
 
 def test_vectors_of_one_example_and_of_a_batch() -> None:
-    output, target = one(OUTPUTS, 1), one(TARGETS, 1)
+    output, target, num = one(OUTPUTS, 1), one(TARGETS, 1), 20_000
+
+    @jax.jit
+    def run(output: Any, target: Any, outputs: Any, targets: Any, key: jax.Array) -> Any:
+        return {
+            "vectors": ggn_jax.make_grad_output_fn(LOSS, "type-2")(output, target),
+            "draws": ggn_jax.make_grad_output_fn(LOSS, "mc", mc_samples=num)(output, target, key),
+            "sampler": ggn_jax.make_grad_output_sampler(LOSS)(output, num, target, key),
+            "batch": ggn_jax.make_batch_grad_output_fn(LOSS, "type-2")(outputs, targets),
+            "gradients": ggn_jax.make_batch_grad_output_fn(LOSS, "empirical")(outputs, targets),
+            "own": ggn_jax.make_batch_grad_output_fn(LOSSES["tokens"], "empirical")(
+                outputs["tokens"], targets["tokens"]
+            ),
+            "hessian": jax.jacfwd(jax.grad(value))(outputs, targets)["value"]["value"],
+        }
+
+    found = jax.device_get(run(output, target, OUTPUTS, TARGETS, jax.random.key(0)))
     hessian = output_hessian(*jax.tree.map(lambda x: x[None], (output, target)))
-    vectors = ggn_jax.make_grad_output_fn(LOSS, "type-2")(output, target)
+    vectors = found["vectors"]
     assert {k: v.shape for k, v in vectors.items()} == {"value": (9, 2), "tokens": (9, 2, 3), "flag": (9,)}
     np.testing.assert_allclose(outer(vectors), hessian, atol=1e-14)
-    draws = ggn_jax.make_grad_output_fn(LOSS, "mc", mc_samples=20_000)(output, target, jax.random.key(0))
-    np.testing.assert_allclose(outer(draws), hessian, atol=0.05 * np.abs(hessian).max())
-    sampler = ggn_jax.make_grad_output_sampler(LOSS)(output, 20_000, target, jax.random.key(0))
-    np.testing.assert_allclose(outer(sampler) / 20_000, outer(draws), rtol=1e-10, atol=1e-14)
-    batch = ggn_jax.make_batch_grad_output_fn(LOSS, "type-2")(OUTPUTS, TARGETS)
-    blocks = np.asarray(jax.jacfwd(jax.grad(value))(OUTPUTS)["value"]["value"])
+    draws = outer(found["draws"])
+    np.testing.assert_allclose(draws, hessian, atol=0.05 * np.abs(hessian).max())
+    np.testing.assert_allclose(outer(found["sampler"]) / num, draws, rtol=1e-10, atol=1e-14)
     for n in range(N):
-        got = np.einsum("vi,vj->ij", batch["value"][:, n], batch["value"][:, n])
-        np.testing.assert_allclose(got, blocks[n, :, n], atol=1e-14)
-    grads = ggn_jax.make_batch_grad_output_fn(LOSS, "empirical")(OUTPUTS, TARGETS)
-    own = ggn_jax.make_batch_grad_output_fn(LOSSES["tokens"], "empirical")(OUTPUTS["tokens"], TARGETS["tokens"])
-    np.testing.assert_allclose(grads["tokens"], 2 * own, rtol=1e-14)
+        rows = found["batch"]["value"][:, n]
+        np.testing.assert_allclose(rows.T @ rows, found["hessian"][n, :, n], atol=1e-14)
+    np.testing.assert_allclose(found["gradients"]["tokens"], 2 * found["own"], rtol=1e-14)
+    # Outside of `jit` too.
     assert ggn_jax.make_grad_output_fn(LOSS, "forward-only")(output, target)["value"].shape == (0, 2)
+    eager = ggn_jax.make_batch_grad_output_fn(LOSS, "empirical")(OUTPUTS, TARGETS)
+    np.testing.assert_allclose(eager["tokens"], found["gradients"]["tokens"], rtol=1e-13)
     with pytest.raises(NotImplementedError, match="no common axis"):
         ggn_jax.loss_hessian_matrix_sqrt(output, target, LOSS)
 
@@ -137,17 +153,22 @@ def test_loss_hessian() -> None:
 
 
 def test_products() -> None:
-    chunk_size = 2  # of 5
-    ggn = ggn_jax.GGNLinearOperator(*ARGS, chunk_size=chunk_size)
-    np.testing.assert_allclose(ggn.as_matrix(), ggn_matrix(), atol=1e-12)
-    hessian = ggn_jax.HessianLinearOperator(*ARGS, chunk_size=chunk_size)
+    @jax.jit
+    def run(params: Any, batch: Any) -> Any:
+        args, chunk = (model_fn, LOSS, params, batch), {"chunk_size": 2}  # of 5
+        diagonals = [ggn_jax.GGNDiagonalLinearOperator(*args, **chunk, method=m).entries for m in ("layers", "data")]
+        whole = ggn_jax.GGNLinearOperator(*args, **chunk), ggn_jax.HessianLinearOperator(*args, **chunk)
+        return [operator.as_matrix() for operator in whole], diagonals
+
+    (ggn, hessian), diagonals = run(*ARGS[2:])
+    np.testing.assert_allclose(ggn, ggn_matrix(), atol=1e-12)
     want = jax.jit(jax.hessian(lambda f: value(model_fn(UNRAVEL(f), X))))(FLAT)
-    np.testing.assert_allclose(hessian.as_matrix(), want, atol=1e-12)
-    for method in ("layers", "data"):
-        diagonal = ggn_jax.GGNDiagonalLinearOperator(*ARGS, chunk_size=chunk_size, method=method)
-        np.testing.assert_allclose(ravel_pytree(diagonal.entries)[0], np.diag(ggn_matrix()), atol=1e-12)
+    np.testing.assert_allclose(hessian, want, atol=1e-12)
+    for diagonal in diagonals:
+        np.testing.assert_allclose(ravel_pytree(diagonal)[0], np.diag(ggn_matrix()), atol=1e-12)
 
 
+@pytest.mark.sweep
 def test_draws_are_unbiased() -> None:
     ggn = ggn_jax.GGNLinearOperator(*ARGS, mc_samples=20_000, key=jax.random.key(1))
     v = UNRAVEL(jnp.ones_like(FLAT))
@@ -176,13 +197,16 @@ def test_empirical_fisher() -> None:
         flags = optax.sigmoid_binary_cross_entropy(outputs["flag"], TARGETS["flag"])
         return jnp.concatenate([each, flags[:, None]], axis=1)
 
+    @jax.jit
+    def run(params: Any, batch: Any) -> Any:
+        return [ggn_jax.EFLinearOperator(two, TWO, params, batch, per=per).as_matrix() for per in ("datum", "term")]
+
     terms = np.asarray(jax.jit(jax.jacrev(losses))(FLAT))
     rows = terms.sum(1)
-    args = two, TWO, PARAMS, (X, TWO_TARGETS)
-    np.testing.assert_allclose(ggn_jax.EFLinearOperator(*args).as_matrix(), rows.T @ rows, atol=1e-12)
+    per_datum, per_term = run(PARAMS, (X, TWO_TARGETS))
+    np.testing.assert_allclose(per_datum, rows.T @ rows, atol=1e-12)
     rows = terms.reshape(-1, len(FLAT))
-    per_term = ggn_jax.EFLinearOperator(*args, per="term")
-    np.testing.assert_allclose(per_term.as_matrix(), rows.T @ rows, atol=1e-12)
+    np.testing.assert_allclose(per_term, rows.T @ rows, atol=1e-12)
     halves = [(X[:2], one(TWO_TARGETS, slice(2))), (X[2:], one(TWO_TARGETS, slice(2, None)))]
     whole = ggn_jax.EFLinearOperator.from_batches(two, TWO, PARAMS, halves, per="term")
     np.testing.assert_allclose(whole.as_matrix(), rows.T @ rows, atol=1e-12)
@@ -204,6 +228,7 @@ def test_kronecker_of_one_example_is_exact() -> None:
 
 
 @pytest.mark.parametrize("cls", [ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator])
+@pytest.mark.by_default("KFACLinearOperator")
 def test_kronecker_is_the_sum_over_heads(cls: Any) -> None:
     """Each head's vectors are its own, so output factors add up, and so do EKFAC's corrections where bases are one."""
     joint = cls(*ARGS, **OPTIONS)
@@ -223,6 +248,7 @@ def test_kronecker_is_the_sum_over_heads(cls: Any) -> None:
         np.testing.assert_allclose(joint.trace(), np.trace(ggn_matrix()))
 
 
+@pytest.mark.sweep
 def test_signs_and_draws_need_keys_and_are_unbiased() -> None:
     with pytest.raises(ValueError, match="key"):
         ggn_jax.KFACLinearOperator(*ARGS, fisher_type="type-2")

@@ -53,6 +53,7 @@ def blocks_of(matrix: jax.Array) -> np.ndarray:
 
 
 @covering(1, cls=[KFAC, EKFAC], reduction=["mean", "sum"], chunks=[{}, {"chunk_size": 3, "vector_chunk_size": 1}])
+@pytest.mark.by_default("EKFACLinearOperator-sum-chunks7")
 def test_exact_for_deep_linear_nets(cls: Any, reduction: str, chunks: dict[str, int]) -> None:
     loss, batch = ggn_jax.MSELoss(reduction=reduction), (INPUTS, normal(7, 2))
     # The number of samples is looked at for drawn vectors only.
@@ -72,6 +73,7 @@ def test_exact_for_deep_linear_nets(cls: Any, reduction: str, chunks: dict[str, 
         ggn_jax.MSELoss(),
     ],
 )
+@pytest.mark.by_default("_ModuleMeta-CrossEntropyLoss0", "_ModuleMeta-MSELoss1")
 def test_exact_for_one_datum(cls: Any, loss: Any) -> None:
     targets = jnp.array([1]) if isinstance(loss, ggn_jax.CrossEntropyLoss) else jnp.array([[0.3, 0.9]])
     batch = INPUTS[:1], targets
@@ -80,6 +82,7 @@ def test_exact_for_one_datum(cls: Any, loss: Any) -> None:
 
 
 @BOTH
+@pytest.mark.by_default("EKFACLinearOperator")
 def test_exact_for_linear_convolutions_in_their_setting(cls: Any) -> None:
     """Expand for a loss term per position, reduce for averaged positions (Eschenhagen et al. 2023)."""
 
@@ -143,6 +146,7 @@ def attention_factors(sharing: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.by_default("reduce")
 def test_attention_against_dense_algebra(sharing: Any) -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         return attention(p, x)[0]
@@ -210,6 +214,11 @@ LOSSES = {"CrossEntropyLoss": 0, "MSELoss": 1, "BCEWithLogitsLoss": 2}
     sharing=["expand", "reduce"],
     separate=[True, False],
 )
+@pytest.mark.by_default(
+    "torch_cnn-CrossEntropyLoss-mean-type-2-reduce-False",
+    "torch_mlp-BCEWithLogitsLoss-mean-empirical-expand-True",
+    "torch_mlp-MSELoss-sum-forward-only-expand-True",
+)
 def test_curvlinops(make: Any, loss: str, reduction: str, fisher_type: str, sharing: Any, separate: bool) -> None:
     torch.manual_seed(0)
     net, model_fn, inputs = make()
@@ -272,6 +281,7 @@ def algebra(operator: Any, vector: Any) -> dict[str, jax.Array]:
 
 
 @covering(1, cls=[KFAC, EKFAC], bias=["joint", "separate"])
+@pytest.mark.by_default("KFACLinearOperator-joint")
 def test_algebra(cls: Any, bias: Any) -> None:
     operator = cls(tanh_net, CE, PARAMS, (INPUTS, LABELS), fisher_type="type-2", bias=bias)
     vector = jax.tree.map(lambda x: normal(*x.shape, seed=3), PARAMS)
@@ -414,6 +424,7 @@ def dropout_net(p: Any, inputs: Any) -> jax.Array:
     return jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(inputs["key"]), h, 0) @ p["2"]["w"]
 
 
+@pytest.mark.sweep
 def test_keys_in_the_inputs() -> None:
     """A key for each example: the same for all data at once, in chunks, and in batches."""
     dropped = jax.jit(dropout_net)
@@ -461,6 +472,7 @@ def test_large_factors_are_diagonal() -> None:
 
 
 @BOTH
+@pytest.mark.by_default("KFACLinearOperator")
 def test_monte_carlo_is_unbiased(cls: Any) -> None:
     """EKFAC's eigenvectors are random, so it is its trace that has the exact one as its mean."""
     args = tanh_net, CE, PARAMS, (INPUTS, LABELS)
@@ -470,6 +482,7 @@ def test_monte_carlo_is_unbiased(cls: Any) -> None:
     assert abs(draws.mean() - expected) < 5 * draws.std() / 2000**0.5
 
 
+@pytest.mark.sweep
 def test_transformations() -> None:
     """A pytree: built inside of `jit` from sharded data, mapped over keys, averaged."""
     cls = EKFAC  # its factors are KFAC's
@@ -533,6 +546,7 @@ def test_empty_parameters() -> None:
     assert operator.block("w").shape == (6, 6)
 
 
+@pytest.mark.sweep
 def test_partly_used_parameters() -> None:
     params = {"w": normal(3, 4)}
     operator = KFAC(lambda p, x: x @ p["w"][:, :2], CE, params, (INPUTS, LABELS), fisher_type="type-2")
@@ -541,6 +555,7 @@ def test_partly_used_parameters() -> None:
 
 
 @pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.by_default("joint")
 def test_kfoc_is_the_nearest_kronecker_product(bias: Any) -> None:
     """The leading singular pair of the exact block, rearranged, with positive semi-definite factors."""
     batch = INPUTS, LABELS
@@ -637,6 +652,7 @@ def test_more_errors() -> None:
         KFAC(scale_and_shift, CE, params, (INPUTS, LABELS), fisher_type="forward-only")
 
 
+@pytest.mark.sweep
 def test_factorisations_of_many_sizes_end() -> None:
     # Two batched LAPACK calls at a time wait for each other for ever in jaxlib 0.10 on two cores.
     code = """

@@ -36,6 +36,7 @@ def test_factors_make_up_the_operator() -> None:
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(2, 4, 3, groups=2), nn.ConvTranspose2d(2, 2, 3)], ids=["groups", "transposed"]
 )
+@pytest.mark.by_default("transposed")
 def test_other_layouts_have_no_factors(layer: nn.Module) -> None:
     module = nn.Sequential(layer, nn.Flatten()).double()
     inputs = torch.randn(2, 2, 3, 3, dtype=torch.float64)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import ggn_jax
 
@@ -45,6 +46,7 @@ def data(seed: int, size: int = 8) -> tuple[Any, Any]:
     return {"w": values(seed, 3, 4), "v": values(seed, 4, 2)}, (values(seed, size, 3), targets)
 
 
+@pytest.mark.sweep
 def test_steps() -> None:
     """Steps that make new inverses and those that do not; an uneven last batch is compiled again, and nothing else."""
     params, batch = data(0)

@@ -93,6 +93,7 @@ every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.n
 
 
 @every_model
+@pytest.mark.by_default("slices")
 def test_layers_are_static_and_can_be_printed(model: Model) -> None:
     layers = model.layers
     got = {x.name: (x.kind, x.groups, x.out, x.in_, x.uses, x.has_bias) for x in layers}
@@ -128,6 +129,7 @@ def sum_reduced(model: Model) -> ggn_jax.Loss:
 
 
 @every_model
+@pytest.mark.by_default("slices")
 def test_gradients(model: Model) -> None:
     io, sums, each, value, grads, each_grads = captured(model)
     scale, to_matrices = np.sqrt(io.reduction), jax.jit(partial(ggn_jax.to_matrices, model.layers))
@@ -155,6 +157,7 @@ def test_matrices_are_exact_and_go_back(model: Model) -> None:
     jax.tree.map(np.testing.assert_array_equal, (again, rest_again), (matrices, rest))
 
 
+@pytest.mark.sweep
 def test_matrices_are_the_weights() -> None:
     matrices, rest = ggn_jax.to_matrices(MODELS[0].layers, MODELS[0].params)
     p = MODELS[0].params
@@ -190,6 +193,7 @@ def test_matrices_keep_dtypes() -> None:
 
 
 @pytest.mark.parametrize(("number", "names"), [(0, ["fused#1"]), (1, ["stack/w"]), (2, ["kernel", "head"])])
+@pytest.mark.by_default("1-names1")
 def test_factors_are_kfacs(number: int, names: list[str]) -> None:
     model = MODELS[number]
     options: dict[str, Any] = {"fisher_type": "mc", "mc_samples": 2, "key": jax.random.key(0)}
@@ -235,6 +239,7 @@ def test_type_2_vectors_make_the_ggn() -> None:
         start += size
 
 
+@pytest.mark.sweep
 def test_sums_over_chunks() -> None:
     model = MODELS[1]
     options: dict[str, Any] = {"fisher_type": "mc", "mc_samples": 2, "key": jax.random.key(3)}
@@ -331,6 +336,7 @@ def test_errors() -> None:
         ggn_jax.to_matrices(layers, {})
 
 
+@pytest.mark.sweep
 def test_meshes() -> None:
     """Sums of a batch that is sharded over an explicit axis; and each shard's own, in `jax.shard_map`."""
     model = MODELS[0]

@@ -226,6 +226,17 @@ def report_of(name: str) -> ggn_jax.Report:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.by_default(
+    "transformer",
+    "moved",
+    "scan",
+    "experts",
+    "twice",
+    "pytree inputs",
+    "batch last",
+    "merged axes",
+    "gathered",
+)
 def test_layers_explain_the_gradient(name: str) -> None:
     found = report_of(name)
     assert found.passed, str(found)
@@ -349,6 +360,7 @@ def test_indices_of_an_outer_function_are_not_known() -> None:
     assert "known only when the program runs" in found[0][0]
 
 
+@pytest.mark.sweep
 def test_a_weight_at_known_places_has_the_blocks_of_the_moved_weight() -> None:
     batch, w = (normal(6, 4), jnp.arange(6) % 3), normal(4, 3)
 
@@ -410,6 +422,7 @@ def test_shapes_are_enough() -> None:
 
 
 @pytest.mark.parametrize("name", ["scan", "transformer", "convolutions"])
+@pytest.mark.by_default("transformer")
 def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     """Against one example's gradient by automatic differentiation, of each weight."""
     model_fn, params, inputs = model_of(name)
@@ -502,10 +515,28 @@ def views(draw: st.DrawFn) -> tuple[IndexMap, np.ndarray]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(views(), st.integers(0, 3))
-def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+@given(views())
+def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray]) -> None:
     entries, array = view
     np.testing.assert_array_equal(entries.numbers(), array)
     assert entries.is_injective()
-    flat = jnp.arange(int(array.max()) + 1 + more)
-    np.testing.assert_array_equal(entries.reader(flat.size)(flat), array)
+
+
+def check_reader(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    entries, array = view
+    flat = np.arange(int(array.max()) + 1 + more)
+    np.testing.assert_array_equal(jax.jit(entries.reader(flat.size))(flat), array)
+
+
+# Each is compiled anew.
+@settings(max_examples=15, deadline=None)
+@given(views(), st.integers(0, 3))
+def test_readers_read_what_index_maps_say(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    check_reader(view, more)
+
+
+@pytest.mark.sweep
+@settings(max_examples=100, deadline=None)
+@given(views(), st.integers(0, 3))
+def test_more_readers(view: tuple[IndexMap, np.ndarray], more: int) -> None:
+    check_reader(view, more)

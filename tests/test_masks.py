@@ -36,6 +36,7 @@ def assert_input_factor(operator: Any, name: str, rows: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.by_default("reduce")
 def test_masked_positions_are_as_if_they_were_not_there(sharing: Any) -> None:
     def model_fn(p: Any, x: Any) -> jax.Array:
         h = jnp.tanh(x["x"] @ p["w"] + p["b"][None, None])
@@ -64,6 +65,7 @@ AXIAL = {"a": normal(3, 3), "b": normal(3, 3, seed=1), "v": normal(3, 2)}
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 5)])
+@pytest.mark.by_default("sizes1")
 def test_layers_that_see_positions_transposed(sizes: tuple[int, int]) -> None:
     """Axes of one length in the order of the inputs, others by their length; also with what `jit` hides."""
     x, mask = normal(3, *sizes, 3), random_mask(3, *sizes)
@@ -191,6 +193,7 @@ def network(p: Any, x: jax.Array) -> jax.Array:
 NETWORK = {"w": normal(4, 4), "v": normal(4, 2)}
 
 
+@pytest.mark.sweep
 def test_one_position() -> None:
     x, y = normal(6, 3, 4), normal(6, 2)
     mask = jnp.arange(3)[None] < jnp.array([3, 2, 3, 1, 1, 1])[:, None]

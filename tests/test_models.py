@@ -201,6 +201,15 @@ every_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__na
 
 
 @every_maker
+@pytest.mark.by_default(
+    "linen_net",
+    "equinox_mlp",
+    "haiku_net",
+    "nnx_linear",
+    "nnx_method",
+    "linen_dropout",
+    "equinox_batched",
+)
 def test_outputs_are_the_modules(make: Any) -> None:
     (model_fn, params), want = make()
     np.testing.assert_allclose(model_fn(params, X), want, rtol=1e-12, atol=1e-12)
@@ -211,6 +220,7 @@ def test_outputs_are_the_modules(make: Any) -> None:
 
 
 @every_maker
+@pytest.mark.by_default("linen_dense", "equinox_mlp", "haiku_net", "nnx_linear")
 def test_operators(make: Any) -> None:
     (model_fn, params), outputs = make()
     args = model_fn, ggn_jax.CrossEntropyLoss(), params, (X, TARGETS)
@@ -237,6 +247,7 @@ def test_operators(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [made_nnx_net, made_linen_net], ids=lambda make: make.__name__)
+@pytest.mark.sweep
 def test_chunks_and_diagonal(make: Any) -> None:
     """No example sees another in evaluation: chunks, and batches of one, make no difference."""
     (model_fn, params), _ = make()
@@ -332,6 +343,7 @@ def test_equinox_parameters_are_written_back() -> None:
     np.testing.assert_allclose(jax.vmap(eqx.combine(new, module))(X), model_fn(new, X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sweep
 def test_a_step_on_the_ggn_lowers_the_loss() -> None:
     """The whole way round: module, operator, solve, update, module."""
     module, loss = nnx_net(), ggn_jax.CrossEntropyLoss()

@@ -90,6 +90,7 @@ def dense(operator: Any) -> torch.Tensor:
     ],
     ids=["encoding", "dict", "mapping", "pair", "pair with labels"],
 )
+@pytest.mark.by_default("encoding", "dict")
 def test_forms_of_batches(form: Callable[[Encoding], Any]) -> None:
     module = classifier()
     ours = torch_bridge.GGNLinearOperator(module, LOSS, list(module.parameters()), [form(batch) for batch in BATCHES])
@@ -116,6 +117,7 @@ def test_modules_of_one_mapping() -> None:
         np.testing.assert_allclose(model_fn(params, inputs), wanted, rtol=1e-10)
 
 
+@pytest.mark.sweep
 def test_optimizer() -> None:
     """Where the Kronecker product is the Hessian, one undamped step of length 1 solves the problem."""
 

@@ -40,6 +40,7 @@ def dense(operator: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(reduction="sum")])
 @pytest.mark.parametrize("name", ["GGNLinearOperator", "HessianLinearOperator"])
+@pytest.mark.by_default("HessianLinearOperator-loss2", "GGNLinearOperator-loss0", "HessianLinearOperator-loss1")
 def test_products(name: str, loss: nn.Module) -> None:
     args = setting(mlp, loss)
     ours, theirs = getattr(torch_bridge, name)(*args), getattr(curvlinops, name)(*args)
@@ -47,6 +48,7 @@ def test_products(name: str, loss: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("build", "joint"), [(mlp, True), (cnn, False)])
+@pytest.mark.by_default("mlp-True")
 def test_kfac(build: Callable[[], nn.Module], joint: bool) -> None:
     """Values, inverses and numbers."""
     args = setting(build, nn.CrossEntropyLoss())
@@ -87,6 +89,7 @@ def test_diagonals_and_the_empirical_fisher() -> None:
     torch.testing.assert_close(dense(ef), dense(peer), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.sweep
 def test_damped_operators() -> None:
     """Also inside of torch.compile, which leaves them out of its graphs."""
     module, loss, params, data = setting(mlp, nn.MSELoss())
@@ -192,6 +195,7 @@ def test_one_conversion_for_several_operators(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["KFAC", "EKFAC", "GGN", "EF", "GGNDiagonal"])
+@pytest.mark.by_default("EKFAC")
 def test_operators_of_a_part_share_their_compilations(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """At other values of all parameters, those that are constants among them."""
     module, loss, params, data = setting(mlp, nn.CrossEntropyLoss())
@@ -289,6 +293,7 @@ def test_places_that_a_table_does_not_have(places: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["GGN", "KFAC", "EKFAC", "GGNDiagonal"])
+@pytest.mark.by_default("EKFAC")
 def test_progress(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Batch by batch, with a bar, to the same matrix; also for what is drawn."""
     args = setting(mlp, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]).double()))
@@ -317,6 +322,7 @@ def test_what_has_no_progress() -> None:
         torch_bridge.KFACLinearOperator(module, nn.MSELoss(), params, data, mask=torch.ones(5, 1), progress=True)
 
 
+@pytest.mark.sweep
 def test_a_mask() -> None:
     """Of real inputs, as a tensor; others are left out of the input factors."""
     torch.manual_seed(0)

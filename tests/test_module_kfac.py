@@ -79,6 +79,7 @@ def train(module: nn.Module, optimizer: Any, steps: int, scheduler: Any = None) 
             scheduler.step()
 
 
+@pytest.mark.sweep
 def test_digits() -> None:
     """Lower than AdamW's loss after as many steps; a schedule is followed; and a run that is resumed goes on.
 
@@ -120,6 +121,7 @@ def test_digits() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.by_default("False")
 def test_one_step_in_training_mode(batch_norm: bool) -> None:
     """It is that of `ggn_jax.kfac`, with a key for the batch or each example; and statistics are torch's."""
     torch.manual_seed(0)

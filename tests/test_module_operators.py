@@ -253,6 +253,7 @@ REDUCTIONS: dict[str, Case] = {
 @pytest.mark.parametrize(
     "cases", [ELEMENTWISE, ACTIVATIONS, SHAPES, REDUCTIONS], ids=["elementwise", "activations", "shapes", "reductions"]
 )
+@pytest.mark.by_default("shapes", "activations")
 def test_operators(cases: dict[str, Case]) -> None:
     check(cases, INPUTS, dynamic=False)
 
@@ -369,6 +370,7 @@ def test_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.by_default("dtype2")
 def test_lower_precision(dtype: torch.dtype) -> None:
     """To a few units in the last place of torch's own results."""
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ def saved_and_loaded(state: Any) -> Any:
     ],
     ids=["kfac in parts", "ekfac", "diagonal"],
 )
+@pytest.mark.by_default("ekfac")
 def test_products_are_equal_to_the_last_bit(kind: Any, options: dict[str, Any]) -> None:
     """Also inverses; for a module with other values, other data, and parameters in another order."""
     module = network()

@@ -192,6 +192,7 @@ BAGS: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("cases", [LOSSES, MORE | BAGS], ids=["losses", "more"])
+@pytest.mark.by_default("losses")
 def test_operators(cases: dict[str, Case]) -> None:
     check(cases, INPUTS | {"s": SQUARE}, dynamic=False)
 

@@ -97,6 +97,7 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.by_default("language model", "cnn", "parametrized", "mlp")
 def test_models(name: str) -> None:
     """Values and gradients, for the batch of the example and one of another size, compiled and mapped."""
     module, x = make(name)
@@ -121,6 +122,7 @@ def test_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "u-net", "recurrent", "language model"])
+@pytest.mark.by_default("cnn")
 def test_layers_are_found(name: str) -> None:
     module, x = make(name)
     model_fn, params = torch_bridge.from_module(module, x)

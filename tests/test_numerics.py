@@ -104,6 +104,11 @@ def test_binary_cross_entropy_keeps_relative_accuracy(logit: float, dtype: str) 
     dtype=DTYPES,
     ids=lambda x: None if isinstance(x, str) else type(x).__name__,
 )
+@pytest.mark.by_default(
+    "CrossEntropyLoss-mc-bfloat16",
+    "MSELoss-type-2-float16",
+    "BCEWithLogitsLoss-empirical-float32",
+)
 def test_extreme_outputs_are_finite(loss: ggn_jax.Loss, fisher_type: str, dtype: str) -> None:
     outputs = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4, 1e4]], dtype)
     targets = jnp.asarray([0, 1, 2]) if isinstance(loss, CrossEntropyLoss) else jnp.ones((3, 3), dtype)
@@ -209,6 +214,7 @@ def derivatives(loss: ggn_jax.Loss) -> Any:
     st.sampled_from([MSELoss(), CrossEntropyLoss(label_smoothing=0.2), BCEWithLogitsLoss(pos_weight=2.5)]),
     st.lists(st.sampled_from([0.0, 0.0, 1.0, -2.0, 3.5]), min_size=3, max_size=3),
 )
+@pytest.mark.sweep
 def test_derivatives_of_all_orders(loss: ggn_jax.Loss, logits: list[float]) -> None:
     """Shortcuts for rounding (shifts, absolute values) must not show in derivatives, at ties and at zero either."""
     for name, (got, want) in derivatives(loss)(jnp.asarray(logits)[None]).items():
@@ -262,6 +268,7 @@ MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
 
 
 @pytest.mark.parametrize(("first", "second"), [("forward", "reverse"), ("reverse", "forward")])
+@pytest.mark.by_default("reverse-forward")
 def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
     """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
     rng = np.random.default_rng(0)

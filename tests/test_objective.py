@@ -123,6 +123,7 @@ def blocks_of(matrix: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.by_default("joint")
 def test_kfac_is_the_sum(bias: Any) -> None:
     """Of each function's own, where they have the same layers; a bias that only one of them adds is an exact block."""
     options: Any = {"fisher_type": "type-2", "bias": bias}
@@ -194,12 +195,14 @@ def test_a_weight_of_0_and_ignored_targets() -> None:
     np.testing.assert_allclose(ggn.as_matrix(), dense(0), atol=1e-13)
 
 
+@pytest.mark.sweep
 def test_ekfac_has_the_whole_diagonal_in_its_bases() -> None:
     """So its trace is the GGN's, and in the bases of one function's own it is the sum of both."""
     ekfac = ggn_jax.EKFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2", chunk_size=3)
     np.testing.assert_allclose(ekfac.trace(), np.trace(ggn_matrix()), rtol=1e-12)
 
 
+@pytest.mark.sweep
 def test_forward_only_and_draws() -> None:
     linear = ggn_jax.Objective(lambda p, x: x @ p["w"], ggn_jax.MSELoss())
     params, inputs = {"w": PARAMS["w"]}, [x for x, _ in BATCHES]
@@ -221,6 +224,7 @@ INPUTS = [x for x, _ in BATCHES]
 
 
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"factor_interval": 2, "tied": "concatenate"}])
+@pytest.mark.by_default("options2")
 def test_a_step(options: Any) -> None:
     """Value and gradient are the objective's; the direction is the damped inverse times the gradient."""
     scale = ggn_jax.scale_by_kfac(SUM, example_inputs=INPUTS, damping=0.1, fisher_type="type-2", **options)
@@ -237,6 +241,7 @@ def test_a_step(options: Any) -> None:
     assert jnp.isfinite(ravel_pytree(got)[0]).all()
 
 
+@pytest.mark.sweep
 def test_quadratic_model() -> None:
     """Its first step, along `d`, minimises the quadratic model with the whole GGN."""
     rule: Any = {"learning_rate": "quadratic", "momentum": None, "adapt_damping": 1}
@@ -289,6 +294,7 @@ def test_layers_inside_of_a_hessian() -> None:
     np.testing.assert_allclose(ekfac.trace(), np.trace(ggn.as_matrix()), rtol=1e-10)
 
 
+@pytest.mark.sweep
 def test_poisson() -> None:
     """With a term for each of the two functions, as Dangel et al. (2024) have it."""
     objective, params, batches = poisson(by_tangents)

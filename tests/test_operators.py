@@ -49,6 +49,7 @@ def names(value: Any) -> str | None:
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[3, None], ids=names)  # the Hessian has the other chunk size
+@pytest.mark.by_default("ce-sequence-[N,C,T]-3", "bce-dict-3", "mse-images-3", "poisson-None")
 def test_ggn(problem: Problem, chunk_size: int | None) -> None:
     ggn = GGNLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(ggn.as_matrix(), problem.ggn())
@@ -56,6 +57,7 @@ def test_ggn(problem: Problem, chunk_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 2])
+@pytest.mark.by_default("1", "5")
 def test_other_chunk_sizes(chunk_size: int) -> None:
     """One; one less than, equal to and more than the batch."""
     for operator, want in (
@@ -66,6 +68,7 @@ def test_other_chunk_sizes(chunk_size: int) -> None:
 
 
 @every_problem
+@pytest.mark.by_default("ce-options", "bce-dict", "mse-images")
 def test_oracle_in_jax_agrees(problem: Problem) -> None:
     """The dense GGN from torch's loss is the one from `jax.hessian` of our loss."""
     hessian = jax.jit(jax.hessian(lambda f: problem.loss(f, problem.targets)))(problem.outputs())
@@ -74,17 +77,20 @@ def test_oracle_in_jax_agrees(problem: Problem) -> None:
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[None, 3], ids=names)
+@pytest.mark.by_default("ce-sequence-[N,T,C]-3", "bce-weight-of-batch-3", "mse-scalar-3")
 def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     hessian = HessianLinearOperator(*problem.args, chunk_size=chunk_size)
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
 @covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "datum"], ids=names)
+@pytest.mark.by_default("ce-sequence-[N,C,T]-1-term", "bce-options-3-term", "mse-scalar-3-datum")
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
 
 
+@pytest.mark.sweep
 def test_ef_is_what_empirical_means_elsewhere() -> None:
     """An example with several terms, for which KFAC's block is exact: it has one sharing position."""
 
@@ -107,6 +113,12 @@ def test_ef_of_terms_and_of_data_differ() -> None:
 
 
 @covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], method=["layers", "data"], ids=names)
+@pytest.mark.by_default(
+    "ce-sequence-[N,T,C]-chunks19-data",
+    "bce-options-chunks26-layers",
+    "bce-dict-chunks52-layers",
+    "poisson-chunks55-data",
+)
 def test_diagonal(problem: Problem, chunks: tuple[int | None, int], method: Any) -> None:
     options = dict(zip(("chunk_size", "vector_chunk_size"), chunks, strict=True))
     diagonal = GGNDiagonalLinearOperator(*problem.args, method=method, **options)
@@ -133,6 +145,7 @@ def test_keys_in_the_inputs() -> None:
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
 
 
+@pytest.mark.sweep
 def test_all_ignored_is_zero() -> None:
     """0/0 counts as 0."""
     loss = ggn_jax.CrossEntropyLoss(ignore_index=0)
@@ -184,6 +197,7 @@ def test_ggn_of_deep_linear_net_that_fits_is_hessian() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
 @covering(1, name=["mse", "ce", "bce"], reduction=["mean", "sum"])
+@pytest.mark.by_default("ce-sum", "bce-mean")
 def test_curvlinops(name: str, reduction: str) -> None:
     params = [normal("w1", 4, 3), normal("b1", 4), normal("w2", 3, 4), normal("b2", 3)]
     ours, torchs, targets = {
@@ -220,6 +234,7 @@ drawn_problems = pytest.mark.parametrize("problem", [CE, PROBLEMS[2], PROBLEMS[5
 
 
 @drawn_problems
+@pytest.mark.by_default("ce-options")
 def test_monte_carlo_draws(problem: Problem) -> None:
     """The same for every chunk size and for the diagonal; a function of the key."""
     key = jax.random.key(0)
@@ -245,6 +260,7 @@ def assert_unbiased(samples: np.ndarray, want: np.ndarray) -> None:
 
 
 @drawn_problems
+@pytest.mark.by_default("bce-weight-of-batch")
 def test_monte_carlo_is_unbiased(problem: Problem) -> None:
     def matrix(key: jax.Array) -> jax.Array:
         return GGNLinearOperator(*problem.args, mc_samples=1, key=key).as_matrix()
@@ -254,6 +270,7 @@ def test_monte_carlo_is_unbiased(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("problem", [CE, PROBLEMS[6]], ids=lambda problem: problem.name)
+@pytest.mark.by_default("ce-options")
 def test_monte_carlo_diagonal_is_unbiased(problem: Problem) -> None:
     def entries(key: jax.Array) -> jax.Array:
         return ravel_pytree(GGNDiagonalLinearOperator(*problem.args, mc_samples=3, key=key).entries)[0]
@@ -262,6 +279,7 @@ def test_monte_carlo_diagonal_is_unbiased(problem: Problem) -> None:
     assert_unbiased(np.asarray(jax.jit(jax.vmap(entries))(keys)), np.diagonal(problem.ggn()))
 
 
+@pytest.mark.sweep
 def test_monte_carlo_converges_with_samples() -> None:
     """Many samples of one key: the error falls as their square root."""
     errors = [
@@ -272,6 +290,7 @@ def test_monte_carlo_converges_with_samples() -> None:
     assert errors[2] < errors[1] / 3 < errors[0] / 9
 
 
+@pytest.mark.sweep
 def test_monte_carlo_of_a_loss_without_hessian() -> None:
     """Student-t: the estimate's mean is the Fisher, not the indefinite Hessian."""
     batch = (X, normal("y", N, 3))
@@ -286,6 +305,7 @@ def test_monte_carlo_of_a_loss_without_hessian() -> None:
 
 
 @covering(1, name=["ggn", "mc", "ef", "hessian", "diagonal"], dtype=["float32", "bfloat16"])
+@pytest.mark.by_default("mc-bfloat16")
 def test_low_precision(name: str, dtype: str) -> None:
     params = jax.tree.map(lambda p: p.astype(dtype), MLP_PARAMS)
     vector = jax.tree.map(lambda p: p.astype(dtype), CE.vector)
@@ -303,6 +323,7 @@ def test_low_precision(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.by_default("mc-diagonal", "hessian")
 def test_mixed_dtypes(name: str) -> None:
     """A float32 leaf among float64 ones."""
     params = {**MLP_PARAMS, "w2": MLP_PARAMS["w2"].astype("float32")}
@@ -440,6 +461,7 @@ def test_models_of_no_inputs() -> None:
 
 
 @pytest.mark.parametrize("cls", [GGNLinearOperator, GGNDiagonalLinearOperator], ids=lambda cls: cls.__name__)
+@pytest.mark.by_default("GGNDiagonalLinearOperator")
 def test_loss_without_exact_factor(cls: Any) -> None:
     args = mlp, StudentLoss(), MLP_PARAMS, (X, normal("y", N, 3))
     with pytest.raises(NotImplementedError, match="StudentLoss declares curvature='fisher' and has no exact factor"):

@@ -60,6 +60,12 @@ def names_of_classes(value: Any) -> str | None:
     cls=[GGNLinearOperator, EFLinearOperator],
     ids=names_of_classes,
 )
+@pytest.mark.by_default(
+    "LU-GGNLinearOperator",
+    "Cholesky-EFLinearOperator",
+    "AutoLinearSolver-EFLinearOperator",
+    "CG-GGNLinearOperator",
+)
 def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
     operator = cls(*CE.args).damped(DAMPING)
     solution = lx.linear_solve(operator, CE.vector, solver).value
@@ -73,6 +79,7 @@ def test_solve(cls: Any, solver: lx.AbstractLinearSolver) -> None:
     [lx.GMRES(rtol=1e-10, atol=1e-10, restart=40), lx.LSMR(rtol=1e-10, atol=1e-10), lx.LU()],
     ids=lambda solver: type(solver).__name__,
 )
+@pytest.mark.by_default("GMRES", "LU")
 def test_solve_with_hessian(solver: lx.AbstractLinearSolver) -> None:
     solution = lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, solver).value
     assert_close(flat(solution), dense_solve(CE.hessian(), CE.vector), 1e-6)
@@ -83,6 +90,7 @@ def test_cg_refuses_the_hessian() -> None:
         lx.linear_solve(HessianLinearOperator(*CE.args).damped(DAMPING), CE.vector, lx.CG(rtol=1e-6, atol=1e-6))
 
 
+@pytest.mark.sweep
 def test_preconditioned_cg() -> None:
     """Badly scaled inputs: the diagonal saves steps, and both give the solution."""
     x = normal("many", 60, 12) * jnp.logspace(-1.0, 1.0, 12)[None]
@@ -165,6 +173,7 @@ def test_tags() -> None:
     ("name", "chunk_size"),
     [("ggn", None), ("ef", 3), ("diagonal", None)],
 )
+@pytest.mark.by_default("diagonal-None")
 def test_other_forms_of_the_same_operator(name: str, chunk_size: int | None) -> None:
     """Linearised, materialised, through `jit`: the same matrix; also with damping."""
     problem = PROBLEMS[2]
@@ -259,6 +268,7 @@ def test_constructed_under_jit_with_constant_targets() -> None:
     chunk_size=[None, 2],
     ids=names_of_classes,
 )
+@pytest.mark.by_default("EFLinearOperator-Cholesky-2")
 def test_model_closes_over_traced_values(cls: Any, solver: Any, chunk_size: int | None) -> None:
     """Parameters that are not differentiated, batch statistics and the like, made in the same `jit`."""
 
@@ -286,6 +296,7 @@ def test_closed_over_values_may_differ_by_batch_element_of_a_vmap() -> None:
         assert_close(value, product(scale))
 
 
+@pytest.mark.sweep
 def test_vmap_over_damping() -> None:
     ggn = GGNLinearOperator(*CE.args)
 
@@ -325,6 +336,7 @@ def test_solve_with_mixed_dtypes() -> None:
     assert_close(flat(solution), dense_solve(CE.ggn(), CE.vector), 1e-3)
 
 
+@pytest.mark.sweep
 def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
     """lineax takes curvature below 100 eps P for a breakdown; a scaled preconditioner avoids it, as documented."""
     size = 20_000
@@ -350,6 +362,7 @@ def test_conjugate_gradients_in_single_precision_need_a_scale() -> None:
 
 
 @pytest.mark.parametrize(("name", "chunk_size"), [("mc", 2), ("ef", None), ("hessian", 2), ("diagonal", 2)])
+@pytest.mark.by_default("mc-2", "ef-None")
 def test_nothing_is_traced_anew(name: str, chunk_size: int | None) -> None:
     """A training loop makes a new operator each step, with values of the same shapes."""
     traces = 0
@@ -415,6 +428,7 @@ def test_matfree_trace_and_diagonal() -> None:
 
 
 @pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.sweep
 def test_matfree_lanczos_eigenvalues() -> None:
     hessian = HessianLinearOperator(*CE.args)
     theta, unravel = ravel_pytree(CE.params)

@@ -57,6 +57,7 @@ def test_linear_model_takes_the_natural_gradient_step() -> None:
     assert_close(updates, unravel(-0.7 * np.linalg.solve(ggn + 0.1 * np.eye(6), flat)))
 
 
+@pytest.mark.sweep
 def test_deep_linear_model_takes_the_block_diagonal_step() -> None:
     params = {"u": normal(0, 3, 4), "v": normal(1, 4, 5), "w": normal(2, 5, 2)}
     batch = normal(3, 20, 3), normal(4, 20, 2)
@@ -172,6 +173,7 @@ def test_quadratic_learning_rate_and_momentum() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.01, 30.0])
+@pytest.mark.by_default("30.0")
 def test_levenberg_marquardt(rate: float) -> None:
     params, batch = mlp_params(), batch_of()
     grads = gradient(mlp, CE, params, batch)
@@ -307,6 +309,7 @@ def embedding_problem() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("ekfac", [False, True])
+@pytest.mark.by_default("True")
 def test_one_pass_equals_two(ekfac: bool) -> None:
     params, batch = embedding_problem()
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=3)
@@ -364,6 +367,7 @@ def mesh_of(size: int) -> Mesh:
 
 
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"staggered": True, "inverse_interval": 2}])
+@pytest.mark.sweep
 def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> None:
     mesh = mesh_of(2)
     batch = batch_of()

@@ -21,6 +21,7 @@ import ggn_jax
         {"fisher_type": "empirical", "damping_method": "exact"},
     ],
 )
+@pytest.mark.by_default("options0")
 def test_chunks_give_the_steps_of_the_whole_batch(options: Any) -> None:
     """12 examples in parts of 5, 5 and 2, or in one: values, gradients, factors, learning rates and dampings."""
     batch = batch_of()
@@ -58,6 +59,7 @@ def test_a_chunk_of_ignored_targets_and_one_of_padding() -> None:
 
 
 @pytest.mark.parametrize(("reduction", "every"), [("sum", None), ("mean", 2)])
+@pytest.mark.by_default("sum-None")
 def test_a_batch_of_ignored_targets_is_no_step(reduction: str, every: int | None) -> None:
     loss = ggn_jax.CrossEntropyLoss(ignore_index=-1, reduction=reduction)
     inputs, targets = batch_of()

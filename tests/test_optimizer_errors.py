@@ -58,6 +58,7 @@ def test_a_batch_with_nan_is_left_out(first: bool) -> None:
     ignored=st.sampled_from(["none", "some", "all"]),
     data=st.data(),
 )
+@pytest.mark.by_default("options2")
 def test_steps_are_finite(options: Any, scale: float, ignored: str, data: Any) -> None:
     """Batches of one or four, inputs that are all 0, singular factors, masked batches, zero gradients."""
     params, size = mlp_params(jnp.float32), 4 if options else 1  # two sizes are compiled twice
@@ -101,6 +102,7 @@ def test_scale_by_kfac_leaves_nan_out() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.by_default("mean")
 def test_an_ignored_batch_says_nothing(reduction: str) -> None:
     """Also where the gradient is not 0, as with a penalty on the parameters."""
     loss = ggn_jax.CrossEntropyLoss(ignore_index=-1, reduction=reduction)
@@ -117,6 +119,7 @@ def test_an_ignored_batch_says_nothing(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"adapt_damping": 1}, {"learning_rate": "quadratic", "momentum": "quadratic"}])
+@pytest.mark.by_default("options1")
 def test_an_ignored_batch_is_no_step(options: dict[str, Any]) -> None:
     """Only the number of steps changes: not the averages, the momentum or the damping."""
     loss = ggn_jax.CrossEntropyLoss(ignore_index=-1)
@@ -132,6 +135,7 @@ def test_an_ignored_batch_is_no_step(options: dict[str, Any]) -> None:
     assert_close(after._replace(curvature=after.curvature._replace(count=before.curvature.count)), before, 0)
 
 
+@pytest.mark.sweep
 def test_micro_batches_that_say_nothing() -> None:
     loss = ggn_jax.CrossEntropyLoss(ignore_index=-1)
     params, (x, y) = {"w": normal(0, 3, 2)}, batch_of()
@@ -249,6 +253,7 @@ def test_masks_that_do_not_fit_are_refused(mask: Any) -> None:
         optimizer.init(mlp_params())
 
 
+@pytest.mark.sweep
 def test_a_mask_may_have_one_boolean_for_a_branch() -> None:
     params = {"a": {"w": normal(0, 3, 3)}, "b": {"w": normal(1, 3, 2)}}
     batch = batch_of()
@@ -287,6 +292,7 @@ class Decay(eqx.Module):
         return self.value if isinstance(given, jax.Array) else jax.tree.map(lambda p: p.ndim > 1, given)
 
 
+@pytest.mark.sweep
 def test_masks_and_schedules_that_can_be_called() -> None:
     """As with `optax.add_decayed_weights`, whose updates are the oracle."""
     params, batch = Linear(normal(0, 3, 2), normal(1, 2)), batch_of()

@@ -40,6 +40,7 @@ def train(optimizer: Any, params: Any, steps: int, **extra: Any) -> tuple[Any, A
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])  # float64 is that of all other tests
+@pytest.mark.by_default("bfloat16")
 def test_dtypes_are_stable(dtype: Any) -> None:
     params, batch = mlp_params(dtype), batch_of(dtype=dtype)
     optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=0.1, weight_decay=1e-3, adapt_damping=1)
@@ -87,7 +88,13 @@ def test_chain_finds_the_state_and_scan_runs() -> None:
     assert values[0] == pytest.approx(float(objective(mlp, CE, params, batch)))
 
 
-def test_transformations_that_hold_one() -> None:
+FORMS = {"few": ("pytree", "multi_steps", "named_chain", "partition")}
+FORMS["others"] = ("_replace", "copy", "apply_if_finite", "inject", "conditionally")
+
+
+@pytest.mark.by_default("few")
+@pytest.mark.parametrize("forms", FORMS.values(), ids=FORMS)
+def test_transformations_that_hold_one(forms: tuple[str, ...]) -> None:
     """Its methods stay where it is rebuilt, and find its state where it is a part; updates are the same."""
     params, batch = {"w": normal(0, 3, 2), "v": normal(1, 2, 2)}, batch_of()
     model_fn = lambda params, x: x @ params["w"] @ params["v"]  # noqa: E731
@@ -109,7 +116,8 @@ def test_transformations_that_hold_one() -> None:
     report, start = str(kfac.report(params)), kfac.init(params)
     wanted = jax.jit(kfac.value_and_grad_and_factors)(params, batch, start, key=KEY)
     updates, _ = jax.jit(kfac.update)(wanted[1], start, params, factors=wanted[2])
-    for name, optimizer in {**rebuilt, **holding}.items():
+    for name in forms:
+        optimizer = {**rebuilt, **holding}[name]
         methods = optimizer if name in rebuilt else kfac
         assert str(methods.report(params)) == report, name
         state = optimizer.init(params)
@@ -122,6 +130,7 @@ def test_transformations_that_hold_one() -> None:
 
 
 @pytest.mark.parametrize("way", ["function", "static_args"])
+@pytest.mark.by_default("function")
 def test_inject_hyperparams(way: str) -> None:
     x = batch_of()[0]
     schedule = optax.linear_schedule(0.2, 0.1, 10)
@@ -157,6 +166,7 @@ def test_tree_map_params() -> None:
     assert_close(mapped.curvature, state.curvature)
 
 
+@pytest.mark.sweep
 def test_optax_multi_steps() -> None:
     """It works, with the factors of the last micro-batch: `ggn_jax.multi_steps` has those of all."""
     x = batch_of(dtype=jnp.float32)[0]
@@ -169,6 +179,7 @@ def test_optax_multi_steps() -> None:
     assert jax.tree.structure(state.inner_opt_state) == jax.tree.structure(plain.init(mlp_params(jnp.float32)))
 
 
+@pytest.mark.sweep
 def test_masked_parameters() -> None:
     """A part is trained; values of the others come with each update, and are not those that `kfac` was given."""
     old, batch = mlp_params(), batch_of()
@@ -254,6 +265,7 @@ class KFACTrainState(TrainState):
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
 
 
+@pytest.mark.sweep
 def test_linen_train_state() -> None:
     module = linen.Sequential([linen.Dense(4), jnp.tanh, linen.Dense(2)])
     x, y = batch_of(dtype=jnp.float32)
@@ -275,6 +287,7 @@ def test_linen_train_state() -> None:
 
 
 @pytest.mark.parametrize("kind", ["kfac", "scale_by_kfac", "multi_steps"])
+@pytest.mark.sweep
 def test_donated_states_hold_nothing_of_the_users(kind: str) -> None:
     """Numbers as arrays, parameters, batches, gradients and keys are still there when a state is gone."""
     numbers = {"damping": jnp.float64(0.1), "decay": jnp.float64(0.9)}

@@ -54,6 +54,7 @@ def test_ekfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.by_default("mean")
 def test_a_diagonal_in_parts_is_that_of_all_data(reduction: str) -> None:
     args, options = (
         (tanh_net, ggn_jax.CrossEntropyLoss(reduction=reduction), PARAMS),

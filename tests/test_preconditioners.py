@@ -138,6 +138,7 @@ def test_seng() -> None:
         assert_close(matrices_of(got)[name].ravel(), wanted, 1e-11)
 
 
+@pytest.mark.sweep
 def test_seng_with_positions() -> None:
     """Where a layer has several, its block is that of the examples' gradients, as `J^T H J` says."""
     params, x, y = {"w": normal("w", 3, 2)}, normal("x", N, 5, 3), normal("y", N, 2)

@@ -315,7 +315,8 @@ def test_typed(folder: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="a source archive has no .ci")
 def test_the_second_leg_has_the_tests_that_it_names() -> None:
-    listed = (ROOT / ".ci" / "run").read_text().split("tests=(")[1].split(")")[0].split()
+    script = (ROOT / ".ci" / "run").read_text()
+    listed = [name for names in ("tests", "swept") for name in script.split(f"{names}=(")[1].split(")")[0].split()]
     for name, _, function in (entry.partition("::") for entry in listed):
         text = (ROOT / "tests" / f"test_{name}.py").read_text()
         assert not function or f"def {function}(" in text, function

@@ -5,6 +5,7 @@ from typing import Any
 import hypothesis
 import jax
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,12 +72,14 @@ def check(
 
 @FEW
 @given(cross_entropies())
+@pytest.mark.sweep
 def test_cross_entropy(case: tuple[Any, ...]) -> None:
     check(*case)
 
 
 @FEW
 @given(shapes, st.data())
+@pytest.mark.sweep
 def test_binary_cross_entropy_and_broadcasting(shape: tuple[int, ...], data: Any) -> None:
     size = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
@@ -107,6 +110,7 @@ def test_squared_error(shape: tuple[int, ...], reduction: str, size: int) -> Non
     cross_entropies(),
     st.booleans(),
 )
+@pytest.mark.sweep
 def test_results_have_the_outputs_dtype_and_shape(dtype: str, kind: str, case: tuple[Any, ...], batch: bool) -> None:
     loss, _, outputs, targets, _ = case
     f = jax.numpy.asarray(outputs, dtype)

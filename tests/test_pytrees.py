@@ -69,9 +69,7 @@ def model_fn(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.tanh(x @ first) @ second) @ third
 
 
-@given(PARAMS)
-@settings(max_examples=5)
-def test_any_pytree(params: Any) -> None:
+def check(params: Any) -> None:
     """Operators by blocks and by products, a step of the optimizer, and the report."""
     leaves = jax.tree.leaves(params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -88,6 +86,18 @@ def test_any_pytree(params: Any) -> None:
     grads = jax.grad(lambda p: LOSS(model_fn(p, BATCH[0]), BATCH[1]))(params)
     updates, _ = optimizer.update(grads, state, params, batch=BATCH)
     assert jax.tree.structure(optax.apply_updates(params, updates)) == jax.tree.structure(params)
+
+
+def test_containers_in_each_other() -> None:
+    first, second, third = ARRAYS
+    check(CallableWeights((None, {}, first), FrozenDict({"a": {"b": second}}), OrderedDict({"leaf": [third, None]})))
+
+
+@pytest.mark.sweep
+@given(PARAMS)
+@settings(max_examples=5)
+def test_any_pytree(params: Any) -> None:
+    check(params)
 
 
 OTHERS = [UserDict(a=ARRAYS[0]), {"a": ARRAYS[0], "name": "text"}, {"a": ARRAYS[0], "size": 3}]

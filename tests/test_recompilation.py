@@ -121,6 +121,16 @@ CALLS: dict[str, Callable[[int], None]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.by_default(
+    "KFOCLinearOperator",
+    "kfac",
+    "HessianLinearOperator",
+    "GGNLinearOperator",
+    "EFLinearOperator",
+    "GGNDiagonalLinearOperator",
+    "report",
+    "vectors",
+)
 def test_nothing_compiles_in_a_second_call(name: str, caplog: pytest.LogCaptureFixture) -> None:
     CALLS[name](0)
     caplog.clear()

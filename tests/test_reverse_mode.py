@@ -99,6 +99,7 @@ TWICE = pytest.mark.parametrize("attend", [differentiable, calling_itself])
 
 
 @TWICE
+@pytest.mark.by_default("calling_itself")
 def test_products_are_exact(attend: Any) -> None:
     args, v = problem(attend), flat(VECTOR)
     ggn = ggn_jax.GGNLinearOperator(*args)
@@ -117,6 +118,7 @@ def test_monte_carlo_products_are_those_of_forward_mode() -> None:
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("per", ["term", "datum"])
+@pytest.mark.by_default("term-None", "datum-1")
 def test_empirical_fisher_of_a_kernel(per: Any, chunk_size: int | None) -> None:
     """Its gradients are all that is known; targets of a term or a whole example may be ignored."""
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=-1)
@@ -150,6 +152,7 @@ def test_what_a_kernel_can_do() -> None:
 
 
 @TWICE
+@pytest.mark.by_default("differentiable")
 def test_quadratic_model(attend: Any) -> None:
     """The learning rate is the minimum along the direction, with the exact GGN."""
     model_fn, loss, params, batch = problem(attend)

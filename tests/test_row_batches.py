@@ -56,6 +56,7 @@ def root() -> np.ndarray:
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("with_loss", [False, True])
+@pytest.mark.by_default("True-True", "False-True")
 def test_gram_of_batches(with_loss: bool, centred: bool) -> None:
     """Of a mean with class weights and what is ignored; uneven batches. A product takes two passes."""
     loader, j = Loader(2, 1, 2), CE.jacobian()
@@ -80,6 +81,7 @@ def test_gram_of_batches(with_loss: bool, centred: bool) -> None:
     assert ("loss=CrossEntropyLoss" in repr(gram)) == with_loss
 
 
+@pytest.mark.sweep
 def test_solving_on_the_host() -> None:
     """With SciPy's conjugate gradients, in function space; lineax's are refused."""
     gram = GramLinearOperator.from_batches(CE.model_fn, CE.params, Loader(3, 2), loss=CE.loss)

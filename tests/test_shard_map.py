@@ -257,6 +257,13 @@ def alone(model: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize(("model", "name"), swept(CASES, DEFAULT))
+@pytest.mark.by_default(
+    "images-training-quadratic",
+    "tokens-kfac-mc-chunked",
+    "images-ggn-chunked",
+    "images-vectors-mc",
+    "images-losses",
+)
 def test_each_device_has_the_curvature_of_its_shard(model: str, name: str) -> None:
     """With `check_vma`; what does not keep types of variation hardly differs from one device, and is tested below."""
     model_fn, loss, params, batch = MODELS[model]
@@ -270,6 +277,7 @@ def test_each_device_has_the_curvature_of_its_shard(model: str, name: str) -> No
 
 
 @pytest.mark.parametrize("name", NEWER)
+@pytest.mark.by_default("layers")
 def test_layers_outputs_and_objectives_are_those_of_the_shard(name: str) -> None:
     model_fn, loss, params, batch = MODELS["images"]
 
@@ -284,6 +292,7 @@ def test_layers_outputs_and_objectives_are_those_of_the_shard(name: str) -> None
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.by_default("True")
 def test_the_mean_over_devices_is_the_whole_batch(check_vma: bool) -> None:
     """With equal shards and a mean reduction: values, gradients, products, and empirical factors."""
     model_fn, loss, params, batch = MODELS["images"]
@@ -319,6 +328,7 @@ def test_a_key_for_each_device() -> None:
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.by_default("False")
 def test_parameters_of_each_device(check_vma: bool) -> None:
     """An ensemble: a model for each device, and one batch for all."""
     model_fn, loss, params, batch = MODELS["images"]
@@ -337,6 +347,7 @@ def test_parameters_of_each_device(check_vma: bool) -> None:
     assert_close(jax.jit(sharded)(models, batch), jax.tree.map(lambda *x: jnp.concatenate(x), *each), 1e-9)
 
 
+@pytest.mark.sweep
 def test_solves_inside_of_shard_map() -> None:
     """lineax's solvers start from zeros that do not vary, which needs `check_vma=False`."""
     model_fn, loss, params, batch = MODELS["images"]

@@ -133,38 +133,25 @@ for specs, shape in ((fsdp, (8,)), (tensor, (2, 4))):
 print(json.dumps(result))
 """
 
-KINDS = ("Auto", "Explicit")
+
+@pytest.fixture(scope="module", params=["Explicit", pytest.param("Auto", marks=pytest.mark.sweep)])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return finish(start(COMMON + TRAIN, 8, tmp_path_factory.mktemp("sharded"), request.param))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    cwd = tmp_path_factory.mktemp("sharded")
-    processes = [start(COMMON + TRAIN, 8, cwd, kind) for kind in KINDS]
-    try:
-        return dict(zip(KINDS, map(finish, processes), strict=True))
-    finally:
-        for process in processes:
-            with process:
-                process.kill()
+def test_results_are_those_of_one_device(results: Any) -> None:
+    assert {name: case["error"] for name, case in results.items() if case["error"] > 1e-13} == {}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_are_those_of_one_device(results: Any, kind: str) -> None:
-    assert {name: case["error"] for name, case in results[kind].items() if case["error"] > 1e-13} == {}
+def test_updates_velocity_and_products_are_sharded_as_the_parameters_are(results: Any) -> None:
+    assert {name: case["alike"] for name, case in results.items() if not all(case["alike"])} == {}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_updates_velocity_and_products_are_sharded_as_the_parameters_are(results: Any, kind: str) -> None:
-    assert {name: case["alike"] for name, case in results[kind].items() if not all(case["alike"])} == {}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_blocks_and_inverses_are_shared_out(results: Any, kind: str) -> None:
+def test_blocks_and_inverses_are_shared_out(results: Any) -> None:
     """With `mesh`, in as many shares as there are devices."""
-    for found, wanted in (case["shares"] for case in results[kind].values()):
+    for found, wanted in (case["shares"] for case in results.values()):
         assert found == wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_second_step_compiles_nothing(results: Any, kind: str) -> None:
-    assert {name: case["again"] for name, case in results[kind].items() if case["again"]} == {}
+def test_the_second_step_compiles_nothing(results: Any) -> None:
+    assert {name: case["again"] for name, case in results.items() if case["again"]} == {}

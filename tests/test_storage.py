@@ -14,6 +14,7 @@ from ggn_jax.optimizer.storage import dithered, pack_triangle, unpack_triangle
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
+@pytest.mark.by_default("7", "1")
 def test_a_triangle_holds_a_symmetric_matrix(size: int) -> None:
     x = normal(size, 3, size, size)
     x = x + jnp.swapaxes(x, 1, 2)
@@ -55,6 +56,7 @@ def train(steps: int, **options: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("options", [{"damping_method": "exact"}, {"ekfac": True}], ids=str)
+@pytest.mark.by_default("{'ekfac': True}")
 def test_averages_in_bfloat16(options: Any) -> None:
     """Averages of 30 steps differ by rounding, inverses are float32, and half the bytes are kept."""
     (full, value), (half, found) = train(30, **options), train(30, factor_dtype="bfloat16", **options)
@@ -93,6 +95,7 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
         ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch_of()[0], factor_dtype=dtype)
 
 
+@pytest.mark.sweep
 def test_large_factors_are_cut_in_blocks_of_a_size() -> None:
     x, params = normal(0, 6, 30), {"w": normal(1, 30, 4)}
     batch = x, jnp.arange(6) % 4

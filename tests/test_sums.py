@@ -36,6 +36,7 @@ def product(operator: str, dtype: str, chunk_size: int | None) -> np.ndarray:
 
 
 @covering(1, operator=OPERATORS, dtype=["bfloat16", "float16"])
+@pytest.mark.by_default("GGN-bfloat16", "Hessian-bfloat16")
 def test_one_example_at_a_time(operator: str, dtype: str) -> None:
     """Added in bfloat16, 2048 examples stop at about 256 of their terms."""
     if operator == "GGN, Monte-Carlo":  # draws differ between dtypes
@@ -69,6 +70,7 @@ KRONECKER: dict[str, Any] = {
 
 
 @covering(1, operator=["GGN", "diagonal by layers", "diagonal by data", *KRONECKER], dtype=["bfloat16", "float16"])
+@pytest.mark.by_default("GGN-bfloat16")
 def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
     """The whole batch in float64 is the oracle."""
     rng = np.random.default_rng(0)
@@ -87,6 +89,7 @@ def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("operator", KRONECKER)
+@pytest.mark.by_default("KFAC")
 def test_batches_of_one_example(operator: str) -> None:
     batches = [(jnp.ones((1, 2), jnp.bfloat16), jnp.zeros((1, 1), jnp.bfloat16))] * 300
     args = (lambda p, x: x @ p), ggn_jax.MSELoss(reduction="sum"), jnp.ones((2, 1), jnp.bfloat16), batches
@@ -105,6 +108,7 @@ def test_squares_that_16_bits_do_not_hold() -> None:
         np.testing.assert_allclose(got.astype(float), np.full((1, 16), 1024 * 2e-8), rtol=4e-3)
 
 
+@pytest.mark.sweep
 def test_the_loss_decreases_by_less_than_its_rounding() -> None:
     """From 225 by about 1/2, in bfloat16: as predicted, so that the damping is lowered."""
     params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((8, 1), jnp.bfloat16)
@@ -138,6 +142,7 @@ def test_means_over_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.by_default("bfloat16")
 def test_momentum_of_many_steps(dtype: str) -> None:
     """`v <- 0.999 v - 0.1 d` with the same direction `d`: in bfloat16, `0.999 v` rounds to `v`, which soon stands."""
     params, x = {"w": jnp.ones((1, 1), dtype)}, jnp.ones((2, 1), dtype)

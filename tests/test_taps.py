@@ -66,6 +66,7 @@ def unrolled(params: Any, inputs: Any) -> jax.Array:
     ],
     ids=["type-2", "reduce", "cut"],
 )
+@pytest.mark.by_default("cut")
 def test_loops_change_no_block(options: dict[str, Any]) -> None:
     matrices = [KFACLinearOperator(fn, CE, PARAMS, BATCH, **options).as_matrix() for fn in (looped, unrolled)]
     np.testing.assert_allclose(*matrices, atol=1e-14)
@@ -91,6 +92,7 @@ def test_deep_linear_network_in_a_loop_is_exact() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 2, "factor_interval": 3}], ids=str)
+@pytest.mark.sweep
 def test_one_pass_of_an_optimizer(options: dict[str, Any]) -> None:
     """Value and gradient are those of automatic differentiation, and the factors those of the operator."""
     optimizer = ggn_jax.kfac(looped, CE, 0.1, example_inputs=BATCH[0], **options)

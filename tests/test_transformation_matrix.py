@@ -124,16 +124,19 @@ def same(got: Any, want: Any, rtol: float = 1e-9) -> None:
 
 
 @every_group
+@pytest.mark.by_default("kronecker")
 def test_vmap(name: str) -> None:
     same(jax.jit(jax.vmap(GROUPS[name]))(*stacked(A, B)), stacked(compiled(name)(*A), compiled(name)(*B)))
 
 
 @groups("kronecker")
+@pytest.mark.sweep
 def test_pmap(name: str) -> None:
     same(jax.pmap(GROUPS[name])(*stacked(A, B)), stacked(compiled(name)(*A), compiled(name)(*B)))
 
 
 @every_group
+@pytest.mark.by_default("operators", "kronecker")
 def test_inside_of_control_flow_and_of_others_rules(name: str) -> None:
     """A loop of a branch of a checkpointed function with a derivative rule of the user's."""
     fn = jax.custom_vjp(GROUPS[name])
@@ -149,6 +152,7 @@ def test_inside_of_control_flow_and_of_others_rules(name: str) -> None:
 
 
 @groups("kronecker", "optimizers")  # `test_transforms.py` exports the functions of the others
+@pytest.mark.by_default("optimizers")
 def test_export(name: str) -> None:
     same(jax.export.export(jax.jit(GROUPS[name]))(*A).call(*B), compiled(name)(*B))
 
@@ -166,12 +170,14 @@ def test_donated_arguments(name: str) -> None:
 
 
 @every_group
+@pytest.mark.by_default("operators", "optimizers")
 def test_checks_for_nan(name: str) -> None:
     with jax.debug_nans(True):
         same(jax.jit(GROUPS[name])(*B), compiled(name)(*B))
 
 
 @every_group
+@pytest.mark.by_default("operators", "optimizers")
 def test_without_64_bits(name: str) -> None:
     """The same to single precision, but for what is drawn."""
     narrow = {jnp.dtype(jnp.float64): jnp.float32, jnp.dtype(jnp.int64): jnp.int32}
@@ -198,6 +204,7 @@ def factors(w: jax.Array, x: jax.Array, y: jax.Array, data: jax.Array) -> dict[s
 
 
 @pytest.mark.parametrize("name", [*GROUPS, "factors"])
+@pytest.mark.by_default("operators", "factors")
 def test_derivatives(name: str) -> None:
     """By a difference quotient: in forward mode of all, and in reverse mode, of what has it, through a checkpoint."""
     fn = GROUPS.get(name, factors)

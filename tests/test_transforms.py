@@ -96,6 +96,7 @@ def assert_close(got, want, tol: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["ce-sequence", "bce"])  # `test_vectors.py` compiles and maps those of all losses
+@pytest.mark.by_default("bce")
 def test_jit_and_vmap(name: str) -> None:
     """Compiled and mapped over, functions are what they are eagerly."""
     loss, outputs, targets = problem(name)
@@ -141,7 +142,7 @@ def test_losses_are_pytrees() -> None:
 
 
 def test_no_retrace_for_new_values() -> None:
-    name = "ce-sequence"
+    name = "bce"
     _, outputs, targets = problem(name)
     # A user's loss, so that its methods can count how often they are traced.
     traces = []
@@ -173,6 +174,7 @@ def test_no_retrace_for_new_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce-sequence", "bce"])
+@pytest.mark.by_default("bce")
 def test_cross_lowering(name: str) -> None:
     """All public functions lower for CPU, CUDA and TPU, with nothing that only one of them has."""
     loss, outputs, targets = problem(name)
@@ -199,6 +201,7 @@ def test_export_with_a_symbolic_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce-sequence", "bce"])
+@pytest.mark.by_default("bce")
 def test_sharded_batch_is_the_same(name: str) -> None:
     """Data parallel on two devices: the reduction and the draws are those of one device."""
     assert jax.device_count() >= 2
@@ -214,6 +217,7 @@ def test_sharded_batch_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.by_default("ce-sequence")
 def test_explicit_mesh(name: str) -> None:
     """The vectors and the loss also take arrays of an explicit mesh, `jax.make_mesh`'s default."""
     loss, outputs, targets = problem(name)

@@ -67,6 +67,7 @@ def test_products() -> None:
 
 
 @pytest.mark.parametrize("method", ["layers", "data"])
+@pytest.mark.by_default("data")
 def test_diagonal(method: Any) -> None:
     diagonal = ggn_jax.GGNDiagonalLinearOperator(*ARGS, BATCH, chunk_size=4, method=method)
     assert_close(np.diag(diagonal.as_matrix()), np.diag(dense()))
@@ -76,6 +77,7 @@ KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn
 
 
 @pytest.mark.parametrize("cls", [KFAC, EKFAC, KFOC])
+@pytest.mark.by_default("KFACLinearOperator")
 def test_blocks(cls: Any) -> None:
     want = cls(closed, CE, PARAMS, CLOSED, fisher_type="type-2")
     options: dict[str, Any] = {"fisher_type": "type-2"} | ({} if cls is KFOC else {"chunk_size": 4})
@@ -99,6 +101,7 @@ def test_traced_constants_beside_them() -> None:
     assert_close(product(jnp.asarray(2.0), BATCH), want)
 
 
+@pytest.mark.sweep
 def test_function_space_and_layers() -> None:
     """Also of a model that returns more than its outputs."""
     jacobian = ggn_jax.JacobianLinearOperator(with_aux, PARAMS, BATCH[0], chunk_size=4, has_aux=True)
@@ -113,6 +116,7 @@ def test_function_space_and_layers() -> None:
     assert_close(io["u"].inputs[0, :, 0], X - STATE["mean"][None])
 
 
+@pytest.mark.sweep
 def test_sharded_batch() -> None:
     sharding = NamedSharding(jax.make_mesh((2,), ("data",)), P("data"))
     x, y = jax.device_put((X, Y), sharding)
@@ -127,6 +131,7 @@ def test_report() -> None:
     assert kinds == {"['s']": "scale", "['t']": "linear", "['u']": "linear", "['v']": "linear"}
 
 
+@pytest.mark.sweep
 def test_optimizer_follows_their_values() -> None:
     """A step with other values than `example_inputs` had; factors, gradient and value are a closure's."""
     other = {**STATE, "time": jnp.asarray(-0.2), "mean": STATE["mean"] + 1}

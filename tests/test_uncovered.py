@@ -29,6 +29,7 @@ BATCH = normal(7, 3), jnp.arange(7) % 2
 
 
 @BOTH
+@pytest.mark.by_default("KFACLinearOperator")
 def test_what_an_uncovered_parameter_gets(cls: Any) -> None:
     args, exact = (weight_normed, CE, PARAMS, BATCH), ggn(weight_normed, CE, PARAMS, BATCH)[4:, 4:]
     np.testing.assert_allclose(cls(*args, fisher_type="type-2").block("w"), exact, atol=1e-15)
@@ -60,6 +61,7 @@ def test_an_optimizer_warns_when_it_starts_and_not_at_its_steps() -> None:
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.sweep
 def test_a_parameter_that_is_added_has_no_block_larger_than_the_model() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         return (x + p["position"][None]) @ p["w"]
@@ -94,6 +96,7 @@ def test_equal_examples_at_the_border_of_a_domain_are_taken_as_they_are() -> Non
     ggn_jax.kfac(model_fn, MSE, 0.1, example_inputs=jnp.ones((4, 3)) / 2 + 0.49).init({"w": normal(3, 2)})
 
 
+@pytest.mark.sweep
 def test_batches_for_which_layers_come_in_another_order() -> None:
     def model_fn(p: Any, x: jax.Array) -> jax.Array:
         names = ("a", "b") if x.shape[1] > 2 else ("b", "a")
@@ -112,6 +115,7 @@ def test_batches_for_which_layers_come_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.by_default("float32")
 def test_the_report_explains_gradients_that_cancel(dtype: Any) -> None:
     """A bias before a normalisation has no gradient, but for rounding."""
 
@@ -154,6 +158,7 @@ def first_state(p: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("model_fn", [class_token, mask_token, written_token, first_state])
+@pytest.mark.by_default("first_state", "class_token")
 def test_tokens_and_first_states_are_shifts(model_fn: Any) -> None:
     """They are put beside data, in the place of some, or at the start of a loop: their block is the GGN's."""
     params, batch = {"q": normal(3, 3), "token": normal(3), "w": normal(3, 2)}, (normal(5, 4, 3), normal(5, 2, seed=1))
@@ -200,6 +205,7 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("name", QUERIES)
+@pytest.mark.by_default("attends", "is added as it is")
 def test_a_weight_whose_input_is_another_parameter(name: str) -> None:
     """As latent arrays that are normalised first: the weight is a layer, the latent array has its exact block."""
     params, batch = {"query": normal(3), "v": normal(3, 2), "w": normal(3, 3)}, (normal(1, 4, 3), normal(1, 2))

@@ -129,6 +129,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.by_default("softmax-last", "poisson")
 def test_hessian_losses(name: str) -> None:
     loss, outputs, targets = CASES[name]
     outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
@@ -157,6 +158,7 @@ def test_hessian_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.by_default("sum")
 def test_fisher_losses(reduction: str) -> None:
     """The oracle is the Fisher: exact from the factor, and by quadrature over targets for Student's t."""
     y = np.linspace(-400, 400, 400_001)

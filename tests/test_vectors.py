@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from cases import ALL, PER_DATUM, Case, N, drawn, torch_blocks
+from cases import CORE, FEW, PER_DATUM, Case, N, params, torch_blocks
 
 import ggn_jax
 from ggn_jax import FisherType, LossHessian, make_batch_grad_output_fn, make_grad_output_fn
@@ -39,7 +39,7 @@ def reduction_factor(case: Case, n: int | None) -> float:
 # Each case is two compiled programs, which is where the time goes: one of what is exact, one of what is drawn.
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", params(by_default=FEW))
 def test_exact_functions(case: Case) -> None:
     """The value, vectors of a batch and of one example, and the Hessian as products."""
     v = np.random.default_rng(0).normal(size=case.outputs.shape)
@@ -120,7 +120,17 @@ def range_of_products(case: Case) -> float:
     return 2 * r * float(np.prod([1.0 if w is None else max(1.0, np.max(w)) for w in weights]))
 
 
-@pytest.mark.parametrize("case", drawn())
+@pytest.mark.by_default(
+    "mse-mean-(3,)",
+    "mse-sum-(2, 3)",
+    "bce-mean-()-plain-hard",
+    "bce-sum-(2, 3)-weight+pos_weight-hard",
+    "bce-mean-weight-of-batch",
+    "ce-mean-(3,)-plain-0.3-probabilities",
+    "ce-mean-(3, 2)-weighted-0.0-ignored-last",
+    "ce-mean-(5,)-weighted-0.3-ignored",
+)
+@pytest.mark.parametrize("case", params(lambda case: case.name in CORE))
 def test_monte_carlo(case: Case) -> None:
     """Means of a batch's draws; an example's key gives the same labels alone, and only the reduction differs."""
     samples, size, bound = 2000, case.outputs[0].size, range_of_products(case)

@@ -37,6 +37,7 @@ def params() -> Any:
     return back(flat + 0.1 * jax.random.normal(jax.random.key(2), flat.shape))
 
 
+@pytest.mark.sweep
 def test_local_energy() -> None:
     """The forward Laplacian gives what the Hessian in the coordinates does."""
 
@@ -72,6 +73,7 @@ def test_samples_of_a_known_density() -> None:
     np.testing.assert_allclose(jnp.linalg.norm(walked, axis=(1, 2)).mean(), 1.5, atol=6 * (0.75 / 4000) ** 0.5)
 
 
+@pytest.mark.sweep
 def test_the_step_in_function_space_is_the_natural_gradient() -> None:
     """With the covariance of the gradients of log |psi|, dense."""
     method = example.reconfiguration(NET, R, 0.1)
@@ -93,6 +95,7 @@ def test_kfac_finds_every_layer_and_bounds_the_step() -> None:
     assert {row.parameter.split("]")[0] for row in report.rows if row.curvature == "block"} == {"['envelopes'"}
 
 
+@pytest.mark.sweep
 def test_devices_share_the_samples() -> None:
     """With means over devices, each has the step of all samples."""
     start, mesh = params(), jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -65,6 +65,7 @@ FREE: dict[str, tuple[ggn_jax.Loss, tuple[int, ...], Any]] = {
 
 
 @pytest.mark.parametrize("name", FREE)
+@pytest.mark.by_default("pair", "ce", "log-normal")
 def test_vectors(name: str) -> None:
     loss, shape, targets = FREE[name]
     outputs = normal(*shape)
@@ -142,6 +143,7 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.by_default("ggn", "kfac", "diagonal-mc", "kfac-forward")
 def test_operators(name: str) -> None:
     make = partial(OPERATORS[name], linear, key=KEY)
     got, wanted = (make(LOSS, PARAMS, (X, y)).mv(PARAMS)["w"] for y in (None, Y))
@@ -161,6 +163,7 @@ def test_operators_that_need_targets() -> None:
         ggn_jax.KFACLinearOperator(linear, LOSS, PARAMS, (X, None), fisher_type="empirical", key=KEY)
 
 
+@pytest.mark.sweep
 def test_batches() -> None:
     make = partial(ggn_jax.KFACLinearOperator.from_batches, linear, LOSS, PARAMS, fisher_type="type-2", key=KEY)
     got, wanted = (make([(X, y), (X[:3], z)]).mv(PARAMS)["w"] for y, z in ((None, None), (Y, Y[:3])))
@@ -168,6 +171,7 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "forward-only", "empirical"])
+@pytest.mark.by_default("forward-only", "mc")
 def test_optimizer(fisher_type: str) -> None:
     scale = ggn_jax.scale_by_kfac(linear, LOSS, example_inputs=X, damping=0.1, fisher_type=fisher_type)
     state = scale.init(PARAMS)

@@ -35,11 +35,18 @@ def as_users_have_it() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sweep
 def test_page() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/zoo_page.py"
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.by_default(
+    "Fourier neural operator",
+    "custom_vjp around a layer",
+    "equilibrium, implicit derivative",
+    "vector-quantised autoencoder",
+)
 def test_curvature_is_exact(name: str) -> None:
     """Of one example: the whole block, but for layers with several positions or uses, whose gradient is looked at."""
     model = MODELS[name]()
