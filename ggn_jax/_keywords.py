@@ -3,28 +3,36 @@
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def takes(defaults: Mapping[str, Any]) -> Callable[[F], F]:
-    """Let `help`, `inspect.signature`, and so `optax.inject_hyperparams`, see what `**options` of a function may be."""
+def takes(defaults: Mapping[str, Any], hint: str = "") -> Callable[[F], F]:
+    """Say what `**options` of a function may be.
+
+    `help`, `inspect.signature`, and so `optax.inject_hyperparams`, see the names; others are refused, as Python does,
+    with the nearest one, or with `hint` where none is near.
+    """
 
     def named(function: F) -> F:
         signature = inspect.signature(function)
         own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
         more = [inspect.Parameter(name, own[0].KEYWORD_ONLY, default=value) for name, value in defaults.items()]
-        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        return function
+        known = [x.name for x in (*own, *more) if x.name not in ("self", "cls")]
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name not in known:
+                    caller = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+                    near = get_close_matches(name, known, 1)
+                    way_out = f" Did you mean {near[0]!r}?" if near else hint or f" It takes {', '.join(known)}."
+                    raise TypeError(f"{caller} got an unexpected keyword argument {name!r}.{way_out}")
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return cast(F, checked)
 
     return named
-
-
-def check_keywords(function: str, given: Mapping[str, Any], known: Mapping[str, Any], hint: str = "") -> None:
-    """Refuse other keyword arguments, as Python does."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            more = f" Did you mean {near[0]!r}?" if near else hint or f" Its options are {', '.join(known)}."
-            raise TypeError(f"{function} got an unexpected keyword argument {name!r}.{more}")

@@ -1,11 +1,9 @@
 """How Kronecker factors are made: the options that the operators and the optimizer share."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from ggn_jax._checks import check_count
-from ggn_jax._keywords import check_keywords
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.plan import MAX_SMALL_SIZE
@@ -86,12 +84,6 @@ class Options:
     block_size: int = 1024
     max_small_size: int = MAX_SMALL_SIZE
     vector_chunk_size: int = 1
-
-    @classmethod
-    def of(cls, function: str, given: Mapping[str, Any], hint: str = "") -> Self:
-        """Those that a function was given."""
-        check_keywords(function, given, DEFAULTS, hint)
-        return cls(**given)
 
     def __post_init__(self) -> None:
         given = self.fisher_type

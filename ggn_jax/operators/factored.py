@@ -50,7 +50,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         examples: Examples = "independent",
         **options: Unpack[KroneckerOptions],
     ):
-        made = Options.of(type(self).__name__, options)
+        made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         kind = made.fisher_type
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         self._check(problem, made, chunk_size)
@@ -63,7 +63,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         self.structure = structure(problem.params)
 
     @classmethod
-    @takes(DEFAULTS)
+    @takes(DEFAULTS, MASKS)
     def from_objective(
         cls,
         objective: Objective,
@@ -99,7 +99,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
         """
         parts = parts_of(objective, batches, key)
-        made = Options.of("from_objective", options, MASKS)
+        made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         problems, keys, masks = [], [], []
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
@@ -116,7 +116,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         return cls._of(blocks, structure(problems[0].params))
 
     @classmethod
-    @takes(DEFAULTS)
+    @takes(DEFAULTS, MASKS)
     def from_batches(
         cls,
         model_fn: Callable[[PyTree, PyTree], Array],
@@ -152,7 +152,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> kfac.solve(params, damping=0.1)["w"].shape
         (2, 3)
         """
-        made = Options.of("from_batches", options, MASKS)
+        made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         if cls._method == "kfoc":
 
             def make(inputs: PyTree, targets: Any) -> Problem:
@@ -177,7 +177,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         return cls.finish(cls.partial_sums(*args, factors=factors, **given))
 
     @classmethod
-    @takes(DEFAULTS)
+    @takes(DEFAULTS, MASKS)
     def partial_sums(
         cls,
         model_fn: Callable[[PyTree, PyTree], Array],
@@ -219,7 +219,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         >>> ggn_jax.EKFACLinearOperator.finish(corrected)
         EKFACLinearOperator(params=float32[2, 3], blocks=1)
         """
-        made = Options.of("partial_sums", options, MASKS)
+        made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         if cls._method == "kfoc":
             raise NotImplementedError("KFOC iterates over all data, and has no sums to keep: use from_batches.")
         check_iterable(batches)

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_count
-from ggn_jax._keywords import check_keywords
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose
 from ggn_jax.kronecker.options import DEFAULTS as OF_FACTORS
@@ -149,9 +148,3 @@ DEFAULTS = {
     **OF_MODEL,
     **OF_FACTORS,
 }
-
-
-def all_options(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a function was given of `KFACOptions`, with the default of all others."""
-    check_keywords(function, given, DEFAULTS)
-    return {**DEFAULTS, **given}

@@ -20,7 +20,7 @@ from ggn_jax.optimizer.defaults import with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
-from ggn_jax.optimizer.settings import DEFAULTS, KFACOptions, all_options
+from ggn_jax.optimizer.settings import DEFAULTS, KFACOptions
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
@@ -51,7 +51,7 @@ def scale_by_kfac(
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     """
     check_schedule("damping", damping)
-    core = core_of(model_fn, loss, example_inputs, all_options("scale_by_kfac", options))
+    core = core_of(model_fn, loss, example_inputs, {**DEFAULTS, **options})
 
     def init(params: PyTree[Array]) -> ScaleByKFACState:
         rejected = core.placed(jnp.zeros((), jnp.int32), params)
@@ -184,7 +184,7 @@ def kfac(
     >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     >>> params = optax.apply_updates(params, updates)
     """
-    given = all_options("kfac", options)
+    given: dict[str, Any] = {**DEFAULTS, **options}
     tuned = with_defaults(learning_rate, damping, adapt_damping, momentum, given["inverse_interval"])
     given["inverse_interval"] = tuned.inverse_interval
     rule = StepRule(*tuned[:4], min_damping, kl_clip, weight_decay, weight_decay_mask)
