@@ -60,7 +60,7 @@ def module_hint(value: Any) -> str:
 def tensor_hint(value: Any) -> str:
     """For a tensor or a list in place of an array."""
     if is_a(value, "torch", "Tensor"):
-        return " Pass jnp.asarray(tensor.numpy()); torch_bridge has functions for torch tensors."
+        return " Pass torch_bridge.to_jax(tensor), or jnp.asarray(tensor.numpy())."
     return " jnp.asarray makes one." if isinstance(value, list) else ""
 
 

@@ -207,3 +207,40 @@ def test_refused() -> None:
         optimizer.value_and_grad_and_factors(params, (X, Y), optimizer.init(params), key=KEY)
     with pytest.raises(TypeError, match="has_aux must be True or False; got None"):
         ggn_jax.kfac(mlp, CE, 0.1, example_inputs=X, has_aux=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("groups", [(0, 1, 0, 1, 0, 1), (0.0, 0.0, 1.0, 1.0, 2.0, 2.0)])
+def test_groups_of_examples_couple(groups: tuple[float, ...]) -> None:
+    """Equal numbers are what examples depend on each other by: others in their place would hide it."""
+
+    def packed(params: Any, inputs: Any) -> jax.Array:
+        x, group = inputs
+        same = (group[:, None] == group).astype(x.dtype)
+        return same @ x / same.sum(1, keepdims=True) @ params["w"]
+
+    params, inputs = {"w": normal(1, 3, 2)}, (normal(0, 6, 3), jnp.asarray(groups))
+    batch = inputs, jnp.arange(6) % 2
+    with pytest.raises(ValueError, match=r"couples examples.*leave chunk_size out"):
+        ggn_jax.GGNLinearOperator(packed, CE, params, batch, chunk_size=3)
+    with pytest.raises(ValueError, match=r"batch 0: .*couples examples"):
+        ggn_jax.GGNLinearOperator.from_batches(packed, CE, params, [batch]).mv(params)
+
+
+def test_the_check_is_made_each_time() -> None:
+    """What decides whether examples are coupled may be a value that changes."""
+
+    def model_fn(params: Any, inputs: Any) -> jax.Array:
+        x, training = inputs
+        y = x @ params["w"]
+        return jnp.where(training, y - y.mean(0), y)
+
+    params, x = {"w": normal(1, 3, 2)}, normal(0, 6, 3)
+
+    def make(training: bool) -> ggn_jax.KFACLinearOperator:
+        batch = (x, Unbatched(jnp.asarray(training))), jnp.arange(6) % 2
+        return ggn_jax.KFACLinearOperator(model_fn, CE, params, batch, fisher_type="type-2")
+
+    for _ in range(3):
+        make(False)
+    with pytest.raises(ValueError, match="couples examples"):
+        make(True)

@@ -71,7 +71,7 @@ def test_layers_in_the_open() -> None:
         assert io[name].inputs.shape[:3] == (1, 1, N)
         gradients = np.asarray(io[name].per_example_grads()).reshape(N * 2, -1)
         assert_close(gradients.T @ gradients, block_of(name))
-    with pytest.raises(ValueError, match=r"couples examples.*examples='coupled' to find_layers"):
+    with pytest.raises(ValueError, match=r"couples examples.*examples='coupled'"):
         ggn_jax.find_layers(batch_norm, PARAMS, X)
     with pytest.raises(ValueError, match="chunk_size cuts the batch"):
         ggn_jax.sum_layer_io(lambda io: io.value, layers, CE, PARAMS, (X, Y), chunk_size=2, **options)

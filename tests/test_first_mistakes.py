@@ -108,10 +108,18 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] =
         TypeError,
         ("params.activation", "must be a floating", "from_equinox"),
     ),
-    "tensors as params": ({"params": {"w": TENSOR}}, TypeError, ("params['w']", "floating", "jnp.asarray(tensor")),
+    "tensors as params": (
+        {"params": {"w": TENSOR}},
+        TypeError,
+        ("params['w']", "floating", "torch_bridge.to_jax(tensor)"),
+    ),
     "integers among params": ({"params": {**PARAMS, "n": 3}}, TypeError, ("params['n']", "int", "Close model_fn")),
     "no params": ({"params": {}}, ValueError, ("params must hold at least one array",)),
-    "tensors as inputs": ({"batch": (TENSOR, Y)}, TypeError, ("inputs must be a", "Tensor", "jnp.asarray(tensor")),
+    "tensors as inputs": (
+        {"batch": (TENSOR, Y)},
+        TypeError,
+        ("inputs must be a", "Tensor", "torch_bridge.to_jax(tensor)"),
+    ),
 }
 WITH_TARGETS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a loss of optax": (
@@ -129,7 +137,11 @@ WITH_TARGETS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]]
         ("batch must be", "(inputs, targets)", "dict", "(batch['image'], batch['label'])"),
     ),
     "inputs alone": ({"batch": X}, TypeError, ("batch must be", "an array of shape (8, 2)", "(inputs, targets)")),
-    "tensors as targets": ({"batch": (X, torch.ones(8))}, TypeError, ("targets", "Tensor", "jnp.asarray(tensor")),
+    "tensors as targets": (
+        {"batch": (X, torch.ones(8))},
+        TypeError,
+        ("targets", "Tensor", "torch_bridge.to_jax(tensor)"),
+    ),
     "a list as targets": ({"batch": (X, [0] * 8)}, TypeError, ("targets", "list", "jnp.asarray")),
     "other numbers of targets": ({"batch": (X, Y[:5])}, ValueError, ("common leading", "inputs (8, 2), targets (5,)")),
     "class indices in a column": (

@@ -97,6 +97,24 @@ def test_products_in_rules_are_layers() -> None:
         np.testing.assert_allclose(trace, np.trace(dense_ggn(model_fn, MSE, PARAMS, (x, y))), rtol=1e-12)
 
 
+@jax.custom_vjp
+def shifted(x: jax.Array, w: jax.Array) -> jax.Array:
+    return (rounded(x) - 0.5) @ w
+
+
+shifted.defvjp(
+    lambda x, w: (shifted(x, w), (x, w)),
+    lambda kept, g: (g @ kept[1].T, rounded(kept[0]).T @ g - 0.5 * (jnp.ones_like(kept[0]).T @ g)),
+)
+
+
+def test_products_of_one_gradient_are_not_two_uses() -> None:
+    """As two uses, whose product is left out, they would be no exact block of one example."""
+    with usual_promotion():
+        report = ggn_jax.report(lambda p, x: shifted(x, p["w"]), params(w=(3, 4)), normal(3, 3))
+    assert [(row.kind, row.curvature) for row in report.rows] == [("uncovered", "block")]
+
+
 def test_flax_products_in_8_bits() -> None:
     """From shapes alone: the kernels, whose rules also hand on scales in place of gradients, are layers."""
     inputs = jax.ShapeDtypeStruct((8, 16), jnp.float32)

@@ -39,7 +39,7 @@ GGN_JAX = [
     {"layers.run", "layers.labels", "cross_entropy", "joint", "losses", "likelihood"},
     {"layers.analysis"},
     {"layers.trace"},
-    {"layers.axes", "layers.capture", "layers.checked", "layers.plan", "_supported"},
+    {"layers.axes", "layers.capture", "layers.plan", "_supported"},
     {"layers.check"},
     {"layers.report"},
     {"layers"},

@@ -16,7 +16,6 @@ from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import NOT_SHARDED, compiler_sharded
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.capture import capture
-from ggn_jax.layers.checked import Known, moved
 from ggn_jax.layers.jaxprs import narrowed_dtypes
 from ggn_jax.layers.noise import noise, words
 from ggn_jax.layers.plan import Plan
@@ -24,7 +23,6 @@ from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
 
 EXAMPLES = 4  # that the checks are made on
-UNLIKE, GIVEN, VARIED = range(3)  # values of these: others where two are alike; as they are; others everywhere
 
 
 def check_independent(
@@ -39,8 +37,7 @@ def check_independent(
 ) -> None:
     """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
 
-    `way_out` is what can be done about one that is meant to, if something can. See `checked` for functions that come
-    again and again.
+    `way_out` is what can be done about one that is meant to, if something can.
     """
     if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
@@ -48,37 +45,26 @@ def check_independent(
     if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
         return
 
-    known = Known.of(model_fn, params, inputs, examples)
-    if known.settled:
-        return
-
-    def measure(params: PyTree[Array], values: int) -> tuple[float, bool]:
-        passes = _both_ways(model_fn, params, inputs, examples, jnp.asarray(values))
+    def measure(given: bool) -> tuple[float, bool]:
+        passes = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
         if is_concrete(passes[0].outputs):
             return _coupling(*passes)
         with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-            return _coupling(*_both_ways(model_fn, params, inputs, examples, jnp.asarray(values)))
+            return _coupling(*_both_ways(model_fn, params, inputs, examples, jnp.asarray(given)))
 
-    gap, is_nan = measure(params, UNLIKE)
-    if is_nan:  # other values may be outside of the model's domain
-        gap, is_nan = measure(params, GIVEN)
+    # Equal values in two examples may hide that they depend on each other, and be what they depend on each other by, as
+    # numbers of groups are. Other values may be outside of the model's domain.
+    (gap, is_nan), (other_gap, other_is_nan) = measure(True), measure(False)
+    if not other_is_nan:
+        gap = float(np.nanmax([gap, other_gap]))
+    is_nan &= other_is_nan
     # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
-    limit = tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5
-    if gap > limit:
+    if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
         raise ValueError(coupling_message(gap, way_out))
     if is_nan and not allow_nan:
         raise ValueError(
             "the outputs of model_fn are NaN for the first examples, or their gradients: look at params and inputs."
         )
-
-    def elsewhere() -> bool:
-        with jax.ensure_compile_time_eval():
-            others = moved(params)
-        gap, is_nan = measure(others, VARIED)
-        return gap <= limit and not is_nan
-
-    if not is_nan:
-        known.passed(elsewhere)
 
 
 class _Pass(NamedTuple):
@@ -95,12 +81,14 @@ def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass
 @eqx.filter_jit
 @partial(compiler_sharded, like=_as_parameters)
 def _both_ways(
-    model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, values: Array
+    model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
 ) -> tuple[_Pass, _Pass]:
-    """A few examples, with values as they are named above, as a batch, and one by one."""
+    """A few examples as a batch, and one by one.
+
+    `given` asks for the examples as they are, also where they are alike.
+    """
     few = first_examples(inputs, examples)
-    other = different(few, values == VARIED)
-    few = jax.tree.map(lambda x, other: jnp.where(values == GIVEN, x, other), few, other)
+    few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, different(few))
 
     def one_by_one(params: PyTree, inputs: PyTree) -> Array:
         def one(x: PyTree) -> Array:
@@ -167,23 +155,22 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
     return map_batched(first, inputs)
 
 
-def different(inputs: PyTree[Array], everywhere: Array) -> PyTree[Array]:
-    """The examples, other values in place of arrays in which two of them are equal, or of all.
+def different(inputs: PyTree[Array]) -> PyTree[Array]:
+    """The examples, other values in place of arrays in which two of them are equal.
 
     Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers are drawn
     from those that are there and 0, or of 0 and 1 where all are 0; truth values are drawn, and keys split.
     """
     numbers = count(1)
-    return map_batched(lambda x: _varied(x, next(numbers), everywhere), inputs)
+    return map_batched(lambda x: _varied(x, next(numbers)), inputs)
 
 
-def _varied(x: Array, number: int, everywhere: Array) -> Array:
+def _varied(x: Array, number: int) -> Array:
     if not x.size:
         return x
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     rows = (jax.random.key_data(x) if is_key else x).reshape(len(x), -1)
-    equal = [jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]
-    alike = jnp.any(jnp.stack([everywhere, *equal]))
+    alike = jnp.any(jnp.stack([jnp.all(rows[i] == rows[j]) for i, j in combinations(range(len(x)), 2)]))
     if is_key:
         split = jax.vmap(jax.random.fold_in)(x.reshape(-1), jnp.arange(x.size, dtype=jnp.uint32)).reshape(x.shape)
         return jnp.where(alike, split, x)

@@ -71,6 +71,8 @@ def open_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> Opened
     gradients = dict(zip(rule.inputs, rule.gradients, strict=True))
     atoms = dict(zip(rule.inputs, rule.jaxpr.outvars[rule.results :], strict=True))
     found = {i: gradients[i] for i in weights if i in gradients and gradients[i] is not None}
+    # Two products with one factor of cotangents are one product, with a sum of inputs: as two they would be two uses.
+    found = {i: terms for i, terms in found.items() if not _shares(terms or ())}
     layers = [(i, term) for i, terms in found.items() for term in terms or () if term.a is not None]
     sides = {term.side: number for number, (_, term) in enumerate(layers)}
     # A bias has what a weight has of cotangents.
@@ -117,6 +119,11 @@ def open_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> Opened
         return list(same(results, [values[i] for i in rest], products, kept))
 
     return Opened(tuple(products), finish)
+
+
+def _shares(terms: Sequence[Term]) -> bool:
+    factors = [id(term.b) for term in terms if term.a is not None]
+    return len(set(factors)) < len(factors)
 
 
 def _product_of(operand: int, term: Term, a: Array) -> Product:

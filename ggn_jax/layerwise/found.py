@@ -22,7 +22,7 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.operators.base import simple_path, structure_of
 
-COUPLED_WAY_OUT = "pass examples='coupled' to find_layers"
+COUPLED_WAY_OUT = "pass examples='coupled'"
 
 
 @dataclass(frozen=True)

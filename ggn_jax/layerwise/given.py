@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import as_array, check_real, compute_dtype
+from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
 from ggn_jax.kronecker.algebra import Block, Diagonal, Factor, Kronecker
 from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
 from ggn_jax.layers.index_map import IndexMap
@@ -36,7 +36,9 @@ def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: P
         An operator with blocks, and all that these have: inverses, roots, determinants, `damped`, `+`.
 
     Raises:
-        TypeError, ValueError, KeyError: for factors that do not fit, naming the layer or the parameter.
+        TypeError, ValueError, KeyError: for factors that do not fit, naming the layer or the parameter. Where values
+            are known, also for entries that are not finite, matrices that are not symmetric, and negative diagonals;
+            other indefinite ones go unnoticed.
 
     >>> import jax.numpy as jnp, ggn_jax
     >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
@@ -91,7 +93,24 @@ def _factor(name: str, value: Any, diagonal: tuple[int, int]) -> Factor:
         raise ValueError(
             f"{name} must have shape {wanted} (groups first), or {diagonal} for a diagonal one; got {factor.shape}."
         )
+    if is_concrete(factor):
+        _check_values(name, np.asarray(factor.astype(compute_dtype(factor.dtype))), factor.shape == wanted)
     return factor.astype(compute_dtype(factor.dtype))
+
+
+def _check_values(name: str, factor: np.ndarray, is_dense: bool) -> None:
+    """Refuse what no positive semi-definite matrix is, as far as a look at its entries tells."""
+    if not np.all(np.isfinite(factor)):
+        raise ValueError(f"{name} must be finite; it holds NaN or infinities.")
+    transposed = np.swapaxes(factor, 1, 2) if is_dense else factor
+    size, gap = np.max(np.abs(factor), initial=0), np.max(np.abs(factor - transposed), initial=0)
+    if gap > np.finfo(factor.dtype).eps ** 0.5 * size:
+        raise ValueError(
+            f"{name} must be symmetric; it differs from its transpose by {gap:.1e}: is (x + x^T) / 2 meant?"
+        )
+    diagonal = np.diagonal(factor, axis1=1, axis2=2) if is_dense else factor
+    if np.min(diagonal, initial=0) < 0:
+        raise ValueError(f"{name} must be positive semi-definite; its diagonal holds {np.min(diagonal):.3g}.")
 
 
 def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
@@ -101,6 +120,8 @@ def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     check_real(name, values)
     if values.shape != shape:
         raise ValueError(f"{name} must have the parameter's shape {shape}; got {values.shape}.")
+    if is_concrete(values):
+        _check_values(name, np.asarray(values.astype(compute_dtype(values.dtype))).reshape(1, -1), is_dense=False)
     return values.astype(compute_dtype(values.dtype))
 
 

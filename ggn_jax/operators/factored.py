@@ -142,7 +142,8 @@ class FactoredLinearOperator(BlockLinearOperator):
         there.
 
         **Raises:** as the constructor, naming the batch; ValueError for a batch that does not fit the first, for a loss
-        with a weight for each example, for an iterable that is empty, or that differs between EKFAC's passes.
+        with a weight for each example, for an iterable that is empty, or whose number of examples differs between
+        EKFAC's passes. (That its values are the same in both is not checked.)
 
         >>> import jax, jax.numpy as jnp, ggn_jax
         >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()

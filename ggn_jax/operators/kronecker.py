@@ -48,8 +48,7 @@ class KFACLinearOperator(FactoredLinearOperator):
       `large`, `max_dense_size`, `block_size`, `max_small_size` and `vector_chunk_size`, which it shares with `kfac`.
 
     **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them; for a model
-    whose examples depend on each other (checked on four, outside of `jit`; a function that passed twice, and with other
-    values of parameters and inputs, is not checked again for the same shapes); for parameters that are not covered.
+    whose examples depend on each other (checked on four, outside of `jit`); for parameters that are not covered.
 
     >>> import jax, jax.numpy as jnp, ggn_jax
     >>> params = {"w": jnp.ones((2, 3)) / 2, "b": jnp.zeros(3), "v": jnp.ones((3, 4)) / 3}

@@ -24,7 +24,7 @@ from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.joint import JointLoss, flatten_problem, named
-from ggn_jax.layers.check import MAY_BE_COUPLED, check_independent
+from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -98,15 +98,16 @@ class Problem(eqx.Module):
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
-        if self.chunks() is not None:
-            # What is ignored may be NaN; two examples tell enough, and take little memory.
+        if self.chunk_size is not None and self.chunks() is not None:
+            # What is ignored may be NaN; more examples than a chunk has might not fit into memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
-            check_independent(*args, "leave chunk_size out", examples=2, allow_nan=True)
+            few = min(EXAMPLES, max(2, self.chunk_size))
+            check_independent(*args, "leave chunk_size out", examples=few, allow_nan=True)
 
     def check_parts(self) -> None:
         """Refuse a model whose examples depend on each other, for data that come in several batches."""
         args = self.model_fn, self.params, self.inputs, self.outputs.dtype
-        check_independent(*args, "pass all data as one batch", examples=2, allow_nan=True)
+        check_independent(*args, "pass all data as one batch", allow_nan=True)
 
     def check_examples(self) -> None:
         """Refuse a model whose examples depend on each other, unless they may."""

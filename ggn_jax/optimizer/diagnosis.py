@@ -154,7 +154,8 @@ class Diagnoser:
     def __call__(self, state: Any, params: PyTree[Array], batch: Any, full_params: Any) -> Diagnosis:
         """What `optimizer.diagnose` returns."""
         found, curvature = find_state(state), self.core.curvature_in(state, params)
-        if not all(map(is_concrete, jax.tree.leaves((curvature.weight, params, batch)))):
+        leaves = jax.tree.leaves((curvature.weight, params, batch))
+        if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
             raise TypeError("diagnose looks at values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:
             raise ValueError("diagnose needs a state that has seen a batch: take some steps first.")

@@ -1,6 +1,5 @@
 """Pooling and resizing."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -80,6 +79,39 @@ def _is_larger(x: Array, y: Array) -> Array:
     return (y > x) | jnp.isnan(y) if is_floating(x.dtype) else y > x
 
 
+def _maxima(x: Array, windows: list[Windows]) -> tuple[Array, Array]:
+    """Of a padded input, the maximum of each window, and its place in the image, of which the axes are one.
+
+    Nothing outside of the image is one, though a window may hold the least number everywhere else.
+    """
+    entries, places = _entries(x, windows), _places(windows)
+    best, place, inside = entries[0], jnp.asarray(places[0]), places[0] >= 0
+    for entry, number in zip(entries[1:], places[1:], strict=True):
+        larger, is_inside = _is_larger(best, entry), number >= 0
+        if not inside.all():
+            larger |= ~inside
+        if not is_inside.all():
+            larger &= is_inside
+        best, place = jnp.where(larger, entry, best), jnp.where(larger, number, place)
+        inside = inside | is_inside
+    return best, jnp.broadcast_to(place, best.shape)
+
+
+def _places(windows: list[Windows]) -> list[np.ndarray]:
+    """Where in the image each window has each of its places, as `_entries` has them; -1 outside."""
+    sizes = [w.size for w in windows]
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    found = []
+    for starts in itertools.product(*(w.places for w in windows)):
+        axes = [
+            np.arange(first, last + 1, w.stride) - w.padding for (first, last), w in zip(starts, windows, strict=True)
+        ]
+        grid = np.meshgrid(*axes, indexing="ij")
+        inside = np.logical_and.reduce([(x >= 0) & (x < size) for x, size in zip(grid, sizes, strict=True)])
+        found.append(np.where(inside, sum(x * stride for x, stride in zip(grid, strides, strict=True)), -1))
+    return found
+
+
 @aten("max_pool1d", "max_pool2d", "max_pool3d")
 def max_pool(
     x: Array, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
@@ -94,7 +126,7 @@ def max_pool(
         lead = [1] * (x.ndim - len(windows))
         sizes, strides = [*lead, *(w.kernel for w in windows)], [*lead, *(w.stride for w in windows)]
         return lax.reduce_window(x, _lowest(x), lax.max, sizes, strides, "VALID")
-    return functools.reduce(lambda x, y: jnp.where(_is_larger(x, y), y, x), _entries(x, windows))
+    return _maxima(x, windows)[0]
 
 
 def _for_maxima(
@@ -116,19 +148,7 @@ def max_pool_with_indices(
 ) -> tuple[Array, Array]:
     """The maxima, and each one's place in its image, of which the axes are one."""
     values = max_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    padded, windows = _for_maxima(lax.stop_gradient(x), kernel, stride, padding, dilation, ceil_mode)
-    sizes = [w.size for w in windows]
-    numbers = np.arange(math.prod(sizes)).reshape(sizes)
-    places = _entries(_padded(jnp.asarray(numbers), windows, 0), windows)
-    entries = zip(_entries(padded, windows), places, strict=True)
-
-    def later(best: tuple[Array, Array], entry: tuple[Array, Array]) -> tuple[Array, Array]:
-        larger = _is_larger(best[0], entry[0])
-        return jnp.where(larger, entry[0], best[0]), jnp.where(larger, entry[1], best[1])
-
-    (first, place), *rest = entries
-    start = first, jnp.broadcast_to(place, first.shape)
-    return values, functools.reduce(later, rest, start)[1]
+    return values, _maxima(*_for_maxima(lax.stop_gradient(x), kernel, stride, padding, dilation, ceil_mode))[1]
 
 
 @aten("max_unpool2d")
