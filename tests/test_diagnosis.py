@@ -114,6 +114,7 @@ def test_refused() -> None:
 
 
 HEALTHY = Numbers(
+    steps=100,
     loss=0.5,
     cosine=0.4,
     damping=1e-3,
@@ -154,6 +155,7 @@ RULE = StepRule(
         ({"best_scale": 5.0}, ["step-short"], "Raise the learning rate"),
         ({"best_scale": 5.0, "clipped": 0.6}, ["step-short", "clipped"], "Raise kl_clip"),
         ({"clipped": 0.6}, ["clipped"], "60%"),
+        ({"clipped": 1.0, "steps": 3}, [], ""),
         ({"rejected": 0.02}, ["rejected"], "2.0%"),
         ({"skipped": 0.02}, ["skipped"], "2.0%"),
         ({"condition_number": 1e6}, ["ill-conditioned"], "1.0e+06"),

@@ -10,6 +10,7 @@ GOOD, BAD = 3 / 4, 1 / 4  # of reduction ratios, as in Levenberg and Marquardt's
 ABOVE_MEAN = 10  # of a damping against a block's mean eigenvalue
 LONG, SHORT = 1 / 2, 3  # of the best length of a step, in units of its own
 MANY = 1 / 2  # of clipped steps
+FIRST = 10  # steps that are too few to speak of shares
 SOME = 1 / 100  # of rejected steps, and of skipped batches
 STALE = 0.3
 ROUNDING = 1e-2  # of a condition number times the resolution of its dtype
@@ -33,6 +34,7 @@ class Finding(NamedTuple):
 class Numbers(NamedTuple):
     """What findings depend on; see `Diagnosis`."""
 
+    steps: int
     loss: float
     cosine: float
     damping: float
@@ -110,7 +112,7 @@ def _step(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
 
 
 def _counts(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
-    if of.clipped > MANY:
+    if of.clipped > MANY and of.steps >= FIRST:
         text = f"kl_clip shortened {of.clipped:.0%} of the steps: it sets their length, not the learning rate."
         yield "clipped", text, "Raise kl_clip if training is stable, else lower the learning rate until few are."
     if of.rejected > SOME:

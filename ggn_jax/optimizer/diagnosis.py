@@ -100,7 +100,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [f"After {self.steps} steps: loss {self.loss:.4g} on this batch, damping {self.damping:.3g}."]
-        if self.reduction_ratio is not None:
+        if self.reduction_ratio is not None and np.isfinite(self.predicted or 0):
             lines.append(
                 f"The next step: change of the loss {self.predicted:.3g} predicted, {self.reduction_ratio:.2f} of it"
                 f" achieved; the best length is {self.best_scale:.2g} times this one."
@@ -175,6 +175,7 @@ class Diagnoser:
         known |= {"damping": float(curvature.damping), "stale": _relative(off, new)}
         known = {"clipped": 0.0, **dict.fromkeys(_OF_A_STEP), **known}
         of = Numbers(
+            steps=steps,
             **{name: known[name] for name in Numbers._fields if name in known},
             sizes=[block.size for block in blocks],
             mean_eigenvalues=[block.mean_eigenvalue for block in blocks],
