@@ -84,7 +84,8 @@ def _maxima(x: Array, windows: list[Windows]) -> tuple[Array, Array]:
 
     Nothing outside of the image is one, though a window may hold the least number everywhere else.
     """
-    entries, places = _entries(x, windows), _places(windows)
+    lead = [1] * (x.ndim - len(windows))
+    entries, places = _entries(x, windows), [place.reshape(*lead, *place.shape) for place in _places(windows)]
     best, place, inside = entries[0], jnp.asarray(places[0]), places[0] >= 0
     for entry, number in zip(entries[1:], places[1:], strict=True):
         larger, is_inside = _is_larger(best, entry), number >= 0
