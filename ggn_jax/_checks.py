@@ -54,6 +54,16 @@ def is_concrete(array: Array) -> bool:
         return False
 
 
+def are_known(tree: PyTree[Any]) -> bool:
+    """Whether the values of all JAX arrays in a pytree can be looked at; what else it holds does not matter."""
+    return all(is_concrete(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+
+
+def have_values(tree: PyTree[Any]) -> bool:
+    """Whether a pytree holds nothing but arrays whose values can be looked at: no shapes, and nothing traced."""
+    return are_known(tree) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(tree))
+
+
 def check_outputs(name: str, outputs: Array | jax.ShapeDtypeStruct) -> None:
     if outputs.dtype.name not in OUTPUT_DTYPES:
         way_out = ""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ggn_jax._checks import as_outputs, check_key, is_concrete
+from ggn_jax._checks import are_known, as_outputs, check_key
 from ggn_jax._supported import check_supported
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -66,7 +66,7 @@ def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None
     check_supported(loss)
     outputs = as_outputs("outputs", outputs, batch=True)
     key = jax.random.key(0) if key is None else check_key(key, wanted_by="check_loss", batch=True)
-    if not all(is_concrete(leaf) for leaf in jax.tree.leaves((loss, outputs, targets)) if isinstance(leaf, jax.Array)):
+    if not are_known((loss, outputs, targets)):
         raise TypeError("check_loss looks at values: call it outside of jit, vmap and grad.")
     first, second = jax.random.split(key)
     if targets is None:

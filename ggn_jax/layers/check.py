@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import compute_dtype, is_concrete, wide_dtype
+from ggn_jax._checks import are_known, compute_dtype, is_concrete, wide_dtype
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import NOT_SHARDED, compiler_sharded
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
@@ -41,23 +41,25 @@ def check_independent(
     """
     if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
-    leaves = jax.tree.leaves((params, inputs, model_fn))
-    if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
+    if not are_known((params, inputs, model_fn)):
         return
 
-    def measure(given: bool) -> tuple[float, bool]:
-        passes = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
-        if is_concrete(passes[0].outputs):
-            return _coupling(*passes)
+    def measure(given: bool) -> tuple[float, bool, bool]:
+        *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
+        if is_concrete(alike):
+            return *_coupling(*passes), bool(alike)
         with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-            return _coupling(*_both_ways(model_fn, params, inputs, examples, jnp.asarray(given)))
+            *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
+            return *_coupling(*passes), bool(alike)
 
-    # Equal values in two examples may hide that they depend on each other, and be what they depend on each other by, as
-    # numbers of groups are. Other values may be outside of the model's domain.
-    (gap, is_nan), (other_gap, other_is_nan) = measure(True), measure(False)
-    if not other_is_nan:
-        gap = float(np.nanmax([gap, other_gap]))
-    is_nan &= other_is_nan
+    gap, is_nan, alike = measure(True)
+    if alike:
+        # Equal values in two examples may hide that they depend on each other, and be what they depend on each other
+        # by, as numbers of groups are. Other values may be outside of the model's domain.
+        other_gap, other_is_nan, _ = measure(False)
+        if not other_is_nan:
+            gap = float(np.nanmax([gap, other_gap]))
+        is_nan &= other_is_nan
     # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
     if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
         raise ValueError(coupling_message(gap, way_out))
@@ -74,21 +76,25 @@ class _Pass(NamedTuple):
     gradient: Any
 
 
-def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass]:
-    return (_Pass(NOT_SHARDED, params),) * 2
+def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass, Any]:
+    found = _Pass(NOT_SHARDED, params)
+    return found, found, NOT_SHARDED
 
 
 @eqx.filter_jit
 @partial(compiler_sharded, like=_as_parameters)
 def _both_ways(
     model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
-) -> tuple[_Pass, _Pass]:
-    """A few examples as a batch, and one by one.
+) -> tuple[_Pass, _Pass, Bool[Array, ""]]:
+    """A few examples as a batch, and one by one; whether some are alike, so that other values would be different.
 
     `given` asks for the examples as they are, also where they are alike.
     """
     few = first_examples(inputs, examples)
-    few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, different(few))
+    others = different(few)
+    pairs = list(zip(jax.tree.leaves(few), jax.tree.leaves(others), strict=True))
+    alike = jnp.any(jnp.stack([jnp.any(x != other) for x, other in pairs]))
+    few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, others)
 
     def one_by_one(params: PyTree, inputs: PyTree) -> Array:
         def one(x: PyTree) -> Array:
@@ -104,7 +110,7 @@ def _both_ways(
         outputs, vjp = jax.vjp(lambda params: fn(params, few), params)
         return _Pass(outputs, vjp(_cotangent(outputs))[0])
 
-    return run(model_fn), run(one_by_one)
+    return run(model_fn), run(one_by_one), alike
 
 
 def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:

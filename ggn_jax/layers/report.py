@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import Examples, check_coupled, is_concrete
+from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
 from ggn_jax._model import Model
 from ggn_jax._outputs import flat_model
@@ -176,8 +176,7 @@ def report(
     plan, most = make_plan(trace), tolerance(*dtypes_of(trace))
     gaps: list[float | None] = [None] * len(trace.shapes)
     coupled = None
-    arrays = jax.tree.leaves((params, inputs))
-    if all(isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and is_concrete(x)) for x in arrays):
+    if have_values((params, inputs)):
         coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, together)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     return Report(rows, most, coupled)

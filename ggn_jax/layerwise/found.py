@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import Literal
 
 import jax
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import Examples, check_coupled, is_concrete
+from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._hints import called_with
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
@@ -211,15 +210,12 @@ def find_layers(
     model, coupled = Model(model_fn, has_aux), check_coupled(examples)
     with called_with(params, example_inputs, one_example=not coupled):
         trace = trace_model(model, params, example_inputs, coupled=coupled)
-    has_values = all(
-        isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))
-        for leaf in jax.tree.leaves((params, example_inputs))
-    )
-    if has_values and not coupled:
+    is_known = have_values((params, example_inputs))
+    if is_known and not coupled:
         outputs = jax.eval_shape(compiler_sharded(model), params, example_inputs)
         check_independent(model, params, example_inputs, outputs.dtype, COUPLED_WAY_OUT)
     like = structure_of(example_inputs)
-    return Layers(model_fn, trace, make_plan(trace), bias, like, has_values or coupled, has_aux, coupled)
+    return Layers(model_fn, trace, make_plan(trace), bias, like, is_known or coupled, has_aux, coupled)
 
 
 def _infos(layers: Layers) -> Iterator[LayerInfo]:

@@ -86,16 +86,22 @@ def _kronecker(layer: LayerInfo, pair: Any) -> Kronecker:
 
 
 def _factor(name: str, value: Any, diagonal: tuple[int, int]) -> Factor:
-    factor = as_array(name, value)
-    check_real(name, factor)
+    factor = _wide(name, value)
     wanted = (*diagonal, diagonal[1])
     if factor.shape not in (wanted, diagonal):
         raise ValueError(
             f"{name} must have shape {wanted} (groups first), or {diagonal} for a diagonal one; got {factor.shape}."
         )
     if is_concrete(factor):
-        _check_values(name, np.asarray(factor.astype(compute_dtype(factor.dtype))), factor.shape == wanted)
-    return factor.astype(compute_dtype(factor.dtype))
+        _check_values(name, np.asarray(factor), factor.shape == wanted)
+    return factor
+
+
+def _wide(name: str, value: Any) -> Array:
+    """A real array, in the dtype that blocks are computed in."""
+    array = as_array(name, value)
+    check_real(name, array)
+    return array.astype(compute_dtype(array.dtype))
 
 
 def _check_values(name: str, factor: np.ndarray, is_dense: bool) -> None:
@@ -116,13 +122,12 @@ def _check_values(name: str, factor: np.ndarray, is_dense: bool) -> None:
 def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     if isinstance(value, optax.MaskedNode) or value is None:
         raise ValueError(f"{name} must have the parameter's shape {shape}, since no layer owns it; got nothing.")
-    values = as_array(name, value)
-    check_real(name, values)
+    values = _wide(name, value)
     if values.shape != shape:
         raise ValueError(f"{name} must have the parameter's shape {shape}; got {values.shape}.")
     if is_concrete(values):
-        _check_values(name, np.asarray(values.astype(compute_dtype(values.dtype))).reshape(1, -1), is_dense=False)
-    return values.astype(compute_dtype(values.dtype))
+        _check_values(name, np.asarray(values), is_dense=False)
+    return values
 
 
 def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:

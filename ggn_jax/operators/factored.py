@@ -23,7 +23,7 @@ from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
-from ggn_jax.operators.nearest import nearest_blocks, refuse_mask
+from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 
@@ -56,7 +56,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         self._check(problem, made, chunk_size)
         keys = check_draws(problem, made, key, 0)
         if self._method == "kfoc":
-            refuse_mask(mask)
+            refuse_kfoc_mask(mask)
         mask = check_mask(mask, problem)
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, made, self._method)
@@ -104,7 +104,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         for i, (term, batch, own_key) in enumerate(parts):
             pair, mask = unpack_batch(f"batches[{i}]", batch)
             if cls._method == "kfoc":
-                refuse_mask(mask)
+                refuse_kfoc_mask(mask)
             args = term.model_fn, term.loss, params, pair, chunk_size, made.fisher_type
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             cls._check(problem, made, chunk_size)

@@ -29,7 +29,7 @@ def nearest_blocks(
     `A` of `B`, in turns, as for one batch.
     """
     check_iterable(batches, "KFOC goes over the batches many times")
-    sweeps = Sweeps(make, lambda problem: problem, batches, progress, refuse=refuse_mask)
+    sweeps = Sweeps(make, lambda problem: problem, batches, progress, refuse=refuse_kfoc_mask)
     found: list[Any] = []
     layouts: list[Layout] = []  # of the first batch; every other is compared with it
 
@@ -61,8 +61,8 @@ def nearest_blocks(
     return _finish(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
 
 
-def refuse_mask(mask: Any) -> None:
-    """Refuse a mask."""
+def refuse_kfoc_mask(mask: Any) -> None:
+    """Refuse a mask, which KFAC has a use for."""
     if mask is not None:
         raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import Examples, as_array, check_count, check_coupled, check_outputs, is_concrete
+from ggn_jax._checks import Examples, are_known, as_array, check_count, check_coupled, check_outputs
 from ggn_jax._frozen import Frozen
 from ggn_jax._fusion import largest
 from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
@@ -122,7 +122,7 @@ class Problem(eqx.Module):
                     problem.check_curvature()
         if not isinstance(self.loss, LikelihoodLoss) or self.loss.curvature != "hessian":
             return
-        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)):
+        if not are_known(self):
             return
         count = int(_count_indefinite(self))
         if count:
@@ -390,7 +390,7 @@ def make_problem(
         targets = vary_like(targets, inputs)
     loss.check_shapes(outputs, targets, True)
     check_values(loss, outputs, targets, True)
-    if any(isinstance(const, jax.Array) and not is_concrete(const) for const in jaxpr.consts):
+    if not are_known(list(jaxpr.consts)):
         # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
         parts = _chunk_sizes(size, chunk_size) | (set() if coupled else {1})  # layers are found on one example
         cut = [map_batched(partial(_first, n), inputs) for n in parts]

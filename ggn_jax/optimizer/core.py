@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import Examples, check_coupled, is_concrete
+from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._eager import compiled
 from ggn_jax._hints import called_with, check_model_fn
 from ggn_jax._model import Model
@@ -292,7 +291,7 @@ class Core:
             )
 
     def _check_independent(self, model_fn: Any, params: PyTree, full_params: PyTree | None = None) -> None:
-        if all(map(_has_values, jax.tree.leaves((self._inputs, params, full_params)))):
+        if have_values((self._inputs, params, full_params)):
             params = jax.tree.map(jnp.asarray, params)
             model_fn, _ = flatten_problem(model_fn, self.loss, params, self._inputs, self.has_aux)
             model_fn = Model(model_fn, self.has_aux)
@@ -336,7 +335,3 @@ def _is_traced(leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and leaf.is_fully_addressable is None
     except jax.errors.ConcretizationTypeError:
         return True
-
-
-def _has_values(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and is_concrete(leaf))

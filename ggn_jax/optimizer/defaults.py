@@ -6,7 +6,6 @@ AUTO = "auto"
 QUADRATIC = "quadratic"
 SLOPE = "slope"
 EVERY = 5  # steps
-USUAL_INTERVAL = 10
 
 
 class Tuned(NamedTuple):
@@ -19,8 +18,8 @@ class Tuned(NamedTuple):
     inverse_interval: Any
 
 
-WITH_A_RATE = (1e-3, None, 0.9, USUAL_INTERVAL)
-"""Damping, its adaptation, momentum, and steps between inverses, where a learning rate is given."""
+WITH_A_RATE = (1e-3, None, 0.9, AUTO)
+"""Damping, its adaptation, momentum, and steps between inverses (as `Settings` has them), where a rate is given."""
 
 WITHOUT = (1.0, SLOPE, QUADRATIC, EVERY)
 """Where none is: its and the momentum of the quadratic model, and a damping by the slope on the next batch."""

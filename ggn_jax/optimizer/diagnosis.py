@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import are_known
 from ggn_jax._eager import compiled
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.kronecker.algebra import Block, Kronecker, Spectral, is_diagonal
@@ -154,8 +154,7 @@ class Diagnoser:
     def __call__(self, state: Any, params: PyTree[Array], batch: Any, full_params: Any) -> Diagnosis:
         """What `optimizer.diagnose` returns."""
         found, curvature = find_state(state), self.core.curvature_in(state, params)
-        leaves = jax.tree.leaves((curvature.weight, params, batch))
-        if not all(is_concrete(leaf) for leaf in leaves if isinstance(leaf, jax.Array)):
+        if not are_known((curvature.weight, params, batch)):
             raise TypeError("diagnose looks at values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:
             raise ValueError("diagnose needs a state that has seen a batch: take some steps first.")

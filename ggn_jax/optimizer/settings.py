@@ -14,7 +14,7 @@ from ggn_jax.kronecker.options import DEFAULTS as OF_FACTORS
 from ggn_jax.kronecker.options import KroneckerOptions, Options
 from ggn_jax.kronecker.split import invert_heuristically
 from ggn_jax.optimizer.checks import FROM_0_TO_1, check_dtype, check_flag, check_mesh, check_number, check_static
-from ggn_jax.optimizer.defaults import AUTO, USUAL_INTERVAL, is_word
+from ggn_jax.optimizer.defaults import AUTO, is_word
 from ggn_jax.optimizer.numbers import Number
 from ggn_jax.optimizer.spread import Spread
 
@@ -80,7 +80,7 @@ class Settings:
     options: Options
     decay: Any = 0.95
     factor_interval: int = 1
-    inverse_interval: int = USUAL_INTERVAL
+    inverse_interval: int = 10
     staggered: bool = False
     damping_method: DampingMethod = "heuristic"
     ekfac: bool = False
@@ -96,7 +96,7 @@ class Settings:
                 check_static(name, value)
         own = {field.name: given[field.name] for field in fields(cls) if field.name != "options"}
         if is_word(own["inverse_interval"], AUTO):
-            own["inverse_interval"] = USUAL_INTERVAL
+            del own["inverse_interval"]
         return cls(Options(**{name: given[name] for name in OF_FACTORS}), **own)
 
     def __post_init__(self) -> None:

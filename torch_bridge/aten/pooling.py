@@ -79,23 +79,26 @@ def _is_larger(x: Array, y: Array) -> Array:
     return (y > x) | jnp.isnan(y) if is_floating(x.dtype) else y > x
 
 
-def _maxima(x: Array, windows: list[Windows]) -> tuple[Array, Array]:
+def _maxima(x: Array, windows: list[Windows], with_places: bool = False) -> tuple[Array, ...]:
     """Of a padded input, the maximum of each window, and its place in the image, of which the axes are one.
 
     Nothing outside of the image is one, though a window may hold the least number everywhere else.
     """
     lead = [1] * (x.ndim - len(windows))
     entries, places = _entries(x, windows), [place.reshape(*lead, *place.shape) for place in _places(windows)]
-    best, place, inside = entries[0], jnp.asarray(places[0]), places[0] >= 0
-    for entry, number in zip(entries[1:], places[1:], strict=True):
-        larger, is_inside = _is_larger(best, entry), number >= 0
+    each: list[tuple[Array, ...]] = [(entry,) for entry in entries]
+    if with_places:
+        each = [(entry, jnp.asarray(place)) for entry, place in zip(entries, places, strict=True)]
+    best, inside = each[0], places[0] >= 0
+    for later, place in zip(each[1:], places[1:], strict=True):
+        larger, is_inside = _is_larger(best[0], later[0]), place >= 0
         if not inside.all():
             larger |= ~inside
         if not is_inside.all():
             larger &= is_inside
-        best, place = jnp.where(larger, entry, best), jnp.where(larger, number, place)
+        best = tuple(jnp.where(larger, y, x) for x, y in zip(best, later, strict=True))
         inside = inside | is_inside
-    return best, jnp.broadcast_to(place, best.shape)
+    return tuple(jnp.broadcast_to(found, best[0].shape) for found in best)
 
 
 def _places(windows: list[Windows]) -> list[np.ndarray]:
@@ -149,7 +152,8 @@ def max_pool_with_indices(
 ) -> tuple[Array, Array]:
     """The maxima, and each one's place in its image, of which the axes are one."""
     values = max_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    return values, _maxima(*_for_maxima(lax.stop_gradient(x), kernel, stride, padding, dilation, ceil_mode))[1]
+    padded, windows = _for_maxima(lax.stop_gradient(x), kernel, stride, padding, dilation, ceil_mode)
+    return values, _maxima(padded, windows, with_places=True)[1]
 
 
 @aten("max_unpool2d")
