@@ -63,7 +63,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
         `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState` and `Curvature`), and for `kfac`
         those of `StepStatistics`: `step_norm`, `kl`, `learning_rate`, `momentum` and `clipped`, and of
-        `reduction_ratio` and `slope_ratio` that which `adapt_damping` looks at. `state` is the optimizer's, however
+        `reduction_ratio` and `slope_ratio` that which the damping follows. `state` is the optimizer's, however
         wrapped. Nothing is computed: they are read from the state.
 
         >>> import jax.numpy as jnp, ggn_jax
