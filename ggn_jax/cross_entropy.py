@@ -42,9 +42,9 @@ class CrossEntropyLoss(Loss):
             (which have the outputs' shape) and no class weights tell the number of classes.
 
     Raises:
-        ValueError: for an unknown reduction, class weights that are negative or not a vector, or `label_smoothing` that
-            is not in `[0, 1]`.
-        TypeError: for an `ignore_index` or a `class_axis` that is not an integer.
+        ValueError: for an unknown reduction, class weights that are negative, not finite or not a vector, or a
+            `label_smoothing` that is not in `[0, 1]`.
+        TypeError: for a `weight` that is not an array, or an `ignore_index` or a `class_axis` that is not an integer.
 
     Example:
         >>> import jax.numpy as jnp

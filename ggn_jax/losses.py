@@ -78,6 +78,7 @@ class BCEWithLogitsLoss(Loss):
 
     Raises:
         ValueError: for an unknown reduction, or a weight that is negative or not finite.
+        TypeError: for a weight that is not an array or a number.
 
     Example:
         >>> import jax.numpy as jnp
