@@ -6,11 +6,12 @@ import enum
 class FisherType(str, enum.Enum):
     """Which vectors stand for the loss in a curvature matrix.
 
-    A `str` enum: members compare equal to their values, and every function of this package also takes the plain
-    string, or a member of another library's `str` enum with the same value.
+    A `str` enum: members compare equal to their values, and every function of this package also takes the plain string,
+    or a member of another library's `str` enum with the same value.
 
-    >>> FisherType("mc") is FisherType.MC
-    True
+    Example:
+        >>> FisherType("mc") is FisherType.MC
+        True
     """
 
     TYPE2 = "type-2"

@@ -21,12 +21,13 @@ class KroneckerOptions(TypedDict, total=False):
 
     Each is a keyword argument of these; a dict of some is passed to all by `**`. Type checkers know their names.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> options: ggn_jax.KroneckerOptions = {"fisher_type": "type-2", "bias": "separate", "max_dense_size": 4096}
-    >>> params, x, model_fn = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2)), lambda p, x: x @ p["w"]
-    >>> loss = ggn_jax.CrossEntropyLoss()
-    >>> operator = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, jnp.arange(8) % 3), **options)
-    >>> optimizer = ggn_jax.kfac(model_fn, loss, example_inputs=x, **options)
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> options: ggn_jax.KroneckerOptions = {"fisher_type": "type-2", "bias": "separate", "max_dense_size": 4096}
+        >>> params, x, model_fn = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2)), lambda p, x: x @ p["w"]
+        >>> loss = ggn_jax.CrossEntropyLoss()
+        >>> operator = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, jnp.arange(8) % 3), **options)
+        >>> optimizer = ggn_jax.kfac(model_fn, loss, example_inputs=x, **options)
     """
 
     fisher_type: FisherType | str

@@ -30,11 +30,12 @@ class LayerInfo:
 
     Its weight is a matrix `[groups, out, in_]`; a bias that is joint is its last column, for an input that is 1.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
-    >>> (layer,) = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
-    >>> layer.name, layer.out, layer.in_, layer.has_bias
-    ('w', 2, 4, True)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+        >>> (layer,) = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
+        >>> layer.name, layer.out, layer.in_, layer.has_bias
+        ('w', 2, 4, True)
     """
 
     name: str
@@ -58,7 +59,7 @@ class LayerInfo:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """`(groups, out, in_)`."""
+        """The shape of the layer's matrix, `(groups, out, in_)`."""
         return self.groups, self.out, self.in_
 
 
@@ -67,18 +68,19 @@ class LayerInfo:
 class Layers:
     """The layers of a model: a sequence of `LayerInfo`, also by name; `print` it. Made by `find_layers`.
 
-    Static and hashable: close over it, pass it through `jax.jit`, or keep it as a static field.
+    It is static and hashable: close over it, pass it through `jax.jit`, or keep it as a static field.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
-    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
-    >>> print(layers)
-    layer  kind    groups x out x in  positions  uses  bias  parameters
-    -----  ------  -----------------  ---------  ----  ----  ----------
-    w      linear  1 x 2 x 3          1          1           ['w']
-    rest: ['s'] (scale)
-    >>> layers["w"].in_, [layer.name for layer in layers]
-    (3, ['w'])
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+        >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
+        >>> print(layers)
+        layer  kind    groups x out x in  positions  uses  bias  parameters
+        -----  ------  -----------------  ---------  ----  ----  ----------
+        w      linear  1 x 2 x 3          1          1           ['w']
+        rest: ['s'] (scale)
+        >>> layers["w"].in_, [layer.name for layer in layers]
+        (3, ['w'])
     """
 
     model_fn: Callable[[PyTree, PyTree], Array]
@@ -144,7 +146,15 @@ class Layers:
         return f"Layers({', '.join(self.names)})"
 
     def again(self, params: PyTree, inputs: PyTree) -> "Layers":
-        """The same layers, in the model's jaxpr for parameters and inputs of these types."""
+        """Find the same layers in the model's jaxpr for parameters and inputs of these types.
+
+        Args:
+            params: the parameters, or `jax.ShapeDtypeStruct`s of them.
+            inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
+
+        Returns:
+            The layers.
+        """
         trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
         return replace(self, trace=trace, plan=make_plan(trace))
 
@@ -155,7 +165,7 @@ class Layers:
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """Where each layer's matrix is among the parameters."""
+        """The positions of each layer's matrix among the parameters."""
         stacks = []
         for info in self.all:
             layer = info._plan
@@ -173,20 +183,21 @@ def find_layers(
     has_aux: bool = False,
     examples: Examples = "independent",
 ) -> Layers:
-    """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
+    """Find the linear layers of a model by tracing it: those that `layer_io` captures and `to_matrices` lays out.
 
-    A layer is a place where a parameter, however reshaped, sliced or stacked, first meets data in a matrix product, a
-    convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
+    A layer is a place where a parameter, possibly reshaped, sliced or stacked, first meets an input or an activation in
+    a matrix product, a convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
 
     Args:
-        model_fn: `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`.
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
         params: a pytree of floating arrays, or of `jax.ShapeDtypeStruct`s.
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
-        bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
-            leaves biases to the rest. A bias that is added to rows of a table is separate always.
-        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
-        examples: `"independent"`, or `"coupled"` for a model whose examples depend on each other (batch normalisation
-            in training mode, attention within a batch): then a batch is one example, N = 1, with the positions of all.
+        bias: `"joint"` (default) makes a bias the last column of its layer's matrix, and 1 its layer's last input;
+            `"separate"` leaves biases to the rest. A bias that is added to rows of a table is always separate.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+        examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other (batch
+            normalisation in training mode, attention within a batch): then a batch is one example, N = 1, with the
+            positions of all.
 
     Returns:
         The layers, a static value.
@@ -195,14 +206,15 @@ def find_layers(
         TypeError, ValueError: for arguments that do not fit, naming them, and for a model whose examples depend on each
             other, where parameters and inputs have values (not under `jit`).
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)) / 3, "b": jnp.zeros(2), "v": jnp.ones((2, 4)) / 2}
-    >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
-    >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
-    >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
-    >>> io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="type-2")
-    >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
-    ((1, 5, 1, 4), (4, 1, 5, 1, 2))
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)) / 3, "b": jnp.zeros(2), "v": jnp.ones((2, 4)) / 2}
+        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+        >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
+        >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
+        >>> io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="type-2")
+        >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
+        ((1, 5, 1, 4), (4, 1, 5, 1, 2))
     """
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")

@@ -30,15 +30,16 @@ from ggn_jax.optimizer.storage import keep, pack
 
 
 class Factors(NamedTuple):
-    """What batches say of the curvature: a pytree of arrays. Those of several batches may be added, or averaged.
+    """What batches contribute to the curvature: a pytree of arrays. Those of several batches may be added, or averaged.
 
     Returned by `factors` and `value_and_grad_and_factors` of `kfac` and `scale_by_kfac`; `update` takes them.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0])
-    >>> optimizer.factors(params, batch, optimizer.init(params), key=jax.random.key(0))
-    Factors(batches=float32[], weight=float32[], blocks=2 arrays, 13 entries, corrections=())
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0])
+        >>> optimizer.factors(params, batch, optimizer.init(params), key=jax.random.key(0))
+        Factors(batches=float32[], weight=float32[], blocks=2 arrays, 13 entries, corrections=())
     """
 
     batches: Float[Array, ""]
@@ -57,13 +58,14 @@ class Factors(NamedTuple):
 class Curvature(NamedTuple):
     """What is known of the curvature so far: a pytree of arrays, part of the state of `kfac` and `scale_by_kfac`.
 
-    In that state its blocks are dicts of arrays, so that all that saves pytrees knows how to save it.
+    In that state its blocks are dicts of arrays, so that any library that saves pytrees can save it.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> int(state.curvature.count), float(state.curvature.damping)
-    (0, 0.0010000000474974513)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> int(state.curvature.count), float(state.curvature.damping)
+        (0, 0.0010000000474974513)
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in optax, not a tuple's method

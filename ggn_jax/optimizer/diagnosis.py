@@ -31,15 +31,18 @@ from ggn_jax.optimizer.storage import unpack
 
 @dataclass(frozen=True)
 class BlockDiagnosis:
-    """One block of the curvature, of a `Diagnosis`; eigenvalues of a sum of Kronecker terms are its nearest product's.
+    """One block of the curvature, in a `Diagnosis`.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
-    >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
-    >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
-    >>> optimizer.diagnose(state, params, batch).blocks[0].parameters
-    ("['w']",)
+    Eigenvalues of a sum of Kronecker terms are those of the nearest product.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
+        >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
+        >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
+        >>> optimizer.diagnose(state, params, batch).blocks[0].parameters
+        ("['w']",)
     """
 
     parameters: tuple[str, ...]
@@ -61,15 +64,16 @@ class BlockDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `optimizer.diagnose(...)` returns: `print` it, look at its numbers, or `plot` it.
+    """What `optimizer.diagnose(...)` returns: `print` it, read its numbers, or `plot` it.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
-    >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
-    >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
-    >>> optimizer.diagnose(state, params, batch).steps
-    1
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
+        >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
+        >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
+        >>> optimizer.diagnose(state, params, batch).steps
+        1
     """
 
     steps: int
@@ -131,7 +135,11 @@ class Diagnosis:
     def plot(self, ax: Any) -> Any:
         """Draw each block's damped eigenvalues (lines), their mean before damping (points) and the damping.
 
-        `ax` is a Matplotlib axis of yours, which is returned: `diagnosis.plot(plt.figure().gca())`.
+        Args:
+            ax: a Matplotlib axis: `diagnosis.plot(plt.figure().gca())`.
+
+        Returns:
+            `ax`.
         """
         for i, block in enumerate(self.blocks):
             ax.plot([i, i], [block.least_eigenvalue, block.greatest_eigenvalue], color="C0", linewidth=4, alpha=0.4)

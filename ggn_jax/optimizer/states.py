@@ -13,15 +13,16 @@ NEUTRAL = 1.0  # the slope ratio above which the damping rises
 
 
 class StepStatistics(NamedTuple):
-    """What there is to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
+    """What to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
 
-    An update that is zero, because it was rejected or since every target is ignored, leaves them as they were.
+    An update that is zero, because it was rejected or every target is ignored, leaves them as they were.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> int(state.statistics.clipped)
-    0
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> int(state.statistics.clipped)
+        0
     """
 
     step_norm: Float[Array, ""]
@@ -45,7 +46,7 @@ class StepStatistics(NamedTuple):
 
     @classmethod
     def zero(cls) -> "StepStatistics":
-        """Before the first step; each array its own buffer, as a state may be donated."""
+        """Return the statistics before the first step; each array has its own buffer, as a state may be donated."""
         norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
         return cls(
             norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, NEUTRAL))
@@ -58,11 +59,12 @@ class StepStatistics(NamedTuple):
 class ScaleByKFACState(NamedTuple):
     """The state of `scale_by_kfac`: a pytree of arrays.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
-    >>> int(state.rejected)
-    0
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
+        >>> int(state.rejected)
+        0
     """
 
     curvature: Curvature
@@ -76,11 +78,12 @@ class ScaleByKFACState(NamedTuple):
 class KFACState(NamedTuple):
     """The state of `kfac`: a pytree of arrays.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> state
-    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[], statistics=7 arrays, 7 entries)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> state.velocity["w"].shape, int(state.rejected)
+        ((2, 3), 0)
     """
 
     curvature: Curvature

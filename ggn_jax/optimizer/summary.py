@@ -16,11 +16,12 @@ from ggn_jax.optimizer.curvature import Curvature, block_shapes, describe
 class CurvatureRow:
     """One parameter's part in one block, of a `CurvatureReport`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> optimizer.report(params).rows[0].kind
-    'linear'
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> optimizer.report(params).rows[0].kind
+        'linear'
     """
 
     parameter: str
@@ -35,13 +36,14 @@ class CurvatureRow:
 
 @dataclass(frozen=True)
 class CurvatureReport:
-    """What `optimizer.report(params)` returns, for `kfac` and `scale_by_kfac`: `print` it, or look at `rows`.
+    """What `optimizer.report(params)` returns, for `kfac` and `scale_by_kfac`: `print` it, or read its `rows`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> optimizer.report(params).rows[0].curvature
-    'Kronecker (3 x 3) (x) (2 x 2)'
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> optimizer.report(params).rows[0].curvature
+        'Kronecker (3 x 3) (x) (2 x 2)'
     """
 
     rows: tuple[CurvatureRow, ...]
