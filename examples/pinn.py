@@ -210,9 +210,9 @@ def lbfgs(problem: Problem) -> Method:
 KFAC = {"fisher_type": "type-2", "tied": "concatenate"}  # two Kronecker terms: one of the equation, one of the edge
 
 
-def kfac(problem: Problem, name: str, damping: float, **options: Any) -> Method:
+def kfac(problem: Problem, name: str, setting: str, **options: Any) -> Method:
     examples = [problem.inside[0], problem.edge[0]]
-    optimizer = ggn_jax.kfac(problem.objective, example_inputs=examples, damping=damping, **KFAC, **options)
+    optimizer = ggn_jax.kfac(problem.objective, example_inputs=examples, **KFAC, **options)
 
     def step(params: Params, state: Any) -> tuple[Params, Any]:
         batches = problem.batches
@@ -220,7 +220,7 @@ def kfac(problem: Problem, name: str, damping: float, **options: Any) -> Method:
         updates, state = optimizer.update(grads, state, params, batch=batches, factors=factors)
         return optax.apply_updates(params, updates), state
 
-    return Method(name, f"damping {damping:g}", optimizer.init, step)
+    return Method(name, setting, optimizer.init, step)
 
 
 def solve_by_cg(problem: Problem, params: Params, grads: Params, damping: jax.Array) -> Params:
@@ -253,14 +253,13 @@ def gauss_newton(problem: Problem, name: str, solve: Callable[..., Params], damp
 
 def methods(problem: Problem) -> dict[str, list[Callable[[], Method]]]:
     """Each method with the settings of its grid."""
-    plain = {"learning_rate": 0.05, "momentum": 0.9, "kl_clip": 1e-3, "inverse_interval": 5}
-    star = {"learning_rate": "quadratic", "momentum": "quadratic", "inverse_interval": 2}
-    adapted = {"adapt_damping": 2, "min_damping": 1e-12}
+    plain = {"learning_rate": 0.05, "damping": 1e-3, "inverse_interval": 5}
+    adapted = ggn_jax.LevenbergMarquardt(1e-3, interval=2, minimum=1e-12)
     return {
         "Adam": [partial(adam, problem, rate) for rate in (1e-3, 3e-3, 1e-2)],
         "L-BFGS": [partial(lbfgs, problem)],
-        "KFAC": [partial(kfac, problem, "KFAC", 1e-3, **plain)],
-        "KFAC*": [partial(kfac, problem, "KFAC*", 1e-3, **star, **adapted)],
+        "KFAC": [partial(kfac, problem, "KFAC", "learning rate 0.05, damping 0.001", **plain)],
+        "KFAC*": [partial(kfac, problem, "KFAC*", "first damping 0.001", damping=adapted, inverse_interval=2)],
         "GN, CG": [partial(gauss_newton, problem, "GN, CG", solve_by_cg, 1e-4)],
         "GN, function space": [partial(gauss_newton, problem, "GN, function space", solve_in_function_space, 1e-4)],
     }

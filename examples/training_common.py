@@ -58,7 +58,7 @@ class Task:
     numbers: dict[str, Any] = field(default_factory=dict)
     """Settings of KFAC with numbers; `grid` lists the learning rates."""
     quadratic: dict[str, Any] = field(default_factory=dict)
-    """Settings of KFAC with the quadratic model; `grid` lists the first dampings."""
+    """Settings of KFAC with the quadratic model; `grid` lists the first dampings, `adapted` how they are adapted."""
     warmup: int = 0
     """Over how many steps the learning rates, of all optimizers that have one, rise from 0."""
     block: int = 50
@@ -122,9 +122,8 @@ def kernels(layers: ggn_jax.Layers, params: Any) -> Any:
 def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     """For each optimizer, the settings of its grid."""
     numbers = {name: value for name, value in task.numbers.items() if name != "grid"}
-    quadratic = {name: value for name, value in task.quadratic.items() if name != "grid"}
-
-    model = {"learning_rate": "quadratic", "momentum": "quadratic"}
+    quadratic = {name: value for name, value in task.quadratic.items() if name not in ("grid", "adapted")}
+    dampings = [ggn_jax.LevenbergMarquardt(x, **task.quadratic["adapted"]) for x in task.quadratic["grid"]]
 
     def rates(make: Callable[[Any], Any], *grid: float) -> dict[str, Callable[[], Any]]:
         warm = partial(optax.linear_schedule, 0.0, transition_steps=task.warmup)
@@ -144,7 +143,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
         "SOAP": rates(soap, 1e-3, 3e-3, 1e-2, 3e-2),
         "KFAC": rates(lambda rate: task.kfac(learning_rate=rate, **numbers), *task.numbers["grid"]),
         "KFAC, quadratic model": {
-            f"first damping {x:g}": partial(task.kfac, **model, damping=x, **quadratic) for x in task.quadratic["grid"]
+            f"first damping {x.initial:g}": partial(task.kfac, damping=x, **quadratic) for x in dampings
         },
         "KFAC, nothing set": {"": task.kfac},
     }

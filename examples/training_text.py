@@ -84,7 +84,7 @@ def task() -> Task:
             "factor_interval": 2,
             "inverse_interval": 2,
         },
-        quadratic={"grid": [1.0, 10.0], "adapt_damping": 5, "factor_interval": 5, "small": "diagonal"},
+        quadratic={"grid": [1.0, 10.0], "adapted": {"interval": 5}, "factor_interval": 5, "small": "diagonal"},
         warmup=50,
         block=10,
     )

@@ -48,7 +48,8 @@ def of_every_kind(name: str) -> tuple[Any, Any, Any, Any]:
     loss, batch = ggn_jax.CrossEntropyLoss(class_axis=-1), (TOKENS, (TOKENS + 1) % 7)
     make = partial(ggn_jax.kfac, model, loss, 0.1, example_inputs=TOKENS, damping=0.1, max_small_size=5)
     if name == "chain":
-        kfac = make(ekfac=True, adapt_damping=2, factor_dtype="bfloat16", inverse_interval=2)
+        adapted = ggn_jax.LevenbergMarquardt(0.1, interval=2)
+        kfac = make(ekfac=True, damping=adapted, factor_dtype="bfloat16", inverse_interval=2)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), kfac)
     elif name == "multi_steps":
         optimizer = ggn_jax.multi_steps(make(), 2)

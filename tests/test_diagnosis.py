@@ -130,12 +130,10 @@ HEALTHY = Numbers(
     resolution=1e-7,
 )
 RULE = StepRule(
-    learning_rate="quadratic",
-    damping=1.0,
-    adapt_damping="slope",
-    momentum="quadratic",
-    min_damping=1e-5,
-    kl_clip="auto",
+    learning_rate=ggn_jax.QuadraticModel(),
+    damping=ggn_jax.SlopeDamping(),
+    momentum="auto",
+    kl_clip=None,
     weight_decay=0.0,
     weight_decay_mask=None,
 )
@@ -146,7 +144,7 @@ RULE = StepRule(
     [
         ({}, [], ""),
         ({"damping": 1e-1}, ["damping-large"], "start from a smaller damping"),
-        ({"damping": 1e-5, "mean_eigenvalues": (1e-7, 1.0)}, ["damping-large"], "Lower min_damping"),
+        ({"damping": 1e-5, "mean_eigenvalues": (1e-7, 1.0)}, ["damping-large"], "Lower the minimum of SlopeDamping"),
         ({"damping": 1e-1, "reduction_ratio": 0.7}, [], ""),  # the model would not hold with less
         ({"damping": 1e-1, "sizes": (4, 6), "mean_eigenvalues": (1e-3, 1e-1)}, [], ""),  # for few of the parameters
         ({"reduction_ratio": 0.2}, ["damping-small"], "Raise damping"),

@@ -46,11 +46,14 @@ def data(seed: int, size: int = 8) -> tuple[Any, Any]:
     return {"w": values(seed, 3, 4), "v": values(seed, 4, 2)}, (values(seed, size, 3), targets)
 
 
+ADAPTED = ggn_jax.LevenbergMarquardt(1e-3, interval=2)
+
+
 @pytest.mark.sweep
 def test_steps() -> None:
     """Steps that make new inverses and those that do not; an uneven last batch is compiled again, and nothing else."""
     params, batch = data(0)
-    optimizer = ggn_jax.kfac(model, LOSS, optax.linear_schedule(0.1, 0.0, 9), example_inputs=batch[0], adapt_damping=2)
+    optimizer = ggn_jax.kfac(model, LOSS, optax.linear_schedule(0.1, 0.0, 9), example_inputs=batch[0], damping=ADAPTED)
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:

@@ -120,6 +120,39 @@ def test_digits() -> None:
     assert LOSS(module.eval()(x), y) < 0.8 * LOSS(adam_module.eval()(x), y)
 
 
+def test_nothing_set() -> None:
+    """As `ggn_jax.kfac` does it; what it says of a step and of a batch is the same, and torch draws nothing for it."""
+    torch.manual_seed(0)
+    module, (x, y) = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).double(), (draw(8, 4), torch.arange(8) % 3)
+    optimizer = torch_bridge.KFAC(module, LOSS, fisher_type="type-2")
+    for caller in (optimizer.statistics, lambda: optimizer.diagnose((x, y))):
+        with pytest.raises(RuntimeError, match="take a step first"):
+            caller()
+    params = {name: torch_bridge.to_jax(p.detach().clone()) for name, p in module[0].named_parameters()}
+    batch = torch_bridge.to_jax(x), torch_bridge.to_jax(y)
+    model_fn: Callable[..., Any] = lambda p, x: x @ p["weight"].T + p["bias"][None]  # noqa: E731
+    kfac = ggn_jax.kfac(model_fn, ggn_jax.CrossEntropyLoss(), example_inputs=batch[0], fisher_type="type-2")
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        _, grads, factors = kfac.value_and_grad_and_factors(params, batch, state)
+        updates, state = kfac.update(grads, state, params, batch=batch, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    state = kfac.init(params)
+    for _ in range(2):
+        params, state = step(params, state)
+        optimizer.step((x, y))
+    for name, parameter in module[0].named_parameters():
+        np.testing.assert_allclose(parameter.detach(), params[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    logged = {name: x.item() for name, x in optimizer.statistics().items()}
+    assert logged == pytest.approx({name: float(x) for name, x in kfac.statistics(state).items()}, rel=1e-5)
+    before = torch.get_rng_state()
+    got, wanted = optimizer.diagnose((x, y)), kfac.diagnose(state, params, batch)
+    assert (got.loss, got.predicted) == pytest.approx((wanted.loss, wanted.predicted), rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.by_default("False")
 def test_one_step_in_training_mode(batch_norm: bool) -> None:
@@ -179,8 +212,11 @@ def test_what_is_refused() -> None:
     module, batch = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval().double(), (draw(6, 4), draw(6, 3))
     with pytest.raises(TypeError, match=r"no options beta; it has .*damping, .*lr, .*seed"):
         torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1, beta=1)
-    with pytest.raises(TypeError, match="lr must be a number"):
-        torch_bridge.KFAC(module, nn.MSELoss(), lr="fast")
+    for name, value in {"lr": "fast", "damping": ggn_jax.QuadraticModel(), "weight_decay": None}.items():
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            torch_bridge.KFAC(module, nn.MSELoss(), **{name: value})
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, .* got list"):
+        torch_bridge.KFAC(list(module.parameters()), nn.MSELoss())
     with pytest.raises(ValueError, match="parameters that require gradients"):
         torch_bridge.KFAC(nn.Tanh(), nn.MSELoss(), lr=0.1)
     optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1)

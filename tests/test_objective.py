@@ -244,8 +244,8 @@ def test_a_step(options: Any) -> None:
 @pytest.mark.sweep
 def test_quadratic_model() -> None:
     """Its first step, along `d`, minimises the quadratic model with the whole GGN."""
-    rule: Any = {"learning_rate": "quadratic", "momentum": None, "adapt_damping": 1}
-    optimizer = ggn_jax.kfac(SUM, example_inputs=INPUTS, damping=0.1, fisher_type="type-2", **rule)
+    rule: Any = {"learning_rate": ggn_jax.QuadraticModel(momentum=False), "momentum": None, "fisher_type": "type-2"}
+    optimizer = ggn_jax.kfac(SUM, example_inputs=INPUTS, damping=ggn_jax.LevenbergMarquardt(0.1, interval=1), **rule)
     state, grads = optimizer.init(PARAMS), jax.jit(jax.grad(SUM))(PARAMS, BATCHES)
     step, state = optimizer.update(grads, state, PARAMS, batch=BATCHES)
     kfac = ggn_jax.KFACLinearOperator.from_objective(SUM, PARAMS, BATCHES, fisher_type="type-2")
@@ -299,7 +299,7 @@ def test_poisson() -> None:
     """With a term for each of the two functions, as Dangel et al. (2024) have it."""
     objective, params, batches = poisson(by_tangents)
     options: Any = {"fisher_type": "type-2", "tied": "concatenate", "inverse_interval": 1, "decay": 0.0}
-    step_size: Any = {"learning_rate": "quadratic", "momentum": "quadratic", "damping": 1e-3}
+    step_size: Any = {"damping": 1e-3}
     optimizer = ggn_jax.kfac(objective, example_inputs=[x for x, _ in batches], **options, **step_size)
     assert {row.curvature[-9:] for row in optimizer.report(params).rows if row.kind == "linear"} == {", 2 terms"}
 

@@ -146,7 +146,7 @@ def test_quadratic_learning_rate_and_momentum() -> None:
         mlp,
         CE,
         example_inputs=batches[0][0],
-        damping=0.2,
+        damping=ggn_jax.SlopeDamping(0.2),
         fisher_type="type-2",
         inverse_interval=10,  # the rest by the default rule
     )
@@ -182,8 +182,7 @@ def test_levenberg_marquardt(rate: float) -> None:
         CE,
         rate,
         example_inputs=batch[0],
-        damping=0.5,
-        adapt_damping=2,
+        damping=ggn_jax.LevenbergMarquardt(0.5, interval=2),
         fisher_type="type-2",
         momentum=None,
         kl_clip=None,

@@ -17,7 +17,7 @@ import ggn_jax
     [
         {"factor_interval": 2},
         {"ekfac": True},
-        {"learning_rate": "quadratic", "momentum": "quadratic", "adapt_damping": 1},
+        {"learning_rate": ggn_jax.QuadraticModel(), "damping": ggn_jax.LevenbergMarquardt(0.1, interval=1)},
         {"fisher_type": "empirical", "damping_method": "exact"},
     ],
 )
@@ -27,8 +27,8 @@ def test_chunks_give_the_steps_of_the_whole_batch(options: Any) -> None:
     batch = batch_of()
 
     def run(chunk_size: int | None) -> Any:
-        arguments = {"learning_rate": 0.1, **options}
-        optimizer = ggn_jax.kfac(mlp, CE, example_inputs=batch[0], damping=0.1, chunk_size=chunk_size, **arguments)
+        arguments = {"learning_rate": 0.1, "damping": 0.1, **options}
+        optimizer = ggn_jax.kfac(mlp, CE, example_inputs=batch[0], chunk_size=chunk_size, **arguments)
         params = mlp_params()
         state = optimizer.init(params)
 

@@ -43,7 +43,8 @@ def train(optimizer: Any, params: Any, steps: int, **extra: Any) -> tuple[Any, A
 @pytest.mark.by_default("bfloat16")
 def test_dtypes_are_stable(dtype: Any) -> None:
     params, batch = mlp_params(dtype), batch_of(dtype=dtype)
-    optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=0.1, weight_decay=1e-3, adapt_damping=1)
+    damping = ggn_jax.LevenbergMarquardt(0.1, interval=1)
+    optimizer = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch[0], damping=damping, weight_decay=1e-3)
     state = optimizer.init(params)
     grads = gradient(mlp, CE, params, batch)
     updates, new = jax.eval_shape(partial(optimizer.update, batch=batch, key=KEY), grads, state, params)
@@ -141,7 +142,7 @@ def test_inject_hyperparams(way: str) -> None:
         optimizer = make(schedule, damping=0.1)
     else:
         names = (
-            "model_fn loss example_inputs adapt_damping factor_interval inverse_interval mc_samples max_dense_size"
+            "model_fn loss example_inputs factor_interval inverse_interval mc_samples max_dense_size"
             " block_size max_small_size vector_chunk_size"
         )
         make = optax.inject_hyperparams(ggn_jax.kfac, static_args=names.split())
@@ -292,7 +293,7 @@ def test_donated_states_hold_nothing_of_the_users(kind: str) -> None:
     """Numbers as arrays, parameters, batches, gradients and keys are still there when a state is gone."""
     numbers = {"damping": jnp.float64(0.1), "decay": jnp.float64(0.9)}
     if kind != "scale_by_kfac":
-        names = "learning_rate", "momentum", "kl_clip", "weight_decay", "min_damping"
+        names = "learning_rate", "momentum", "kl_clip", "weight_decay"
         numbers |= {name: jnp.float64(0.1) for name in names}
     params, batch, key = mlp_params(), batch_of(), jax.random.key(1)
     make = ggn_jax.scale_by_kfac if kind == "scale_by_kfac" else ggn_jax.kfac

@@ -93,10 +93,10 @@ def report(i: int) -> None:
 
 
 OPTIMIZERS = {
-    name: ggn_jax.kfac(*ARGS[:2], rate, example_inputs=INPUTS, momentum=momentum, **options)
-    for name, rate, momentum, options in [
-        ("kfac", 0.1, 0.9, {"inverse_interval": 2, "factor_interval": 2}),
-        ("quadratic", "quadratic", "quadratic", {"adapt_damping": 2, "ekfac": True}),
+    name: ggn_jax.kfac(*ARGS[:2], rate, example_inputs=INPUTS, **options)
+    for name, rate, options in [
+        ("kfac", 0.1, {"inverse_interval": 2, "factor_interval": 2}),
+        ("quadratic", ggn_jax.QuadraticModel(), {"damping": ggn_jax.LevenbergMarquardt(interval=2), "ekfac": True}),
     ]
 }
 

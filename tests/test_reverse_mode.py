@@ -138,9 +138,9 @@ def test_what_a_kernel_cannot_do_is_refused() -> None:
     for cls in (ggn_jax.GGNLinearOperator, ggn_jax.HessianLinearOperator):
         with pytest.raises(NotImplementedError, match=r"cannot be differentiated itself \(.*KFACLinearOperator"):
             cls(*args).mv(VECTOR)
-    optimizer = ggn_jax.kfac(*args[:2], "quadratic", example_inputs=args[3][0])
+    optimizer = ggn_jax.kfac(*args[:2], example_inputs=args[3][0])
     state, update = optimizer.init(args[2]), partial(optimizer.update, batch=args[3], key=jax.random.key(0))
-    with pytest.raises(NotImplementedError, match="kfac with a number or a schedule as learning rate"):
+    with pytest.raises(NotImplementedError, match="kfac with numbers or schedules as learning rate"):
         jax.eval_shape(update, VECTOR, state, args[2])
 
 
@@ -159,7 +159,7 @@ def test_quadratic_model(attend: Any) -> None:
     options: dict[str, Any] = {"example_inputs": batch[0], "damping": 0.2, "fisher_type": "empirical"}
     grads = jax.grad(lambda params: loss(model(attention, params, batch[0]), batch[1]))(params)
     steps = []
-    for rate in ("quadratic", 1.0):
+    for rate in (ggn_jax.QuadraticModel(momentum=False), 1.0):
         optimizer = ggn_jax.kfac(model_fn, loss, rate, momentum=None, kl_clip=None, **options)
         update = jax.jit(optimizer.update)
         steps.append(flat(update(grads, optimizer.init(params), params, batch=batch)[0]))

@@ -195,6 +195,7 @@ def several_outputs(model_fn: Any, loss: Any, params: Any, batch: Any) -> Any:
 
 KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
 GGN, DIAGONAL = ggn_jax.GGNLinearOperator, ggn_jax.GGNDiagonalLinearOperator
+ADAPTED = ggn_jax.LevenbergMarquardt(0.1, interval=1)
 FUNCTIONS: dict[str, Fn] = {
     "ggn": product(GGN),
     "ggn-chunked": product(GGN, chunk_size=3),
@@ -217,7 +218,7 @@ FUNCTIONS: dict[str, Fn] = {
     "scale-by-kfac": training(shared=False, scale=True),
     "training-ekfac": training(ekfac=True),
     "training-staggered": training(staggered=True, factor_interval=2, damping_method="exact"),
-    "training-quadratic": training(learning_rate="quadratic", momentum="quadratic", adapt_damping=1),
+    "training-quadratic": training(learning_rate=ggn_jax.QuadraticModel(), damping=ADAPTED),
     "multi-steps": training(every=2),
 }
 LIKELIHOOD = ["ggn", "hessian", "kfac-type-2", "vectors-type-2", "vectors-mc", "vectors-empirical", "losses"]

@@ -114,8 +114,8 @@ def test_the_loss_decreases_by_less_than_its_rounding() -> None:
     params, x = {"w": jnp.ones((1, 1), jnp.bfloat16)}, jnp.ones((8, 1), jnp.bfloat16)
     batch, loss, model_fn = (x, 16 * x), ggn_jax.MSELoss(), lambda p, x: x @ p["w"]
     optimizer = ggn_jax.kfac(
-        model_fn, loss, 1 / 480, example_inputs=x, fisher_type="type-2", damping=2.0, damping_method="exact",
-        adapt_damping=1, momentum=None, kl_clip=None,
+        model_fn, loss, 1 / 480, example_inputs=x, fisher_type="type-2", damping_method="exact",
+        damping=ggn_jax.LevenbergMarquardt(2.0, interval=1), momentum=None, kl_clip=None,
     )  # fmt: skip
     grads = jax.grad(lambda p: loss(model_fn(p, batch[0]), batch[1]))(params)
     updates, state = optimizer.update(grads, optimizer.init(params), params, batch=batch)

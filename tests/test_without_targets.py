@@ -188,6 +188,6 @@ def test_optimizer(fisher_type: str) -> None:
 
 
 def test_an_optimizer_that_looks_at_the_loss() -> None:
-    optimizer = ggn_jax.kfac(linear, LOSS, "quadratic", example_inputs=X, fisher_type="type-2")
+    optimizer = ggn_jax.kfac(linear, LOSS, example_inputs=X, fisher_type="type-2")
     with raises(TypeError, "targets", "the value of the loss", "None"):
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, batch=(X, None))

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,14 @@ from torch_bridge.losses import build_loss, find_loss
 from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
 from torch_bridge.trained import TrainedModule
 
-NUMBERS = ("lr", "damping", "weight_decay")
-OWN = {"learning_rate", *NUMBERS, "weight_decay_mask", "example_inputs", "full_params", "mesh", "has_aux"}
+RULES: dict[str, list[type]] = {
+    "lr": [ggn_jax.QuadraticModel],
+    "damping": [ggn_jax.LevenbergMarquardt, ggn_jax.SlopeDamping],
+    "weight_decay": [],
+}
+"""What may be given instead of numbers, which may change from step to step."""
+OWN = {"learning_rate", *RULES, "weight_decay_mask", "example_inputs", "full_params", "mesh", "has_aux"}
+USUAL_DAMPING = 1e-3
 OPTIONS = set(inspect.signature(ggn_jax.kfac).parameters) - OWN - {"model_fn", "loss"}
 
 
@@ -27,60 +33,77 @@ class KFAC(torch.optim.Optimizer):
 
     `step((inputs, targets))` computes loss, gradient and curvature of the batch, changes the module's parameters, and
     returns the loss before that; nothing is to be called before it, and the parameters' `grad` is neither read nor
-    written.
-
-    **Arguments:**
-
-    - `module`: converted at the first step, in the mode that it is in, as by `from_module`; its parameters that require
-      gradients are trained. In training mode, batch normalisation takes the batch's statistics, and new buffers are
-      written into the module after the step, as its own forward pass does; dropout has a key for each example, from
-      torch's generator. All else is constant: where another buffer or parameter, a part or its mode, an attribute that
-      is a number, or a hook changes, parameters are replaced, or others require gradients, the next step raises.
-    - `loss_func`: a loss module as `make_grad_output_fn` takes it.
-    - `lr`, `damping`, `weight_decay`: read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
-    - `seed`: for what the curvature draws.
-    - `options`: further ones of `ggn_jax.kfac`, such as `momentum`, `kl_clip`, `fisher_type`, `inverse_interval`. With
-      `adapt_damping` the first damping only is yours. `examples`, if not given, is `"coupled"` where a call of the
-      module changes buffers.
+    written. With the gradient `g` and the running average `F` of the batches' KFAC matrices, the step is
+    `momentum * last step - lr * (F + damping I)^-1 g`; `ggn_jax.kfac` has it in full.
 
     A step compiles once for each shape of batch. `state_dict` holds everything but the module's: a run that is resumed
     with both, and torch's random state for dropout, goes on as if it had not stopped.
 
-    **Raises:** TypeError for arguments of other kinds or names; at a step, RuntimeError where the module has changed,
-    and NotImplementedError for one that is random in other ways than dropout.
+    Args:
+        module: converted at the first step, in the mode that it is in, as by `from_module`; its parameters that require
+            gradients are trained. In training mode, batch normalisation takes the batch's statistics, and new buffers
+            are written into the module after the step, as its own forward pass does; dropout has a key for each
+            example, from torch's generator. All else is constant: where another buffer or parameter, a part or its
+            mode, an attribute that is a number, or a hook changes, parameters are replaced, or others require
+            gradients, the next step raises.
+        loss_func: a loss module as `make_grad_output_fn` takes it.
+        lr: the learning rate, a number; or a `ggn_jax.QuadraticModel` (default), which chooses it and the momentum of
+            each step, so that there is nothing to tune.
+        damping: a number; or a rule that adapts it, `ggn_jax.LevenbergMarquardt` or `ggn_jax.SlopeDamping`. `"auto"`
+            (default) is 1e-3 with a number as `lr`, else the rule that `ggn_jax.kfac` takes.
+        weight_decay: a number; decoupled, as in `torch.optim.AdamW` (default 0). Like `lr` and `damping` where these
+            are numbers, it is read from `param_groups` at each step, so that `torch.optim.lr_scheduler` works.
+        seed: an integer, for what the curvature draws (default 0).
+        **options: further arguments of `ggn_jax.kfac`, such as `momentum`, `kl_clip`, `fisher_type`,
+            `inverse_interval`. `examples`, if not given, is `"coupled"` where a call of the module changes buffers.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> optimizer = KFAC(module, torch.nn.CrossEntropyLoss(), lr=0.1)
-    >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    >>> for batch in 3 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
-    ...     loss = optimizer.step(batch)
-    ...     scheduler.step()
+    Raises:
+        TypeError: for arguments of other kinds or names.
+        RuntimeError: at a step, where the module has changed.
+        NotImplementedError: at a step, for a module that is random in other ways than dropout.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> optimizer = KFAC(module, torch.nn.CrossEntropyLoss(), lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        >>> for batch in 3 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
+        ...     loss = optimizer.step(batch)
+        ...     scheduler.step()
     """
 
     def __init__(
         self,
         module: torch.nn.Module,
         loss_func: torch.nn.Module,
-        lr: float,
+        lr: float | ggn_jax.QuadraticModel = ggn_jax.QuadraticModel(),
         *,
-        damping: float = 1e-3,
+        damping: float | ggn_jax.LevenbergMarquardt | ggn_jax.SlopeDamping | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
         seed: int = 0,
         **options: Any,
     ):
         if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
+            raise TypeError(
+                f"module must be a torch.nn.Module, of which all parameters that require gradients are trained; got"
+                f" {type(module).__name__}."
+            )
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
-            known = ", ".join(sorted({*NUMBERS, "seed", *OPTIONS}))
+            known = ", ".join(sorted({*RULES, "seed", *OPTIONS}))
             renamed = " learning_rate is lr here." if "learning_rate" in unknown else ""
             raise TypeError(f"KFAC has no options {', '.join(unknown)}; it has {known}.{renamed}")
         check_initialised(module)
-        numbers = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{name} must be a number; got {number!r}.")
+        given = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        for name, rules in RULES.items():
+            value, words = given[name], [f"ggn_jax.{rule.__name__}" for rule in rules]
+            fits = isinstance(value, (int, float, *rules)) and not isinstance(value, bool)
+            if not (fits or (name == "damping" and value == "auto")):
+                raise TypeError(f"{name} must be {' or '.join(['a number', *words])}; got {value!r}.")
+        numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
+        if "lr" in numbers and given["damping"] == "auto":
+            numbers["damping"] = USUAL_DAMPING
+        self._rules = {name: value for name, value in given.items() if name not in numbers}
         self._text, self._loss_tensors = find_loss(loss_func).take_apart(loss_func)
         self._module, self._seed, self._options = module, seed, options
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -132,8 +155,7 @@ class KFAC(torch.optim.Optimizer):
         if not target.numel():
             raise ValueError("batch must hold at least one example, since a step is made of them; got none.")
         with jax_on(self._device):
-            inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
-            params = {name: to_jax(parameter) for name, parameter in self._trained.items()}
+            params, inputs, targets = self._arrays(example, target)
             if self._run is None:
                 self._start(example, inputs, params)
             assert self._run is not None
@@ -141,14 +163,83 @@ class KFAC(torch.optim.Optimizer):
             if self._device.type == "cpu":  # elsewhere this would wait for the device, and the loss is NaN
                 self._check_targets(params, inputs, targets)
             batch = (inputs, self._module_fn.buffers(), self._module_fn.draw_seed()), targets
-            numbers = [np.float64(self.param_groups[0][name]) for name in NUMBERS]
             key = jax.random.fold_in(jax.random.key(self._seed), self._count)
-            new, self._kfac_state, value, buffers = self._run(params, self._kfac_state, batch, key, numbers)
+            new, self._kfac_state, value, buffers = self._run(params, self._kfac_state, batch, key, self._numbers())
             for name, parameter in self._trained.items():
                 parameter.copy_(to_torch(new[name]))
             self._module_fn.write(buffers)
             self._count += 1
             return to_torch(value)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What there is to log of the last step, as scalar tensors by name: see `ggn_jax.StepStatistics`.
+
+        Returns:
+            `step`, `damping`, `step_norm`, `kl`, `learning_rate`, `momentum`, `clipped`, `rejected` and `skipped`, and
+            the ratio that an adapted damping follows.
+
+        Raises:
+            RuntimeError: before the first step.
+
+        Example:
+            >>> import torch
+            >>> optimizer = KFAC(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss(), lr=0.1)
+            >>> loss = optimizer.step((torch.randn(4, 2), torch.tensor([0, 1, 2, 0])))
+            >>> float(optimizer.statistics()["step"])
+            1.0
+        """
+        self._check_started("statistics")
+        with jax_on(self._device):
+            return {name: to_torch(x) for name, x in self._statistics(self._kfac_state).items()}
+
+    @no_graph
+    @torch.no_grad()
+    def diagnose(self, batch: Any) -> ggn_jax.Diagnosis:
+        """Why a run is slow: a report to print, with findings and advice, as `optimizer.diagnose` of `ggn_jax.kfac`.
+
+        It takes as long as some steps with new inverses, and changes nothing, torch's random state included.
+
+        Args:
+            batch: as in `step`; one that the last steps have not seen tells more.
+
+        Raises:
+            RuntimeError: before the first step, and where the module has changed since.
+
+        Example:
+            >>> import torch
+            >>> optimizer = KFAC(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss(), lr=0.1)
+            >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+            >>> loss = optimizer.step(batch)
+            >>> optimizer.diagnose(batch).steps
+            1
+        """
+        self._check_started("diagnose")
+        example, target = as_pair("batch", batch)
+        check_tensors("batch", batch)
+        self._check_unchanged()
+        with jax_on(self._device):
+            params, inputs, targets = self._arrays(example, target)
+            examples = self._module_fn.arguments(inputs, self._module_fn.buffers(), self._any_seed())
+            kfac = self._make(_shapes(examples), self._numbers())
+            diagnosis: ggn_jax.Diagnosis = kfac.diagnose(self._kfac_state, params, (examples, targets))
+            return diagnosis
+
+    def _arrays(self, example: Any, target: Tensor) -> tuple[dict[str, jax.Array], Any, jax.Array]:
+        """Parameters, inputs and targets."""
+        inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
+        return {name: to_jax(parameter) for name, parameter in self._trained.items()}, inputs, targets
+
+    def _any_seed(self) -> jax.Array | None:
+        """One that is not torch's, where its draws are of no consequence."""
+        return jnp.ones(1) if self._module_fn.random else None
+
+    def _check_started(self, caller: str) -> None:
+        if self._kfac_state is None:
+            raise RuntimeError(f"{caller} needs a state that has seen a batch: take a step first.")
+
+    def _numbers(self) -> dict[str, Any]:
+        """Those that may have changed, as JAX's scalars."""
+        return {name: np.float64(self.param_groups[0][name]) for name in RULES if name not in self._rules}
 
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
@@ -156,22 +247,16 @@ class KFAC(torch.optim.Optimizer):
         loss = build_loss(self._text, [to_jax(tensor) for tensor in self._loss_tensors.values()])
         options = self._options | {"examples": module_fn.examples, "has_aux": module_fn.has_aux}
 
-        def optimizer(examples: Any, lr: Any, damping: Any, weight_decay: Any) -> Any:
+        def optimizer(examples: Any, numbers: dict[str, Any]) -> Any:
             """With numbers that may be traced, as functions of the count."""
-            adapts = self._options.get("adapt_damping") is not None
-            return ggn_jax.kfac(
-                module_fn,
-                loss,
-                lambda _: lr,
-                damping=self.defaults["damping"] if adapts else lambda _: damping,
-                weight_decay=lambda _: weight_decay,
-                example_inputs=examples,
-                **options,
-            )
+            given: dict[str, Any] = {name: lambda _, value=value: value for name, value in numbers.items()}
+            given |= self._rules
+            rate = given.pop("lr")
+            return ggn_jax.kfac(module_fn, loss, rate, **given, example_inputs=examples, **options)
 
         def run(params: Any, state: Any, batch: Any, key: Any, numbers: Any) -> Any:
             batch = module_fn.arguments(*batch[0]), batch[1]
-            kfac = optimizer(_shapes(batch[0]), *numbers)
+            kfac = optimizer(_shapes(batch[0]), numbers)
             value, grads, factors = kfac.value_and_grad_and_factors(params, batch, state, key=key)
             value, buffers = value if module_fn.has_aux else (value, {})
             updates, state = kfac.update(
@@ -179,8 +264,10 @@ class KFAC(torch.optim.Optimizer):
             )
             return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state, value, buffers
 
-        examples = module_fn.arguments(inputs, module_fn.buffers(), jnp.ones(1) if module_fn.random else None)
-        self._kfac_state = optimizer(examples, *(self.param_groups[0][name] for name in NUMBERS)).init(params)
+        self._module_fn = module_fn
+        examples = module_fn.arguments(inputs, module_fn.buffers(), self._any_seed())
+        kfac = optimizer(examples, self._numbers())
+        self._kfac_state = kfac.init(params)
         if self._saved is not None:
             self._kfac_state, self._saved = self._restored(self._saved), None
 
@@ -190,8 +277,8 @@ class KFAC(torch.optim.Optimizer):
         def value(params: Any, inputs: Any, targets: Any) -> Any:
             return loss(module_fn.like_outputs(params, inputs), targets)
 
-        self._valid, self._value = jax.jit(valid), value
-        self._module_fn, self._run = module_fn, jax.jit(run, donate_argnums=1)
+        self._valid, self._value, self._make = jax.jit(valid), value, optimizer
+        self._statistics, self._run = kfac.statistics, jax.jit(run, donate_argnums=1)
 
     def _check_targets(self, *args: Any) -> None:
         """Refuse targets that are not of the loss's domain, where they can be looked at."""

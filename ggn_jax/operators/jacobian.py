@@ -54,7 +54,7 @@ def differentiated_twice() -> Iterator[None]:
         raise NotImplementedError(
             f"model_fn has a jax.custom_vjp whose bwd rule cannot be differentiated itself ({error}), which products"
             " with the GGN and the Hessian need. KFACLinearOperator, EKFACLinearOperator, GGNDiagonalLinearOperator and"
-            " EFLinearOperator do not, nor does kfac with a number or a schedule as learning rate and without"
-            " adapt_damping. Or use a function that JAX can differentiate twice: with a rule of jax.custom_jvp, or as"
+            " EFLinearOperator do not, nor does kfac with numbers or schedules as learning rate and damping."
+            " Or use a function that JAX can differentiate twice: with a rule of jax.custom_jvp, or as"
             " jax.nn.dot_product_attention(..., implementation='xla')."
         ) from error

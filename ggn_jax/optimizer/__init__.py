@@ -6,6 +6,7 @@ from ggn_jax.optimizer.curvature import Curvature, Factors
 from ggn_jax.optimizer.diagnosis import BlockDiagnosis, Diagnosis
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.multi_steps import MultiStepsState, multi_steps
+from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.settings import KFACOptions
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.summary import CurvatureReport, CurvatureRow
@@ -22,9 +23,12 @@ __all__ = [
     "KFACOptions",
     "KFACState",
     "KFACTransformation",
+    "LevenbergMarquardt",
     "MultiStepsState",
+    "QuadraticModel",
     "ScaleByKFACState",
     "ScaleByLayersState",
+    "SlopeDamping",
     "StepStatistics",
     "kfac",
     "multi_steps",

@@ -83,18 +83,22 @@ def _damping(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str
         yield "damping-large", text, _lower(of, rule)
     if ratio is not None and ratio < BAD and not _is_long(of):
         text = f"The loss changes by {ratio:.2f} of what the quadratic model predicts: it is trusted too far."
-        advice = "Raise damping, or let adapt_damping=5 do it; larger batches help where their noise is what is fitted."
+        advice = f"Raise damping, or adapt it, {_RULE}; larger batches help where their noise is what is fitted."
         yield "damping-small", text, advice
 
 
 def _lower(of: Numbers, rule: StepRule | None) -> str:
     if rule is None:
         return "Lower damping."
-    if rule.adapt_damping is None:
-        return "Lower damping, or let adapt_damping=5 do it."
-    if of.damping <= 1.01 * float(rule.min_damping):
-        return "Lower min_damping, which it has reached."
-    return "adapt_damping lowers it step by step: start from a smaller damping."
+    if not rule.adapts_damping:
+        return f"Lower damping, or adapt it, {_RULE}."
+    kind = type(rule.damping).__name__
+    if of.damping <= 1.01 * float(rule.damping.minimum):
+        return f"Lower the minimum of {kind}, which it has reached."
+    return f"{kind} lowers it step by step: start from a smaller damping."
+
+
+_RULE = "damping=ggn_jax.LevenbergMarquardt()"
 
 
 def _is_long(of: Numbers) -> bool:
@@ -132,7 +136,7 @@ def _counts(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]
 def _inverses(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
     if of.condition_number * of.resolution > ROUNDING:
         text = f"A damped block has the condition number {of.condition_number:.1e}: rounding changes its inverse."
-        yield "ill-conditioned", text, "Raise damping (or min_damping), or compute in float64."
+        yield "ill-conditioned", text, "Raise damping (or its minimum), or compute in float64."
     if of.stale > STALE:
         text = f"With inverses of today's averages, the preconditioned gradient would differ by {of.stale:.0%}."
         yield (

@@ -81,9 +81,9 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
         raise TypeError(f"optimizer must be made by kfac or scale_by_kfac; got {type(optimizer).__name__}.")
     if optimizer.needs_batch:
         raise NotImplementedError(
-            "multi_steps keeps no micro-batches, but learning_rate='quadratic', which is what kfac takes where none is"
-            " given, and adapt_damping look at the loss of all of them: pass a number or a schedule as learning_rate,"
-            " and leave adapt_damping out."
+            "multi_steps keeps no micro-batches, but learning_rate=QuadraticModel(...), which is what kfac takes where"
+            " none is given, and dampings that adapt look at the loss of all of them: pass a number or a schedule as"
+            " learning_rate and as damping."
         )
     every = check_count("every", every)
 

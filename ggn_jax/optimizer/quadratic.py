@@ -15,7 +15,7 @@ from ggn_jax.operators.problem import Problem, WeightedProblems
 from ggn_jax.optimizer.numbers import inner
 
 
-class QuadraticModel(NamedTuple):
+class QuadraticForm(NamedTuple):
     """`M(c) = b^T c + c^T K c / 2`: the predicted change of the loss along `sum_i c_i d_i`."""
 
     b: Float[Array, " k"]
@@ -36,7 +36,7 @@ class QuadraticModel(NamedTuple):
 
 def quadratic_model(
     problem: Problem | WeightedProblems, gradient: PyTree[Array], directions: Sequence[PyTree[Array]], damping: Array
-) -> QuadraticModel:
+) -> QuadraticForm:
     """`b_i = g^T d_i`, `K_ij = d_i^T (GGN + damping I) d_j`: the exact GGN of the batch, by one tangent a direction."""
 
     def part(problem: Problem, terms_at: Any, inputs: PyTree, operand: Any) -> Float[Array, "k k"]:
@@ -49,11 +49,11 @@ def quadratic_model(
     k = _total(problem, lambda one: one.sum_over_chunks(partial(part, one)))
     lengths = jnp.stack([jnp.stack([inner(c, d) for d in directions]) for c in directions]).astype(k.dtype)
     k = k + damping.astype(k.dtype) * lengths
-    return QuadraticModel(jnp.stack([inner(gradient, d) for d in directions]).astype(k.dtype), (k + k.T) / 2)
+    return QuadraticForm(jnp.stack([inner(gradient, d) for d in directions]).astype(k.dtype), (k + k.T) / 2)
 
 
 def reduction_ratio(
-    problem: Problem | WeightedProblems, model: QuadraticModel, c: Float[Array, " k"], step: PyTree[Array]
+    problem: Problem | WeightedProblems, model: QuadraticForm, c: Float[Array, " k"], step: PyTree[Array]
 ) -> Float[Array, ""]:
     """How much of the predicted decrease of the batch's loss the step achieves.
 

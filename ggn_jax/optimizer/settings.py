@@ -38,8 +38,8 @@ class KFACOptions(KroneckerOptions, total=False):
     """How many steps pass between new factors: 1. They are renewed after 1, 2, 4, 8, ... steps as well, below the
     first interval, since averages change fast at first."""
     inverse_interval: int | Literal["auto"]
-    """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` without a learning
-    rate."""
+    """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` with a
+    `QuadraticModel`, as without a learning rate."""
     staggered: bool
     """Whether a share of the inverses is renewed at each step but the first, which makes all, so that no other step
     takes longer than the rest: False."""

@@ -37,11 +37,12 @@ class StepStatistics(NamedTuple):
     clipped: Int[Array, ""]
     """How many of all steps so far `kl_clip` made shorter."""
     reduction_ratio: Float[Array, ""]
-    """The decrease of the batch's loss divided by what the quadratic model predicted, when `adapt_damping` last
-    compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first time."""
+    """The decrease of the batch's loss divided by what the quadratic model predicted, when `LevenbergMarquardt`
+    last compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first
+    time."""
     slope_ratio: Float[Array, ""]
     """`v^T g / v^T (GGN + damping I) v` with the last step `v` and the gradient and GGN of this batch, with
-    `adapt_damping="slope"`: below 0 where the last step could have been longer for this batch, at 1/2 where it has not
+    `SlopeDamping`: below 0 where the last step could have been longer for this batch, at 1/2 where it has not
     lowered its loss. 1, which leaves the damping as it is, before the second step."""
 
     @classmethod

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import check_count, wide_dtype
+from ggn_jax._checks import wide_dtype
 from ggn_jax._eager import compiled
 from ggn_jax._fusion import seal
 from ggn_jax._sharding import vary_alike
@@ -18,17 +18,16 @@ from ggn_jax.optimizer.checks import (
     check_decay_mask,
     check_number,
     check_schedule,
-    check_static,
     is_function,
     spread_mask,
 )
 from ggn_jax.optimizer.curvature import Direction
-from ggn_jax.optimizer.defaults import AUTO, QUADRATIC, SLOPE, is_word
+from ggn_jax.optimizer.defaults import AUTO, is_word
 from ggn_jax.optimizer.numbers import cast, combine, inner, tree_where, value_at, zeros_like
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
+from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.states import NEUTRAL, StepStatistics
 
-USUAL_KL_CLIP = 1e-3
 FASTEST = 19 / 20  # by which damping falls in a step
 MOST_RAISES = 13  # by which damping rises in a step: about twice
 MOST_DAMPING = 1e10  # that adaptation goes to
@@ -72,62 +71,74 @@ class StepRule:
 
     learning_rate: Any
     damping: Any
-    adapt_damping: int | str | None
     momentum: Any
-    min_damping: Any
     kl_clip: Any
     weight_decay: Any
     weight_decay_mask: Any
 
     def __post_init__(self) -> None:
-        if not is_word(self.learning_rate, QUADRATIC):
-            check_schedule("learning_rate", self.learning_rate, ("'quadratic'",))
-            if is_word(self.momentum, QUADRATIC):
-                raise ValueError("momentum='quadratic' comes with learning_rate='quadratic': both minimise one model.")
-        if self.momentum is not None and not is_word(self.momentum, QUADRATIC):
-            check_number("momentum", self.momentum, BELOW_1, ("'quadratic'", "'auto'", "None"))
-        if is_word(self.kl_clip, AUTO):
-            object.__setattr__(self, "kl_clip", None if self.quadratic else USUAL_KL_CLIP)
+        if not self.is_quadratic:
+            check_schedule("learning_rate", self.learning_rate, ("ggn_jax.QuadraticModel(...)",))
+        if self.chooses_momentum:
+            if not is_word(self.momentum, AUTO):
+                raise ValueError(
+                    f"momentum={self.momentum!r} does not go with learning_rate=QuadraticModel(), which is what kfac"
+                    " takes where none is given, and which chooses the momentum: leave momentum out, or pass"
+                    " learning_rate=ggn_jax.QuadraticModel(momentum=False)."
+                )
+        elif self.momentum is not None:
+            check_number("momentum", self.momentum, BELOW_1, ("'auto'", "None"))
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, ABOVE_0, ("'auto'", "None"))
-        check_schedule("damping", self.damping, ("'auto'",))
-        check_number("min_damping", self.min_damping)
+        if isinstance(self.damping, SlopeDamping):
+            if not self.chooses_momentum:
+                raise ValueError(
+                    "damping=SlopeDamping(...) comes with learning_rate=ggn_jax.QuadraticModel(), which looks along the"
+                    f" last step; got learning_rate={self.learning_rate!r}. Or pass"
+                    " damping=ggn_jax.LevenbergMarquardt(...)."
+                )
+        elif not self.adapts_damping:
+            also = "'auto'", "ggn_jax.LevenbergMarquardt(...)", "ggn_jax.SlopeDamping(...)"
+            check_schedule("damping", self.damping, also)
         check_schedule("weight_decay", self.weight_decay)
         if not is_function(self.weight_decay_mask):
             check_decay_mask(self.weight_decay_mask)
-        check_static("adapt_damping", self.adapt_damping)
-        if self.follows_slope:
-            if not is_word(self.momentum, QUADRATIC):
-                raise ValueError(
-                    "adapt_damping='slope' comes with learning_rate='quadratic' and momentum='quadratic', which look"
-                    f" along the last step; got momentum={self.momentum!r}. Or pass a number of steps."
-                )
-        elif isinstance(self.adapt_damping, str):
-            wanted = "an integer of at least 1, 'slope', 'auto' or None"
-            raise ValueError(f"adapt_damping must be {wanted}; got {self.adapt_damping!r}.")
-        elif self.adapt_damping is not None:
-            check_count("adapt_damping", self.adapt_damping)
-        if self.adapt_damping is not None and callable(self.damping):
-            raise ValueError("damping must be a number with adapt_damping, the one to start from; got a schedule.")
 
     @property
-    def quadratic(self) -> bool:
+    def is_quadratic(self) -> bool:
         """Whether the learning rate is that of the quadratic model."""
-        return isinstance(self.learning_rate, str)
+        return isinstance(self.learning_rate, QuadraticModel)
+
+    @property
+    def chooses_momentum(self) -> bool:
+        """Whether the momentum is, too."""
+        return isinstance(self.learning_rate, QuadraticModel) and self.learning_rate.momentum
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the last step is kept."""
+        return self.chooses_momentum or self.momentum is not None
+
+    @property
+    def adapts_damping(self) -> bool:
+        return isinstance(self.damping, LevenbergMarquardt | SlopeDamping)
+
+    @property
+    def first_damping(self) -> Any:
+        """A number, or a schedule."""
+        return self.damping.initial if self.adapts_damping else self.damping
 
     @property
     def needs_batch(self) -> bool:
         """Whether it looks at the batch's loss."""
-        return self.quadratic or self.adapt_damping is not None
+        return self.is_quadratic or self.adapts_damping
 
     @property
     def ratio(self) -> str:
         """Which of the ratios of a state the damping is adapted by; "" where it is not."""
-        return "" if self.adapt_damping is None else f"{'slope' if self.follows_slope else 'reduction'}_ratio"
-
-    @property
-    def follows_slope(self) -> bool:
-        return is_word(self.adapt_damping, SLOPE)
+        if not self.adapts_damping:
+            return ""
+        return "slope_ratio" if isinstance(self.damping, SlopeDamping) else "reduction_ratio"
 
     def check_params(self, params: PyTree[Array]) -> None:
         """Refuse a mask that does not fit."""
@@ -148,9 +159,9 @@ class StepRule:
         wide = wide_dtype(grads)
         # The step is -a direction + m velocity.
         slope_ratio = jnp.asarray(NEUTRAL)
-        if self.quadratic:
+        if self.is_quadratic:
             assert problem is not None
-            free = [direction.entries, velocity] if is_word(self.momentum, QUADRATIC) else [direction.entries]
+            free = [direction.entries, velocity] if self.chooses_momentum else [direction.entries]
             model = quadratic_model(problem, grads, free, damping)
             found = model.minimum()
             if len(free) > 1:
@@ -196,14 +207,14 @@ class StepRule:
         ratio: Float[Array, ""],
     ) -> tuple[Array, Array]:
         """The damping after a step, and the last ratio that Levenberg and Marquardt's rule saw."""
-        least = jnp.asarray(self.min_damping).astype(damping.dtype)
-        if self.follows_slope:
+        rule = self.damping
+        least = jnp.asarray(rule.minimum).astype(damping.dtype)
+        if isinstance(rule, SlopeDamping):
             by = FASTEST ** -jnp.clip(4 * (made.slope_ratio - NEUTRAL), -1, MOST_RAISES).astype(damping.dtype)
             return jnp.where(moves, jnp.clip(damping * by, least, MOST_DAMPING), damping), ratio
-        assert isinstance(self.adapt_damping, int)
-        due = moves & ((count + 1) % self.adapt_damping == 0)
+        due = moves & ((count + 1) % rule.interval == 0)
         step = tree_where(moves, made.update, zeros_like(made.update))
-        return _adapt(due, problem, grads, step, (damping, ratio), least, FASTEST**self.adapt_damping)
+        return _adapt(due, problem, grads, step, (damping, ratio), least, FASTEST**rule.interval)
 
 
 @compiled

@@ -16,10 +16,11 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
-from ggn_jax.optimizer.defaults import with_defaults
+from ggn_jax.optimizer.defaults import Tuned, with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
+from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.settings import DEFAULTS, KFACOptions
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.step import StepRule
@@ -39,16 +40,36 @@ def scale_by_kfac(
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` returns `(F + damping I)^-1 grads`, where `F` is
     the running average of the batches' KFAC (Martens & Grosse 2015) or EKFAC (George et al. 2018) matrices. `kfac`
-    has the arguments explained, adds momentum, learning rate and the like, and is what most users want.
+    adds momentum, learning rate and the like, and is what most users want.
 
-    >>> import jax, jax.numpy as jnp, optax, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> scale = scale_by_kfac(model_fn, loss, example_inputs=batch[0], damping=1e-2)
-    >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale, optax.scale_by_learning_rate(0.1))
-    >>> state = optimizer.init(params)
-    >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
-    >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
+    Args:
+        model_fn: a function `model_fn(params, inputs)` that treats examples independently, unless
+            `examples="coupled"`; or an `Objective` in place of it and `loss`, with lists of inputs and batches.
+        loss: `loss(model_fn(params, inputs), targets)` is what the gradient is of.
+        example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
+        damping: a number, or a function of the number of steps (default 1e-3).
+        **options: `KFACOptions`, shared with `kfac`, say how curvature is followed: `decay`, `factor_interval`,
+            `inverse_interval`, `staggered`, `damping_method`, `ekfac`, `factor_dtype`, `chunk_size`, `mesh`,
+            `full_params`, `has_aux` and `examples`. `KroneckerOptions`, shared with `KFACLinearOperator`, say how
+            Kronecker factors are made: `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`,
+            `on_uncovered`, `small`, `large`, `max_dense_size`, `block_size`, `max_small_size` and
+            `vector_chunk_size`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with more methods, a `KFACTransformation`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> scale = scale_by_kfac(model_fn, loss, example_inputs=batch[0], damping=1e-2)
+        >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale, optax.scale_by_learning_rate(0.1))
+        >>> state = optimizer.init(params)
+        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+        >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
     """
     check_schedule("damping", damping)
     core = core_of(model_fn, loss, example_inputs, {**DEFAULTS, **options})
@@ -87,13 +108,11 @@ def scale_by_kfac(
 def kfac(
     model_fn: Callable[[PyTree, PyTree], Array] | Objective,
     loss: Loss | None = None,
-    learning_rate: Number | Schedule | Literal["quadratic"] | None = None,
+    learning_rate: Number | Schedule | QuadraticModel = QuadraticModel(),
     *,
     example_inputs: PyTree,
-    damping: Number | Schedule | Literal["auto"] = "auto",
-    adapt_damping: int | Literal["slope", "auto"] | None = "auto",
-    min_damping: Number = 1e-5,
-    momentum: Number | Literal["quadratic", "auto"] | None = "auto",
+    damping: Number | Schedule | LevenbergMarquardt | SlopeDamping | Literal["auto"] = "auto",
+    momentum: Number | Literal["auto"] | None = "auto",
     kl_clip: Number | Literal["auto"] | None = "auto",
     weight_decay: Number | Schedule = 0.0,
     weight_decay_mask: Any = None,
@@ -118,49 +137,15 @@ def kfac(
     `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
     forward pass.
 
-    **Without a learning rate, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning
-    rate and the momentum from the quadratic model of each batch, a damping from 1 on that follows the slope at the end
-    of each step, and new inverses every 5 steps: `learning_rate="quadratic"`, `momentum="quadratic"`, `damping=1.0`,
-    `adapt_damping="slope"` and `inverse_interval=5`, of which each may be given. `update` then needs `batch` also where
+    **With nothing set, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning rate and
+    the momentum from the quadratic model of each batch (`QuadraticModel()`), a damping from 1 on that follows the slope
+    at the end of each step (`SlopeDamping()`), and new inverses every 5 steps. `update` then needs `batch` also where
     it gets `factors`, and a step takes about two tangents of the model more.
 
-    **With one, what to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together;
-    then `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe;
-    without it, a learning rate of 0.1 diverges on most networks. `optimizer.diagnose(state, params, batch)` says what
-    slows a run, `optimizer.statistics(state)` is what to log.
-
-    **Arguments:**
-
-    - `model_fn`, `loss`: `loss(model_fn(params, inputs), targets)` is what is minimised; `model_fn` treats examples
-      independently, unless `examples="coupled"`.
-      Or an `Objective` in place of both, `kfac(objective, learning_rate=..., example_inputs=[...])`: then
-      `example_inputs` and the batch of each update are lists, with inputs and a batch for each of its functions.
-    - `learning_rate`: a number, a function of the number of steps, or `"quadratic"`: the minimum, along `d`, of the
-      quadratic model of the batch's loss with the exact GGN and the damping (Martens & Grosse 2015, section 6.4). None,
-      the default, is `"quadratic"`, with other values for what is `"auto"`.
-    - `example_inputs`: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
-    - `damping`: a number or a function of the number of steps. `"auto"` is 1e-3, or 1 without a learning rate.
-    - `adapt_damping`: every so many steps, compare the change of the batch's loss with the quadratic model's, and
-      multiply the damping by `(19/20)^adapt_damping` where the ratio is above 3/4, or divide it where it is below 1/4
-      (Levenberg-Marquardt; Martens & Grosse 2015, section 6.5); `damping` is then the first one, a number. Let
-      `inverse_interval` divide it, so that inverses know the new damping. Or `"slope"`, with quadratic momentum: at
-      each step, with the last step `v` and the gradient `g` and GGN of this batch, which has not seen that step,
-      `damping *= (20/19)^(min(max(4 (s - 1), -1), 13))` where `s = v^T g / v^T (GGN + damping I) v`, which is at hand:
-      it falls by a twentieth as long as steps do not overshoot by far, and rises by up to a factor of 2 where they do,
-      as with batches that are too small for their model to be trusted. `"auto"` is None; without a learning rate
-      `"slope"`, but 5 with another momentum, and None where `damping` is a function.
-    - `min_damping`: what the adaptation does not go below: as the loss goes to 0, rounding and the draws need some.
-    - `momentum`: a number below 1, None for none, or `"quadratic"`, with that learning rate: both from the quadratic
-      model (section 7). `"auto"` is 0.9, or `"quadratic"` without a learning rate.
-    - `kl_clip`: the bound on the quadratic model of the KL divergence; None for none. `"auto"` is 1e-3, or None with
-      `learning_rate="quadratic"`, which bounds its steps itself.
-    - `weight_decay`, `weight_decay_mask`: decoupled, as in `optax.adamw`; the mask is a pytree of booleans, perhaps one
-      for a whole branch, or a function of the parameters that returns one.
-    - `KFACOptions`, which it shares with `scale_by_kfac`, for how curvature is followed: `decay`, `factor_interval`,
-      `inverse_interval`, `staggered`, `damping_method`, `ekfac`, `factor_dtype`, `chunk_size`, `mesh`, `full_params`,
-      `has_aux` and `examples`; and `KroneckerOptions`, which `KFACLinearOperator` has as well: `fisher_type`,
-      `mc_samples`, `sharing`, `bias`, `tied`, `positions`, `on_uncovered`, `small`, `large`, `max_dense_size`,
-      `block_size`, `max_small_size` and `vector_chunk_size`.
+    **With a learning rate, what to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to
+    1) together; then `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning
+    rates safe; without it, a learning rate of 0.1 diverges on most networks. `optimizer.diagnose(state, params, batch)`
+    says what slows a run, `optimizer.statistics(state)` is what to log.
 
     **NaN and infinities:** a batch whose factors are not finite is left out of the averages and counted in
     `state.curvature.skipped`; where the gradient or the step is not finite, the update is 0, momentum stays, and
@@ -168,34 +153,69 @@ def kfac(
     with `damping=0`, updates are rejected as well. A batch in which every target is ignored does not count as a step:
     the update is 0, and averages, inverses, momentum and an adapted damping stay as they are.
 
-    **Examples:** with `examples="independent"`, `init` compares a batch with its examples one by one, and refuses a
-    model that couples them, as batch normalisation in training mode does. It needs values: of `example_inputs`, and of
-    the parameters, so not inside of `jit`. With `full_params`, `kfac` does it itself. `"coupled"` takes such a model,
-    as in `KFACLinearOperator`.
+    Args:
+        model_fn: a function `model_fn(params, inputs)` that treats examples independently, unless
+            `examples="coupled"`. Or an `Objective` in place of it and `loss`, `kfac(objective, learning_rate=...,
+            example_inputs=[...])`: then `example_inputs` and the batch of each update are lists, with inputs and a
+            batch for each of its functions.
+        loss: `loss(model_fn(params, inputs), targets)` is what is minimised.
+        learning_rate: a number, a function of the number of steps, or a `QuadraticModel` (default), which chooses the
+            learning rate and the momentum of each step.
+        example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with. `init` compares
+            a batch with its examples one by one, and refuses a model that couples them, as batch normalisation in
+            training mode does; it needs values for that: of `example_inputs` and of the parameters, so not inside of
+            `jit`. With `full_params`, `kfac` does it itself.
+        damping: a number, a function of the number of steps, or a rule that adapts it: `LevenbergMarquardt` or
+            `SlopeDamping`. `"auto"` (default) is 1e-3 with a learning rate, `SlopeDamping()` with `QuadraticModel()`,
+            and `LevenbergMarquardt()` with `QuadraticModel(momentum=False)`.
+        momentum: a number below 1, or None for none. `"auto"` (default) is 0.9, or what `QuadraticModel()` chooses,
+            with which nothing else may be given.
+        kl_clip: the bound on the quadratic model of the KL divergence; None for none. `"auto"` (default) is 1e-3, or
+            None with a `QuadraticModel`, which bounds its steps itself.
+        weight_decay: a number or a function of the number of steps; decoupled, as in `optax.adamw` (default 0).
+        weight_decay_mask: which parameters decay: a pytree of booleans, perhaps one for a whole branch, or a function
+            of the parameters that returns one; None (default) for all.
+        **options: `KFACOptions`, shared with `scale_by_kfac`, say how curvature is followed: `decay`,
+            `factor_interval`, `inverse_interval`, `staggered`, `damping_method`, `ekfac`, `factor_dtype`, `chunk_size`,
+            `mesh`, `full_params`, `has_aux` and `examples`. `KroneckerOptions`, shared with `KFACLinearOperator`, say
+            how Kronecker factors are made: `fisher_type`, `mc_samples`, `sharing`, `bias`, `tied`, `positions`,
+            `on_uncovered`, `small`, `large`, `max_dense_size`, `block_size`, `max_small_size` and
+            `vector_chunk_size`.
 
-    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with more methods, a `KFACTransformation`.
 
-    >>> import jax, jax.numpy as jnp, optax, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> optimizer = kfac(model_fn, loss, 0.1, example_inputs=batch[0], damping=1e-2)
-    >>> state = optimizer.init(params)
-    >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
-    >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
-    >>> params = optax.apply_updates(params, updates)
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> optimizer = kfac(model_fn, loss, 0.1, example_inputs=batch[0], damping=1e-2)
+        >>> state = optimizer.init(params)
+        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+        >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
+        >>> params = optax.apply_updates(params, updates)
+
+    References:
+        - Martens & Grosse (2015), https://arxiv.org/abs/1503.05671
+        - Grosse & Martens (2016), https://arxiv.org/abs/1602.01407
+        - Ba et al. (2017), https://openreview.net/forum?id=SkkTMpjex
+        - George et al. (2018), https://arxiv.org/abs/1806.03884
+        - Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
     given: dict[str, Any] = {**DEFAULTS, **options}
-    tuned = with_defaults(learning_rate, damping, adapt_damping, momentum, given["inverse_interval"])
+    tuned = with_defaults(learning_rate, Tuned(damping, momentum, kl_clip, given["inverse_interval"]))
     given["inverse_interval"] = tuned.inverse_interval
-    rule = StepRule(*tuned[:4], min_damping, kl_clip, weight_decay, weight_decay_mask)
-    first_damping = rule.damping
+    rule = StepRule(learning_rate, *tuned[:3], weight_decay, weight_decay_mask)
     core = core_of(model_fn, loss, example_inputs, given)
 
     def init(params: PyTree[Array]) -> KFACState:
-        curvature = core.start(params, _first(first_damping))
+        curvature = core.start(params, _first(rule.first_damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
-        velocity = None if rule.momentum is None else wide_zeros_like(params)
+        velocity = wide_zeros_like(params) if rule.has_momentum else None
         rejected, statistics = core.placed((jnp.zeros((), jnp.int32), StepStatistics.zero()), params)
         return KFACState(curvature, velocity, rejected, statistics)
 
@@ -213,13 +233,13 @@ def kfac(
         del extra_args  # other transformations'
         if batch is None and rule.needs_batch:
             raise TypeError(
-                "update needs batch=(inputs, targets), also with factors, for learning_rate='quadratic', which is what"
-                " kfac takes where none is given, and for adapt_damping."
+                "update needs batch=(inputs, targets), also with factors, for learning_rate=QuadraticModel(...), which"
+                " is what kfac takes where none is given, and for a damping that adapts."
             )
-        wanted: Any = KFACState(_wanted(core, params), None if rule.momentum is None else params, _COUNTER, _STATISTICS)
+        wanted: Any = KFACState(_wanted(core, params), params if rule.has_momentum else None, _COUNTER, _STATISTICS)
         state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
-        used = first_damping if rule.adapt_damping is None else last.damping
+        used = last.damping if rule.adapts_damping else rule.damping
         seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
         made = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
@@ -231,7 +251,7 @@ def kfac(
         if velocity is not None:
             velocity = jax.tree.map(lambda s, v: jnp.where(moves, s.astype(v.dtype), v), made.velocity, velocity)
         curvature, ratio = seen.curvature, state.statistics.reduction_ratio
-        if rule.adapt_damping is not None:
+        if rule.adapts_damping:
             assert seen.problem is not None
             adapted, ratio = rule.new_damping(seen.problem, grads, made, curvature.damping, last.count, moves, ratio)
             curvature = curvature._replace(damping=adapted)
@@ -240,7 +260,7 @@ def kfac(
         return final, KFACState(as_plain(curvature), velocity, rejected, statistics)
 
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
-        velocity = None if rule.momentum is None else params
+        velocity = params if rule.has_momentum else None
         return updates, KFACState(_sharding_of(state), velocity, NOT_SHARDED, NOT_SHARDED)
 
     return KFACTransformation.make(core, init, on_mesh(update, like), rule)
