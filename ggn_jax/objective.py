@@ -18,7 +18,7 @@ from ggn_jax.loss import Loss
 class ObjectiveTerm:
     """One function of an `Objective`: `weight * loss(model_fn(params, inputs), targets)`.
 
-    Attributes:
+    Args:
         model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
         loss: its `Loss`.
         weight: a number of at least 0.
@@ -35,8 +35,7 @@ class ObjectiveTerm:
 
 
 class Objective:
-    """The objective `weight * loss(model_fn(params, inputs), targets)`; sums, with `+` and `number *`, are objectives,
-    too.
+    """The objective `weight * loss(model_fn(params, inputs), targets)`, or a sum of such, made with `+` and `number *`.
 
     The functions of a sum have the same parameters, and each a batch of its own, of its own size: a differential
     equation in the interior of a domain and its boundary values, say, or data of several kinds. The curvature is the

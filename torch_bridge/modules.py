@@ -54,12 +54,12 @@ def from_module(
             new size, from a copy of the module.
 
     Returns:
-        `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once, of copies:
-        later changes of the module have no effect. Frozen ones (`requires_grad=False`) are among them, and have
-        derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
-        constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. 64-bit integers
-        become 32-bit ones where JAX has no others, and are refused where `example_inputs` lead to larger values.
-        Indices out of range give NaN, not an error.
+        `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once. It holds
+        copies, on which later changes of the module have no effect. Frozen ones (`requires_grad=False`) are among them,
+        and have derivatives as all others; hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`.
+        Buffers are constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. 64-bit
+        integers become 32-bit ones where JAX has no others, and are refused where `example_inputs` lead to larger
+        values. Indices out of range give NaN, not an error.
 
     Raises:
         NotImplementedError: for operators that have no JAX function (see `register_operator`), naming all of them and

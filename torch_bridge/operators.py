@@ -68,8 +68,7 @@ class TorchLinearOperator:
 
     @no_graph
     def __matmul__(self, other: Any) -> Any:
-        """Compute the product with tensors like the parameters, with or without a last axis of columns, or with `[P]`,
-        `[P, K]`.
+        """Compute the product with tensors like the parameters, or with a flat vector or matrix.
 
         Columns are processed up to 32 at a time, with one pass of the model.
 

@@ -59,10 +59,10 @@ class Plan:
 
 
 class UncoveredParametersWarning(UserWarning):
-    """Warns of parameters without a Kronecker form that are too large for a dense block: they have the GGN's exact
-    diagonal.
+    """A warning that parameters have no Kronecker form, and are too large for a dense block.
 
-    The Kronecker operators and an optimizer's `init` give it with `on_uncovered="auto"`; it names the parameters.
+    They have the GGN's exact diagonal. The Kronecker operators and an optimizer's `init` give it with
+    `on_uncovered="auto"`; it names the parameters.
 
     Example:
         >>> import warnings, ggn_jax

@@ -37,6 +37,7 @@ class ReportRow:
     parameter: str
     """Its path, as `jax.tree_util.keystr` writes it."""
     shape: tuple[int, ...]
+    """The parameter's shape."""
     kind: str
     """What it is used as: "linear", "convolution", "embedding", "bias", "scale", "shift", "unused" or "uncovered"; with
     several layers' kinds joined by "+"."""
@@ -45,6 +46,7 @@ class ReportRow:
     positions: tuple[int, ...]
     """How many sharing positions each use has, in one example; in the batch, if examples are coupled."""
     uses: int
+    """In how many places of the model it is used."""
     curvature: str
     """What KFAC has for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
     "block", or its "diagonal" where that would be large; "none" for what no output depends on."""
@@ -66,6 +68,7 @@ class Report:
     """
 
     rows: tuple[ReportRow, ...]
+    """A row for each parameter."""
     tolerance: float
     """What a gap may be for rounding."""
     coupled: float | None

@@ -111,6 +111,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
         self.space = Batches(BatchesJacobianLinearOperator(passes), root)
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs of all batches, `[N, *out]`."""
         return self.space.shapes()[0]
 
     def _params(self) -> PyTree[jax.ShapeDtypeStruct]:

@@ -45,6 +45,7 @@ class LayerInfo:
     groups: int
     """How many matrices that share nothing: of a grouped convolution, of a scan over stacked layers, of experts."""
     out: int
+    """The number of outputs."""
     in_: int
     """The number of inputs; with a joint bias, of its constant 1 as well."""
     positions: tuple[int, ...]
@@ -84,9 +85,11 @@ class Layers:
     """
 
     model_fn: Callable[[PyTree, PyTree], Array]
+    """The model that they were found in."""
     trace: Trace
     plan: Plan
     bias: Bias
+    """`"joint"` or `"separate"`, as it was passed to `find_layers`."""
     example: PyTree[jax.ShapeDtypeStruct]
     """Inputs for which they were found; the number of examples does not matter."""
     checked: bool
@@ -98,6 +101,7 @@ class Layers:
 
     @cached_property
     def all(self) -> tuple[LayerInfo, ...]:
+        """All layers."""
         return tuple(_infos(self))
 
     def __iter__(self) -> Iterator[LayerInfo]:
@@ -116,6 +120,7 @@ class Layers:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The layers' names."""
         return tuple(layer.name for layer in self.all)
 
     def __str__(self) -> str:

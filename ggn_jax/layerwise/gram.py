@@ -220,6 +220,7 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         return made
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shape and dtype of the outputs, `[N, *out]`, or a tuple of them, one for each function."""
         return self._like([f.problem.outputs for f in self.functions])
 
     def _details(self) -> dict[str, Any]:

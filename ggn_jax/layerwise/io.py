@@ -37,6 +37,7 @@ class UseIO(eqx.Module):
 
     @property
     def is_embedding(self) -> bool:
+        """Whether the use reads rows of a table."""
         return self.use.kind == "embedding"
 
     @property
@@ -52,8 +53,9 @@ class UseIO(eqx.Module):
 
     @property
     def inputs(self) -> Float[Array, "G N S in"]:
-        """The inputs `[G, N, S, in]`: patches of a convolution, one-hot rows of an embedding; 1 as the last for a joint
-        bias.
+        """The inputs `[G, N, S, in]`, with 1 as the last one for a joint bias.
+
+        Patches of a convolution, one-hot rows of an embedding.
         """
         if self.is_embedding:
             return jax.nn.one_hot(self.rows, self.use.weight.shape[2], dtype=self.dtype)
@@ -62,6 +64,7 @@ class UseIO(eqx.Module):
 
     @property
     def output_grads(self) -> Float[Array, "V G N S out"]:
+        """The vectors at the model's outputs, back-propagated to this use's outputs, `[V, G, N, S, out]`."""
         return jax.vmap(self.use.arrange_output_grads)(self.captured_grads).astype(self.dtype)
 
     def per_example_grads(self) -> Float[Array, "V N G out in"]:
@@ -99,7 +102,9 @@ class LayerIO(eqx.Module):
     """
 
     uses: tuple[UseIO, ...]
+    """One for each use of the layer's weight."""
     layer: LayerInfo = eqx.field(static=True)
+    """The layer, as `find_layers` describes it."""
 
     @property
     def inputs(self) -> Float[Array, "G N S in"]:
@@ -180,6 +185,7 @@ class LayersIO(eqx.Module):
     """The `r` that the loss multiplies the sum of its terms by: 1 for "sum", 1 / (number of terms) for "mean"; 0 where
     nothing counts."""
     layers: dict[str, LayerIO]
+    """Each layer's `LayerIO`, by its name."""
 
     def __getitem__(self, name: str) -> LayerIO:
         if name not in self.layers:
@@ -193,6 +199,7 @@ class LayersIO(eqx.Module):
         return len(self.layers)
 
     def keys(self) -> Any:
+        """Return the layers' names."""
         return self.layers.keys()
 
     def items(self) -> Any:

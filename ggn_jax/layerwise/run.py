@@ -74,7 +74,7 @@ def layer_io(
         grads: whether to compute the loss's gradient as well; True by default.
 
     Returns:
-        A `LayersIO`, a pytree: `value`, `grads`, `reduction`, and for each layer's name `inputs` `[G, N, S, in]`,
+        A `LayersIO`, a pytree of `value`, `grads`, `reduction`, and for each layer's name `inputs` `[G, N, S, in]`,
         `output_grads` `[V, G, N, S, out]` and `per_example_grads()` `[V, N, G, out, in]`. With coupled examples, N is
         1, and S counts the positions of all.
 

@@ -51,9 +51,11 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
             ) from None
 
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of its products: those of the parameters."""
         return self.in_structure()
 
     def transpose(self) -> "SymmetricLinearOperator":
+        """Return the operator itself, which is symmetric."""
         return self
 
     def as_matrix(self) -> Float[Array, "P P"]:

@@ -366,7 +366,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """Return the blocks by the path of their first parameter, numbered where it has several.
 
         Returns:
-            A dict, a pytree of arrays: for each block its factors, its eigendecomposition, or its dense or diagonal
+            A dict, a pytree of arrays, with the factors of each block, its eigendecomposition, or its dense or diagonal
             entries.
         """
         return {name: block for name, (_, block) in self._named()}

@@ -14,6 +14,10 @@ T = TypeVar("T")
 class MappedBatches(Generic[T]):
     """The iterable of `fn(batch)` for each batch; made by `map_batches`.
 
+    Args:
+        fn: returns `(inputs, targets)`, or these with a mask, of one batch.
+        batches: an iterable that can be repeated.
+
     Example:
         >>> import ggn_jax
         >>> ggn_jax.map_batches(sum, [(1, 2), (3, 4)])

@@ -230,9 +230,11 @@ class JacobianLinearOperator(AbstractJacobian):
         return fields(self, params=self.problem.params, outputs=self.problem.outputs)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the parameters."""
         return vectors_like(self.problem.params)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs, `[N, *out]`."""
         return self.problem.outputs
 
     def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
@@ -254,7 +256,8 @@ class JacobianLinearOperator(AbstractJacobian):
         """Compute the dense matrix.
 
         Returns:
-            An array `[K, P]`: rows are outputs in C order, columns those of `jax.flatten_util.ravel_pytree(params)`.
+            An array `[K, P]`, whose rows are outputs in C order, and columns those of
+            `jax.flatten_util.ravel_pytree(params)`.
         """
         return _dense_jacobian(self)
 
@@ -282,9 +285,11 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         return fields(self, params=self.passes.params, outputs=self.passes.outputs)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the parameters."""
         return vectors_like(self.passes.params)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs of all batches, `[N, *out]`."""
         return self.passes.outputs
 
     def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
@@ -323,7 +328,8 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         """Compute the dense matrix, in one pass over the batches.
 
         Returns:
-            An array `[K, P]`: rows are outputs in C order, columns those of `jax.flatten_util.ravel_pytree(params)`.
+            An array `[K, P]`, whose rows are outputs in C order, and columns those of
+            `jax.flatten_util.ravel_pytree(params)`.
         """
         return jnp.concatenate(self._rows(lambda jacobian: jacobian.as_matrix()))
 

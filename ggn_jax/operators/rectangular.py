@@ -31,6 +31,7 @@ class AbstractJacobian(lx.AbstractLinearOperator):
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]: ...
 
     def transpose(self) -> "JacobianTransposeLinearOperator":
+        """Return the transpose, a `JacobianTransposeLinearOperator`."""
         return JacobianTransposeLinearOperator(self)
 
     def to_scipy(self) -> Any:
@@ -64,9 +65,11 @@ class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
         return fields(self, jacobian=self.jacobian)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shape and dtype of the vectors it acts on: those of the outputs."""
         return self.jacobian.out_structure()
 
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of its products: those of the parameters."""
         return self.jacobian.in_structure()
 
     def mv(self, vector: PyTree[Float[Array, "N *out"]]) -> PyTree[Array]:
@@ -82,13 +85,14 @@ class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
         return self.jacobian.vjp(vector)
 
     def transpose(self) -> AbstractJacobian:
+        """Return the Jacobian."""
         return self.jacobian
 
     def as_matrix(self) -> Float[Array, "P K"]:
         """Compute the dense matrix.
 
         Returns:
-            An array `[P, K]`: rows in the order of `jax.flatten_util.ravel_pytree(params)`, columns are outputs in C
+            An array `[P, K]`, whose rows are those of `jax.flatten_util.ravel_pytree(params)`, and columns outputs in C
             order.
         """
         return self.jacobian.as_matrix().T
@@ -122,9 +126,11 @@ class StackedJacobianLinearOperator(AbstractJacobian):
         return fields(self, jacobians=self.jacobians)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the parameters."""
         return self.jacobians[0].in_structure()
 
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the outputs of each function, a tuple."""
         return tuple(jacobian.out_structure() for jacobian in self.jacobians)
 
     def mv(self, vector: PyTree[Array]) -> tuple[Float[Array, "N *out"], ...]:
@@ -155,7 +161,7 @@ class StackedJacobianLinearOperator(AbstractJacobian):
         """Compute the dense matrix.
 
         Returns:
-            An array `[K, P]`: rows are the first function's outputs in C order, then the next one's.
+            An array `[K, P]`, whose rows are the first function's outputs in C order, then the next one's.
         """
         with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
             return jnp.concatenate([jacobian.as_matrix() for jacobian in self.jacobians])

@@ -46,6 +46,7 @@ class BlockDiagnosis:
     """
 
     parameters: tuple[str, ...]
+    """The paths of its parameters, as `jax.tree_util.keystr` writes them."""
     kind: str
     """What they are used as, as in `report`."""
     size: int
@@ -53,6 +54,7 @@ class BlockDiagnosis:
     mean_eigenvalue: float
     """Of the average, without damping: its trace divided by its size."""
     least_eigenvalue: float
+    """Of the damped block as it is inverted, as is the greatest one."""
     greatest_eigenvalue: float
     """Of the damped block as it is inverted: with the damping split over the factors, unless damping is exact."""
     condition_number: float
@@ -79,6 +81,7 @@ class Diagnosis:
     steps: int
     """How many updates there were."""
     damping: float
+    """The damping in use."""
     loss: float
     """Of the batch."""
     cosine: float
@@ -99,6 +102,7 @@ class Diagnosis:
     best_scale: float | None
     """By what to multiply the step for the least value of the quadratic model: 1 if its length is right."""
     blocks: tuple[BlockDiagnosis, ...]
+    """One for each block of the curvature."""
     findings: tuple[Finding, ...]
     """What slows the run, and what to do about it; empty if nothing was found."""
 

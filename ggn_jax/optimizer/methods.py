@@ -58,6 +58,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     @property
     def core(self) -> Core:
+        """What traces the model and computes factors."""
         return self._made_of()[0]
 
     @property
@@ -79,9 +80,9 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
             state: the optimizer's state, however wrapped.
 
         Returns:
-            A dict of scalars: `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState` and
-            `Curvature`); for `kfac` also those of `StepStatistics`: `step_norm`, `kl`, `learning_rate`, `momentum` and
-            `clipped`, and the one of `reduction_ratio` and `slope_ratio` that `adapt_damping` uses.
+            A dict of scalars. It has `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState`
+            and `Curvature`), and for `kfac` also those of `StepStatistics`, `step_norm`, `kl`, `learning_rate`,
+            `momentum` and `clipped`, and the one of `reduction_ratio` and `slope_ratio` that the damping follows.
 
         Raises:
             TypeError, ValueError: for a state without exactly one of this optimizer's.

@@ -34,6 +34,7 @@ class MultiStepsState(NamedTuple):
     skipped: Array
     """How many micro-batches of all steps were left out."""
     inner: Any
+    """The state of the optimizer that takes the steps."""
     gradient: PyTree[Array]
     """The mean of the gradients of this step so far, in at least float32."""
     factors: Factors
@@ -63,7 +64,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
 
     Raises:
         TypeError, ValueError: for another optimizer, or an `every` that is not such an integer.
-        NotImplementedError: for `learning_rate="quadratic"` and `adapt_damping`, which need the loss of all
+        NotImplementedError: for `learning_rate=QuadraticModel(...)` and dampings that adapt, which need the loss of all
             micro-batches.
 
     Example:

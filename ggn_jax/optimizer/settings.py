@@ -26,10 +26,11 @@ class KFACOptions(KroneckerOptions, total=False):
 
     Each is a keyword argument of these; a dict of some is passed to both by `**`. Type checkers know their names.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> options: ggn_jax.KFACOptions = {"decay": 0.9, "inverse_interval": 20, "ekfac": True, "fisher_type": "type-2"}
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=jnp.ones((8, 2)), **options)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> options: ggn_jax.KFACOptions = {"decay": 0.9, "inverse_interval": 20, "fisher_type": "type-2"}
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=jnp.ones((8, 2)), **options)
     """
 
     decay: Number

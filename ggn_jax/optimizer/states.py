@@ -69,6 +69,7 @@ class ScaleByKFACState(NamedTuple):
     """
 
     curvature: Curvature
+    """The averages of the factors, and their inverses."""
     rejected: Int[Array, ""]
     """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
 
@@ -88,6 +89,7 @@ class KFACState(NamedTuple):
     """
 
     curvature: Curvature
+    """The averages of the factors, and their inverses."""
     velocity: PyTree[Array]
     """The last step without weight decay, in at least float32; None without momentum."""
     rejected: Int[Array, ""]

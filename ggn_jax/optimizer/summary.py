@@ -25,7 +25,9 @@ class CurvatureRow:
     """
 
     parameter: str
+    """Its path, as `jax.tree_util.keystr` writes it."""
     shape: tuple[int, ...]
+    """The parameter's shape."""
     kind: str
     """What it is used as, as in `report`."""
     curvature: str
@@ -47,9 +49,11 @@ class CurvatureReport:
     """
 
     rows: tuple[CurvatureRow, ...]
+    """A row for each part of a parameter in a block."""
     state_size: int
     """The entries of the averages and inverses in the state."""
     params_size: int
+    """The entries of the parameters."""
     state_bytes: int
     """Of the state's entries, in the dtypes in which they are kept."""
 
