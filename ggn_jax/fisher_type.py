@@ -17,7 +17,7 @@ class FisherType(str, enum.Enum):
     TYPE2 = "type-2"
     """The columns of the loss Hessian's square root: the exact GGN."""
     MC = "mc"
-    """Gradients at targets drawn from the model's predictive distribution: an unbiased estimate of the GGN."""
+    """Gradients at targets sampled from the model's predictive distribution: an unbiased estimate of the GGN."""
     EMPIRICAL = "empirical"
     """The gradient at the true target: the empirical Fisher."""
     FORWARD_ONLY = "forward-only"

@@ -57,7 +57,7 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
 
     Example:
         >>> import jax, jax.numpy as jnp, ggn_jax
-        >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
+        >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 examples, 3 classes
         >>> fn = make_grad_output_fn(ggn_jax.CrossEntropyLoss(), "mc", mc_samples=2)
         >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per example
         >>> jax.vmap(fn)(outputs, targets, keys).shape

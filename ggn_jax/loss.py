@@ -41,7 +41,7 @@ class Loss(eqx.Module):
     """
 
     curvature: ClassVar[Literal["hessian", "fisher"]]
-    """Whether the terms' matrix is their Hessian, which is then positive semi-definite, or their Fisher."""
+    """Which matrix a term has: its Hessian, which is then positive semi-definite, or its Fisher."""
     term_axes: ClassVar[tuple[int, ...]] = ()
     """The axes of one example's output that belong to one term."""
     takes_trailing_axes: ClassVar[bool] = False

@@ -24,7 +24,7 @@ class ModelFn(eqx.Module):
     """
 
     size: int = eqx.field(static=True)
-    """How many arrays its parameters are."""
+    """The number of arrays in its parameters."""
 
     def __repr__(self) -> str:
         return f"ModelFn({self._name()})"

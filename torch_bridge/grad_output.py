@@ -72,7 +72,7 @@ def make_grad_output_fn(
 
     Example:
         >>> import torch
-        >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])  # 5 data, 3 classes
+        >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])  # 5 examples, 3 classes
         >>> fn = make_grad_output_fn(torch.nn.CrossEntropyLoss(), "mc", mc_samples=2)
         >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
         torch.Size([2, 5, 3])

@@ -44,11 +44,11 @@ class ReportRow:
     layer: str
     """The sizes of its layer, `groups x out x in`; empty where there is none."""
     positions: tuple[int, ...]
-    """How many sharing positions each use has, in one example; in the batch, if examples are coupled."""
+    """The number of sharing positions of each use, in one example; in the batch, if examples are coupled."""
     uses: int
-    """In how many places of the model it is used."""
+    """The number of places in the model that use it."""
     curvature: str
-    """What KFAC has for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
+    """What KFAC uses for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
     "block", or its "diagonal" where that would be large; "none" for what no output depends on."""
     why: str
     """Why it is not covered, with the primitive, the line and the module; empty where it is."""
@@ -70,9 +70,9 @@ class Report:
     rows: tuple[ReportRow, ...]
     """A row for each parameter."""
     tolerance: float
-    """What a gap may be for rounding."""
+    """The largest gap that counts as rounding."""
     coupled: float | None
-    """How far a batch's outputs are from those of its examples one by one; None where it was not looked at."""
+    """How far a batch's outputs are from those of its examples one by one; None where it was not checked."""
 
     @property
     def passed(self) -> bool | None:

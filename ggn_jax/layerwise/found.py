@@ -43,17 +43,17 @@ class LayerInfo:
     kind: str
     """"linear", "convolution" or "embedding"; joined by "+" where one weight is used in several ways."""
     groups: int
-    """How many matrices that share nothing: of a grouped convolution, of a scan over stacked layers, of experts."""
+    """The number of matrices: the groups of a convolution, the steps of a scan over stacked layers, or experts."""
     out: int
     """The number of outputs."""
     in_: int
-    """The number of inputs; with a joint bias, of its constant 1 as well."""
+    """The number of inputs, which includes the constant 1 of a joint bias."""
     positions: tuple[int, ...]
-    """For each use, how many sharing positions one example has, or a batch of coupled ones: tokens, pixels."""
+    """For each use, the number of sharing positions (tokens, pixels) of one example, or of a batch of coupled ones."""
     uses: int
-    """In how many places of the model the weight is used."""
+    """The number of places in the model that use the weight."""
     paths: tuple[str, ...]
-    """The parameters that it owns entries of, the weight's first, as `jax.tree_util.keystr` writes them."""
+    """The parameters of which it owns entries, the weight's first, as `jax.tree_util.keystr` writes them."""
     has_bias: bool
     """Whether the last column is a bias."""
     _plan: Layer = field(repr=False)
@@ -93,7 +93,7 @@ class Layers:
     example: PyTree[jax.ShapeDtypeStruct]
     """Inputs for which they were found; the number of examples does not matter."""
     checked: bool
-    """Whether it was seen that the model's examples do not depend on each other."""
+    """Whether it was checked that the model's examples do not depend on each other."""
     has_aux: bool = False
     """Whether the model returns `(outputs, aux)`."""
     coupled: bool = False

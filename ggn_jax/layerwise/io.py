@@ -28,10 +28,10 @@ class UseIO(eqx.Module):
     captured: Array
     captured_grads: Array
     mask: Bool[Array, "N S"] | None
-    """Which positions are those of real inputs; None where the mask is not of this use's positions, or not given."""
+    """Which positions are those of real inputs; None without a mask of this use's positions."""
     use: Use = eqx.field(static=True)
     swapped: bool = eqx.field(static=True)
-    """Whether it has inputs where the layer has outputs, as an embedding's table that is the output layer, too."""
+    """Whether its inputs are the layer's outputs, as in an embedding's table that is the output layer, too."""
     joint: bool = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
@@ -182,8 +182,8 @@ class LayersIO(eqx.Module):
     grads: PyTree[Array] | None
     """Its gradient, like the parameters; None with `grads=False`."""
     reduction: Float[Array, ""]
-    """The `r` that the loss multiplies the sum of its terms by: 1 for "sum", 1 / (number of terms) for "mean"; 0 where
-    nothing counts."""
+    """The factor `r` of the sum of the loss's terms: 1 for "sum", 1 / (number of terms) for "mean"; 0 where every
+    target is ignored."""
     layers: dict[str, LayerIO]
     """Each layer's `LayerIO`, by its name."""
 

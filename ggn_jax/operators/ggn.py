@@ -91,7 +91,7 @@ class GGNLinearOperator(DataLinearOperator):
     problem: Problem
     key: Array | None
     start: Array
-    """The number of the first example, for what is drawn."""
+    """The number of the first example, for sampling."""
     mc_samples: int = eqx.field(static=True)
 
     def __init__(

@@ -63,16 +63,16 @@ class PartialSums(eqx.Module):
 
     totals: PyTree[Array]
     examples: Int[Array, ""]
-    """How many examples were summed over."""
+    """The number of examples summed over."""
     params: UInt32[Array, ""]
-    """A number made of all bits of the parameters, which tells others apart."""
+    """A hash of all bits of the parameters, which tells different values apart."""
     draws: UInt32[Array, "ranges 3"]
-    """Of which examples something was drawn: a number made of the key, the first example, and one past the last."""
+    """For which examples something was sampled: a hash of the key, the first example, and one past the last."""
     recipe: Recipe = eqx.field(static=True)
     factors: "PartialSums | None" = None
-    """Of EKFAC's second pass: the sums of its first."""
+    """For EKFAC's second pass, the sums of its first."""
     bases: PyTree[Array] = None
-    """And the eigenbases that these have."""
+    """For EKFAC's second pass, the eigenbases of its first."""
 
     @classmethod
     def of(

@@ -37,9 +37,9 @@ class ScaleByLayersState(NamedTuple):
     """
 
     layers: dict[str, Any]
-    """By layer, what `init` and `update` returned."""
+    """What `init` and `update` returned, for each layer's name."""
     rest: Any
-    """The state of the transformation of all else."""
+    """The state of `rest`, for the other parameters."""
 
 
 def scale_by_layers(

@@ -43,11 +43,11 @@ class Factors(NamedTuple):
     """
 
     batches: Float[Array, ""]
-    """How many batches: 1, or 0 where every target is ignored."""
+    """The number of batches: 1, or 0 where every target is ignored."""
     weight: Float[Array, ""]
-    """How many of them were looked at: none at a step where factors are not due."""
+    """The number of batches that factors were computed for: 0 at a step where factors are not due."""
     blocks: tuple[Block, ...]
-    """The sum of their blocks of the GGN's approximation, as in `KFACLinearOperator`."""
+    """The sum of the batches' blocks, as in `KFACLinearOperator`."""
     corrections: tuple[Array, ...]
     """The sum of EKFAC's eigenvalues in the bases of the state, one array per layer's block; else empty."""
 
@@ -69,17 +69,18 @@ class Curvature(NamedTuple):
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in optax, not a tuple's method
-    """Updates so far."""
+    """The number of updates so far."""
     skipped: Int[Array, ""]
-    """Of these, how many had a batch with factors that were NaN or infinite: left out of the averages."""
+    """The number of updates whose batch had factors that were NaN or infinite, and was left out of the averages."""
     weight: Float[Array, ""]
-    """Of the averages: `1 - decay^n` after n batches; 0 means that there are none yet."""
+    """The weight of the averages, `1 - decay^n` after n batches; 0 means that there are none yet."""
     damping: Float[Array, ""]
     """The damping in use."""
     blocks: PyTree[Array]
-    """The bias-corrected averages of the blocks, of symmetric matrices one triangle."""
+    """The bias-corrected averages of the blocks; one triangle of each symmetric matrix."""
     inverses: PyTree[Array]
-    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before that."""
+    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before the
+    first ones."""
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())

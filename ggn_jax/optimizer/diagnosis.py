@@ -48,20 +48,22 @@ class BlockDiagnosis:
     parameters: tuple[str, ...]
     """The paths of its parameters, as `jax.tree_util.keystr` writes them."""
     kind: str
-    """What they are used as, as in `report`."""
+    """What these are used as, as in `report`."""
     size: int
-    """How many entries they have in the block."""
+    """The number of their entries in the block."""
     mean_eigenvalue: float
-    """Of the average, without damping: its trace divided by its size."""
+    """The mean eigenvalue of the averaged block without damping: its trace divided by its size."""
     least_eigenvalue: float
-    """Of the damped block as it is inverted, as is the greatest one."""
+    """The least eigenvalue of the damped block as it is inverted."""
     greatest_eigenvalue: float
-    """Of the damped block as it is inverted: with the damping split over the factors, unless damping is exact."""
+    """The greatest eigenvalue of the damped block as it is inverted: with the damping split over the factors, unless
+    damping is exact."""
     condition_number: float
-    """The greatest of the damped block's groups: that of the factors multiplied, where damping is split over them."""
+    """The condition number of the damped block, the greatest among its groups; where damping is split over the factors,
+    the product of theirs."""
     stale: float
-    """How far the gradient preconditioned with the inverse in use is from that with a new one, relative to the latter:
-    a norm of the difference over a norm."""
+    """The relative error of the gradient preconditioned with the inverse in use, compared with a new inverse: the norm
+    of the difference divided by a norm."""
 
 
 @dataclass(frozen=True)
@@ -79,28 +81,28 @@ class Diagnosis:
     """
 
     steps: int
-    """How many updates there were."""
+    """The number of updates so far."""
     damping: float
     """The damping in use."""
     loss: float
-    """Of the batch."""
+    """The loss of the batch."""
     cosine: float
-    """Between the gradient and the preconditioned one: near 1, the curvature changes nothing."""
+    """The cosine between the gradient and the preconditioned one: near 1, the curvature changes nothing."""
     stale: float
-    """As `BlockDiagnosis.stale`, of all blocks together."""
+    """`BlockDiagnosis.stale` for all blocks together."""
     clipped: float
-    """The share of all steps that `kl_clip` made shorter; 0 for `scale_by_kfac`."""
+    """The fraction of all steps that `kl_clip` made shorter; 0 for `scale_by_kfac`."""
     rejected: float
-    """The share of updates that were rejected."""
+    """The fraction of updates that were rejected."""
     skipped: float
-    """The share of batches that were left out of the averages."""
+    """The fraction of batches that were left out of the averages."""
     predicted: float | None
     """The change of the batch's loss that the quadratic model, with the exact GGN and the damping, predicts for the
     next step; None for `scale_by_kfac`, which makes no steps."""
     reduction_ratio: float | None
-    """The actual change divided by that; minus infinity if an increase is predicted."""
+    """The actual change divided by the predicted one; minus infinity if an increase is predicted."""
     best_scale: float | None
-    """By what to multiply the step for the least value of the quadratic model: 1 if its length is right."""
+    """The factor by which the step would minimise the quadratic model: 1 if its length is right."""
     blocks: tuple[BlockDiagnosis, ...]
     """One for each block of the curvature."""
     findings: tuple[Finding, ...]

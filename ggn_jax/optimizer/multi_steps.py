@@ -28,11 +28,11 @@ class MultiStepsState(NamedTuple):
     """
 
     micro_step: Array
-    """How many micro-batches of this step there were so far."""
+    """The number of micro-batches of this step so far."""
     bad: Array
-    """How many of them were left out, because their gradient or their factors were NaN or infinite."""
+    """The number of these that were left out, because their gradient or their factors were NaN or infinite."""
     skipped: Array
-    """How many micro-batches of all steps were left out."""
+    """The number of micro-batches of all steps that were left out."""
     inner: Any
     """The state of the optimizer that takes the steps."""
     gradient: PyTree[Array]

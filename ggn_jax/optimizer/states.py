@@ -28,14 +28,14 @@ class StepStatistics(NamedTuple):
     step_norm: Float[Array, ""]
     """The update's Euclidean norm, weight decay included."""
     kl: Float[Array, ""]
-    """`learning_rate^2 d^T g`, clipping included: the squared length of the new part of the step, without momentum, in
-    the damped curvature, twice the quadratic model of the KL divergence; `kl_clip` bounds it."""
+    """`learning_rate^2 d^T g`, clipping included, which `kl_clip` bounds: the squared length of the new part of the
+    step, without momentum, in the damped curvature, and twice the quadratic model of the KL divergence."""
     learning_rate: Float[Array, ""]
-    """What multiplied the preconditioned gradient `d`, clipping included."""
+    """The factor of the preconditioned gradient `d`, clipping included."""
     momentum: Float[Array, ""]
-    """What multiplied the last step; 0 without momentum."""
+    """The factor of the last step; 0 without momentum."""
     clipped: Int[Array, ""]
-    """How many of all steps so far `kl_clip` made shorter."""
+    """The number of all steps so far that `kl_clip` made shorter."""
     reduction_ratio: Float[Array, ""]
     """The decrease of the batch's loss divided by what the quadratic model predicted, when `LevenbergMarquardt`
     last compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first
@@ -95,7 +95,7 @@ class KFACState(NamedTuple):
     rejected: Int[Array, ""]
     """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
     statistics: StepStatistics
-    """What there is to log of the last step; `optimizer.statistics(state)` has it all as a dict."""
+    """What to log of the last step; `optimizer.statistics(state)` returns it as a dict."""
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())

@@ -51,11 +51,11 @@ class CurvatureReport:
     rows: tuple[CurvatureRow, ...]
     """A row for each part of a parameter in a block."""
     state_size: int
-    """The entries of the averages and inverses in the state."""
+    """The number of entries of the averages and inverses in the state."""
     params_size: int
-    """The entries of the parameters."""
+    """The number of entries of the parameters."""
     state_bytes: int
-    """Of the state's entries, in the dtypes in which they are kept."""
+    """The bytes that the entries of the state take, in the dtypes in which they are kept."""
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")
