@@ -218,9 +218,9 @@ class GGNLinearOperator(TorchLinearOperator):
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact matrix.
         seed: an integer that seeds the sampling; 2147483647 by default.
         progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
@@ -286,9 +286,9 @@ class EFLinearOperator(DerivativeLinearOperator):
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
             except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
             each. False by default.
@@ -324,9 +324,9 @@ class HessianLinearOperator(DerivativeLinearOperator):
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
             except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
             each. False by default.

@@ -113,9 +113,9 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         seed: an integer that seeds the sampling; 2147483647 by default.
         fisher_type: `"mc"` (default), `"type-2"`, `"empirical"` or `"forward-only"`, or curvlinops' `FisherType`: which
             vectors are back-propagated.
@@ -241,9 +241,9 @@ class EKFACLinearOperator(KFACLinearOperator):
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         seed: an integer that seeds the sampling; 2147483647 by default.
         fisher_type: `"mc"` (default), `"type-2"` or `"empirical"`, or curvlinops' `FisherType`: which vectors are
             back-propagated.
@@ -348,9 +348,9 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOpera
             gradients, and all others are constants. For those that are trained:
             `[p for p in module.parameters() if p.requires_grad]`.
         data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
-            class weights or ignored targets make a mean one over something else than examples. A batch is a pair
-            `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are its
-            `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
         mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact diagonal.
         seed: an integer that seeds the sampling; 2147483647 by default.
         progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix

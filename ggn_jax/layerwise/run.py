@@ -69,8 +69,8 @@ def layer_io(
             nothing is sampled.
         positions: how `"type-2"` treats outputs with several loss positions, such as tokens: `"signs"` (default)
             back-propagates all of them together with independent random signs, `"exact"` one by one.
-        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` has it as the
-            layer has these positions. It changes nothing else.
+        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` is the mask in the
+            layout of the layer, where that has these positions. It changes nothing else.
         grads: whether to compute the loss's gradient as well; True by default.
 
     Returns:
@@ -146,8 +146,8 @@ def sum_layer_io(
             nothing is sampled.
         positions: how `"type-2"` treats outputs with several loss positions, such as tokens: `"signs"` (default)
             back-propagates all of them together with independent random signs, `"exact"` one by one.
-        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` has it as the
-            layer has these positions. It changes nothing else.
+        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` is the mask in the
+            layout of the layer, where that has these positions. It changes nothing else.
         grads: whether to compute the loss's gradient as well; True by default.
 
     Returns:
