@@ -27,7 +27,15 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures with jaxtyping's shapes are longer than what they say
 autodoc_default_options = {"members": True, "show-inheritance": True}
 
+COLON = "\N{MODIFIER LETTER COLON}"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon, which takes what is before a colon in an attribute's first line for its type."""
+    del app, name, obj, options
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(":", COLON)
 
 
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -38,7 +46,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
         body = "".join(f"   {line}\n" for line in match[2].splitlines())
         return f".. code-block:: {match[1] or 'text'}\n\n{body}"
 
-    text = FENCE.sub(block, "\n".join(lines))
+    text = FENCE.sub(block, "\n".join(lines).replace(COLON, ":"))
     text = re.sub(r"^( *)\* ", r"\1- ", text, flags=re.MULTILINE)
     # A list begins after an empty line.
     text = re.sub(r"^((?! *- )\S.*)\n(- )", r"\1\n\n\2", text, flags=re.MULTILINE)
@@ -83,4 +91,5 @@ def put(path: Path, text: str) -> None:
 
 def setup(app: Any) -> None:
     write_api()
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("autodoc-process-docstring", as_rst)

@@ -13,22 +13,24 @@ from ggn_jax._repr import short
 class Unbatched(eqx.Module):
     """A part of a model's `inputs` without batch axis: running statistics, a time step, one key, a graph's edges.
 
-    `model_fn` sees `value` itself. It is the same for all examples: not cut into chunks, not mapped over, and not
-    looked at for the length of the batch. Everything that takes a batch takes it, `example_inputs` too; targets and
-    masks have an entry for each example.
+    `model_fn` gets `value` itself. It is the same for all examples: not cut into chunks, not mapped over, and not used
+    to find the length of the batch. Every argument that takes a batch takes it, `example_inputs` too; targets and masks
+    have an entry for each example.
 
-    A model that is a closure over `value` is the same function, but is compiled anew for each value.
+    A model that closes over `value` is the same function, but is compiled anew for each value.
 
-    **Arguments:** `value`: an array, or a pytree of arrays and PRNG keys.
+    Args:
+        value: an array, or a pytree of arrays and PRNG keys.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> def model_fn(params, inputs):
-    ...     x, mean = inputs
-    ...     return (x - mean) @ params["w"]
-    >>> params, inputs = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), ggn_jax.Unbatched(jnp.zeros(2)))
-    >>> ggn = ggn_jax.GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, (inputs, jnp.arange(8) % 3))
-    >>> ggn.mv(params)["w"].shape
-    (2, 3)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> def model_fn(params, inputs):
+        ...     x, mean = inputs
+        ...     return (x - mean) @ params["w"]
+        >>> params, inputs = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), ggn_jax.Unbatched(jnp.zeros(2)))
+        >>> ggn = ggn_jax.GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, (inputs, jnp.arange(8) % 3))
+        >>> ggn.mv(params)["w"].shape
+        (2, 3)
     """
 
     value: PyTree

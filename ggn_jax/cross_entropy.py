@@ -18,32 +18,39 @@ from ggn_jax.terms import term_axes, term_positions
 
 
 class CrossEntropyLoss(Loss):
-    """The softmax cross-entropy, `torch.nn.CrossEntropyLoss`: a term is `-sum_c w_c t_c log softmax(f)_c`.
+    """The softmax cross-entropy, as `torch.nn.CrossEntropyLoss`.
 
-    With `p = softmax(f)` and the term's weight `sum_c w_c t_c`, the plain term's Hessian is `diag(p) - p p^T = S S^T`
-    with `S = diag(sqrt p) - p sqrt(p)^T`; a would-be gradient is `p - onehot(k)` with `k ~ Categorical(p)`.
+    A term is `-sum_c w_c t_c log softmax(f)_c`. With `p = softmax(f)` and the term's weight `sum_c w_c t_c`, the plain
+    term's Hessian is `diag(p) - p p^T = S S^T` with `S = diag(sqrt p) - p sqrt(p)^T`; a sampled gradient is
+    `p - onehot(k)` with `k ~ Categorical(p)`.
 
-    **Arguments:**
+    `loss(outputs, targets)` returns the loss of a batch; if everything is ignored, it is 0 (torch: NaN). Outputs are
+    `[N, C, *D]` (for `class_axis=0`), targets either class indices (integers, `[N, *D]`) or class probabilities
+    (floating, of the outputs' shape).
 
-    - `weight`: class weights `w`, `[C]`, not negative; default 1.
-    - `ignore_index`: positions with this target contribute nothing. With class probabilities it must be negative.
-    - `reduction`: `"mean"` or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions kept when
-      targets are class indices, and by the number of positions when they are probabilities.
-    - `label_smoothing`: `e` in `t = (1 - e) target + e / C`. As in torch, the mean is infinite where all kept `w_y` are
-      0 and smoothing leaves a rest.
-    - `class_axis`: the axis of **one example's** output that holds the classes, also when a batch comes in: 0 as in
-      torch, -1 as in Flax and optax. If it is not given, it is 0, and refused where shapes fit -1 as well: for
-      outputs of one example with several axes, where these are all of one length, or targets are class probabilities
-      (which have the outputs' shape) and no class weights tell the number of classes.
+    Args:
+        weight: class weights `w`, `[C]`, not negative; None (default) for 1.
+        ignore_index: positions with this target contribute nothing; -100 by default. With class probabilities it must
+            be negative.
+        reduction: `"mean"` (default) or `"sum"`. As in torch, `"mean"` divides by the sum of `w_y` over the positions
+            kept when targets are class indices, and by the number of positions when they are probabilities.
+        label_smoothing: `e` in `t = (1 - e) target + e / C`, 0 by default. As in torch, the mean is infinite where all
+            kept `w_y` are 0 and smoothing leaves a positive numerator.
+        class_axis: the axis of **one example's** output that holds the classes, also when a batch is passed: 0 as in
+            torch, -1 as in Flax and optax. None (default) is 0, and is refused where shapes fit -1 as well: for outputs
+            of one example with several axes, where these are all of one length, or targets are class probabilities
+            (which have the outputs' shape) and no class weights tell the number of classes.
 
-    **Calling** `loss(outputs, targets)` returns the loss of a batch; unlike torch's NaN, it is 0 if everything is
-    ignored. Outputs are `[N, C, *D]` (for `class_axis=0`), targets either class indices (integers, `[N, *D]`) or class
-    probabilities (floating, the outputs' shape).
+    Raises:
+        ValueError: for an unknown reduction, class weights that are negative, not finite or not a vector, or a
+            `label_smoothing` that is not in `[0, 1]`.
+        TypeError: for a `weight` that is not an array, or an `ignore_index` or a `class_axis` that is not an integer.
 
-    >>> import jax.numpy as jnp
-    >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)
-    >>> print(f"{loss(jnp.zeros((2, 4)), jnp.array([3, -1])):.4f}")  # log 4
-    1.3863
+    Example:
+        >>> import jax.numpy as jnp
+        >>> loss = CrossEntropyLoss(label_smoothing=0.1, ignore_index=-1)
+        >>> print(f"{loss(jnp.zeros((2, 4)), jnp.array([3, -1])):.4f}")  # log 4
+        1.3863
     """
 
     curvature = "hessian"

@@ -18,45 +18,56 @@ from ggn_jax.terms import check_terms, split_terms
 
 
 def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Any]:
-    r"""A function of **one example** that returns its gradient output vectors.
+    """Make a function of **one example** that returns its gradient output vectors.
 
-    `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable. With `L` the loss of a
-    **batch of one**, `loss(output[None], target[None])`, including its reduction and weights:
+    With `L` the loss of a **batch of one**, `loss(output[None], target[None])`, including its reduction and weights,
+    the vectors are:
 
     ============== ======================================================= =============
     `fisher_type`  vectors                                                 V
     ============== ======================================================= =============
     `type-2`       columns of `S`, `S S^T` the Hessian of `L`              `output.size`
-    `mc`           would-be gradients / sqrt(mc_samples); the sum of their `mc_samples`
+    `mc`           sampled gradients / sqrt(mc_samples); the sum of their  `mc_samples`
                    outer products is the Hessian in expectation
     `empirical`    `sqrt(r)` times the gradient of the sum-reduced `L`     1
-    `forward-only` none; the target is not looked at                       0
+    `forward-only` none; the target is not used                            0
     ============== ======================================================= =============
 
-    where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`. (For what these stand for in
-    Fisher matrices see Kunstner et al. 2019, and Eschenhagen et al. 2023 for KFAC.) Inside `jit`, where values cannot
-    be looked at, a target outside of the loss's domain gives NaN; outside it is a ValueError.
+    where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`. For what these stand for in
+    Fisher matrices see Kunstner et al. (2019), and Eschenhagen et al. (2023) for KFAC.
 
-    **Each example needs its own key**: one shared key gives every example the same draws. Without `"mc"` a key is not
-    looked at. `target` may be None where vectors do not depend on it: `"type-2"` and `"mc"` of losses whose curvature
-    and weights depend on no target (no class weights, no `pos_weight`); nothing is ignored then.
+    Args:
+        loss: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, a `JointLoss` of these or your own `LikelihoodLoss`.
+        fisher_type: a `FisherType` or its value: `"type-2"`, `"mc"`, `"empirical"` or `"forward-only"`.
+        mc_samples: the number of Monte-Carlo vectors, at least 1 (default); used for `"mc"` only.
 
-    **Arguments:**
+    Returns:
+        `fn(output [*out], target, key=None) -> vectors [V, *out]`, pure, jittable and vmappable.
 
-    - `loss`: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss` or your own `LikelihoodLoss`.
-    - `fisher_type`: a `FisherType` or its value.
-    - `mc_samples`: the number of Monte-Carlo vectors, at least 1; looked at for `"mc"` only.
+        **Each example needs its own key**: one shared key gives every example the same draws. Without `"mc"` the key is
+        ignored. `target` may be None where vectors do not depend on it: `"type-2"` and `"mc"` of losses whose curvature
+        and weights depend on no target (no class weights, no `pos_weight`); nothing is ignored then. Under `jit`, where
+        values are unknown, a target outside of the loss's domain gives NaN.
 
-    **Raises:** ValueError for an unknown fisher type, `mc_samples` below 1 with `"mc"`, a missing key, or shapes that
-    do not fit; TypeError for a dtype that does not; NotImplementedError for a loss that is not supported, or has no
-    exact factor for `type-2`.
+    Raises:
+        ValueError: for an unknown fisher type, or `mc_samples` below 1 with `"mc"`; from `fn`, for a missing key,
+            shapes that do not fit, or, outside of `jit`, a target outside of the loss's domain.
+        TypeError: from `fn`, for a dtype that does not fit.
+        NotImplementedError: for a loss that is not supported, or has no exact factor for `"type-2"`.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 data, 3 classes
-    >>> fn = make_grad_output_fn(ggn_jax.CrossEntropyLoss(), "mc", mc_samples=2)
-    >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per example
-    >>> jax.vmap(fn)(outputs, targets, keys).shape
-    (5, 2, 3)
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])  # 5 examples, 3 classes
+        >>> fn = make_grad_output_fn(ggn_jax.CrossEntropyLoss(), "mc", mc_samples=2)
+        >>> keys = jax.random.split(jax.random.key(0), 5)  # one key per example
+        >>> jax.vmap(fn)(outputs, targets, keys).shape
+        (5, 2, 3)
+
+    References:
+        - Kunstner, Balles and Hennig (2019), *Limitations of the empirical Fisher approximation for natural gradient
+          descent*: https://arxiv.org/abs/1905.12558
+        - Eschenhagen, Immer, Turner, Schneider and Hennig (2023), *Kronecker-factored approximate curvature for modern
+          neural network architectures*: https://arxiv.org/abs/2311.00636
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
     if isinstance(loss, JointLoss):
@@ -70,19 +81,33 @@ def make_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: i
 
 
 def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samples: int = 1) -> Callable[..., Any]:
-    r"""A function of **a batch** that returns the gradient output vectors of all its data.
+    """Make a function of **a batch** that returns the gradient output vectors of all its examples.
 
-    `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but with `L` the loss
-    of the **whole batch**: for each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its
-    Hessian. For a weighted or masked mean the two differ by more than `1 / N`, since the denominator is the batch's.
+    As with `make_grad_output_fn`, but `L` is the loss of the **whole batch**: for each `n`, the sum over `v` of
+    `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its Hessian. For a weighted or masked mean the two differ by
+    more than `1 / N`, since the denominator is the batch's.
 
-    It takes one key and draws independently for each example, as with `jax.random.split(key, N)`.
+    Args:
+        loss: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, a `JointLoss` of these or your own `LikelihoodLoss`.
+        fisher_type: a `FisherType` or its value: `"type-2"`, `"mc"`, `"empirical"` or `"forward-only"`.
+        mc_samples: the number of Monte-Carlo vectors, at least 1 (default); used for `"mc"` only.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])
-    >>> fn = make_batch_grad_output_fn(ggn_jax.CrossEntropyLoss(), "type-2")
-    >>> fn(outputs, targets).shape
-    (3, 5, 3)
+    Returns:
+        `fn(outputs [N, *out], targets, key=None) -> vectors [V, N, *out]`. It takes one key and samples independently
+        for each example, as with `jax.random.split(key, N)`.
+
+    Raises:
+        ValueError: for an unknown fisher type, or `mc_samples` below 1 with `"mc"`; from `fn`, for a missing key,
+            shapes that do not fit, or, outside of `jit`, a target outside of the loss's domain.
+        TypeError: from `fn`, for a dtype that does not fit.
+        NotImplementedError: for a loss that is not supported, or has no exact factor for `"type-2"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> outputs, targets = jnp.zeros((5, 3)), jnp.array([0, 1, 2, 1, 0])
+        >>> fn = make_batch_grad_output_fn(ggn_jax.CrossEntropyLoss(), "type-2")
+        >>> fn(outputs, targets).shape
+        (3, 5, 3)
     """
     fisher_type, mc_samples = _check_request(loss, fisher_type, mc_samples)
     if isinstance(loss, JointLoss):
@@ -96,15 +121,25 @@ def make_batch_grad_output_fn(loss: Loss, fisher_type: FisherType | str, mc_samp
 
 
 def make_grad_output_sampler(loss: Loss) -> Callable[..., Any]:
-    r"""A function that draws would-be gradients of one example.
+    """Make a function that samples gradients of one example.
 
-    `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the loss of
-    a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
+    Args:
+        loss: `MSELoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`, a `JointLoss` of these or your own `LikelihoodLoss`.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> sample = make_grad_output_sampler(ggn_jax.MSELoss(reduction="sum"))
-    >>> sample(jnp.zeros(3), 10, jnp.ones(3), jax.random.key(0)).shape
-    (10, 3)
+    Returns:
+        `fn(output [*out], num_samples, target, key=None) -> [num_samples, *out]` with `E[g g^T]` the Hessian of the
+        loss of a batch of one: the `"mc"` vectors of `make_grad_output_fn`, not divided by `sqrt(num_samples)`.
+
+    Raises:
+        ValueError: from `fn`, for a missing key, or shapes that do not fit.
+        TypeError: from `fn`, for a dtype that does not fit.
+        NotImplementedError: for a loss that is not supported.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> sample = make_grad_output_sampler(ggn_jax.MSELoss(reduction="sum"))
+        >>> sample(jnp.zeros(3), 10, jnp.ones(3), jax.random.key(0)).shape
+        (10, 3)
     """
     check_supported(loss)
     if isinstance(loss, JointLoss):
@@ -121,17 +156,30 @@ def make_grad_output_sampler(loss: Loss) -> Callable[..., Any]:
 
 
 def loss_hessian_matrix_sqrt(output_one_datum: Any, target_one_datum: Any, loss_func: Loss) -> Float[Array, "..."]:
-    r"""The square root `S` of the Hessian of one example's loss as a dense array, `[*out, *out]`.
+    """Compute the square root `S` of the Hessian of one example's loss as a dense array.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`. For
     cross-entropy `S = sqrt(a) (diag(sqrt p) - p sqrt(p)^T)` per position, with `a` reduction times weight. Prefer
     `LossHessian`, which never forms it.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> S = loss_hessian_matrix_sqrt(jnp.zeros(2), jnp.ones(2), ggn_jax.MSELoss())
-    >>> print((S @ S.T).round(3))  # the mean of two squares: Hessian I
-    [[1. 0.]
-     [0. 1.]]
+    Args:
+        output_one_datum: one example's output, floating, `[*out]`.
+        target_one_datum: its target.
+        loss_func: a `Loss`.
+
+    Returns:
+        `S`, an array `[*out, *out]`.
+
+    Raises:
+        ValueError, TypeError: for an output and a target that do not fit the loss.
+        NotImplementedError: for a loss that is not supported, or has no exact square root.
+
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> S = loss_hessian_matrix_sqrt(jnp.zeros(2), jnp.ones(2), ggn_jax.MSELoss())
+        >>> print((S @ S.T).round(3))  # the mean of two squares: Hessian I
+        [[1. 0.]
+         [0. 1.]]
     """
     if isinstance(loss_func, JointLoss):
         raise NotImplementedError(

@@ -21,35 +21,36 @@ from ggn_jax.terms import Terms, check_terms, check_values, split_terms
 
 
 class JointLoss(Loss):
-    r"""`sum_k weights[k] losses[k](outputs[k], targets[k])`, of a model that returns a dict of outputs.
+    """The sum `sum_k weights[k] losses[k](outputs[k], targets[k])`, for a model that returns a dict of outputs.
 
     Outputs and targets are dicts with the names of the losses, of arrays with one batch axis: the policy and the value
-    of an agent, or the tasks of a network with several heads. Its Hessian in the outputs is block-diagonal, so that
-    heads are independent in all that is drawn: one draw is for all of them at once. Every operator, the optimizer, the
-    vectors and `LossHessian` take it. Vectors are dicts of arrays `[V, *out]`: those of `"type-2"` are the columns for
-    one head after the other, 0 for the others, so that `V` is the sum of their sizes; an `"empirical"` one is that of
-    all heads, `sqrt(r_k) weights[k] g_k`, side by side.
+    of an agent, or the tasks of a network with several heads. The Hessian in the outputs is block-diagonal, so that
+    sampling is independent between heads: one draw serves all of them. Every operator, the optimizer, the vectors and
+    `LossHessian` take it. Vectors are dicts of arrays `[V, *out]`: those of `"type-2"` are the columns for one head
+    after the other, 0 for the others, so that `V` is the sum of their sizes; an `"empirical"` one is that of all heads,
+    `sqrt(r_k) weights[k] g_k`, side by side.
 
-    `from_batches` needs losses with reduction "sum": means of several kinds of terms have no common denominator.
+    `from_batches` needs losses with reduction "sum": means over different kinds of terms have no common denominator.
 
     Args:
-        losses: a loss for each output, by its name.
-        weights: a number of at least 0 for each of these names, or for some; 1 by default.
+        losses: a dict with a `Loss` for each output, by its name.
+        weights: a dict with a number of at least 0 for some or all of these names; 1 by default.
 
     Raises:
-        TypeError, ValueError: for anything that is not a dict of losses, or weights that are not of these names, or
+        TypeError, ValueError: for anything that is not a dict of losses, or weights that have other names or are
             negative.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> losses = {"policy": ggn_jax.CrossEntropyLoss(), "value": ggn_jax.MSELoss()}
-    >>> loss = ggn_jax.JointLoss(losses, weights={"value": 0.5})
-    >>> outputs = {"policy": jnp.zeros((8, 3)), "value": jnp.zeros((8, 1))}
-    >>> targets = {"policy": jnp.arange(8) % 3, "value": jnp.ones((8, 1))}
-    >>> print(round(float(loss(outputs, targets)), 3))  # log(3) + 1 / 2
-    1.599
-    >>> vectors = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets)
-    >>> vectors["policy"].shape, vectors["value"].shape
-    ((4, 8, 3), (4, 8, 1))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> losses = {"policy": ggn_jax.CrossEntropyLoss(), "value": ggn_jax.MSELoss()}
+        >>> loss = ggn_jax.JointLoss(losses, weights={"value": 0.5})
+        >>> outputs = {"policy": jnp.zeros((8, 3)), "value": jnp.zeros((8, 1))}
+        >>> targets = {"policy": jnp.arange(8) % 3, "value": jnp.ones((8, 1))}
+        >>> print(round(float(loss(outputs, targets)), 3))  # log(3) + 1 / 2
+        1.599
+        >>> vectors = ggn_jax.make_batch_grad_output_fn(loss, "type-2")(outputs, targets)
+        >>> vectors["policy"].shape, vectors["value"].shape
+        ((4, 8, 3), (4, 8, 1))
     """
 
     losses: dict[str, Loss]
@@ -75,7 +76,18 @@ class JointLoss(Loss):
         return fields(self, losses=dict(self.losses), weights={k: float(w) for k, w in self.weights.items()})
 
     def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
-        """The loss of a batch: dicts of outputs `[N, *out]` and of their targets."""
+        """Compute the loss of a batch.
+
+        Args:
+            outputs: a dict of outputs, floating, `[N, *out]` each.
+            targets: a dict of their targets.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError, TypeError: for names, shapes, dtypes or values that do not fit the losses.
+        """
         self.check_names("outputs", outputs)
         self.check_names("targets", targets)
         values = [self.weights[k].astype(v.dtype) * v for k, v in self._values(outputs, targets)]
@@ -88,13 +100,29 @@ class JointLoss(Loss):
                 yield name, loss(outputs[name], targets[name])
 
     def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> dict[str, Bool[Array, "..."]]:  # type: ignore[override]
-        """That of each loss."""
+        """Tell, for each loss, which targets are in its domain.
+
+        Args:
+            outputs: a dict of outputs, `[N, *out]` each, or one example's, `[*out]`.
+            targets: a dict of their targets.
+            batch: whether outputs and targets have a leading batch axis; True by default.
+
+        Returns:
+            A dict of booleans, `[*positions]` each.
+        """
         return {k: loss.targets_valid(outputs[k], targets[k], batch=batch) for k, loss in self.losses.items()}
 
     # Outputs as one array.
 
     def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "JointLoss":
-        """The same for outputs of these shapes, of one example each, as one array."""
+        """Return the same loss for the outputs of all heads in one array.
+
+        Args:
+            shapes: a dict of the shapes of one example's outputs.
+
+        Returns:
+            A loss of outputs `[N, entries]`.
+        """
         made = object.__new__(JointLoss)
         given = {"shapes": tuple((name, tuple(shapes[name])) for name in self.losses)}
         for name in ("losses", "weights", "reduction", "shapes"):
@@ -102,7 +130,14 @@ class JointLoss(Loss):
         return made
 
     def heads(self, entries: Any) -> dict[str, tuple[Loss, Any]]:
-        """Each loss, and its outputs among these `[*lead, entries]`, an array or a shape."""
+        """List each loss with its outputs.
+
+        Args:
+            entries: the outputs of all heads, `[*lead, entries]`, an array or a shape.
+
+        Returns:
+            The loss and the outputs of each head.
+        """
         assert self.shapes is not None
         if isinstance(entries, jax.ShapeDtypeStruct):
             found = jax.eval_shape(lambda x: cut(x, dict(self.shapes or ())), entries)
@@ -111,7 +146,16 @@ class JointLoss(Loss):
         return {name: (loss, found[name]) for name, loss in self.losses.items()}
 
     def split(self, outputs: Array, targets: Any, batch: bool) -> "JointTerms":  # type: ignore[override]
-        """The heads' terms, with their weights."""
+        """Split the loss at these outputs into the heads' terms, with their weights.
+
+        Args:
+            outputs: the outputs of all heads, `[N, entries]`, or one example's, `[entries]`.
+            targets: a dict of their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Returns:
+            The terms, with reduction and weights.
+        """
         found = {k: split_terms(loss, f, targets[k], batch=batch) for k, (loss, f) in self.heads(outputs).items()}
         weights = {k: self.weights[k].astype(terms.outputs.dtype) for k, terms in found.items()}
         return JointTerms(self, found, weights, outputs.dtype, batch)
@@ -123,7 +167,16 @@ class JointLoss(Loss):
                 loss.check_shapes(f, targets[name], batch)
 
     def check_values(self, outputs: Any, targets: Any, batch: bool) -> None:
-        """Refuse targets whose values a loss does not accept, where they can be looked at."""
+        """Refuse targets whose values a loss does not accept, where values are known.
+
+        Args:
+            outputs: the outputs of all heads, `[N, entries]`, or one example's, `[entries]`.
+            targets: a dict of their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Raises:
+            ValueError: for such a target.
+        """
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
             with named(name):
                 check_values(loss, f, targets[name], batch)
@@ -133,7 +186,15 @@ class JointLoss(Loss):
         return {name: loss.stand_in_targets(f, batch) for name, (loss, f) in found.items()}
 
     def check_names(self, what: str, tree: Any) -> None:
-        """Refuse what has other names than the losses."""
+        """Refuse a dict with other names than the losses'.
+
+        Args:
+            what: what it is, for the error.
+            tree: what was given.
+
+        Raises:
+            ValueError, TypeError: for other names, or for anything that is not a dict.
+        """
         if not isinstance(tree, Mapping) or set(tree) != set(self.losses):
             got = f"a dict of {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
             raise TypeError(
@@ -141,7 +202,15 @@ class JointLoss(Loss):
             )
 
     def flattened(self, outputs: Any, batch: bool) -> tuple["JointLoss", Array]:
-        """The loss of one array, and that array, of a dict of outputs."""
+        """Return the loss of one array, and that array, for a dict of outputs.
+
+        Args:
+            outputs: a dict of outputs.
+            batch: whether outputs have a leading batch axis.
+
+        Returns:
+            A loss of outputs `[N, entries]`, and these outputs.
+        """
         self.check_names("outputs", outputs)
         arrays = {k: as_outputs(f"outputs[{k!r}]", outputs[k], batch) for k in self.losses}
         if batch and len({x.shape[0] for x in arrays.values()}) > 1:

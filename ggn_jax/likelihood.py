@@ -14,47 +14,54 @@ from ggn_jax.terms import map_positions, term_axes, term_positions
 
 
 class LikelihoodLoss(Loss):
-    r"""A loss of your own, from **one term's** negative log-likelihood and a sampler of its predictive distribution.
+    """A loss of your own, from **one term's** negative log-likelihood and a sampler of its predictive distribution.
 
-    Batching, layout, reduction and scaling are done for you. A subclass states:
+    Batching, layout, reduction and scaling are done for you. A subclass defines:
 
-    * `curvature` (class attribute, required): `"hessian"` if each term's Hessian in the output is positive
+    - `curvature` (class attribute, required): `"hessian"` if each term's Hessian in the output is positive
       semi-definite, `"fisher"` if it may not be (Student-t, a Gaussian with a learned variance). It says which matrix
       the vectors reproduce.
-    * `term_axes` (class attribute): the axes of one example's output that make up one term: `()`, the default, if each
+    - `term_axes` (class attribute): the axes of one example's output that make up one term: `()`, the default, if each
       entry is a term of its own; `(-1,)` if the last axis holds a term's parameters.
-    * `nll(f, y)`: the negative log-likelihood of one term; `f` has the shape of one term, `y` that of one `sample`.
-    * `sample(key, f)`: a target drawn at `f`. Its shape is that of one term's target: `()`, or the term's own.
-    * `term_valid(f, y)` (optional): whether `y` is in the domain: targets that are not are refused, and give NaN inside
+    - `nll(f, y)`: the negative log-likelihood of one term; `f` has the shape of one term, `y` that of one `sample`.
+    - `sample(key, f)`: a target drawn at `f`. Its shape is that of one term's target: `()`, or the term's own.
+    - `term_valid(f, y)` (optional): whether `y` is in the domain: targets that are not are refused, and give NaN inside
       of `jit`. `target_domain(shape, batch)` says in words what is, for the error.
-    * `term_weight(f, y)` (optional): what the term's value, gradient and curvature are multiplied by, at least 0; it
-      may look at a part of the target that holds a weight for each example. 0 ignores the term. `term_count(f, y)` is
-      what it adds to the denominator of `reduction="mean"`: 1 also where it is ignored, if you leave that out.
-    * `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
+    - `term_weight(f, y)` (optional): the factor, at least 0, of the term's value, gradient and curvature; it may use a
+      part of the target that holds a weight for each example. 0 ignores the term. `term_count(f, y)` is what it adds to
+      the denominator of `reduction="mean"`: without it 1, also where the term is ignored.
+    - `fisher_sqrt(f)` (optional, for `curvature="fisher"`): an exact factor `S` of one term's Fisher matrix, shape
       `[*term, *term]`. Without it only `"mc"` and `"empirical"` vectors exist.
 
     Subclasses are Equinox modules: fields hold parameters, and no `__init__` is needed. Arrays and floats may be
-    traced, anything else must be an `equinox.field(static=True)`.
+    traced; anything else must be an `equinox.field(static=True)`.
 
-    With `curvature="hessian"` the square root is an eigendecomposition of the K x K term Hessian; one that is not
-    positive semi-definite after all gives NaN, and operators refuse it where values are known. `ggn_jax.check_loss`
-    tells whether all that you state fits together, the sampler too: run it once in a test. Monte-Carlo vectors are
+    With `curvature="hessian"` the square root is an eigendecomposition of the `K x K` term Hessian; one that turns out
+    not to be positive semi-definite gives NaN, and operators refuse it where values are known. `ggn_jax.check_loss`
+    checks that these definitions, the sampler included, fit together: run it once in a test. Monte-Carlo vectors are
     gradients at sampled targets; where the Hessian depends on the target, so that it is not the Fisher, they are `S e`
     with random signs `e`, which is unbiased.
 
-    >>> import jax, jax.numpy as jnp
-    >>> class PoissonLoss(LikelihoodLoss):
-    ...     "Counts; the output is the log-rate."
-    ...
-    ...     curvature = "hessian"
-    ...
-    ...     def nll(self, f, y):
-    ...         return jnp.exp(f) - y * f
-    ...
-    ...     def sample(self, key, f):
-    ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
-    >>> print(PoissonLoss(reduction="sum")(jnp.zeros((4, 3)), jnp.ones((4, 3))))
-    12.0
+    Args:
+        reduction: `"mean"` (default) or `"sum"`.
+
+    Raises:
+        ValueError: for another reduction.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> class PoissonLoss(LikelihoodLoss):
+        ...     "Counts; the output is the log-rate."
+        ...
+        ...     curvature = "hessian"
+        ...
+        ...     def nll(self, f, y):
+        ...         return jnp.exp(f) - y * f
+        ...
+        ...     def sample(self, key, f):
+        ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
+        >>> print(PoissonLoss(reduction="sum")(jnp.zeros((4, 3)), jnp.ones((4, 3))))
+        12.0
     """
 
     def __check_init__(self) -> None:
@@ -66,18 +73,44 @@ class LikelihoodLoss(Loss):
 
     @abc.abstractmethod
     def nll(self, f: Float[Array, "*term"], y: Array) -> Float[Array, ""]:
-        """The negative log-likelihood of one term."""
+        """Compute the negative log-likelihood of one term.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: its target, of the shape of one `sample`.
+
+        Returns:
+            The value, a scalar.
+        """
 
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray, f: Float[Array, "*term"]) -> Array:
-        """A target of one term, drawn from the predictive distribution at `f`."""
+        """Draw a target of one term from the predictive distribution at `f`.
+
+        Args:
+            key: a PRNG key.
+            f: the term's output, `[*term]`.
+
+        Returns:
+            A target, a scalar or of the shape of the term.
+        """
 
     def fisher_sqrt(self, f: Float[Array, "*term"]) -> Float[Array, "..."]:
-        """A factor `S` of one term's Fisher matrix, `[*term, *term]`."""
+        """Compute a factor `S` of one term's Fisher matrix, `S S^T`.
+
+        Args:
+            f: the term's output, `[*term]`.
+
+        Returns:
+            The factor, `[*term, *term]`.
+
+        Raises:
+            NotImplementedError: unless the subclass defines it.
+        """
         raise missing_fisher_sqrt(self)
 
     def has_fisher_sqrt(self) -> bool:
-        """Whether the subclass defines `fisher_sqrt`."""
+        """Tell whether the subclass defines `fisher_sqrt`."""
         return type(self).fisher_sqrt is not LikelihoodLoss.fisher_sqrt
 
     def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
@@ -107,12 +140,29 @@ class LikelihoodLoss(Loss):
         return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))
 
     def indefiniteness(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
-        """How negative the term's least eigenvalue is, as a part of the largest; 0 where it may be a square root's."""
+        """Compute how negative the least eigenvalue of the term's Hessian is, relative to the largest one.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: its target.
+
+        Returns:
+            A scalar of at least 0; 0 where the Hessian may have a real square root.
+        """
         hessian = self.term_hessian(f, y) if self.curvature == "hessian" else None
         return hessian.indefiniteness() if isinstance(hessian, AutodiffHessian) else jnp.zeros((), f.dtype)
 
     def draw_targets(self, key: PRNGKeyArray, outputs: Float[Array, "*shape"], batch: bool) -> Array:
-        """Targets for outputs, each term's drawn by `sample`."""
+        """Draw targets for outputs, each term's by `sample`.
+
+        Args:
+            key: a PRNG key.
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            batch: whether outputs have a leading batch axis.
+
+        Returns:
+            Targets for these outputs.
+        """
         axes, positions = term_axes(self, outputs, batch), term_positions(self, outputs, batch)
         trailing = axes if self._sample_structure(outputs, batch).ndim else ()
         sample = map_positions(lambda key, f: self.sample(key, f), ((), axes), trailing, len(positions))

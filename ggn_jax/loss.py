@@ -25,19 +25,23 @@ from ggn_jax.terms import (
 
 
 class Loss(eqx.Module):
-    r"""A loss: a reduction factor times a sum of independent *terms*, such as one per position of a sequence.
+    """A loss: a reduction factor times a sum of independent *terms*, such as one per position of a sequence.
 
     To add a loss of your own, subclass `LikelihoodLoss`, which derives everything from a log-likelihood. This class is
-    for those who know closed forms. Each method is about **one plain term**; `ggn_jax.terms` maps it over all of them
+    for losses with known closed forms. Each method is about **one plain term**; `ggn_jax.terms` maps it over all terms
     and applies reduction and weights.
 
-    **Arguments:** `reduction`: `"mean"` or `"sum"`.
+    `loss(outputs, targets)` returns the loss of a batch, outputs `[N, *out]`.
 
-    **Calling** `loss(outputs, targets)` returns the loss of a batch, outputs `[N, *out]`.
+    Args:
+        reduction: `"mean"` (default) or `"sum"`.
+
+    Raises:
+        ValueError: for another reduction.
     """
 
     curvature: ClassVar[Literal["hessian", "fisher"]]
-    """Whether the terms' matrix is their Hessian, which is then positive semi-definite, or their Fisher."""
+    """Which matrix a term has: its Hessian, which is then positive semi-definite, or its Fisher."""
     term_axes: ClassVar[tuple[int, ...]] = ()
     """The axes of one example's output that belong to one term."""
     takes_trailing_axes: ClassVar[bool] = False
@@ -52,15 +56,36 @@ class Loss(eqx.Module):
             )
 
     def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
-        """The loss of a batch: outputs `[N, *out]` and their targets. `0/0` (everything ignored) counts as 0."""
+        """Compute the loss of a batch; `0/0` (everything ignored) counts as 0.
+
+        Args:
+            outputs: the model's outputs, floating, `[N, *out]`.
+            targets: their targets.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError, TypeError: for shapes, dtypes or values that do not fit the loss.
+        """
         return _loss_value(self, *check_terms(self, outputs, targets, batch=True))
 
     def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> Bool[Array, "*positions"]:
-        """Whether the target of each term is of the loss's domain (a class index in range, say), `[*positions]`.
+        """Tell which targets are in the loss's domain: a class index in range, say.
 
-        Outside of `jit`, every function of this package raises ValueError where it is not. Under `jit`, where
-        values are unknown, the results are NaN there, and this says so beforehand. `batch` says whether outputs and
-        targets have a leading batch axis.
+        Outside of `jit`, every function of this package raises ValueError for a target that is not. Under `jit`, where
+        values are unknown, its results are NaN there, which this function tells beforehand.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            targets: their targets.
+            batch: whether outputs and targets have a leading batch axis; True by default.
+
+        Returns:
+            Booleans `[*positions]`, one for each term.
+
+        Raises:
+            ValueError, TypeError: for shapes or dtypes that do not fit.
         """
         outputs, targets = check_shapes_and_dtypes(self, outputs, targets, batch)
         return find_valid(self, outputs, targets, batch)
@@ -81,45 +106,130 @@ class Loss(eqx.Module):
     # One term: f is its output, y its part of `operand`.
 
     def term_weight(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
-        """The factor of the term's curvature; 0 ignores the term."""
+        """Compute the factor of the term's curvature; 0 ignores the term.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            The factor; 1 unless overridden.
+        """
         return jnp.ones(f.shape[len(self.term_axes) :], f.dtype)
 
     def term_count(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
-        """What the term adds to the denominator of `reduction="mean"`."""
+        """Compute what the term adds to the denominator of `reduction="mean"`.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            The count; 1 unless overridden.
+        """
         return jnp.ones(f.shape[len(self.term_axes) :], f.dtype)
 
     def term_valid(self, f: Float[Array, "*term"], y: Any) -> Bool[Array, "..."]:
-        """Whether the target's values are of the loss's domain."""
+        """Tell whether the target's values are in the loss's domain.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            A boolean; True unless overridden.
+        """
         return jnp.ones(f.shape[len(self.term_axes) :], bool)
 
     @abc.abstractmethod
     def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "..."]:
-        """The value of the weighted term."""
+        """Compute the value of the weighted term.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            The value, a scalar.
+        """
 
     @abc.abstractmethod
     def term_gradient(self, f: Float[Array, "*term"], y: Any) -> Float[Array, "*term"]:
-        """The gradient of the weighted term in `f`."""
+        """Compute the gradient of the weighted term in `f`.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            The gradient, `[*term]`.
+        """
 
     @abc.abstractmethod
     def term_hessian(self, f: Float[Array, "*term"], y: Any) -> TermHessian:
-        """The curvature of the plain term."""
+        """Compute the curvature of the plain term.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+
+        Returns:
+            Its Hessian in `f`, or its Fisher (`curvature`), with products and a square root.
+        """
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], f: jax.ShapeDtypeStruct) -> Array:
-        """Random numbers for `shape` terms like `f`, with leading axes `shape`."""
+        """Draw the random numbers for `shape` terms like `f`.
+
+        Args:
+            key: a PRNG key.
+            shape: the leading axes of what is drawn, one entry for each term.
+            f: the shape and dtype of one term's output.
+
+        Returns:
+            An array whose leading axes are `shape`.
+        """
 
     def settle(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Array:
-        """What `sampled_gradient` needs of the term's share of `draw`: a label, say, where that is smaller."""
+        """Reduce one term's random numbers to what `sampled_gradient` needs: a label, say, where that is smaller.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+            drawn: the term's part of what `draw` returned.
+
+        Returns:
+            An array; `drawn` itself unless overridden.
+        """
         return drawn
 
     @abc.abstractmethod
     def sampled_gradient(self, f: Float[Array, "*term"], y: Any, drawn: Array) -> Float[Array, "*term"]:
-        """A would-be gradient `g` of the plain term, `E[g g^T]` its Hessian, from what `settle` returns."""
+        """Compute a sampled gradient `g` of the plain term, for which `E[g g^T]` is its Hessian.
+
+        Args:
+            f: the term's output, `[*term]`.
+            y: what the term needs besides its output: its part of what `operand` returns.
+            drawn: what `settle` returned.
+
+        Returns:
+            The gradient, `[*term]`.
+        """
 
     def stand_in_targets(self, outputs: Shaped, batch: bool) -> Array:
-        """Targets that give every example's curvature and weight where these depend on no target: for `targets=None`.
+        """Make the targets that stand for `targets=None`, where curvature and weights depend on no target.
 
-        With them, nothing is ignored. A loss that does not define it needs targets.
+        With them, nothing is ignored. A loss that does not define this method needs targets.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            batch: whether outputs have a leading batch axis.
+
+        Returns:
+            Targets for these outputs.
+
+        Raises:
+            ValueError: for a loss that needs targets.
         """
         raise self._needs_targets("may depend on them")
 
@@ -127,30 +237,75 @@ class Loss(eqx.Module):
         return ValueError(f"targets must be given, not None: the curvature of {type(self).__name__} {why}.")
 
     def split(self, outputs: Array, targets: Any, batch: bool) -> Terms:
-        """The terms at these outputs."""
+        """Split the loss at these outputs into its terms.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            targets: their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Returns:
+            The terms, with reduction and weights.
+        """
         return split_one_loss(self, outputs, targets, batch)
 
     # Layout.
 
     @abc.abstractmethod
     def check_shapes(self, outputs: Shaped, targets: Array, batch: bool) -> None:
-        """Refuse outputs and targets that do not fit; `batch` says whether they have a leading batch axis."""
+        """Refuse outputs and targets whose shapes or dtypes do not fit.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            targets: their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Raises:
+            ValueError: for shapes that do not fit.
+            TypeError: for dtypes that do not fit.
+        """
 
     @abc.abstractmethod
     def operand(self, outputs: Array, targets: Array, batch: bool) -> tuple[Any, tuple[int, ...]]:
-        """What each term needs besides its output (a pytree), and the axes of its leaves that belong to one term."""
+        """Return what each term needs besides its output.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            targets: their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Returns:
+            A pytree of arrays, and the axes of its leaves that belong to one term.
+        """
 
     def check_values(self, outputs: Shaped, targets: Any, batch: bool) -> None:
-        """Refuse targets that are not of the loss's domain, where values can be looked at."""
+        """Refuse targets that are not in the loss's domain, where values are known.
+
+        Args:
+            outputs: a batch of model outputs, `[N, *out]`, or one example's, `[*out]`.
+            targets: their targets.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Raises:
+            ValueError: for such a target.
+        """
         check_values_of_one_loss(self, outputs, targets, batch)
 
     @property
     def restricts_targets(self) -> bool:
-        """Whether there are targets of the right shape and dtype that are not of the loss's domain."""
+        """Whether some targets of the right shape and dtype are not in the loss's domain."""
         return type(self).term_valid is not Loss.term_valid
 
     def target_domain(self, shape: tuple[int, ...], batch: bool) -> str:
-        """The targets that `term_valid` accepts, in words, for outputs of this shape."""
+        """Describe the targets that `term_valid` accepts, for error messages.
+
+        Args:
+            shape: the shape of the outputs.
+            batch: whether outputs and targets have a leading batch axis.
+
+        Returns:
+            Words that complete "targets must be ...".
+        """
         return "in the domain of the loss"
 
 

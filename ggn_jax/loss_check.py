@@ -24,44 +24,45 @@ UNSEEN = 9.0  # events that may have been missed, of the size of the largest one
 
 
 def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None) -> None:
-    r"""Check that all that a loss of your own states fits together, at some outputs of a model; for a test of yours.
+    """Check that the parts of a loss of your own fit together, at some outputs of a model; for a test of yours.
 
-    On some of the batch's terms, with `f` a term's output, `y` its target, `w` its weight:
+    On some of the batch's terms, with `f` a term's output, `y` its target, `w` its weight, it checks that
 
-    - the gradient and, with `curvature="hessian"`, `w` times the Hessian are the derivatives of the term's value;
-      the Hessian is positive semi-definite (on all terms, for a `LikelihoodLoss`);
+    - the gradient and, with `curvature="hessian"`, `w` times the Hessian are the derivatives of the term's value; the
+      Hessian is positive semi-definite (on all terms, for a `LikelihoodLoss`);
     - the square root `S` (`fisher_sqrt`, for a `LikelihoodLoss` with `curvature="fisher"`) has `S S^T = H`;
-    - would-be gradients `g` have mean 0, and the mean of `g g^T` is `H`;
-    - for a `LikelihoodLoss`, so have the gradients of `nll` at what `sample` draws: mean 0, and a mean of `g g^T` that
-      is the mean of the Hessians at these targets. This is what makes `nll` the likelihood of `sample` (Bartlett's
-      identities), and the Monte-Carlo vectors right.
+    - sampled gradients `g` have mean 0, and the mean of `g g^T` is `H`;
+    - for a `LikelihoodLoss`, the same holds for the gradients of `nll` at what `sample` draws: mean 0, and a mean of
+      `g g^T` that is the mean of the Hessians at these targets. This is what makes `nll` the likelihood of `sample`
+      (Bartlett's identities), and the Monte-Carlo vectors right.
 
-    Means are over 4,096 draws, and may be 6 standard errors from what they should be. What is rare may be missed:
+    Means are over 4,096 draws, and may differ from what they should be by 6 standard errors. Rare events may be missed:
     choose outputs that are not too confident, as those of a model before training. Terms with more than 8 entries are
-    looked at along 8 random directions.
+    checked along 8 random directions.
 
-    **Arguments:**
+    Args:
+        loss: the loss, of any class.
+        outputs: a batch of outputs, `[N, *out]`.
+        targets: their targets; None (default) for targets that a `LikelihoodLoss` draws itself.
+        key: a PRNG key for sampling; None (default) for `jax.random.key(0)`.
 
-    - `loss`: the loss, of any class.
-    - `outputs`: a batch of outputs, `[N, *out]`.
-    - `targets`: their targets; None for targets that a `LikelihoodLoss` draws itself.
-    - `key`: a PRNG key for what is drawn; `jax.random.key(0)` if it is not given.
+    Raises:
+        ValueError: where something disagrees; it says what, by how much, and what to do.
+        TypeError: inside of `jit`, where values are unknown.
 
-    **Raises:** ValueError that says what disagrees, by how much, and what to do; TypeError inside of `jit`, where
-    values are unknown.
-
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> class Wrong(ggn_jax.LikelihoodLoss):
-    ...     curvature = "hessian"
-    ...     def nll(self, f, y):
-    ...         return 0.5 * (f - y) ** 2
-    ...     def sample(self, key, f):  # should have variance 1
-    ...         return f + 0.2 * jax.random.normal(key, f.shape, f.dtype)
-    >>> try:
-    ...     check_loss(Wrong(), jnp.zeros((4, 3)))
-    ... except ValueError as error:
-    ...     print(str(error).partition(":")[0])
-    Wrong.sample does not fit Wrong.nll
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> class Wrong(ggn_jax.LikelihoodLoss):
+        ...     curvature = "hessian"
+        ...     def nll(self, f, y):
+        ...         return 0.5 * (f - y) ** 2
+        ...     def sample(self, key, f):  # should have variance 1
+        ...         return f + 0.2 * jax.random.normal(key, f.shape, f.dtype)
+        >>> try:
+        ...     check_loss(Wrong(), jnp.zeros((4, 3)))
+        ... except ValueError as error:
+        ...     print(str(error).partition(":")[0])
+        Wrong.sample does not fit Wrong.nll
     """
     check_supported(loss)
     outputs = as_outputs("outputs", outputs, batch=True)

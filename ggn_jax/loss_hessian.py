@@ -20,26 +20,31 @@ from ggn_jax.terms import Terms, check_terms, split_terms
 
 
 class LossHessian(eqx.Module):
-    r"""The Hessian `H` of a loss in the model's outputs, and a square root `S` with `S S^T = H`.
+    """The Hessian `H` of a loss in the model's outputs, and a square root `S` with `S S^T = H`.
 
     Terms are independent, so `H` is block diagonal, and each block has a closed form: for cross-entropy
-    `diag(p) - p p^T` and `S = diag(sqrt p) - p sqrt(p)^T` per position. Products cost O(C) per position;
-    `[*out, *out]` is never formed. Results have the outputs' dtype and are computed in at least float32.
-
-    **Arguments:**
-
-    - `loss`: a `Loss` with `curvature="hessian"`, or with an exact Fisher factor (then `H` is the Fisher).
-    - `outputs`, `targets`: a batch, `[N, *out]`, by default; `H` is then the Hessian of the loss of the whole batch.
-      `targets` may be None where `H` depends on no target (no class weights, say): nothing is ignored then. Of a
-      `JointLoss`, dicts of them; so are vectors, products and the diagonal.
-    - `batch`: `False` for one example, `[*out]`, whose loss is that of a batch of one.
+    `diag(p) - p p^T` and `S = diag(sqrt p) - p sqrt(p)^T` per position. Products cost O(C) per position; `[*out, *out]`
+    is never formed. Results have the outputs' dtype and are computed in at least float32.
 
     It is a pytree: pass it through `jax.jit`, make it under `jax.vmap` (with `batch=False`) or `jax.grad`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> H = LossHessian(ggn_jax.MSELoss(), jnp.zeros((2, 4)), jnp.ones((2, 4)))
-    >>> print(H.mv(jnp.ones((2, 4)))[0], H.trace())
-    [0.25 0.25 0.25 0.25] 2.0
+    Args:
+        loss: a `Loss` with `curvature="hessian"`, or with an exact Fisher factor (then `H` is the Fisher).
+        outputs: a batch of outputs, `[N, *out]`; `H` is then the Hessian of the loss of the whole batch. For a
+            `JointLoss` a dict of them; vectors, products and the diagonal are dicts then, too.
+        targets: their targets. They may be None where `H` depends on no target (no class weights, say): nothing is
+            ignored then.
+        batch: True (default) for a batch; False for one example, `[*out]`, whose loss is that of a batch of one.
+
+    Raises:
+        ValueError, TypeError: for outputs and targets that do not fit the loss.
+        NotImplementedError: for a loss without an exact square root.
+
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> H = LossHessian(ggn_jax.MSELoss(), jnp.zeros((2, 4)), jnp.ones((2, 4)))
+        >>> print(H.mv(jnp.ones((2, 4)))[0], H.trace())
+        [0.25 0.25 0.25 0.25] 2.0
     """
 
     terms: Terms | JointTerms
@@ -58,23 +63,44 @@ class LossHessian(eqx.Module):
         return fields(self, loss=self.terms.loss, outputs=self._like_outputs(self.terms.outputs))
 
     def mv(self, v: Any) -> Float[Array, "*shape"]:
-        """`H v`; `v` has the outputs' shape."""
+        """Compute `H v`.
+
+        Args:
+            v: an array of the outputs' shape.
+
+        Returns:
+            An array of the outputs' shape.
+        """
         return self._product("v", v, "mv")
 
     def sqrt_mv(self, v: Any) -> Float[Array, "*shape"]:
-        """`S v`; `v` has the outputs' shape."""
+        """Compute `S v`.
+
+        Args:
+            v: an array of the outputs' shape.
+
+        Returns:
+            An array of the outputs' shape.
+        """
         return self._product("v", v, "sqrt_mv")
 
     def sqrt_rmv(self, u: Any) -> Float[Array, "*shape"]:
-        """`S^T u`; `u` has the outputs' shape."""
+        """Compute `S^T u`.
+
+        Args:
+            u: an array of the outputs' shape.
+
+        Returns:
+            An array of the outputs' shape.
+        """
         return self._product("u", u, "sqrt_rmv")
 
     def diagonal(self) -> Float[Array, "*shape"]:
-        """The diagonal of `H`, in the outputs' shape."""
+        """Return the diagonal of `H`, in the outputs' shape."""
         return self._like_outputs(_diagonal(self.terms).astype(self.terms.dtype))
 
     def trace(self) -> Float[Array, ""]:
-        """The trace of `H`."""
+        """Return the trace of `H`, a scalar."""
         return jnp.sum(_diagonal(self.terms)).astype(self.terms.dtype)
 
     def _product(self, name: str, v: Any, what: str) -> Any:

@@ -15,17 +15,22 @@ from ggn_jax.term_hessian import ScalarHessian, TermHessian
 
 
 class MSELoss(Loss):
-    """The squared error, `torch.nn.MSELoss`: a term is `(f - y)^2`.
+    """The squared error, as `torch.nn.MSELoss`.
 
-    Its Hessian is 2, so `S = sqrt(2)`; would-be gradients are `N(0, 2)`.
+    A term is `(f - y)^2`. Its Hessian is 2, so `S = sqrt(2)`; sampled gradients are `N(0, 2)`.
 
-    **Arguments:** `reduction`: `"mean"` (over all entries) or `"sum"`.
+    `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch. Targets are never broadcast.
 
-    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch. Targets are never broadcast.
+    Args:
+        reduction: `"mean"` (default; over all entries) or `"sum"`.
 
-    >>> import jax.numpy as jnp
-    >>> print(MSELoss()(jnp.zeros((2, 3)), jnp.ones((2, 3))))
-    1.0
+    Raises:
+        ValueError: for an unknown reduction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(MSELoss()(jnp.zeros((2, 3)), jnp.ones((2, 3))))
+        1.0
     """
 
     curvature = "hessian"
@@ -57,25 +62,28 @@ class MSELoss(Loss):
 
 
 class BCEWithLogitsLoss(Loss):
-    """The binary cross-entropy of logits, `torch.nn.BCEWithLogitsLoss`.
+    """The binary cross-entropy of logits, as `torch.nn.BCEWithLogitsLoss`.
 
-    A term, with `p = sigmoid(f)`, is `-weight (pos_weight y log p + (1 - y) log(1 - p))`. Its Hessian is `m p (1 - p)`
-    with `m = weight (1 + (pos_weight - 1) y)`; a would-be gradient of the plain term is `p - b` with
-    `b ~ Bernoulli(p)`.
+    With `p = sigmoid(f)`, a term is `-weight (pos_weight y log p + (1 - y) log(1 - p))`. Its Hessian is `m p (1 - p)`
+    with `m = weight (1 + (pos_weight - 1) y)`; a sampled gradient of the plain term is `p - b` with `b ~ Bernoulli(p)`.
 
-    **Arguments:**
-
-    - `weight`: a factor of each entry, broadcast to the outputs `[N, *out]`, not negative. One with a batch axis can
-      only be used with batched functions.
-    - `reduction`: `"mean"` (over all entries; weights do not count) or `"sum"`.
-    - `pos_weight`: the weight of positive entries, broadcast to the outputs, not negative.
-
-    **Calling** `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch; targets are in `[0, 1]`, never
+    `loss(outputs [N, *out], targets [N, *out])` returns the loss of a batch; targets are in `[0, 1]`, and never
     broadcast.
 
-    >>> import jax.numpy as jnp
-    >>> print(f"{BCEWithLogitsLoss(reduction='sum')(jnp.zeros((2, 1)), jnp.ones((2, 1))):.4f}")  # 2 log 2
-    1.3863
+    Args:
+        weight: a factor for each entry, not negative, broadcast to the outputs `[N, *out]`; None (default) for 1. A
+            weight with a batch axis can only be used with functions of a batch.
+        reduction: `"mean"` (default; over all entries, whatever their weights) or `"sum"`.
+        pos_weight: the weight of positive entries, not negative, broadcast to the outputs; None (default) for 1.
+
+    Raises:
+        ValueError: for an unknown reduction, or a weight that is negative or not finite.
+        TypeError: for a weight that is not an array or a number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{BCEWithLogitsLoss(reduction='sum')(jnp.zeros((2, 1)), jnp.ones((2, 1))):.4f}")  # 2 log 2
+        1.3863
     """
 
     curvature = "hessian"

@@ -11,19 +11,20 @@ from ggn_jax._frozen import Frozen
 
 
 class ModelFn(eqx.Module):
-    """`model_fn(params, inputs) -> outputs`: a pytree whose leaves are the arrays that are not parameters.
+    """A model as a function, `model_fn(params, inputs) -> outputs`; a pytree of the arrays that are not parameters.
 
-    Made by `from_nnx`, `from_linen`, `from_equinox` and `from_haiku`. Two of the same model compare equal but for their
-    leaves, so that nothing is traced anew.
+    Made by `from_nnx`, `from_linen`, `from_equinox` and `from_haiku`. Two of the same model compare equal except for
+    their leaves, so that nothing is retraced.
 
-    >>> import equinox as eqx, jax
-    >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
-    >>> model_fn
-    ModelFn(Linear)
+    Example:
+        >>> import equinox as eqx, jax
+        >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+        >>> model_fn
+        ModelFn(Linear)
     """
 
     size: int = eqx.field(static=True)
-    """How many arrays its parameters are."""
+    """The number of arrays in its parameters."""
 
     def __repr__(self) -> str:
         return f"ModelFn({self._name()})"
@@ -33,7 +34,18 @@ class ModelFn(eqx.Module):
         """The class of the module."""
 
     def __call__(self, params: PyTree[Array], inputs: PyTree) -> Array:
-        """The outputs of a batch, `[N, *out]`."""
+        """Compute the outputs of a batch.
+
+        Args:
+            params: a pytree like the parameters that were returned with the function.
+            inputs: a batch of inputs.
+
+        Returns:
+            The outputs, `[N, *out]`.
+
+        Raises:
+            ValueError: for parameters with another number of arrays.
+        """
         found = len(jax.tree.leaves(params))
         if found != self.size:
             raise ValueError(
@@ -49,22 +61,29 @@ class ModelFn(eqx.Module):
 
 
 def from_nnx(module: Any, *, method: str = "__call__") -> tuple[ModelFn, PyTree[Array]]:
-    """A Flax NNX module as a function of its `nnx.Param`s.
+    """Convert a Flax NNX module to a function of its `nnx.Param`s.
 
-    Everything else (batch statistics, random streams) is held at its present value: what a call changes in it is not
-    kept. Call `module.eval()` first if it has dropout or batch normalisation. `model_fn` is a pytree: pass it to a
+    Everything else (batch statistics, random streams) is held at its present value: changes made by a call are
+    discarded. Call `module.eval()` first if it has dropout or batch normalisation. `model_fn` is a pytree: pass it to a
     jitted function like an array, not as a static argument.
 
-    **Arguments:** `module`: an `nnx.Module`; `method`: what to call with the inputs.
+    Args:
+        module: an `nnx.Module`.
+        method: the name of the method that is called with the inputs; `"__call__"` by default.
 
-    **Returns:** `(model_fn, params)`, the parameters as nested dicts of arrays; write new ones back with
-    `nnx.update(module, params)`.
+    Returns:
+        `(model_fn, params)`, the parameters as nested dicts of arrays; write new ones back with
+        `nnx.update(module, params)`.
 
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> model_fn, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    >>> model_fn(params, jnp.ones((5, 3))).shape
-    (5, 2)
+    Raises:
+        TypeError: for anything but an NNX module.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model_fn, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        >>> model_fn(params, jnp.ones((5, 3))).shape
+        (5, 2)
     """
     from flax import nnx
 
@@ -92,21 +111,30 @@ class _NNX(ModelFn):
 
 
 def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[ModelFn, PyTree[Array]]:
-    """A Flax linen module as a function of `variables["params"]`.
+    """Convert a Flax linen module to a function of `variables["params"]`.
 
     Other collections (batch statistics) are held fixed.
 
-    **Arguments:** `module`: a `flax.linen.Module`; `variables`: what `module.init` returned; `kwargs`: passed on to
-    each `module.apply`, such as `train=False` or `rngs={"dropout": key}` (the same key at each call); not `mutable`.
+    Args:
+        module: a `flax.linen.Module`.
+        variables: what `module.init` returned.
+        **kwargs: passed on to each `module.apply`, such as `train=False` or `rngs={"dropout": key}` (the same key at
+            each call); not `mutable`.
 
-    **Returns:** `(model_fn, params)`.
+    Returns:
+        `(model_fn, params)`.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import linen as nn
-    >>> module = nn.Dense(2)
-    >>> model_fn, params = from_linen(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
-    >>> model_fn(params, jnp.ones((5, 3))).shape
-    (5, 2)
+    Raises:
+        TypeError: for anything but a linen module.
+        ValueError: for `mutable`, and for variables without `"params"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> module = nn.Dense(2)
+        >>> model_fn, params = from_linen(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+        >>> model_fn(params, jnp.ones((5, 3))).shape
+        (5, 2)
     """
     from flax import linen
 
@@ -136,17 +164,24 @@ class _Linen(ModelFn):
 
 
 def from_equinox(module: Any, *, batched: bool = False) -> tuple[ModelFn, PyTree[Array]]:
-    """An Equinox module as a function of its floating arrays.
+    """Convert an Equinox module to a function of its floating arrays.
 
-    **Arguments:** `module`: an `equinox.Module`, called with one example as is Equinox's custom and mapped over the
-    batch, unless `batched` says that it takes a batch itself.
+    Args:
+        module: an `equinox.Module`.
+        batched: whether the module takes a batch; False (default) for one that takes one example, as is Equinox's
+            convention, and is mapped over the batch.
 
-    **Returns:** `(model_fn, params)`; `equinox.combine(params, module)` is the module with new parameters.
+    Returns:
+        `(model_fn, params)`; `equinox.combine(params, module)` is the module with new parameters.
 
-    >>> import equinox as eqx, jax, jax.numpy as jnp
-    >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
-    >>> model_fn(params, jnp.ones((5, 3))).shape
-    (5, 2)
+    Raises:
+        TypeError: for anything but an Equinox module.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> model_fn, params = from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+        >>> model_fn(params, jnp.ones((5, 3))).shape
+        (5, 2)
     """
     if not isinstance(module, eqx.Module):
         raise TypeError(f"module must be an equinox.Module; got {type(module).__name__}.")
@@ -169,26 +204,32 @@ class _Equinox(ModelFn):
 def from_haiku(
     transformed: Any, params: PyTree[Array], state: Any = None, *, rng: Any = None, **kwargs: Any
 ) -> tuple[ModelFn, PyTree[Array]]:
-    """A function transformed by Haiku, as a function of its parameters.
+    """Convert a function transformed by Haiku to a function of its parameters.
 
-    **Arguments:** `transformed`: what `haiku.transform` or `haiku.transform_with_state` returned; `params`: the
-    parameters that its `init` returned; `state`: the state, with `transform_with_state` only, which is held fixed: what
-    a call changes in it is not kept; `rng`: the key that is passed to each call, the same one; `kwargs`: passed on to
-    each call, such as `is_training=False`.
+    Args:
+        transformed: what `haiku.transform` or `haiku.transform_with_state` returned.
+        params: the parameters that its `init` returned.
+        state: the state that its `init` returned, with `transform_with_state` only. It is held fixed: changes made by a
+            call are discarded. None by default.
+        rng: the key that is passed to each call, the same one; None by default.
+        **kwargs: passed on to each call, such as `is_training=False`.
 
-    **Returns:** `(model_fn, params)`.
+    Returns:
+        `(model_fn, params)`.
 
-    **Raises:** TypeError for anything that is not transformed, and for a state that is missing or has no place.
+    Raises:
+        TypeError: for anything but a transformed function, and for a state that is missing or superfluous.
 
-    >>> from typing import NamedTuple
-    >>> import jax.numpy as jnp
-    >>> class Transformed(NamedTuple):  # as haiku.transform(forward) is
-    ...     init: object
-    ...     apply: object
-    >>> forward = Transformed(None, lambda params, rng, x: x @ params["linear"]["w"])
-    >>> model_fn, params = from_haiku(forward, {"linear": {"w": jnp.ones((3, 2))}})
-    >>> model_fn(params, jnp.ones((5, 3))).shape
-    (5, 2)
+    Example:
+        >>> from typing import NamedTuple
+        >>> import jax.numpy as jnp
+        >>> class Transformed(NamedTuple):  # as haiku.transform(forward) is
+        ...     init: object
+        ...     apply: object
+        >>> forward = Transformed(None, lambda params, rng, x: x @ params["linear"]["w"])
+        >>> model_fn, params = from_haiku(forward, {"linear": {"w": jnp.ones((3, 2))}})
+        >>> model_fn(params, jnp.ones((5, 3))).shape
+        (5, 2)
     """
     kind = type(transformed).__name__
     if kind not in ("Transformed", "TransformedWithState") or not callable(getattr(transformed, "apply", None)):

@@ -18,9 +18,15 @@ from ggn_jax.loss import Loss
 class ObjectiveTerm:
     """One function of an `Objective`: `weight * loss(model_fn(params, inputs), targets)`.
 
-    >>> import ggn_jax
-    >>> ggn_jax.Objective(lambda p, x: x @ p, ggn_jax.MSELoss(), 0.5).terms[0].weight
-    0.5
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+        loss: its `Loss`.
+        weight: a number of at least 0.
+
+    Example:
+        >>> import ggn_jax
+        >>> ggn_jax.Objective(lambda p, x: x @ p, ggn_jax.MSELoss(), 0.5).terms[0].weight
+        0.5
     """
 
     model_fn: Callable[[PyTree, PyTree], Any]
@@ -29,7 +35,7 @@ class ObjectiveTerm:
 
 
 class Objective:
-    r"""`weight * loss(model_fn(params, inputs), targets)`; sums, with `+` and `number *`, are objectives as well.
+    """The objective `weight * loss(model_fn(params, inputs), targets)`, or a sum of such, made with `+` and `number *`.
 
     The functions of a sum have the same parameters, and each a batch of its own, of its own size: a differential
     equation in the interior of a domain and its boundary values, say, or data of several kinds. The curvature is the
@@ -41,22 +47,23 @@ class Objective:
     objective of one function, `batches` may also be its batch.
 
     Args:
-        model_fn: `model_fn(params, inputs) -> outputs [N, *out]`.
-        loss: a `Loss`.
-        weight: a number of at least 0.
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        weight: a number of at least 0; 1 by default.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them.
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
-    >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
-    >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
-    >>> batches = [(jnp.ones((8, 2)), jnp.zeros((8, 1))), (jnp.ones((3, 2)), jnp.ones((3, 2)))]
-    >>> float(objective(params, batches))
-    4.0
-    >>> ggn_jax.GGNLinearOperator.from_objective(objective, params, batches).as_matrix().shape
-    (2, 2)
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
+        >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
+        >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
+        >>> batches = [(jnp.ones((8, 2)), jnp.zeros((8, 1))), (jnp.ones((3, 2)), jnp.ones((3, 2)))]
+        >>> float(objective(params, batches))
+        4.0
+        >>> ggn_jax.GGNLinearOperator.from_objective(objective, params, batches).as_matrix().shape
+        (2, 2)
     """
 
     terms: tuple[ObjectiveTerm, ...]
@@ -96,7 +103,18 @@ class Objective:
         return self * (1 / _number("the divisor of an objective", number))
 
     def __call__(self, params: PyTree[Array], batches: Any) -> Float[Array, ""]:
-        """The value at `params`, with a batch for each function."""
+        """Compute the value at `params`.
+
+        Args:
+            params: the parameters, a pytree of floating arrays.
+            batches: a list with a batch `(inputs, targets)` for each function; for one function, also its batch.
+
+        Returns:
+            The value, a scalar.
+
+        Raises:
+            TypeError: for a number of batches that differs from that of the functions.
+        """
         values = []
         for term, batch in zip(self.terms, self.batches(batches), strict=True):
             value = term.loss(term.model_fn(params, batch[0]), batch[1])
@@ -105,11 +123,34 @@ class Objective:
             return sum(values[1:], start=values[0])
 
     def batches(self, batches: Any) -> list[Any]:
-        """The batch of each function."""
+        """List the batch of each function.
+
+        Args:
+            batches: a list with a batch for each function; for one function, also its batch.
+
+        Returns:
+            A list of batches.
+
+        Raises:
+            TypeError: for a number of batches that differs from that of the functions.
+        """
         return self.each("batches", "a batch", batches, lambda x: isinstance(x, tuple | list) and len(x) in (2, 3))
 
     def each(self, name: str, what: str, given: Any, is_one: Callable[[Any], bool]) -> list[Any]:
-        """Something for each function; of one, that may stand for itself."""
+        """List something for each function; for one function, it may be given without a list.
+
+        Args:
+            name: the argument's name, for the error.
+            what: what is wanted for each function, for the error.
+            given: what was given.
+            is_one: a function that tells whether `given` is for one function, without a list.
+
+        Returns:
+            A list with as many entries as there are functions.
+
+        Raises:
+            TypeError: for another number of entries.
+        """
         count = len(self.terms)
         if count == 1 and is_one(given):
             return [given]

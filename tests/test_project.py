@@ -3,11 +3,13 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -122,6 +124,7 @@ TORCH_BRIDGE = [
     {"laplace", "optimizer"},
     {""},
 ]
+OPTIONS = {*ggn_jax.KFACOptions.__annotations__}
 LAYERS = {"ggn_jax": GGN_JAX, "torch_bridge": TORCH_BRIDGE}
 LEVEL = {
     f"{package}.{name}".removesuffix("."): level
@@ -136,6 +139,15 @@ LIBRARIES = {
 # Nothing below these (parts, so that this file does not name them).
 PRIVATE = [("jax", "core"), ("jax", "interpreters"), ("jaxlib",), ("equinox", "internal"), ("torch", "_functorch")]
 WITHOUT_EXAMPLE = {"Loss"}  # abstract
+# Functions make these, and their fields have docstrings; or they are names of options or vectors.
+WITHOUT_ARGUMENTS = {
+    *("BatchesGramLinearOperator", "BatchesJacobianLinearOperator", "BatchesLinearOperator", "BlockDiagnosis"),
+    *("BlockLinearOperator", "Curvature", "CurvatureReport", "CurvatureRow", "Diagnosis", "Factors", "FisherType"),
+    *("JacobianTransposeLinearOperator", "KFACOptions", "KFACState", "KFACTransformation", "KroneckerOptions"),
+    *("LayerIO", "LayerInfo", "Layers", "LayersIO", "ModelFn", "MultiStepsState", "PartialSums", "Report", "ReportRow"),
+    *("ScaleByKFACState", "ScaleByLayersState", "StackedJacobianLinearOperator", "StepStatistics"),
+    *("UncoveredParametersWarning", "UseIO", "WeightedSumLinearOperator"),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -293,7 +305,37 @@ def test_documented(package: ModuleType, name: str) -> None:
     if name in WITHOUT_EXAMPLE:
         assert inspect.isabstract(value)
     else:
-        assert ">>> " in doc
+        assert re.search(r"^ *Example:\n(.|\n)* >>> ", doc, flags=re.MULTILINE)
+    for member, of in members(name, value):
+        check_sections(member, of)
+
+
+def members(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A public object, and of a class its public methods and properties."""
+    yield name, value
+    for attribute in dir(value) if inspect.isclass(value) else ():
+        member = getattr(value, attribute)
+        function = member.fget if isinstance(member, property) else member
+        ours = str(getattr(function, "__module__", "")).partition(".")[0] in PACKAGES
+        if not attribute.startswith("_") and ours and inspect.isroutine(function) and function.__name__[0] != "_":
+            yield f"{name}.{attribute}", member
+
+
+def check_sections(name: str, value: Any) -> None:
+    """A summary, and sections as Google's style has them, which name every parameter."""
+    doc = f"{inspect.getdoc(value)}\n"
+    assert re.match(r"[^\n]+\.\n(\n|$)", doc), f"{name}: a summary of one line"
+    assert not re.search(r"^\*\*(Arguments|Calling|Raises|Returns)", doc, flags=re.MULTILINE), name
+    sections = dict(re.findall(r"^(\w+):\n((?:    .*\n|\n)+)", doc, flags=re.MULTILINE))
+    first = sections.get("Returns", "").partition("\n")[0]
+    assert ":" not in first, f"{name}: napoleon takes what is before the colon for a type"
+    if isinstance(value, property) or name in WITHOUT_ARGUMENTS:
+        return
+    arguments = sections.get("Args", "") + sections.get("Attributes", "")
+    named = set(re.findall(r"^    \*{0,2}(\w+):", arguments, flags=re.MULTILINE))
+    if "options" in named:  # those of a typed dict are named in one entry
+        named |= set(re.findall(r"`(\w+)`", arguments)) & OPTIONS
+    assert set(inspect.signature(value).parameters) - named <= {"self"}, name
 
 
 def test_import_is_light(tmp_path: Path) -> None:

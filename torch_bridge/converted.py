@@ -102,25 +102,32 @@ class ConvertedModule:
     parameters have at that time, without another export, and what was compiled for an operator of the same parameters
     is used again.
 
-    **Arguments:**
+    Args:
+        module: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
+            as they are, and so must hooks (those of gradients included) and attributes that are numbers, text, tensors
+            or functions, or lists and dicts of them; parameters may change their values, but not be replaced: operators
+            made after that raise RuntimeError. Attributes of other kinds, such as a config object, must not change
+            either, which is not detected.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments, of tensors
+            and nested containers of them, as for `from_module`. Inputs of operators have these shapes, except for the
+            batch's size.
 
-    - `module`: a `torch.nn.Module`, converted in the mode that it is in. Buffers, the parts and their modes must stay
-      as they are, and so must attributes that are numbers, text, tensors or functions, or lists and dicts of them, and
-      hooks, those of gradients included; parameters may change their values, but not be replaced: operators made after
-      that raise RuntimeError. Attributes of other kinds, such as a config object, must not change either, which is not
-      seen.
-    - `example_inputs`: as for `from_module`: inputs of operators have these shapes, but for the batch's size.
+    Attributes:
+        module: the module.
+        model_fn: the function, as `from_module` returns it.
+        output_fn: the same, but for a module that returns a mapping with `logits` it returns only these.
 
-    **Attributes:** `module`; `model_fn`, as `from_module` returns it; `output_fn`, the same, but for the `logits` alone
-    of a module that returns a mapping with these. `params()` gives the parameters as they are.
+    Raises:
+        NotImplementedError, TypeError, RuntimeError: for modules that `from_module` refuses.
 
-    >>> import torch, torch_bridge
-    >>> module = torch.nn.Linear(2, 3)
-    >>> converted, params = torch_bridge.ConvertedModule(module, torch.ones(1, 2)), list(module.parameters())
-    >>> for batch in 2 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
-    ...     kfac = torch_bridge.KFACLinearOperator(converted, torch.nn.CrossEntropyLoss(), params, [batch])
-    ...     with torch.no_grad():
-    ...         _ = [p.add_(-0.1 * step) for p, step in zip(params, kfac.inverse(damping=0.1) @ params)]
+    Example:
+        >>> import torch, torch_bridge
+        >>> module = torch.nn.Linear(2, 3)
+        >>> converted, params = torch_bridge.ConvertedModule(module, torch.ones(1, 2)), list(module.parameters())
+        >>> for batch in 2 * [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]:
+        ...     kfac = torch_bridge.KFACLinearOperator(converted, torch.nn.CrossEntropyLoss(), params, [batch])
+        ...     with torch.no_grad():
+        ...         _ = [p.add_(-0.1 * step) for p, step in zip(params, kfac.inverse(damping=0.1) @ params)]
     """
 
     def __init__(self, module: nn.Module, example_inputs: Any):
@@ -150,7 +157,14 @@ class ConvertedModule:
         return self._outputs({**others, **params}, given)
 
     def params(self) -> dict[str, jax.Array]:
-        """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""
+        """Return the parameters' present values.
+
+        Returns:
+            A dict of JAX arrays by the module's names.
+
+        Raises:
+            RuntimeError: where another part of the module has changed.
+        """
         if changed := self._snapshot.changed():
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it anew."

@@ -21,56 +21,61 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def make_grad_output_fn(
     loss_func: torch.nn.Module, fisher_type: FisherType | str, mc_samples: int = 1
 ) -> Callable[..., Tensor]:
-    r"""A function of **one example** that returns its gradient output vectors.
+    """Make a function of **one example** that returns its gradient output vectors.
 
-    `fn(output [*out], target, generator=None) -> vectors [V, *out]`. With `L` the loss of a **batch of one**,
-    `loss_func(output[None], target[None])`, including its reduction, weights and all other options:
+    With `L` the loss of a **batch of one**, `loss_func(output[None], target[None])`, including its reduction, weights
+    and all other options, the vectors are:
 
     ============== ======================================================= ================
     `fisher_type`  vectors                                                 V
     ============== ======================================================= ================
     `type-2`       columns of `S`, `S S^T` the Hessian of `L`              `output.numel()`
-    `mc`           would-be gradients / sqrt(mc_samples); the sum of their `mc_samples`
+    `mc`           sampled gradients / sqrt(mc_samples); the sum of their  `mc_samples`
                    outer products is the Hessian in expectation
     `empirical`    `sqrt(r)` times the gradient of the sum-reduced `L`     1
-    `forward-only` none; the target is not looked at                       0
+    `forward-only` none; the target is not used                            0
     ============== ======================================================= ================
 
     where `r` is the reduction: 1 for `"sum"`, 1 / (sum of the terms' counts) for `"mean"`; see
     `ggn_jax.make_grad_output_fn`, which computes them.
 
-    It works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx`, `torch.compile` and
-    `torch.export` (which, of any function, exports `vmap` with `out_dims=0` only, unless `strict=True`), and is
-    differentiable once in `output`, by reverse mode; other derivatives, and derivatives under `functionalize`, raise
-    NotImplementedError. *Inside* of a compiled region there is `backward` only: `torch.func.grad` raises, and forward
-    mode, which cannot be seen there, gives zeros, so detach outputs first. It can be pickled, and copied with its loss.
+    The function works under `torch.func.vmap` and the other transformations of `torch.func`, under `make_fx`,
+    `torch.compile` and `torch.export` (which, of any function, exports `vmap` with `out_dims=0` only, unless
+    `strict=True`), and is differentiable once in `output`, by reverse mode; other derivatives, and derivatives under
+    `functionalize`, raise NotImplementedError. *Inside* of a compiled region there is `backward` only:
+    `torch.func.grad` raises, and forward mode, which cannot be detected there, gives zeros, so detach outputs first. It
+    can be pickled, and copied with its loss.
 
     Under `vmap` with random vectors, `randomness="different"` gives each example draws of its own. For a whole batch,
     `make_batch_grad_output_fn` is faster, and knows the batch's reduction.
 
-    **Arguments:**
+    Args:
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`. Its options are read at each call.
+        fisher_type: a `FisherType` or its value, `"type-2"`, `"mc"`, `"empirical"` or `"forward-only"`; curvlinops'
+            `FisherType` is accepted as well.
+        mc_samples: the number of Monte-Carlo vectors, at least 1 (default); used for `"mc"` only.
 
-    - `loss_func`: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
-      `register_loss`. Its options are read at each call.
-    - `fisher_type`: a `FisherType` or its value; curvlinops' `FisherType` is accepted as well.
-    - `mc_samples`: the number of Monte-Carlo vectors, at least 1; of no effect with other vectors.
+    Returns:
+        `fn(output [*out], target, generator=None) -> vectors [V, *out]`. The vectors have the output's dtype and
+        device, are contiguous, and may be written to. They are computed in the dtype to which torch promotes output,
+        target and the tensors of the loss, at least float32, and rounded once. `generator` is for `"mc"`; None stands
+        for torch's global generator (and is what `torch.compile` can trace; one state then gives one result again, but
+        from torch 2.14 on not that of the function that is not compiled).
 
-    **Returns:** the function. Its vectors have the output's dtype and device, are contiguous, and may be written to.
-    They are computed in the dtype to which torch promotes output, target and the tensors of the loss, at least float32,
-    and rounded once.
-    `generator` belongs to `mc`; `None` stands for torch's global generator (and is what `torch.compile` can trace; one
-    state then gives one result again, but from torch 2.14 on not that of the function that is not compiled).
+    Raises:
+        NotImplementedError: for a loss that is not supported, or may compute something else than its class says (hooks,
+            a replaced `forward`), and for tensors that are not dense.
+        ValueError: for an unknown fisher type, `mc_samples` below 1 with `"mc"`, options such as `reduction="none"`,
+            shapes that do not fit, and targets outside of the loss's domain (on the CPU; on a GPU they give NaN).
+        TypeError: for a dtype that does not fit.
 
-    **Raises:** NotImplementedError for a loss that is not supported, or may compute something else than its class says
-    (hooks, a replaced `forward`), and for tensors that are not dense; ValueError for an unknown fisher type,
-    `mc_samples` below 1 with `"mc"`, options such as `reduction="none"`, shapes that do not fit, and targets that are
-    not of the loss's domain (on the CPU; on a GPU they give NaN); TypeError for a dtype that does not fit.
-
-    >>> import torch
-    >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])  # 5 data, 3 classes
-    >>> fn = make_grad_output_fn(torch.nn.CrossEntropyLoss(), "mc", mc_samples=2)
-    >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
-    torch.Size([2, 5, 3])
+    Example:
+        >>> import torch
+        >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])  # 5 examples, 3 classes
+        >>> fn = make_grad_output_fn(torch.nn.CrossEntropyLoss(), "mc", mc_samples=2)
+        >>> torch.func.vmap(fn, in_dims=(0, 0, None), out_dims=1, randomness="different")(outputs, targets, None).shape
+        torch.Size([2, 5, 3])
     """
     return ExampleGradOutputFn(loss_func, fisher_type, mc_samples)
 
@@ -78,47 +83,91 @@ def make_grad_output_fn(
 def make_batch_grad_output_fn(
     loss_func: torch.nn.Module, fisher_type: FisherType | str, mc_samples: int = 1
 ) -> Callable[..., Tensor]:
-    r"""A function of **a batch** that returns the gradient output vectors of all its data: the fast one.
+    """Make a function of **a batch** that returns the gradient output vectors of all its examples: the fast one.
 
-    `fn(outputs [N, *out], targets, generator=None) -> vectors [V, N, *out]`, as `make_grad_output_fn`, but without the
-    cost of `vmap`, and with `L` the loss of the **whole batch**: for each `n`, the sum over `v` of
-    `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its Hessian. For `reduction="mean"` that includes the batch's
-    `1 / N`, and for class weights and `ignore_index` the batch's own denominator.
+    As with `make_grad_output_fn`, but without the cost of `vmap`, and with `L` the loss of the **whole batch**: for
+    each `n`, the sum over `v` of `V[v, n] V[v, n]^T` is the `n`-th diagonal block of its Hessian. For
+    `reduction="mean"` that includes the batch's `1 / N`, and for class weights and `ignore_index` the batch's own
+    denominator.
 
-    >>> import torch
-    >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])
-    >>> fn = make_batch_grad_output_fn(torch.nn.CrossEntropyLoss(), "type-2")
-    >>> fn(outputs, targets).shape
-    torch.Size([3, 5, 3])
+    Args:
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`. Its options are read at each call.
+        fisher_type: a `FisherType` or its value, `"type-2"`, `"mc"`, `"empirical"` or `"forward-only"`; curvlinops'
+            `FisherType` is accepted as well.
+        mc_samples: the number of Monte-Carlo vectors, at least 1 (default); used for `"mc"` only.
+
+    Returns:
+        `fn(outputs [N, *out], targets, generator=None) -> vectors [V, N, *out]`. The vectors have the outputs' dtype
+        and device. `generator` is for `"mc"`; None stands for torch's global generator.
+
+    Raises:
+        NotImplementedError: for a loss that is not supported.
+        ValueError: for an unknown fisher type, or `mc_samples` below 1 with `"mc"`; from `fn`, for shapes that do not
+            fit, and targets outside of the loss's domain (on the CPU; on a GPU they give NaN).
+        TypeError: from `fn`, for a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> outputs, targets = torch.zeros(5, 3), torch.tensor([0, 1, 2, 1, 0])
+        >>> fn = make_batch_grad_output_fn(torch.nn.CrossEntropyLoss(), "type-2")
+        >>> fn(outputs, targets).shape
+        torch.Size([3, 5, 3])
     """
     return BatchGradOutputFn(loss_func, fisher_type, mc_samples)
 
 
 def make_grad_output_sampler(loss_func: torch.nn.Module) -> Callable[..., Tensor]:
-    r"""A function that draws would-be gradients of one example.
+    """Make a function that samples gradients of one example.
 
-    `fn(output_one_datum [*out], num_samples, target_one_datum, generator=None) -> [num_samples, *out]` with `E[g g^T]`
-    the Hessian of the loss of a batch of one: the `mc` vectors of `make_grad_output_fn`, not divided by
-    `sqrt(num_samples)`. With `num_samples=0` nothing is drawn, and the target is not looked at.
+    Args:
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
 
-    >>> import torch
-    >>> sample = make_grad_output_sampler(torch.nn.MSELoss(reduction="sum"))
-    >>> sample(torch.zeros(3), 10, torch.ones(3), torch.Generator().manual_seed(0)).shape
-    torch.Size([10, 3])
+    Returns:
+        `fn(output_one_datum [*out], num_samples, target_one_datum, generator=None) -> [num_samples, *out]` with
+        `E[g g^T]` the Hessian of the loss of a batch of one: the `"mc"` vectors of `make_grad_output_fn`, not divided
+        by `sqrt(num_samples)`. With `num_samples=0` nothing is sampled, and the target is not used.
+
+    Raises:
+        NotImplementedError: for a loss that is not supported.
+        ValueError: from the function, for shapes that do not fit, and targets outside of the loss's domain (on the
+            CPU).
+        TypeError: from the function, for a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> sample = make_grad_output_sampler(torch.nn.MSELoss(reduction="sum"))
+        >>> sample(torch.zeros(3), 10, torch.ones(3), torch.Generator().manual_seed(0)).shape
+        torch.Size([10, 3])
     """
     return GradOutputSampler(loss_func)
 
 
 def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor, loss_func: torch.nn.Module) -> Tensor:
-    r"""The square root `S` of the Hessian of one example's loss as a dense tensor, `[*out, *out]`.
+    """Compute the square root `S` of the Hessian of one example's loss as a dense tensor.
 
     As a matrix (rows: the first `*out`), `S S^T` is the Hessian of `loss_func(output[None], target[None])`.
 
-    >>> import torch
-    >>> S = loss_hessian_matrix_sqrt(torch.zeros(2), torch.ones(2), torch.nn.MSELoss())
-    >>> S @ S.T  # the mean of two squares: Hessian I
-    tensor([[1.0000, 0.0000],
-            [0.0000, 1.0000]])
+    Args:
+        output_one_datum: one example's output, floating, `[*out]`.
+        target_one_datum: its target.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+
+    Returns:
+        `S`, a tensor `[*out, *out]`.
+
+    Raises:
+        NotImplementedError: for a loss that is not supported.
+        ValueError, TypeError: for an output and a target that do not fit the loss.
+
+    Example:
+        >>> import torch
+        >>> S = loss_hessian_matrix_sqrt(torch.zeros(2), torch.ones(2), torch.nn.MSELoss())
+        >>> S @ S.T  # the mean of two squares: Hessian I
+        tensor([[1.0000, 0.0000],
+                [0.0000, 1.0000]])
     """
     columns = make_grad_output_fn(loss_func, FisherType.TYPE2)(output_one_datum, target_one_datum)
     shape, size = output_one_datum.shape, output_one_datum.numel()

@@ -104,47 +104,51 @@ def register_loss(
     options: Sequence[str] = (),
     floating_targets: bool = False,
 ) -> None:
-    """Teach all functions of this package a class of loss modules.
+    """Register a class of loss modules for all functions of this package.
 
-    Modules are taken by their exact class: a subclass may compute anything, and is refused until it is registered.
-
-    **Arguments:**
-
-    - `cls`: the class of the modules.
-    - `convert`: a function that is called with the attributes named in `tensors` (as JAX arrays, `None` left out) and
-      `options` as keyword arguments, and returns a `ggn_jax` loss; `ggn_jax.LikelihoodLoss` is how to write one. Or a
-      class that is registered already, such as `torch.nn.CrossEntropyLoss`, if its mathematics is that of `cls`.
-    - `tensors`: the names of attributes that are tensors, or None.
-    - `options`: the names of attributes that are Python literals (numbers, strings, bools, None, tuples of such).
-    - `floating_targets`: whether to refuse targets that are not floating, as the loss itself does.
-
+    Modules are looked up by their exact class: a subclass may compute anything, and is refused until it is registered.
     Registering a class again replaces its entry for functions made from then on.
 
-    **Raises:** TypeError for a `cls` that is not a class of modules; ValueError for a `convert` that is a class which
-    is not registered.
+    Args:
+        cls: the class of the modules.
+        convert: a function that is called with the attributes named in `tensors` (as JAX arrays, `None` left out) and
+            `options` as keyword arguments, and returns a `ggn_jax` loss, such as a `ggn_jax.LikelihoodLoss` of your
+            own. Or a class that is registered already, such as `torch.nn.CrossEntropyLoss`, if its mathematics is that
+            of `cls`.
+        tensors: the names of attributes that are tensors, or None; `()` by default.
+        options: the names of attributes that are Python literals (numbers, strings, bools, None, tuples of such); `()`
+            by default.
+        floating_targets: whether to refuse targets that are not floating, as the loss itself does; False by default.
 
-    >>> import torch
-    >>> class LoggedLoss(torch.nn.CrossEntropyLoss):  # changes nothing about the loss's value
-    ...     def forward(self, output, target):
-    ...         loss = super().forward(output, target)
-    ...         print(f"loss: {loss:.3f}")
-    ...         return loss
-    >>> register_loss(LoggedLoss, torch.nn.CrossEntropyLoss)
+    Raises:
+        TypeError: for a `cls` that is not a class of modules.
+        ValueError: for a `convert` that is a class which is not registered.
 
-    A loss of one's own, with a `ggn_jax` counterpart:
+    Example:
+        A loss that changes nothing about its base class's value:
 
-    >>> import ggn_jax, jax, jax.numpy as jnp
-    >>> class JaxPoissonLoss(ggn_jax.LikelihoodLoss):
-    ...     curvature = "hessian"
-    ...     def nll(self, f, y):
-    ...         return jnp.exp(f) - y * f
-    ...     def sample(self, key, f):
-    ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
-    >>> class PoissonLoss(torch.nn.Module):
-    ...     reduction = "mean"
-    ...     def forward(self, output, target):
-    ...         return (output.exp() - target * output).mean()
-    >>> register_loss(PoissonLoss, JaxPoissonLoss, options=("reduction",))
+        >>> import torch
+        >>> class LoggedLoss(torch.nn.CrossEntropyLoss):
+        ...     def forward(self, output, target):
+        ...         loss = super().forward(output, target)
+        ...         print(f"loss: {loss:.3f}")
+        ...         return loss
+        >>> register_loss(LoggedLoss, torch.nn.CrossEntropyLoss)
+
+        A loss of your own, with a `ggn_jax` counterpart:
+
+        >>> import ggn_jax, jax, jax.numpy as jnp
+        >>> class JaxPoissonLoss(ggn_jax.LikelihoodLoss):
+        ...     curvature = "hessian"
+        ...     def nll(self, f, y):
+        ...         return jnp.exp(f) - y * f
+        ...     def sample(self, key, f):
+        ...         return jax.random.poisson(key, jnp.exp(f)).astype(f.dtype)
+        >>> class PoissonLoss(torch.nn.Module):
+        ...     reduction = "mean"
+        ...     def forward(self, output, target):
+        ...         return (output.exp() - target * output).mean()
+        >>> register_loss(PoissonLoss, JaxPoissonLoss, options=("reduction",))
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         raise TypeError(f"cls must be a class of torch.nn.Module; got {cls!r}.")

@@ -24,54 +24,59 @@ ModelFn = Callable[..., Any]
 def from_module(
     module: torch.nn.Module, example_inputs: Any, *, train: bool | None = False, dynamic_batch: bool = True
 ) -> tuple[ModelFn, dict[str, jax.Array]]:
-    """A module as a pure JAX function of its parameters and inputs, and its parameters as JAX arrays.
+    """Convert a module to a pure JAX function of its parameters and inputs, and its parameters to JAX arrays.
 
     `model_fn(params, inputs)` can be compiled, mapped and differentiated; `ggn_jax` finds its layers. The module is
     exported (`torch.export`, before any decomposition) and each operator runs as its JAX function. Shapes and dtypes
     are compared with torch's at each.
 
-    **Arguments:**
-
-    - `module`: it is left as it was. One of `torch.compile` is converted as if it were not compiled, one of
-      `DistributedDataParallel` as that which is in it; names of parameters are the given module's all the same.
-      Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all modules are refused.
-    - `example_inputs`: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments, of tensors
-      and nested containers of them (arguments that are no tensors: wrap the module). The mapping may be of any class,
-      such as Hugging Face's `BatchEncoding`; where none of its keys is an argument of `forward`, it is the one
-      argument. `inputs` has the same structure, with arrays, and any mapping for a mapping. Use values that it works
-      for. All whose first axis is as long as the first tensor's have a batch axis there.
-    - `train`: the mode to convert in: evaluation, training, or (None) the mode that each submodule is in, in which
-      what is random or changes buffers is refused. With True, `model_fn(params, inputs, key=None)` returns `(outputs,
-      buffers)`: a dict of those that the call changed, such as running statistics, by torch's names, from what the
-      module had, or from buffers that `params` holds beside the parameters. `key` is for dropout.
-    - `dynamic_batch`: one graph for all sizes of batch. A batch of one runs the graph of larger ones. Where `forward`
-      depends on the size, torch.export refuses: pass False, and a graph is made for each size as it is met, from a copy
-      of the module.
-
-    **Returns:** `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once,
-    of copies: later changes of the module are not seen. Frozen ones (`requires_grad=False`) are among them, and have
-    derivatives as all others: hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`. Buffers are
-    constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. Integers of 64 bits are
-    of 32 bits where JAX has no others, and refused where `example_inputs` lead to larger ones. Places out of range give
-    NaN, not an error.
-
-    `torch.export` drops some things in silence. Torch runs the module and the graph on `example_inputs`, and where an
+    `torch.export` drops some things silently. Torch runs the module and the graph on `example_inputs`, and where an
     output or a gradient differs by more than rounding, as with a `torch.autograd.Function`, the module is refused.
 
-    **Raises:** NotImplementedError for operators that have no JAX function (see `register_operator`), naming all of
-    them and their modules, and, unless `train=True`, for what is random or writes into buffers; TypeError for inputs
-    that are not tensors, and for float64 where JAX has 64-bit types switched off; RuntimeError where
-    torch.export fails, or the module itself.
+    Args:
+        module: a `torch.nn.Module`, which is not changed. One of `torch.compile` is converted as if it were not
+            compiled, one of `DistributedDataParallel` as the module in it; names of parameters are still the given
+            module's. Forward hooks of its parts are in the function; hooks of gradients, of parameters and of all
+            modules are refused.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments, of tensors
+            and nested containers of them (for arguments that are not tensors, wrap the module). The mapping may be of
+            any class, such as Hugging Face's `BatchEncoding`; where none of its keys is an argument of `forward`, it is
+            the one argument. `inputs` has the same structure, with arrays, and any mapping for a mapping. Use values
+            for which the module works. Every tensor whose first axis is as long as the first tensor's has a batch axis
+            there.
+        train: the mode to convert in: evaluation (False, default), training (True), or (None) the mode that each
+            submodule is in, in which random operators and changes of buffers are refused. With True,
+            `model_fn(params, inputs, key=None)` returns `(outputs, buffers)`: a dict of those that the call changed,
+            such as running statistics, by torch's names, from the values in the module, or in `params` where that holds
+            buffers beside the parameters. `key` is for dropout.
+        dynamic_batch: whether one graph serves all sizes of batch (default). A batch of one runs the graph of larger
+            ones. Where `forward` depends on the size, torch.export refuses: pass False, and a graph is made for each
+            new size, from a copy of the module.
 
-    >>> import torch, jax, ggn_jax
-    >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
-    >>> model_fn, params = from_module(module, torch.ones(2, 2))
-    >>> list(params)
-    ['0.weight', '0.bias', '2.weight', '2.bias']
-    >>> batch = jax.numpy.ones((8, 2)), jax.numpy.arange(8) % 4
-    >>> kfac = ggn_jax.KFACLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch, fisher_type="type-2")
-    >>> kfac.solve(params, damping=0.1)["0.weight"].shape
-    (3, 2)
+    Returns:
+        `(model_fn, params)`. `params` is a dict by the names of `module.named_parameters()`, tied ones once. It holds
+        copies, on which later changes of the module have no effect. Frozen ones (`requires_grad=False`) are among them,
+        and have derivatives as all others; hold them fixed by closing over them, or by the masks of `ggn_jax.kfac`.
+        Buffers are constants of `model_fn`. Its outputs are as the module's, with classes of mappings as dicts. 64-bit
+        integers become 32-bit ones where JAX has no others, and are refused where `example_inputs` lead to larger
+        values. Indices out of range give NaN, not an error.
+
+    Raises:
+        NotImplementedError: for operators that have no JAX function (see `register_operator`), naming all of them and
+            their modules, and, unless `train=True`, for random operators and those that write into buffers.
+        TypeError: for inputs that are not tensors, and for float64 where JAX has 64-bit types switched off.
+        RuntimeError: where torch.export fails, or the module itself.
+
+    Example:
+        >>> import torch, jax, ggn_jax
+        >>> module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 4))
+        >>> model_fn, params = from_module(module, torch.ones(2, 2))
+        >>> list(params)
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+        >>> batch = jax.numpy.ones((8, 2)), jax.numpy.arange(8) % 4
+        >>> kfac = ggn_jax.KFACLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch, fisher_type="type-2")
+        >>> kfac.solve(params, damping=0.1)["0.weight"].shape
+        (3, 2)
     """
     converted = convert(module, example_inputs, train=train, updates=train is True, dynamic_batch=dynamic_batch)
     if train:

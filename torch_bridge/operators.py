@@ -58,22 +58,32 @@ class TorchLinearOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parameters."""
+        """The dtype of the parameters."""
         return self._setting.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the parameters."""
+        """The device of the parameters."""
         return self._setting.device
 
     @no_graph
     def __matmul__(self, other: Any) -> Any:
-        """The product with tensors like the parameters, with or without a last axis of columns, or `[P]`, `[P, K]`.
+        """Compute the product with tensors like the parameters, or with a flat vector or matrix.
 
-        Columns are taken up to 32 at a time, with one pass of the model.
+        Columns are processed up to 32 at a time, with one pass of the model.
 
-        **Raises:** ValueError for other shapes; RuntimeError where a product is one of derivatives of the module, whose
-        parameters have changed since the operator was made.
+        Args:
+            other: tensors like the parameters, a flat vector `[P]`, or a matrix `[P, K]`; tensors may have a last axis
+                of columns.
+
+        Returns:
+            Tensors like `other`.
+
+        Raises:
+            ValueError: for other shapes.
+            TypeError: for anything but real tensors.
+            RuntimeError: where a product takes derivatives of the module, whose parameters have changed since the
+                operator was made.
         """
         if self._follows:
             self._setting.check_unchanged()
@@ -81,11 +91,17 @@ class TorchLinearOperator:
         return self._applied(self._operator.mv, other, many)
 
     def damped(self, damping: Damping) -> "TorchLinearOperator":
-        """`self + damping * I`, with all methods of this operator, but `state_dict`.
+        """Add damping: `self + damping * I`, with all methods of this operator, except `state_dict`.
 
-        `damping` is a number, or one for each parameter: a list like `params`, or a dict by the module's names.
+        Args:
+            damping: a number of at least 0, or one for each parameter: a list like `params`, or a dict by the module's
+                names.
 
-        **Raises:** ValueError for numbers below 0, and for others than one for each parameter.
+        Returns:
+            The damped operator.
+
+        Raises:
+            ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
         """
         return self._made(self._operator.damped, damping)
 
@@ -157,7 +173,14 @@ class TorchLinearOperator:
 
     @no_graph
     def to_scipy(self, dtype: Any = None) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` with the same products: for its solvers, of `damped` operators."""
+        """Make a SciPy operator with the same products: for its solvers, with `damped` operators.
+
+        Args:
+            dtype: the dtype of its vectors; None (default) for that of the parameters.
+
+        Returns:
+            A `scipy.sparse.linalg.LinearOperator`.
+        """
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
 
         def product(x: Any) -> Any:
@@ -176,37 +199,45 @@ def _products(operator: Any, vectors: Any) -> Any:
 
 
 class GGNLinearOperator(TorchLinearOperator):
-    r"""The generalized Gauss-Newton matrix of a module's loss: `ggn_jax.GGNLinearOperator` for PyTorch.
+    """The generalized Gauss-Newton matrix of a module's loss: `ggn_jax.GGNLinearOperator` for PyTorch.
 
-    **Arguments**, named and ordered as curvlinops':
+    Names and order of the arguments are those of curvlinops. Products are taken at the parameters' values when the
+    operator was made, and refused once these have changed.
 
-    - `model_func`: a `torch.nn.Module`, converted by `from_module` in the mode that it is in: one in training mode with
-      dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values of
-      the parameters, pass a `ConvertedModule`.
-    - `loss_func`: a loss module as `make_grad_output_fn` takes it.
-    - `params`: a list or dict of parameters of the module: the curvature is in these, whether or not they require
-      gradients, and all others are constants. For those that are trained: `[p for p in module.parameters() if
-      p.requires_grad]`.
-    - `data`: an iterable of batches, read once and put together: the operator is that of one batch of all, also where
-      class weights or ignored targets make a mean one over something else than examples. A batch is a pair (inputs,
-      targets), with inputs as for `from_module`, or a mapping of tensors whose targets are its `labels`; of a module
-      that returns a mapping, the loss is of its `logits`.
-    - `mc_samples`, `seed`: the number of Monte-Carlo samples, 0 for the exact matrix.
-    - `progress`: go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix, but for
-      rounding. They may differ in sizes for which the module is converted; a function is compiled for each.
-
-    Products are those at the parameters' values when it was made, and refused once these have changed.
-
-    It has no `solve`: take SciPy's conjugate gradients of `damped(d).to_scipy()`, with a `KFACLinearOperator`'s
-    `inverse(d).to_scipy()` as preconditioner; or, where there are fewer outputs than parameters, the exact
+    It has no `solve`: use SciPy's conjugate gradients with `damped(d).to_scipy()`, and the `inverse(d).to_scipy()` of a
+    `KFACLinearOperator` as preconditioner; or, where there are fewer outputs than parameters, the exact
     `ggn_jax.GramLinearOperator(...).solve_ggn` of `from_module`'s function.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> ggn = GGNLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> (ggn @ torch.ones(9)).shape
-    torch.Size([9])
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact matrix.
+        seed: an integer that seeds the sampling; 2147483647 by default.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> ggn = GGNLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> (ggn @ torch.ones(9)).shape
+        torch.Size([9])
     """
 
     @no_graph
@@ -243,14 +274,36 @@ class DerivativeLinearOperator(TorchLinearOperator):
 class EFLinearOperator(DerivativeLinearOperator):
     """The empirical Fisher matrix of a module's loss: `ggn_jax.EFLinearOperator` for PyTorch.
 
-    **Arguments:** as for `GGNLinearOperator`, without those of sampling.
+    Products are taken at the parameters' values when the operator was made, and refused once these have changed.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> ef = EFLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> ef.shape
-    (9, 9)
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> ef = EFLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> ef.shape
+        (9, 9)
     """
 
     _kind = ggn_jax.EFLinearOperator
@@ -259,14 +312,36 @@ class EFLinearOperator(DerivativeLinearOperator):
 class HessianLinearOperator(DerivativeLinearOperator):
     """The Hessian of a module's loss: `ggn_jax.HessianLinearOperator` for PyTorch.
 
-    **Arguments:** as for `GGNLinearOperator`, without those of sampling.
+    Products are taken at the parameters' values when the operator was made, and refused once these have changed.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> hessian = HessianLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> hessian.shape
-    (9, 9)
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> hessian = HessianLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> hessian.shape
+        (9, 9)
     """
 
     _kind = ggn_jax.HessianLinearOperator

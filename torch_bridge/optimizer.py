@@ -121,6 +121,14 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(list(self._trained.values()), numbers)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group of parameters; the constructor adds the only one.
+
+        Args:
+            param_group: the group.
+
+        Raises:
+            NotImplementedError: for a second group.
+        """
         if self.param_groups:
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
         super().add_param_group(param_group)
@@ -130,7 +138,17 @@ class KFAC(torch.optim.Optimizer):
     def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.
 
-        `batch` is a pair `(inputs, targets)`, or a mapping of tensors whose targets are its `labels`.
+        Args:
+            batch: a pair `(inputs, targets)`, or a mapping of tensors whose targets are its `labels`.
+
+        Returns:
+            The loss, a scalar tensor.
+
+        Raises:
+            ValueError, TypeError: for an empty batch, for targets outside of the loss's domain (on the CPU), and for
+                other batches that do not fit.
+            RuntimeError: where the module has changed since the first step.
+            NotImplementedError: for a module that is random in other ways than dropout.
         """
         example, target = as_pair("batch", batch)
         check_tensors("batch", batch)
@@ -291,7 +309,11 @@ class KFAC(torch.optim.Optimizer):
         return jax.tree.unflatten(structure, arrays)
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the curvature, momentum and the number of steps as `"kfac"`."""
+        """Return the state as every optimizer does, with the curvature, momentum and the number of steps as `"kfac"`.
+
+        Returns:
+            A dict of tensors, numbers and strings.
+        """
         tensors = self._saved
         if self._kfac_state is not None:
             with jax_on(self._device):
@@ -299,7 +321,15 @@ class KFAC(torch.optim.Optimizer):
         return super().state_dict() | {"kfac": {"state": tensors, "count": self._count, "seed": self._seed}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` of an optimizer that was made alike returned."""
+        """Load the state of an optimizer that was made with the same module and options.
+
+        Args:
+            state_dict: what its `state_dict` returned.
+
+        Raises:
+            ValueError: for the state of another kind of optimizer; at the next step, for that of other modules or
+                options.
+        """
         if "kfac" not in state_dict:
             raise ValueError("state_dict must be that of a torch_bridge.KFAC; it has no entry 'kfac'.")
         own = state_dict["kfac"]

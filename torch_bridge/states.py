@@ -37,18 +37,22 @@ class ComputedLinearOperator(TorchLinearOperator):
 
     @no_graph
     def state_dict(self) -> dict[str, Any]:
-        """All that it consists of, as tensors, strings and numbers: for `torch.save`, and `from_state_dict`.
+        """Return the operator as tensors, strings and numbers: for `torch.save`, and `from_state_dict`.
 
-        >>> import io, torch, torch_bridge
-        >>> module, loss = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
-        >>> args = module, loss, list(module.parameters()), [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
-        >>> diagonal, file = torch_bridge.GGNDiagonalLinearOperator(*args), io.BytesIO()
-        >>> torch.save(diagonal.state_dict(), file)
-        >>> _ = file.seek(0)
-        >>> state = torch.load(file, weights_only=True)
-        >>> again = torch_bridge.GGNDiagonalLinearOperator.from_state_dict(state, *args)
-        >>> torch.equal(again @ torch.ones(9), diagonal @ torch.ones(9))
-        True
+        Returns:
+            A dict that `torch.load` reads with its defaults.
+
+        Example:
+            >>> import io, torch, torch_bridge
+            >>> module, loss = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
+            >>> args = module, loss, list(module.parameters()), [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+            >>> diagonal, file = torch_bridge.GGNDiagonalLinearOperator(*args), io.BytesIO()
+            >>> torch.save(diagonal.state_dict(), file)
+            >>> _ = file.seek(0)
+            >>> state = torch.load(file, weights_only=True)
+            >>> again = torch_bridge.GGNDiagonalLinearOperator.from_state_dict(state, *args)
+            >>> torch.equal(again @ torch.ones(9), diagonal @ torch.ones(9))
+            True
         """
         with jax_on(self.device):
             leaves, structure = jax.tree.flatten(self._operator)
@@ -70,14 +74,18 @@ class ComputedLinearOperator(TorchLinearOperator):
     def from_state_dict(
         cls, state: Mapping[str, Any], model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]
     ) -> Self:
-        """The operator that `state_dict` was called of, with the same products to the last bit; nothing is computed.
+        """Restore an operator from its `state_dict`, with the same products to the last bit; nothing is computed.
 
         Args:
             state: what `state_dict` returned, on any device.
-            model_func, loss_func, params: as for the constructor: the same forward and loss, and the same parameters,
-                of any values.
-            data: as for the constructor; only the first batch is looked at, for its shapes, which must be the same
-                but for the batch's size.
+            model_func: the module, with the same forward as when the state was saved, or a `ConvertedModule` of it.
+            loss_func: the same loss module.
+            params: a list or dict of the same parameters, of any values.
+            data: an iterable of batches, of which only the first one's shapes are used; they must be the same, except
+                for the batch's size.
+
+        Returns:
+            The operator.
 
         Raises:
             TypeError: for anything that is not a state.

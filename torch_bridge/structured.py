@@ -35,29 +35,56 @@ class BlockTorchLinearOperator(TorchLinearOperator):
             return to_torch(getattr(self._operator, name)())
 
     def trace(self) -> Tensor:
-        """The trace."""
+        """Return the trace, a scalar tensor."""
         return self._number("trace")
 
     def det(self) -> Tensor:
-        """The determinant; `logdet` does not overflow."""
+        """Return the determinant, a scalar tensor; `logdet` does not overflow."""
         return self._number("det")
 
     def logdet(self) -> Tensor:
-        """The logarithm of the determinant."""
+        """Return the logarithm of the determinant, a scalar tensor."""
         return self._number("logdet")
 
     def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
+        """Return the Frobenius norm, a scalar tensor."""
         return self._number("frobenius_norm")
 
     def inverse(self, damping: Damping = 0.0, *, heuristic: bool = False) -> "BlockTorchLinearOperator":
-        """The inverse of `self + damping * I`, see `damped`; `heuristic` splits the damping between the factors."""
+        """Compute the inverse of `self + damping * I`, again an operator with blocks.
+
+        Args:
+            damping: a number of at least 0, or one for each parameter: a list like `params`, or a dict by the module's
+                names. 0 by default.
+            heuristic: whether to split the damping between a block's two factors, which is cheaper but not the exact
+                inverse; False by default.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
+        """
         made: BlockTorchLinearOperator = self._made(self._operator.inverse, damping, _method(heuristic))
         return made
 
     @no_graph
     def solve(self, other: Any, damping: Damping = 0.0, *, heuristic: bool = False) -> Any:
-        """`inverse(damping) @ other`, refined by conjugate gradients where the inverse of a block is not exact."""
+        """Compute `inverse(damping) @ other`, refined by conjugate gradients where the inverse of a block is not exact.
+
+        Args:
+            other: tensors like the parameters, a flat vector `[P]`, or a matrix `[P, K]`; tensors may have a last axis
+                of columns.
+            damping: a number of at least 0, or one for each parameter: a list like `params`, or a dict by the module's
+                names. 0 by default.
+            heuristic: whether to split the damping between a block's two factors, without refinement; False by default.
+
+        Returns:
+            Tensors like `other`.
+
+        Raises:
+            ValueError: for tensors of other shapes, and for a damping that does not fit.
+        """
         if heuristic or self._operator.is_exact("inverse"):
             return self.inverse(damping, heuristic=heuristic) @ other
         number = as_damping(damping, self._setting.names)
@@ -74,24 +101,46 @@ def _method(heuristic: bool) -> str:
 class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
     """KFAC of a module's loss: `ggn_jax.KFACLinearOperator` for PyTorch.
 
-    **Arguments:** `model_func`, `loss_func`, `params`, `data` as for `GGNLinearOperator`, and, named as curvlinops',
+    Names of the arguments are those of curvlinops. It is computed when it is made, at the parameters' values then.
 
-    - `seed`, `fisher_type`, `mc_samples`: as for `ggn_jax.KFACLinearOperator`.
-    - `kfac_approx`: `"expand"` or `"reduce"`.
-    - `separate_weight_and_bias`: whether a bias has a block of its own, or is one more input of its layer.
-    - `progress`: as for `GGNLinearOperator`; EKFAC takes two passes.
-    - `options`: further ones of `ggn_jax.KFACLinearOperator`; `positions` is `"exact"` if not given.
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        seed: an integer that seeds the sampling; 2147483647 by default.
+        fisher_type: `"mc"` (default), `"type-2"`, `"empirical"` or `"forward-only"`, or curvlinops' `FisherType`: which
+            vectors are back-propagated.
+        mc_samples: how many targets `"mc"` samples for each example; 1 by default.
+        kfac_approx: `"expand"` (default) treats sharing positions as separate examples, `"reduce"` averages inputs and
+            adds gradients first.
+        separate_weight_and_bias: whether a bias has a block of its own (default), or is one more input of its layer.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default.
+        **options: further options of `ggn_jax.KroneckerOptions`: `positions` (`"exact"` if not given), `tied`,
+            `vector_chunk_size`, `on_uncovered`, `small`, `max_small_size`, `large`, `max_dense_size` and `block_size`;
+            and `mask` and `examples` of `ggn_jax.KFACLinearOperator`.
 
-    **Raises:** TypeError for `sharing`, `bias`, `key`, `chunk_size` and other names that the arguments above and `data`
-    stand for.
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+        TypeError: for `sharing`, `bias`, `key`, `chunk_size` and other names that the arguments above stand for.
 
-    It is computed when it is made, at the parameters' values then.
-
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> kfac = KFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = kfac.inverse(damping=0.1) @ list(module.parameters())
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> kfac = KFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> step = kfac.inverse(damping=0.1) @ list(module.parameters())
     """
 
     _kind: ClassVar[Any] = ggn_jax.KFACLinearOperator
@@ -136,13 +185,17 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
 
     @no_graph
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """What each parameter's block is made of, by torch's names: `(B, A)`, or the dense block alone.
+        """Return what each parameter's block is made of, by torch's names.
 
         `B (x) A` is on the parameter as a matrix `[out, in]`, rows first, which has all its axes but the first in its
         columns.
 
-        **Raises:** NotImplementedError for a parameter whose block is no such product: of a bias that is one more
-        input, an embedding, groups of channels, several uses, a transposed convolution; naming it.
+        Returns:
+            A dict with a tuple of tensors for each parameter, `(B, A)`, or the dense block alone.
+
+        Raises:
+            NotImplementedError: naming the parameter, where its block is not such a product: a bias that is one more
+                input, an embedding, groups of channels, several uses, a transposed convolution.
         """
         with jax_on(self.device):
             found = self._operator.factors()
@@ -176,13 +229,46 @@ def _factors(name: str, shape: torch.Size, found: dict[str, Any], operator: Any)
 class EKFACLinearOperator(KFACLinearOperator):
     """EKFAC of a module's loss: `ggn_jax.EKFACLinearOperator` for PyTorch.
 
-    **Arguments:** as for `KFACLinearOperator`.
+    Names of the arguments are those of curvlinops. It is computed when it is made, at the parameters' values then.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> ekfac = EKFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = ekfac.inverse(damping=0.1) @ list(module.parameters())
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        seed: an integer that seeds the sampling; 2147483647 by default.
+        fisher_type: `"mc"` (default), `"type-2"` or `"empirical"`, or curvlinops' `FisherType`: which vectors are
+            back-propagated.
+        mc_samples: how many targets `"mc"` samples for each example; 1 by default.
+        kfac_approx: `"expand"` (default) treats sharing positions as separate examples, `"reduce"` averages inputs and
+            adds gradients first.
+        separate_weight_and_bias: whether a bias has a block of its own (default), or is one more input of its layer.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default. EKFAC takes two passes.
+        **options: further options of `ggn_jax.KroneckerOptions`: `positions` (`"exact"` if not given), `tied`,
+            `vector_chunk_size`, `on_uncovered`, `small`, `max_small_size`, `large`, `max_dense_size` and `block_size`;
+            and `mask` and `examples` of `ggn_jax.KFACLinearOperator`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+        TypeError: for `sharing`, `bias`, `key`, `chunk_size` and other names that the arguments above stand for.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> ekfac = EKFACLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> step = ekfac.inverse(damping=0.1) @ list(module.parameters())
     """
 
     _kind = ggn_jax.EKFACLinearOperator
@@ -193,33 +279,54 @@ class DiagonalTorchLinearOperator(TorchLinearOperator):
 
     @no_graph
     def diagonal(self) -> list[Tensor]:
-        """The diagonal, as tensors like the parameters."""
+        """Return the diagonal, as tensors like the parameters."""
         with jax_on(self.device):
             return [to_torch(self._operator.entries[name]) for name in self._setting.names]
 
     def trace(self) -> Tensor:
-        """The trace."""
+        """Return the trace, a scalar tensor."""
         return torch.stack([entries.sum() for entries in self.diagonal()]).sum()
 
     def logdet(self) -> Tensor:
-        """The logarithm of the determinant."""
+        """Return the logarithm of the determinant, a scalar tensor."""
         return torch.stack([entries.log().sum() for entries in self.diagonal()]).sum()
 
     def det(self) -> Tensor:
-        """The determinant; `logdet` does not overflow."""
+        """Return the determinant, a scalar tensor; `logdet` does not overflow."""
         return self.logdet().exp()
 
     def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
+        """Return the Frobenius norm, a scalar tensor."""
         return torch.stack([(entries**2).sum() for entries in self.diagonal()]).sum().sqrt()
 
     def inverse(self, damping: Damping = 0.0) -> "DiagonalTorchLinearOperator":
-        """The inverse of `self + damping * I`, see `damped`."""
+        """Compute the inverse of `self + damping * I`, again a diagonal operator.
+
+        Args:
+            damping: a number of at least 0, or one for each parameter: a list like `params`, or a dict by the module's
+                names. 0 by default.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
+        """
         made: DiagonalTorchLinearOperator = self._made(self._operator.inverse, damping)
         return made
 
     def solve(self, other: Any, damping: Damping = 0.0) -> Any:
-        """`inverse(damping) @ other`."""
+        """Compute `inverse(damping) @ other`.
+
+        Args:
+            other: tensors like the parameters, a flat vector `[P]`, or a matrix `[P, K]`; tensors may have a last axis
+                of columns.
+            damping: a number of at least 0, or one for each parameter: a list like `params`, or a dict by the module's
+                names. 0 by default.
+
+        Returns:
+            Tensors like `other`.
+        """
         return self.inverse(damping) @ other
 
     def _like(self, operator: Any) -> "DiagonalTorchLinearOperator":
@@ -229,13 +336,37 @@ class DiagonalTorchLinearOperator(TorchLinearOperator):
 class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOperator):
     """The diagonal of the GGN of a module's loss: `ggn_jax.GGNDiagonalLinearOperator` for PyTorch.
 
-    **Arguments:** as for `GGNLinearOperator`. It is computed when it is made, at the parameters' values then.
+    It is computed when it is made, at the parameters' values then.
 
-    >>> import torch
-    >>> module = torch.nn.Linear(2, 3)
-    >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
-    >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
-    >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
+    Args:
+        model_func: a `torch.nn.Module`, converted by `from_module` in the mode that it is in; one in training mode with
+            dropout or batch normalisation is refused. Converting takes seconds, each time: for operators at many values
+            of the parameters, pass a `ConvertedModule`.
+        loss_func: a `torch.nn.MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss` module, or one of a class added with
+            `register_loss`.
+        params: a list or dict of parameters of the module: the curvature is in these, whether or not they require
+            gradients, and all others are constants. For those that are trained:
+            `[p for p in module.parameters() if p.requires_grad]`.
+        data: an iterable of batches, read once and concatenated: the operator is that of one batch of all, also where
+            class weights or ignored targets make a mean an average over something other than examples. A batch is a
+            pair `(inputs, targets)`, with inputs as `from_module` takes them, or a mapping of tensors whose targets are
+            its `labels`; for a module that returns a mapping, the loss is that of its `logits`.
+        mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact diagonal.
+        seed: an integer that seeds the sampling; 2147483647 by default.
+        progress: whether to go over the batches one by one, with a bar for each pass (needs tqdm): the same matrix
+            except for rounding. They may differ in sizes for which the module is converted; a function is compiled for
+            each. False by default.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for modules that
+            `from_module` refuses.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(2, 3)
+        >>> data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))]
+        >>> diagonal = GGNDiagonalLinearOperator(module, torch.nn.CrossEntropyLoss(), list(module.parameters()), data)
+        >>> step = diagonal.inverse(damping=0.1) @ list(module.parameters())
     """
 
     _kind = ggn_jax.GGNDiagonalLinearOperator

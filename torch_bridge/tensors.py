@@ -51,22 +51,35 @@ DTYPES = {
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
-    """A JAX array with the tensor's values, dtype and device, that shares no memory with it.
+    """Copy a torch tensor to a JAX array with its values, dtype and device.
 
-    What is guaranteed is listed at the top of this module.
+    - The array shares no memory with the tensor: write to either, or delete either first.
+    - 64-bit types are kept also where JAX has them switched off (compute with them under `jax.enable_x64(True)`).
+    - The device is kept, CPU to CPU and a GPU to the same GPU; nothing is copied to the host. On a GPU nothing is
+      waited for: to torch, it is an operation on its current stream, to JAX one of its own.
+    - Values are those that the tensor stands for: strided, expanded, conjugate and negative views are resolved.
+      Gradients are not carried.
 
-    **Raises:** TypeError for anything that is not a tensor, or has a dtype that JAX does not have; RuntimeError for a
-    CUDA tensor where JAX has no CUDA, and in a process forked after JAX was used; NotImplementedError for other
-    devices, for tensors that are not one dense array (sparse, nested, masked, distributed ones), and for tensors
-    without values (fake tensors, tensors inside of `torch.vmap`).
+    Args:
+        tensor: a dense `torch.Tensor` on the CPU or a CUDA device.
 
-    >>> import torch
-    >>> tensor = torch.arange(3)
-    >>> array = to_jax(tensor)
-    >>> tensor.zero_()
-    tensor([0, 0, 0])
-    >>> print(array, array.dtype)
-    [0 1 2] int64
+    Returns:
+        The array.
+
+    Raises:
+        TypeError: for anything that is not a tensor, or has a dtype that JAX does not have.
+        RuntimeError: for a CUDA tensor where JAX has no CUDA, and in a process forked after JAX was used.
+        NotImplementedError: for other devices, for tensors that are not one dense array (sparse, nested, masked,
+            distributed ones), and for tensors without values (fake tensors, tensors inside of `torch.vmap`).
+
+    Example:
+        >>> import torch
+        >>> tensor = torch.arange(3)
+        >>> array = to_jax(tensor)
+        >>> tensor.zero_()
+        tensor([0, 0, 0])
+        >>> print(array, array.dtype)
+        [0 1 2] int64
     """
     check_tensor("tensor", tensor)
     with jax_on(tensor.device):
@@ -80,21 +93,33 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
-    """A torch tensor with the array's values, dtype and device: writable, contiguous, sharing no memory with it.
+    """Copy a JAX array to a torch tensor with its values, dtype and device.
 
-    What is guaranteed is listed at the top of this module.
+    - The tensor is contiguous and writable, and shares no memory with the array: either may be deleted first.
+    - The device is kept, CPU to CPU and a GPU to the same GPU; nothing is copied to the host. On a GPU nothing is
+      waited for: to torch, it is an operation on its current stream, to JAX one of its own.
+    - The tensor does not require gradients.
 
-    **Raises:** TypeError for anything that is not a JAX array, is being traced, holds PRNG keys, or has a dtype that
-    torch does not have; ValueError for an array on several devices; NotImplementedError for devices other than CPU and
-    CUDA.
+    Args:
+        array: a `jax.Array` on one CPU or CUDA device.
 
-    >>> import jax.numpy as jnp
-    >>> array = jnp.arange(3.0)
-    >>> tensor = to_torch(array)
-    >>> tensor.mul_(2)
-    tensor([0., 2., 4.])
-    >>> print(array)
-    [0. 1. 2.]
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: for anything that is not a JAX array, is being traced, holds PRNG keys, or has a dtype that torch
+            does not have.
+        ValueError: for an array on several devices.
+        NotImplementedError: for devices other than CPU and CUDA.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> array = jnp.arange(3.0)
+        >>> tensor = to_torch(array)
+        >>> tensor.mul_(2)
+        tensor([0., 2., 4.])
+        >>> print(array)
+        [0. 1. 2.]
     """
     if not isinstance(array, jax.Array):
         raise TypeError(f"array must be a jax.Array; got {type(array).__name__}.")

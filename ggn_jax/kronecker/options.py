@@ -21,50 +21,52 @@ class KroneckerOptions(TypedDict, total=False):
 
     Each is a keyword argument of these; a dict of some is passed to all by `**`. Type checkers know their names.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> options: ggn_jax.KroneckerOptions = {"fisher_type": "type-2", "bias": "separate", "max_dense_size": 4096}
-    >>> params, x, model_fn = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2)), lambda p, x: x @ p["w"]
-    >>> loss = ggn_jax.CrossEntropyLoss()
-    >>> operator = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, jnp.arange(8) % 3), **options)
-    >>> optimizer = ggn_jax.kfac(model_fn, loss, example_inputs=x, **options)
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> options: ggn_jax.KroneckerOptions = {"fisher_type": "type-2", "bias": "separate", "max_dense_size": 4096}
+        >>> params, x, model_fn = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2)), lambda p, x: x @ p["w"]
+        >>> loss = ggn_jax.CrossEntropyLoss()
+        >>> operator = ggn_jax.KFACLinearOperator(model_fn, loss, params, (x, jnp.arange(8) % 3), **options)
+        >>> optimizer = ggn_jax.kfac(model_fn, loss, example_inputs=x, **options)
     """
 
     fisher_type: FisherType | str
     """Which vectors are back-propagated: `"mc"` (default), `"type-2"` (exact in the loss), `"empirical"`, or
     `"forward-only"` (`B = I`)."""
     mc_samples: int
-    """How many targets `"mc"` draws for each example: 1."""
+    """How many targets `"mc"` samples for each example; 1 by default."""
     sharing: Sharing
-    """`"expand"` (default) treats sharing positions as separate data, `"reduce"` averages inputs and adds gradients
-    first (Eschenhagen et al. 2023)."""
+    """Positions that share a weight: `"expand"` (default) treats them as separate examples, `"reduce"` averages inputs
+    and adds gradients first (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636)."""
     bias: Bias
-    """`"joint"` (default) makes it one more input of its layer, `"separate"` gives it the block `B`."""
+    """`"joint"` (default) makes a bias one more input of its layer, `"separate"` gives it the block `B`."""
     tied: Tied
-    """Of a weight that is used several times: the `"sum"` (default) of Kronecker terms, one per use; or `"concatenate"`
-    the uses' positions."""
+    """The block of a weight that is used several times: `"sum"` (default) adds a Kronecker term for each use,
+    `"concatenate"` makes one term of the positions of all uses."""
     positions: Positions
     """How type-2 treats outputs with several loss positions, such as tokens: `"signs"` (default) back-propagates all of
     them together with independent random signs (unbiased; needs a key), `"exact"` one by one."""
     on_uncovered: OnUncovered
-    """What parameters have that no layer covers: `"full"` the exact GGN block, `"diagonal"` the exact GGN diagonal;
+    """The block of parameters that no layer covers: `"full"` the exact GGN block, `"diagonal"` the exact GGN diagonal;
     `"auto"` (default) the block up to `max_small_size` entries, else the diagonal, with one
     `UncoveredParametersWarning` that names them; `"error"` refuses them."""
     small: Small
-    """`"full"` (default) or `"diagonal"`: the exact block of scales and shifts."""
+    """The exact block of scales and shifts: `"full"` (default) or `"diagonal"`."""
     large: Large
-    """What becomes of Kronecker factors larger than `max_dense_size`: `"block"` (default) makes them block-diagonal, in
+    """Kronecker factors larger than `max_dense_size`: `"block"` (default) makes them block-diagonal, in
     parts of at most `block_size` and as even as possible, so that the layer's block is cut into Kronecker products of
     its own for each part; `"diagonal"` keeps their diagonal."""
     max_dense_size: int
-    """The size of the largest dense factors: 8192. Larger blocks of uncovered parameters are diagonal."""
+    """The size of the largest dense factors; 8192 by default. Larger blocks of uncovered parameters are diagonal."""
     block_size: int
-    """Of `large="block"`: 1024."""
+    """The size of the largest parts with `large="block"`; 1024 by default."""
     max_small_size: int
-    """Larger blocks of scales and shifts are diagonal: 1024. So are those with more entries than the model has
-    parameters, and more than 128 x 128 (a position embedding that is added, say)."""
+    """The size of the largest blocks of scales and shifts; 1024 by default. Larger ones are diagonal, and so are those
+    with more entries than the model has parameters, and more than 128 x 128 (a position embedding that is added,
+    say)."""
     vector_chunk_size: int
-    """How many vectors are back-propagated at once: 1. On a CPU, one by one is fastest but for tiny models, and takes
-    the least memory."""
+    """How many vectors are back-propagated at once; 1 by default. On a CPU, one by one is fastest except for tiny
+    models, and takes the least memory."""
 
 
 @dataclass(frozen=True)

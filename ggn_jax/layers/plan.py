@@ -59,12 +59,14 @@ class Plan:
 
 
 class UncoveredParametersWarning(UserWarning):
-    """Some parameters have no Kronecker form, and are too large for a dense block: they have the GGN's exact diagonal.
+    """A warning that parameters have no Kronecker form, and are too large for a dense block.
 
-    Given by the Kronecker operators and by an optimizer's `init`, with `on_uncovered="auto"`; it names the parameters.
+    They have the GGN's exact diagonal. The Kronecker operators and an optimizer's `init` give it with
+    `on_uncovered="auto"`; it names the parameters.
 
-    >>> import warnings, ggn_jax
-    >>> warnings.simplefilter("ignore", ggn_jax.UncoveredParametersWarning)  # or pass on_uncovered="diagonal"
+    Example:
+        >>> import warnings, ggn_jax
+        >>> warnings.simplefilter("ignore", ggn_jax.UncoveredParametersWarning)  # or pass on_uncovered="diagonal"
     """
 
 

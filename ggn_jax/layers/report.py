@@ -28,24 +28,27 @@ from ggn_jax.layers.trace import Trace, trace_model
 class ReportRow:
     """One parameter of a `Report`.
 
-    >>> import jax.numpy as jnp
-    >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).rows[0].kind
-    'linear'
+    Example:
+        >>> import jax.numpy as jnp
+        >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).rows[0].kind
+        'linear'
     """
 
     parameter: str
     """Its path, as `jax.tree_util.keystr` writes it."""
     shape: tuple[int, ...]
+    """The parameter's shape."""
     kind: str
     """What it is used as: "linear", "convolution", "embedding", "bias", "scale", "shift", "unused" or "uncovered"; with
     several layers' kinds joined by "+"."""
     layer: str
     """The sizes of its layer, `groups x out x in`; empty where there is none."""
     positions: tuple[int, ...]
-    """How many sharing positions each use has, in one example; in the batch, if examples are coupled."""
+    """The number of sharing positions of each use, in one example; in the batch, if examples are coupled."""
     uses: int
+    """The number of places in the model that use it."""
     curvature: str
-    """What KFAC has for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
+    """What KFAC uses for it by default: "Kronecker" for the weights and biases of layers; for all else the GGN's exact
     "block", or its "diagonal" where that would be large; "none" for what no output depends on."""
     why: str
     """Why it is not covered, with the primitive, the line and the module; empty where it is."""
@@ -55,23 +58,25 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: `print` it, or look at `rows`.
+    """What `report` found: `print` it, or read its `rows`.
 
-    >>> import jax.numpy as jnp
-    >>> found = report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)))
-    >>> found.passed, found.uncovered
-    (True, ())
+    Example:
+        >>> import jax.numpy as jnp
+        >>> found = report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)))
+        >>> found.passed, found.uncovered
+        (True, ())
     """
 
     rows: tuple[ReportRow, ...]
+    """A row for each parameter."""
     tolerance: float
-    """What a gap may be for rounding."""
+    """The largest gap that counts as rounding."""
     coupled: float | None
-    """How far a batch's outputs are from those of its examples one by one; None where it was not looked at."""
+    """How far a batch's outputs are from those of its examples one by one; None where it was not checked."""
 
     @property
     def passed(self) -> bool | None:
-        """The verdict of the self-check: None if it was not made, since the arrays had no values."""
+        """The result of the self-check: None if it was not made, since the arrays had no values."""
         gaps = [row.gap for row in self.rows]
         if self.coupled is None or None in gaps:
             return None
@@ -83,11 +88,15 @@ class Report:
         return tuple(row.parameter for row in self.rows if row.kind == "uncovered")
 
     def summary(self) -> str:
-        """One line: how many parameters have which curvature, and the self-check.
+        """Summarise in one line how many parameters have which curvature, and the self-check.
 
-        >>> import jax.numpy as jnp
-        >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).summary()
-        '1 parameter, 6 entries: 1 Kronecker (100 %); self-check passed'
+        Returns:
+            A string.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> report(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))).summary()
+            '1 parameter, 6 entries: 1 Kronecker (100 %); self-check passed'
         """
         entries = {row.parameter: math.prod(row.shape) for row in self.rows}
         total = max(sum(entries.values()), 1)
@@ -134,29 +143,38 @@ def report(
 ) -> Report:
     """Find the linear layers of a model, and check that they explain its gradient.
 
-    A layer is an equation of the model's jaxpr in which a parameter, moved about or not (reshaped, sliced, transposed,
-    stacked), first meets data: a matrix product, a convolution, or rows of a table. Nothing needs to be tagged or
-    registered, and no module system is needed. `model_fn` is traced on one example, a batch of one.
+    A layer is an equation of the model's jaxpr in which a parameter, possibly reshaped, sliced, transposed or stacked,
+    first meets an input or an activation: a matrix product, a convolution, or rows of a table. Nothing needs to be
+    tagged or registered, and no module system is needed. `model_fn` is traced on one example, a batch of one.
 
-    The self-check compares, for each parameter, the sum over data and sharing positions of output gradient times input
-    with the gradient by automatic differentiation, for a random cotangent, on at most four examples; and the outputs of
-    these examples together with those one by one, which tells batch normalisation in training mode. It is made where
-    parameters and inputs have values (not under `jit`, or for `jax.ShapeDtypeStruct`s).
+    For each parameter, the self-check compares the sum over examples and sharing positions of output gradient times
+    input with the gradient by automatic differentiation, for a random cotangent, on at most four examples; and the
+    outputs of these examples together with those one by one, which detects batch normalisation in training mode. It is
+    made where parameters and inputs have values (not under `jit`, or for `jax.ShapeDtypeStruct`s).
 
-    **Arguments:** `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`; `params`: a pytree of floating arrays;
-    `inputs`: a batch, perhaps a pytree; `has_aux`: whether `model_fn` returns `(outputs, aux)`; `examples`:
-    `"coupled"` for a model whose examples depend on each other, which is traced on the whole batch.
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+        params: the parameters, a pytree of floating arrays.
+        inputs: a batch of inputs, perhaps a pytree, whose leading axes are the batch's.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+        examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other, which is
+            traced on the whole batch.
 
-    **Raises:** TypeError or ValueError for a model that does not return one array with a batch axis, parameters that
-    are not floating, or inputs without a common batch axis.
+    Returns:
+        A `Report`, with a row for each parameter.
 
-    >>> import jax, jax.numpy as jnp
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(2)}
-    >>> found = report(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
-    >>> [(row.parameter, row.kind, row.curvature) for row in found.rows]
-    [("['b']", 'bias', 'Kronecker'), ("['s']", 'scale', 'block'), ("['w']", 'linear', 'Kronecker')]
-    >>> found.passed
-    True
+    Raises:
+        TypeError, ValueError: for a model that does not return one array with a batch axis, parameters that are not
+            floating, or inputs without a common batch axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(2)}
+        >>> found = report(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
+        >>> [(row.parameter, row.kind, row.curvature) for row in found.rows]
+        [("['b']", 'bias', 'Kronecker'), ("['s']", 'scale', 'block'), ("['w']", 'linear', 'Kronecker')]
+        >>> found.passed
+        True
     """
     check_model(model_fn, params, inputs)
     together, model_fn = check_coupled(examples), Model(model_fn, has_aux)

@@ -72,15 +72,16 @@ class Batches(Space):
 
 
 class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
-    """`J J^T`, or `S^T J J^T S`, of the outputs of many batches; made by `GramLinearOperator.from_batches`.
+    """The matrix `J J^T`, or `S^T J J^T S`, of the outputs of many batches; made by `GramLinearOperator.from_batches`.
 
-    Outside of `jit` only.
+    It works outside of `jit` only.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
-    >>> gram = ggn_jax.GramLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
-    >>> type(gram).__name__, gram.mv(jnp.ones((13, 3))).shape
-    ('BatchesGramLinearOperator', (13, 3))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
+        >>> gram = ggn_jax.GramLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
+        >>> type(gram).__name__, gram.mv(jnp.ones((13, 3))).shape
+        ('BatchesGramLinearOperator', (13, 3))
     """
 
     space: Batches
@@ -110,6 +111,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
         self.space = Batches(BatchesJacobianLinearOperator(passes), root)
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs of all batches, `[N, *out]`."""
         return self.space.shapes()[0]
 
     def _params(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -120,13 +122,24 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
         return {**({} if root.terms is None else {"loss": passes.loss}), "centred": root.centred}
 
     def mv(self, vector: Float[Array, "N *out"]) -> Float[Array, "N *out"]:
-        """The product with `vector`, an array like the outputs: two passes over the batches."""
+        """Compute the product with a vector, in two passes over the batches.
+
+        Args:
+            vector: an array like the outputs of all batches, `[N, *out]`.
+
+        Returns:
+            An array like the outputs.
+        """
         check_vector(self, vector, "output")
         check_on_host(vector)
         return product(self.space, [jnp.asarray(vector)])[0]
 
     def as_matrix(self) -> Float[Array, "K K"]:
-        """The dense matrix, rows and columns in the order of the outputs' entries: a pass for each batch."""
+        """Compute the dense matrix, in one pass for each batch.
+
+        Returns:
+            An array `[K, K]`, with rows and columns in the order of the outputs' entries (C order).
+        """
         return matrix(self.space).astype(self.in_structure().dtype)
 
     def _solve(self, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:

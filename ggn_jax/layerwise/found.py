@@ -30,11 +30,12 @@ class LayerInfo:
 
     Its weight is a matrix `[groups, out, in_]`; a bias that is joint is its last column, for an input that is 1.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
-    >>> (layer,) = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
-    >>> layer.name, layer.out, layer.in_, layer.has_bias
-    ('w', 2, 4, True)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+        >>> (layer,) = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
+        >>> layer.name, layer.out, layer.in_, layer.has_bias
+        ('w', 2, 4, True)
     """
 
     name: str
@@ -42,23 +43,24 @@ class LayerInfo:
     kind: str
     """"linear", "convolution" or "embedding"; joined by "+" where one weight is used in several ways."""
     groups: int
-    """How many matrices that share nothing: of a grouped convolution, of a scan over stacked layers, of experts."""
+    """The number of matrices: the groups of a convolution, the steps of a scan over stacked layers, or experts."""
     out: int
+    """The number of outputs."""
     in_: int
-    """The number of inputs; with a joint bias, of its constant 1 as well."""
+    """The number of inputs, which includes the constant 1 of a joint bias."""
     positions: tuple[int, ...]
-    """For each use, how many sharing positions one example has, or a batch of coupled ones: tokens, pixels."""
+    """For each use, the number of sharing positions (tokens, pixels) of one example, or of a batch of coupled ones."""
     uses: int
-    """In how many places of the model the weight is used."""
+    """The number of places in the model that use the weight."""
     paths: tuple[str, ...]
-    """The parameters that it owns entries of, the weight's first, as `jax.tree_util.keystr` writes them."""
+    """The parameters of which it owns entries, the weight's first, as `jax.tree_util.keystr` writes them."""
     has_bias: bool
     """Whether the last column is a bias."""
     _plan: Layer = field(repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """`(groups, out, in_)`."""
+        """The shape of the layer's matrix, `(groups, out, in_)`."""
         return self.groups, self.out, self.in_
 
 
@@ -67,28 +69,31 @@ class LayerInfo:
 class Layers:
     """The layers of a model: a sequence of `LayerInfo`, also by name; `print` it. Made by `find_layers`.
 
-    Static and hashable: close over it, pass it through `jax.jit`, or keep it as a static field.
+    It is static and hashable: close over it, pass it through `jax.jit`, or keep it as a static field.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
-    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
-    >>> print(layers)
-    layer  kind    groups x out x in  positions  uses  bias  parameters
-    -----  ------  -----------------  ---------  ----  ----  ----------
-    w      linear  1 x 2 x 3          1          1           ['w']
-    rest: ['s'] (scale)
-    >>> layers["w"].in_, [layer.name for layer in layers]
-    (3, ['w'])
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+        >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
+        >>> print(layers)
+        layer  kind    groups x out x in  positions  uses  bias  parameters
+        -----  ------  -----------------  ---------  ----  ----  ----------
+        w      linear  1 x 2 x 3          1          1           ['w']
+        rest: ['s'] (scale)
+        >>> layers["w"].in_, [layer.name for layer in layers]
+        (3, ['w'])
     """
 
     model_fn: Callable[[PyTree, PyTree], Array]
+    """The model that they were found in."""
     trace: Trace
     plan: Plan
     bias: Bias
+    """`"joint"` or `"separate"`, as it was passed to `find_layers`."""
     example: PyTree[jax.ShapeDtypeStruct]
     """Inputs for which they were found; the number of examples does not matter."""
     checked: bool
-    """Whether it was seen that the model's examples do not depend on each other."""
+    """Whether it was checked that the model's examples do not depend on each other."""
     has_aux: bool = False
     """Whether the model returns `(outputs, aux)`."""
     coupled: bool = False
@@ -96,6 +101,7 @@ class Layers:
 
     @cached_property
     def all(self) -> tuple[LayerInfo, ...]:
+        """All layers."""
         return tuple(_infos(self))
 
     def __iter__(self) -> Iterator[LayerInfo]:
@@ -114,6 +120,7 @@ class Layers:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The layers' names."""
         return tuple(layer.name for layer in self.all)
 
     def __str__(self) -> str:
@@ -144,7 +151,15 @@ class Layers:
         return f"Layers({', '.join(self.names)})"
 
     def again(self, params: PyTree, inputs: PyTree) -> "Layers":
-        """The same layers, in the model's jaxpr for parameters and inputs of these types."""
+        """Find the same layers in the model's jaxpr for parameters and inputs of these types.
+
+        Args:
+            params: the parameters, or `jax.ShapeDtypeStruct`s of them.
+            inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
+
+        Returns:
+            The layers.
+        """
         trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
         return replace(self, trace=trace, plan=make_plan(trace))
 
@@ -155,7 +170,7 @@ class Layers:
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """Where each layer's matrix is among the parameters."""
+        """The positions of each layer's matrix among the parameters."""
         stacks = []
         for info in self.all:
             layer = info._plan
@@ -173,20 +188,21 @@ def find_layers(
     has_aux: bool = False,
     examples: Examples = "independent",
 ) -> Layers:
-    """Find the linear layers of a model by tracing it: what `layer_io` captures, and what `to_matrices` lays out.
+    """Find the linear layers of a model by tracing it: those that `layer_io` captures and `to_matrices` lays out.
 
-    A layer is a place where a parameter, however reshaped, sliced or stacked, first meets data in a matrix product, a
-    convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
+    A layer is a place where a parameter, possibly reshaped, sliced or stacked, first meets an input or an activation in
+    a matrix product, a convolution or an embedding (see `report`). Nothing needs to be tagged or registered.
 
     Args:
-        model_fn: `model_fn(params, inputs [N, ...]) -> outputs [N, *out]`.
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
         params: a pytree of floating arrays, or of `jax.ShapeDtypeStruct`s.
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
-        bias: `"joint"` makes a bias the last column of its layer's matrix, and 1 its layer's last input; `"separate"`
-            leaves biases to the rest. A bias that is added to rows of a table is separate always.
-        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
-        examples: `"independent"`, or `"coupled"` for a model whose examples depend on each other (batch normalisation
-            in training mode, attention within a batch): then a batch is one example, N = 1, with the positions of all.
+        bias: `"joint"` (default) makes a bias the last column of its layer's matrix, and 1 its layer's last input;
+            `"separate"` leaves biases to the rest. A bias that is added to rows of a table is always separate.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+        examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other (batch
+            normalisation in training mode, attention within a batch): then a batch is one example, N = 1, with the
+            positions of all.
 
     Returns:
         The layers, a static value.
@@ -195,14 +211,15 @@ def find_layers(
         TypeError, ValueError: for arguments that do not fit, naming them, and for a model whose examples depend on each
             other, where parameters and inputs have values (not under `jit`).
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)) / 3, "b": jnp.zeros(2), "v": jnp.ones((2, 4)) / 2}
-    >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
-    >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
-    >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
-    >>> io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="type-2")
-    >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
-    ((1, 5, 1, 4), (4, 1, 5, 1, 2))
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)) / 3, "b": jnp.zeros(2), "v": jnp.ones((2, 4)) / 2}
+        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+        >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
+        >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
+        >>> io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="type-2")
+        >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
+        ((1, 5, 1, 4), (4, 1, 5, 1, 2))
     """
     if bias not in CHOICES["bias"]:
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")

@@ -21,32 +21,34 @@ from ggn_jax.operators.blocks import BlockLinearOperator
 
 
 def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: PyTree = None) -> BlockLinearOperator:
-    """The operator with the block `B (x) A` for each layer, of factors that are known already.
+    """Make the operator with the block `B (x) A` for each layer, from factors that are known already.
 
-    It looks at no model and no batch: for factors of one's own rule, from a file, or made of what `layer_io` captures.
+    It needs no model and no batch: the factors may follow a rule of your own, come from a file, or be made of what
+    `layer_io` captures.
 
     Args:
-        layers: those of the model.
-        factors: for each layer's name, `(A, B)`: symmetric positive semi-definite `[groups, in, in]` and `[groups, out,
-            out]`, or diagonal ones, without the last axis. A joint bias is the last input.
+        layers: the model's layers, what `find_layers` returned.
+        factors: a dict with `(A, B)` for each layer's name: symmetric positive semi-definite `[groups, in, in]` and
+            `[groups, out, out]`, or diagonal ones, without the last axis. A joint bias is the last input.
         rest: the diagonal for what no layer owns, as `to_matrices(layers, tree)` has it: a pytree like the parameters,
-            with anything in the layers' places. 0 by default, so that inverses need damping.
+            with anything in the layers' places. None (default) for 0, so that inverses need damping.
 
     Returns:
-        An operator with blocks, and all that these have: inverses, roots, determinants, `damped`, `+`.
+        A `BlockLinearOperator`, with its inverses, roots, determinants, `damped` and sums.
 
     Raises:
         TypeError, ValueError, KeyError: for factors that do not fit, naming the layer or the parameter. Where values
             are known, also for entries that are not finite, matrices that are not symmetric, and negative diagonals;
-            other indefinite ones go unnoticed.
+            other indefinite ones are not detected.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
-    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
-    >>> factors = {"w": (jnp.eye(3)[None], 2 * jnp.eye(2)[None])}
-    >>> operator = ggn_jax.from_factors(layers, factors, rest={"w": None, "s": jnp.ones(2)})
-    >>> float(operator.trace()), operator.solve(params, damping=1.0)["s"]
-    (14.0, Array([0.5, 0.5], dtype=float32))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+        >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"]) * p["s"], params, jnp.ones((5, 3)))
+        >>> factors = {"w": (jnp.eye(3)[None], 2 * jnp.eye(2)[None])}
+        >>> operator = ggn_jax.from_factors(layers, factors, rest={"w": None, "s": jnp.ones(2)})
+        >>> float(operator.trace()), operator.solve(params, damping=1.0)["s"]
+        (14.0, Array([0.5, 0.5], dtype=float32))
     """
     if not isinstance(layers, Layers):
         raise TypeError(f"layers must be what ggn_jax.find_layers returned; got {type(layers).__name__}.")

@@ -29,47 +29,62 @@ T = TypeVar("T")
 
 
 class GramLinearOperator(FunctionSpaceLinearOperator):
-    r"""`J J^T` of a model's Jacobian `J`, or `S^T J J^T S` with a loss's square root `S`; on arrays `[N, *out]`.
+    """The matrix `J J^T` of a model's Jacobian `J`, or `S^T J J^T S` with a loss's square root `S`.
+
+    It acts on arrays `[N, *out]`.
 
     With the loss it has the eigenvalues of the GGN `J^T S S^T J` other than 0 (`GGNLinearOperator`), so that a solve
-    with the damped GGN is one of the size of the outputs: cheaper where there are fewer outputs than parameters,
+    with the damped GGN, `solve_ggn`, is one of the size of the outputs, cheaper where there are fewer outputs than
+    parameters:
 
     ```
     (J^T S S^T J + D)^-1 v = D^-1 (v - J^T S (S^T J D^-1 J^T S + I)^-1 S^T J D^-1 v)
     ```
 
-    which is `solve_ggn`. Without a loss, `J J^T` is the empirical neural tangent kernel (Jacot et al. 2018).
-    `from_objective` makes it of the outputs of several functions.
+    Without a loss, `J J^T` is the empirical neural tangent kernel (Jacot et al. 2018). `from_objective` makes it for
+    the outputs of several functions.
 
     `centred=True` subtracts the mean over examples from the rows of `J`, for each entry of an output: `S^T C J J^T C S`
-    with `C = I - 1 1^T / N`, and the matrix in parameters that `solve_ggn` solves with is the covariance `J^T C S S^T C
-    J`. For `log |psi|` of samples it is stochastic reconfiguration, whose kernel trick this is (minSR; Chen & Heyl
-    2024).
+    with `C = I - 1 1^T / N`, and the matrix in parameters that `solve_ggn` solves with is the covariance
+    `J^T C S S^T C J`. For `log |psi|` of samples it is stochastic reconfiguration, whose kernel trick this is (minSR;
+    Chen & Heyl 2024).
 
     Products need no matrix: one linearisation of the model, a cotangent and a tangent. `as_matrix` is made of sums over
     layers of `(a a^T) o (g g^T)`, `a` a layer's inputs and `g` the gradients of each output in the layer's outputs,
     wherever that takes less than the rows of `J`: no gradient of an example in the parameters is formed there.
 
-    **Arguments:**
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. For `as_matrix` and `solve_ggn`, and with
+            `chunk_size`, it must treat examples independently, which is checked outside of `jit`.
+        params: the parameters, a pytree of floating arrays.
+        inputs: a batch of inputs, perhaps a pytree, whose leading axes are the batch's.
+        loss: a `Loss`, whose `S` is that of the whole batch; None (default) for `J J^T`. With a `JointLoss`, vectors
+            are `[N, K]`, all outputs of an example.
+        targets: the batch's targets; None (default) where the loss's curvature depends on none.
+        centred: whether to subtract the mean over examples from `J`; False by default.
+        chunk_size: how many examples to process at once; None (default) for all.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
 
-    - `model_fn`, `params`, `inputs`, `chunk_size`, `has_aux`: as for `JacobianLinearOperator`. For `as_matrix` and
-      `solve_ggn` the model must treat examples independently, which is checked outside of `jit`.
-    - `loss`, `targets`: a `Loss` and a batch of targets; `S` is that of the loss of the whole batch. Targets may be
-      None where its curvature depends on none. With a `JointLoss`, vectors are `[N, K]`, all outputs of an example.
-    - `centred`: whether to subtract the mean over examples from `J`.
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x, y = {"w": jnp.ones((20, 3)) / 20}, jnp.eye(8, 20), jnp.arange(8) % 3
+        >>> model_fn, loss = lambda p, x: jnp.tanh(x @ p["w"]), ggn_jax.CrossEntropyLoss()
+        >>> gram = GramLinearOperator(model_fn, params, x, loss=loss, targets=y)
+        >>> gram.as_matrix().shape
+        (24, 24)
+        >>> step = gram.solve_ggn(params, damping=0.1)
+        >>> ggn = ggn_jax.GGNLinearOperator(model_fn, loss, params, (x, y))
+        >>> bool(jnp.allclose(ggn.damped(0.1).mv(step)["w"], params["w"], atol=1e-5))
+        True
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x, y = {"w": jnp.ones((20, 3)) / 20}, jnp.eye(8, 20), jnp.arange(8) % 3
-    >>> model_fn, loss = lambda p, x: jnp.tanh(x @ p["w"]), ggn_jax.CrossEntropyLoss()
-    >>> gram = GramLinearOperator(model_fn, params, x, loss=loss, targets=y)
-    >>> gram.as_matrix().shape
-    (24, 24)
-    >>> step = gram.solve_ggn(params, damping=0.1)
-    >>> ggn = ggn_jax.GGNLinearOperator(model_fn, loss, params, (x, y))
-    >>> bool(jnp.allclose(ggn.damped(0.1).mv(step)["w"], params["w"], atol=1e-5))
-    True
+    References:
+        - Jacot, Gabriel and Hongler (2018), *Neural tangent kernel: convergence and generalization in neural networks*:
+          https://arxiv.org/abs/1806.07572
+        - Chen and Heyl (2024), *Empowering deep neural quantum states through efficient optimization*:
+          https://arxiv.org/abs/2302.01941
     """
 
     functions: tuple[Function, ...]
@@ -106,36 +121,41 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         has_aux: bool = False,
         progress: bool = False,
     ) -> BatchesGramLinearOperator:
-        """Of all data of an iterable of batches, whose outputs follow each other, as if they were one batch.
+        """Make the operator of an iterable of batches, whose outputs follow each other, as if they were one batch.
 
-        One batch is held at a time, and of all data what has the outputs' size: these and the targets, which the first
-        pass collects, vectors, and the dense matrix where it is made. A product takes two passes, by `J^T` and by `J`,
-        `as_matrix` one for each batch, with the rows of that and the columns of those after it, and `solve_ggn` two
-        more. All run on the host, outside of `jit` only.
+        One batch is held at a time, and, for all batches together, only what has the outputs' size: outputs and
+        targets, which the first pass collects, vectors, and the dense matrix where it is made. A product takes two
+        passes, by `J^T` and by `J`; `as_matrix` takes one for each batch, with the rows of that and the columns of
+        those after it, and `solve_ggn` two more. All run on the host, outside of `jit` only.
 
         Args:
-            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently, which is
-                checked on the first batch.
-            params: a pytree of floating arrays.
-            batches: an iterable of `(inputs, targets)` that yields the same data in each pass, in the same order; their
-                sizes may differ.
-            loss: a `Loss` that holds nothing for each example; its mean is over the terms of all data. None for `J
-                J^T`, which looks at no targets.
-            centred: whether to subtract the mean over all examples from the rows of `J`.
-            chunk_size, has_aux: those of the constructor.
-            progress: show a bar for each pass (needs tqdm).
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. It must treat examples independently,
+                which is checked on the first batch.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)` that yields the same data in each pass, in the same order; sizes
+                may differ.
+            loss: a `Loss` without weights for single examples, whose mean is over the terms of all batches; None
+                (default) for `J J^T`, which ignores targets.
+            centred: whether to subtract the mean over all examples from the rows of `J`; False by default.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+
+        Returns:
+            A `BatchesGramLinearOperator`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
-                batch at all, for outputs of other shapes, and for passes over different data.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them and the batch; for an
+                iterator, for no batch at all, for outputs of different shapes, and for passes over different data.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((20, 3)) / 20}, ggn_jax.CrossEntropyLoss()
-        >>> batches = [(jnp.eye(n, 20), jnp.arange(n) % 3) for n in (8, 8, 5)]
-        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"])
-        >>> gram = ggn_jax.GramLinearOperator.from_batches(model_fn, params, batches, loss=loss)
-        >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
-        ((63, 63), (20, 3))
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((20, 3)) / 20}, ggn_jax.CrossEntropyLoss()
+            >>> batches = [(jnp.eye(n, 20), jnp.arange(n) % 3) for n in (8, 8, 5)]
+            >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"])
+            >>> gram = ggn_jax.GramLinearOperator.from_batches(model_fn, params, batches, loss=loss)
+            >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
+            ((63, 63), (20, 3))
         """
 
         def make(inputs: PyTree, targets: Any) -> Problem:
@@ -156,32 +176,37 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         chunk_size: int | None = None,
         has_aux: bool = False,
     ) -> Self:
-        """Of the outputs of all functions of an objective, each with the root of its loss and of its weight.
+        """Make the operator of all functions of an objective, each with the root of its loss and of its weight.
 
         Vectors are tuples, with an array like its outputs for each function. With `X = (sqrt(w_k) J_k^T S_k)_k`, side
-        by side, it is `X^T X`, and `solve_ggn` solves with `X X^T = sum_k w_k J_k^T H_k J_k`, the objective's GGN. Of
-        the inner products between two functions, those in layers that both lay out alike are made as within one.
+        by side, it is `X^T X`, and `solve_ggn` solves with `X X^T = sum_k w_k J_k^T H_k J_k`, the objective's GGN.
+        Inner products between two functions use the layers that both lay out alike, as within one function.
 
         Args:
-            objective: a sum of functions of the same parameters, each with a weight.
-            params: a pytree of floating arrays.
+            objective: an `Objective`: a sum of functions of the same parameters, each with a weight.
+            params: the parameters, a pytree of floating arrays.
             batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
-            centred: whether to subtract, in each function, the mean over its examples from the rows of `J`.
-            chunk_size: how many examples are worked on at once.
-            has_aux: whether each `model_fn` returns `(outputs, aux)`.
+            centred: whether to subtract, in each function, the mean over its examples from the rows of `J`; False by
+                default.
+            chunk_size: how many examples to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+
+        Returns:
+            The operator.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for batches that are not
-                as many.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for a number of
+                batches that differs from that of the functions.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((20, 1)) / 20}, ggn_jax.MSELoss()
-        >>> value, slope = (lambda p, x: jnp.tanh(x @ p["w"])), (lambda p, x: 1 - jnp.tanh(x @ p["w"]) ** 2)
-        >>> objective = ggn_jax.Objective(value, loss) + 0.5 * ggn_jax.Objective(slope, loss)
-        >>> batches = [(jnp.eye(n, 20), jnp.zeros((n, 1))) for n in (8, 3)]
-        >>> gram = ggn_jax.GramLinearOperator.from_objective(objective, params, batches)
-        >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
-        ((11, 11), (20, 1))
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((20, 1)) / 20}, ggn_jax.MSELoss()
+            >>> value, slope = (lambda p, x: jnp.tanh(x @ p["w"])), (lambda p, x: 1 - jnp.tanh(x @ p["w"]) ** 2)
+            >>> objective = ggn_jax.Objective(value, loss) + 0.5 * ggn_jax.Objective(slope, loss)
+            >>> batches = [(jnp.eye(n, 20), jnp.zeros((n, 1))) for n in (8, 3)]
+            >>> gram = ggn_jax.GramLinearOperator.from_objective(objective, params, batches)
+            >>> gram.as_matrix().shape, gram.solve_ggn(params, damping=0.1)["w"].shape
+            ((11, 11), (20, 1))
         """
         functions = []
         weights = array_weights(objective) if isinstance(objective, Objective) else []
@@ -195,6 +220,7 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         return made
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shape and dtype of the outputs, `[N, *out]`, or a tuple of them, one for each function."""
         return self._like([f.problem.outputs for f in self.functions])
 
     def _details(self) -> dict[str, Any]:
@@ -207,12 +233,23 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         return tuple(parts) if self.several else parts[0]
 
     def mv(self, vector: PyTree[Float[Array, "N *out"]]) -> PyTree[Float[Array, "N *out"]]:
-        """The product with `vector`, an array like the outputs, or a tuple of one for each function."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: an array like the outputs, `[N, *out]`, or a tuple of one for each function.
+
+        Returns:
+            An array, or a tuple of arrays, like `vector`.
+        """
         check_vector(self, vector, "output")
         return _product(self, vector)
 
     def as_matrix(self) -> Float[Array, "K K"]:
-        """The dense matrix, rows and columns in the order of the outputs' entries (C order)."""
+        """Compute the dense matrix.
+
+        Returns:
+            An array `[K, K]`, with rows and columns in the order of the outputs' entries (C order).
+        """
         self._check_independent()
         return _dense(self)
 

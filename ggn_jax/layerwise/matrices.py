@@ -17,35 +17,36 @@ Matrices = dict[str, Float[Array, "G out in"]]
 
 
 def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
-    """A pytree like the parameters (a gradient, say) as a matrix `[G, out, in]` for each layer, and the rest.
+    """Split a pytree like the parameters (a gradient, say) into a matrix `[G, out, in]` for each layer, and the rest.
 
     A joint bias is the last column (`find_layers`). Kernels of convolutions have `in` in the order of the kernel's own
     axes, channels first or last; the groups of a layer that is scanned over are its steps; rows of an embedding's table
     are columns, one for each input. A fused weight, as that of queries, keys and values, is one matrix where it is used
-    once. `rest` is `tree` with `optax.MaskedNode()` in place of what layers own: what optax's transformations take for
+    once. `rest` is `tree` with `optax.MaskedNode()` in place of what layers own, as optax's transformations expect for
     a part of the parameters. Where layers own a part of an array, that part is 0 in it.
 
     `from_matrices(layers, *to_matrices(layers, tree))` is `tree`, exactly.
 
     Args:
-        layers: those of the model.
+        layers: the model's layers, what `find_layers` returned.
         tree: a pytree like the parameters, of any dtypes.
 
     Returns:
-        The matrices by the layers' names, and the rest.
+        A pair, of a dict of the matrices by the layers' names, and the rest.
 
     Raises:
         ValueError: for a pytree that is not like the parameters.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "s": jnp.ones(2)}
-    >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
-    >>> matrices, rest = ggn_jax.to_matrices(layers, params)
-    >>> print(matrices["w"])
-    [[[1. 1. 1. 0.]
-      [1. 1. 1. 0.]]]
-    >>> rest
-    {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "s": jnp.ones(2)}
+        >>> layers = ggn_jax.find_layers(lambda p, x: (x @ p["w"] + p["b"]) * p["s"], params, jnp.ones((5, 3)))
+        >>> matrices, rest = ggn_jax.to_matrices(layers, params)
+        >>> print(matrices["w"])
+        [[[1. 1. 1. 0.]
+          [1. 1. 1. 0.]]]
+        >>> rest
+        {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
     """
     leaves = _leaves(layers, tree)
     matrices = dict(zip(layers.names, read(layers.stacks, tree), strict=True))
@@ -58,26 +59,31 @@ def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
 
 
 def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -> PyTree[Array]:
-    """The pytree like the parameters that `to_matrices` made these of: its inverse.
+    """Make the pytree like the parameters from which `to_matrices` made these matrices: its inverse.
 
-    A matrix whose dtype is what the layer's parameters have gives arrays of their dtypes, and any other matrix arrays
-    of its own: momentum in float32 of parameters in bfloat16 stays float32.
+    A matrix in the dtype of the layer's parameters gives arrays of their dtypes, any other matrix arrays of its own:
+    momentum in float32 of parameters in bfloat16 stays float32.
 
     Args:
-        layers: those of the model.
-        matrices: for each layer's name, `[G, out, in]`.
+        layers: the model's layers, what `find_layers` returned.
+        matrices: a dict with a matrix `[G, out, in]` for each layer's name.
         rest: a pytree like the parameters, with anything in the place of what layers own.
 
-    Raises:
-        KeyError, ValueError: for matrices that are not the layers', and a rest that is not like the parameters.
+    Returns:
+        A pytree of arrays like the parameters.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    >>> layers = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
-    >>> matrices, rest = ggn_jax.to_matrices(layers, params)
-    >>> doubled = ggn_jax.from_matrices(layers, {name: 2 * m for name, m in matrices.items()}, rest)
-    >>> print(doubled["b"], doubled["w"][0])
-    [0. 0.] [2. 2.]
+    Raises:
+        KeyError: for names that are not the layers'.
+        ValueError: for matrices of other shapes, and a rest that is not like the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+        >>> layers = ggn_jax.find_layers(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3)))
+        >>> matrices, rest = ggn_jax.to_matrices(layers, params)
+        >>> doubled = ggn_jax.from_matrices(layers, {name: 2 * m for name, m in matrices.items()}, rest)
+        >>> print(doubled["b"], doubled["w"][0])
+        [0. 0.] [2. 2.]
     """
     if set(matrices) != set(layers.names):
         raise KeyError(f"matrices must be of the layers {', '.join(layers.names)}; got {', '.join(matrices)}.")

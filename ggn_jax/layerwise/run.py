@@ -42,55 +42,58 @@ def layer_io(
     mask: Any = None,
     grads: bool = True,
 ) -> LayersIO:
-    r"""Run a model once, and give each layer's inputs and output gradients; the loss and its gradient with them.
+    """Run a model once, and capture each layer's inputs and output gradients, the loss and its gradient.
 
-    What is back-propagated are the gradient output vectors of the batch (`make_batch_grad_output_fn`), reduction
-    included. So, with `a` the inputs and `g` the output gradients of a layer, for `io = layer_io(...)`:
+    The gradient output vectors of the batch (`make_batch_grad_output_fn`), reduction included, are back-propagated. So,
+    with `a` the inputs and `g` the output gradients of a layer, for `io = layer_io(...)`:
 
     - type-2 and MC: the GGN of the batch's loss, in the layer's matrix, is `sum_{v,n} vec(G) vec(G)^T` (for MC in
       expectation), `G = sum_s g a^T` being `per_example_grads()`; KFAC's factors are `B = sum_{v,n,s} g g^T` and
-      `A = sum_{n,s} a a^T / (N S)`. Nothing is to be multiplied by the batch's size.
+      `A = sum_{n,s} a a^T / (N S)`. Do not multiply by the batch's size.
     - empirical: `g` is `sqrt(r)` times the gradient of the sum of all terms, so `sqrt(io.reduction) sum_n G` is the
-      gradient of the loss, and `io.reduction` 1 for `reduction="sum"`.
+      gradient of the loss, and `io.reduction` is 1 for `reduction="sum"`.
     - forward-only: no vectors, V = 0.
 
     Call it under `jit`, with `layers` closed over: what is not used is not computed then. All vectors are
     back-propagated at once, and V output gradients are held where they are used; `sum_layer_io` bounds the memory.
 
     Args:
-        layers: what `find_layers` found; `batch` and `params` have the shapes that it was called with, but for the
-            number of examples.
-        loss: a `Loss`.
-        params: a pytree of floating arrays.
-        batch: `(inputs, targets)`. Targets may be None with `grads=False`, where vectors do not depend on them.
-        fisher_type: `"type-2"`, `"mc"`, `"empirical"` or `"forward-only"`.
-        mc_samples: the number V of vectors for `"mc"`.
-        key: for what is drawn.
-        positions: as for `KFACLinearOperator`: `"signs"` or `"exact"`, of type-2 vectors of several loss positions.
-        mask: `[N, *positions]`, true for real inputs: `io[name].mask` has it as the layer has these positions. It
-            changes nothing else.
-        grads: whether to compute the loss's gradient as well.
+        layers: the model's layers, what `find_layers` returned. `batch` and `params` have the shapes that it was called
+            with, except for the number of examples.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Targets may be None with `grads=False`, where vectors do not depend on them.
+        fisher_type: `"type-2"`, `"mc"` (default), `"empirical"` or `"forward-only"`: which vectors are back-propagated.
+        mc_samples: the number V of vectors for `"mc"`; 1 by default.
+        key: a PRNG key for sampling: `"mc"`, and the signs of `"type-2"` with several loss positions. Ignored where
+            nothing is sampled.
+        positions: how `"type-2"` treats outputs with several loss positions, such as tokens: `"signs"` (default)
+            back-propagates all of them together with independent random signs, `"exact"` one by one.
+        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` is the mask in the
+            layout of the layer, where that has these positions. It changes nothing else.
+        grads: whether to compute the loss's gradient as well; True by default.
 
     Returns:
-        A pytree: `value`, `grads`, `reduction`, and for each layer's name `inputs` `[G, N, S, in]`, `output_grads`
-        `[V, G, N, S, out]` and `per_example_grads()` `[V, N, G, out, in]`. Of coupled examples, N is 1, and S counts
-        the positions of all.
+        A `LayersIO`, a pytree of `value`, `grads`, `reduction`, and for each layer's name `inputs` `[G, N, S, in]`,
+        `output_grads` `[V, G, N, S, out]` and `per_example_grads()` `[V, N, G, out, in]`. With coupled examples, N is
+        1, and S counts the positions of all.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params = {"w": jnp.ones((3, 2)) / 3, "v": jnp.ones((2, 4)) / 2}
-    >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
-    >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
-    >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
-    >>> @jax.jit
-    ... def factors(params, key):
-    ...     io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="mc", key=key)
-    ...     a, g = io["w"].inputs, io["w"].output_grads
-    ...     return jnp.einsum("gnsi,gnsj->gij", a, a) / 5, jnp.einsum("vgnso,vgnsp->gop", g, g)
-    >>> [factor.shape for factor in factors(params, jax.random.key(0))]
-    [(1, 3, 3), (1, 2, 2)]
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params = {"w": jnp.ones((3, 2)) / 3, "v": jnp.ones((2, 4)) / 2}
+        >>> model_fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+        >>> batch, loss = (jnp.ones((5, 3)), jnp.arange(5) % 4), ggn_jax.CrossEntropyLoss()
+        >>> layers = ggn_jax.find_layers(model_fn, params, batch[0])
+        >>> @jax.jit
+        ... def factors(params, key):
+        ...     io = ggn_jax.layer_io(layers, loss, params, batch, fisher_type="mc", key=key)
+        ...     a, g = io["w"].inputs, io["w"].output_grads
+        ...     return jnp.einsum("gnsi,gnsj->gij", a, a) / 5, jnp.einsum("vgnso,vgnsp->gop", g, g)
+        >>> [factor.shape for factor in factors(params, jax.random.key(0))]
+        [(1, 3, 3), (1, 2, 2)]
     """
     if explicit_mesh((params, batch)) is not None:
         raise NotImplementedError(
@@ -122,32 +125,48 @@ def sum_layer_io(
     mask: Any = None,
     grads: bool = True,
 ) -> PyTree[Array]:
-    """The sum of `fn(io)` over chunks of the batch, with `io` what `layer_io` returns for a chunk.
+    """Sum `fn(io)` over chunks of the batch, with `io` what `layer_io` returns for a chunk.
 
-    Vectors, value and gradient have the whole batch's reduction, so the sums of what is summed over examples are those
-    of the whole batch, whatever the chunks: `value`, `grads`, `g g^T`; but for that, chunks do not see each other. What
-    is drawn for an example does not depend on them either. Sums are in at least float32, and returned in the dtypes of
-    `fn`.
+    Vectors, value and gradient have the whole batch's reduction, so that sums over examples are those of the whole
+    batch, whatever the chunks: `value`, `grads`, `g g^T`; apart from that, chunks are independent. What is sampled for
+    an example does not depend on them either. Sums are in at least float32, and returned in the dtypes of `fn`.
 
     Args:
         fn: a function of a chunk's `LayersIO` that returns a pytree of arrays; their shapes must not depend on how many
             examples there are.
-        chunk_size: how many examples are worked on at once; None for all.
-        layers, loss, params, batch, fisher_type, mc_samples, key, positions, mask, grads: as for `layer_io`.
+        layers: the model's layers, what `find_layers` returned. `batch` and `params` have the shapes that it was called
+            with, except for the number of examples.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Targets may be None with `grads=False`, where vectors do not depend on them.
+        chunk_size: how many examples to process at once; None (default) for all.
+        fisher_type: `"type-2"`, `"mc"` (default), `"empirical"` or `"forward-only"`: which vectors are back-propagated.
+        mc_samples: the number V of vectors for `"mc"`; 1 by default.
+        key: a PRNG key for sampling: `"mc"`, and the signs of `"type-2"` with several loss positions. Ignored where
+            nothing is sampled.
+        positions: how `"type-2"` treats outputs with several loss positions, such as tokens: `"signs"` (default)
+            back-propagates all of them together with independent random signs, `"exact"` one by one.
+        mask: `[N, *positions]`, true for real inputs; None (default) for no padding. `io[name].mask` is the mask in the
+            layout of the layer, where that has these positions. It changes nothing else.
+        grads: whether to compute the loss's gradient as well; True by default.
 
     Returns:
-        The sums.
+        The sums, a pytree like what `fn` returns.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((3, 2))}, (jnp.ones((5, 3)), jnp.ones((5, 2)))
-    >>> layers = ggn_jax.find_layers(lambda p, x: x @ p["w"], params, batch[0])
-    >>> def moments(io):
-    ...     return {name: jnp.einsum("gnsi,gnsj->gij", io[name].inputs, io[name].inputs) for name in io}
-    >>> options = dict(chunk_size=2, fisher_type="forward-only", grads=False)
-    >>> print(ggn_jax.sum_layer_io(moments, layers, ggn_jax.MSELoss(), params, batch, **options)["w"][0])
-    [[5. 5. 5.]
-     [5. 5. 5.]
-     [5. 5. 5.]]
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((3, 2))}, (jnp.ones((5, 3)), jnp.ones((5, 2)))
+        >>> layers = ggn_jax.find_layers(lambda p, x: x @ p["w"], params, batch[0])
+        >>> def moments(io):
+        ...     return {name: jnp.einsum("gnsi,gnsj->gij", io[name].inputs, io[name].inputs) for name in io}
+        >>> options = dict(chunk_size=2, fisher_type="forward-only", grads=False)
+        >>> print(ggn_jax.sum_layer_io(moments, layers, ggn_jax.MSELoss(), params, batch, **options)["w"][0])
+        [[5. 5. 5.]
+         [5. 5. 5.]
+         [5. 5. 5.]]
     """
     problem, extra, view = _prepare(
         layers, loss, params, batch, chunk_size, fisher_type, mc_samples, key, positions, mask, grads

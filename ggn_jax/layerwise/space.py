@@ -230,19 +230,21 @@ class FunctionSpaceLinearOperator(SymmetricLinearOperator):
         """`solve`, with a damping `number D`."""
 
     def solve_ggn(self, vector: PyTree[Array], damping: Any) -> PyTree[Array]:
-        """`(J^T S S^T J + D)^-1 vector`, by a Cholesky factorisation of the size of the outputs.
+        """Compute `(J^T S S^T J + D)^-1 vector`, by a Cholesky factorisation of the size of the outputs.
 
-        `J^T J` without a loss, and of the centred Jacobian with `centred`. In float32, choose `damping` well above 1e-6
-        times the largest eigenvalue; what is left of `vector` is divided by it.
+        The matrix is `J^T J + D` without a loss, and that of the centred Jacobian with `centred`. In float32, choose
+        `damping` well above 1e-6 times the largest eigenvalue; the rest of `vector`, outside of the range, is divided
+        by it.
 
         Args:
-            vector: a pytree like the parameters.
-            damping: a number above 0, `D = damping * I`; or a pytree of such numbers that is a prefix of the
-                parameters: one for each layer, as a prior precision. Inner products of a layer whose weight is made of
-                several parameters with numbers of their own (fused queries and keys, say) are made of its gradients.
+            vector: a pytree of arrays like the parameters.
+            damping: a number above 0, for `D = damping * I`; or a pytree of such numbers that is a prefix of the
+                parameters: one for each layer, as a prior precision. Where the parameters of one layer's weight (fused
+                queries and keys, say) have different numbers, inner products in that layer are computed from its
+                gradients.
 
         Returns:
-            A pytree like the parameters.
+            A pytree of arrays like the parameters.
 
         Raises:
             ValueError: for a vector that is not like the parameters, or a damping that is not above 0, or is not a

@@ -14,55 +14,73 @@ from ggn_jax.operators.blocks import BlockLinearOperator, added, are_alike
 
 
 def average_operators(operators: Sequence[BlockLinearOperator], weights: Any = None) -> BlockLinearOperator:
-    r"""The weighted mean of operators, `sum_i w_i O_i / sum_i w_i`, exactly: an operator with blocks again.
+    """Average operators, with weights: `sum_i w_i O_i / sum_i w_i`, exactly, again an operator with blocks.
 
     A mean of Kronecker products `B_i (x) A_i` is not a Kronecker product: each operator adds its terms to the blocks,
     and inverses, roots and determinants follow the rules for sums of terms (`KFACLinearOperator.inverse`). To keep one
     term, as running averages in optimizers do, see `average_factors`.
 
-    **Arguments:**
+    Args:
+        operators: a sequence of operators with blocks, of one model and the same options, so that they have the same
+            blocks.
+        weights: as many numbers of at least 0; None (default) for equal ones. They may be unknown, under `jit`.
 
-    - `operators`: of one model and the same options, so that they have the same blocks.
-    - `weights`: as many numbers of at least 0; equal ones by default. They may be unknown, under `jit`.
+    Returns:
+        The mean.
 
-    **Raises:** TypeError for what has no blocks; ValueError for different blocks, no operators, or weights that do not
-    fit, are negative, or all 0.
+    Raises:
+        TypeError: for operators without blocks.
+        ValueError: for different blocks, no operators, or weights that do not fit, are negative, or all 0.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-    >>> def kfac(inputs):
-    ...     batch = inputs, jnp.arange(8) % 3
-    ...     return ggn_jax.KFACLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
-    >>> first, second = kfac(jnp.ones((8, 2))), kfac(jnp.eye(8, 2))
-    >>> mean = average_operators([first, second])
-    >>> bool(jnp.allclose(mean.as_matrix(), (first.as_matrix() + second.as_matrix()) / 2))
-    True
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> def kfac(inputs):
+        ...     batch = inputs, jnp.arange(8) % 3
+        ...     return ggn_jax.KFACLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
+        >>> first, second = kfac(jnp.ones((8, 2))), kfac(jnp.eye(8, 2))
+        >>> mean = average_operators([first, second])
+        >>> bool(jnp.allclose(mean.as_matrix(), (first.as_matrix() + second.as_matrix()) / 2))
+        True
     """
     operators, shares = _check("average_operators", operators, weights)
     return added(operators, tuple(shares))
 
 
 def average_factors(operators: Sequence[BlockLinearOperator], weights: Any = None) -> BlockLinearOperator:
-    r"""The operator whose factors are the weighted means of operators' factors: `mean(B_i) (x) mean(A_i)`.
+    """Average the factors of operators, with weights: the result has the blocks `mean(B_i) (x) mean(A_i)`.
 
     **It is not the mean of the operators** (that is `average_operators`), but what running averages in K-FAC optimizers
-    are (Martens & Grosse 2015, section 5): one Kronecker product for each layer. Of batches of one size, for a loss
-    with reduction "mean", it is KFAC of all their data. Terms of tied weights are averaged one by one, and exact
-    blocks, which have no factors, as they are.
+    are (Martens & Grosse 2015, section 5): one Kronecker product for each layer. For batches of one size, and a loss
+    with reduction "mean", it is KFAC of all their examples. Terms of tied weights are averaged one by one, and exact
+    blocks, which have no factors, directly.
 
-    **Arguments:** as for `average_operators`.
+    Args:
+        operators: a sequence of operators with factors, as `KFACLinearOperator`, of one model and the same options, so
+            that they have the same blocks.
+        weights: as many numbers of at least 0; None (default) for equal ones. They may be unknown, under `jit`.
 
-    **Raises:** as `average_operators`; TypeError for blocks that have no factors, as EKFAC's and inverses.
+    Returns:
+        The operator of the averaged factors.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.MSELoss()
-    >>> def kfac(inputs):
-    ...     batch = inputs, jnp.ones((len(inputs), 3))
-    ...     return ggn_jax.KFACLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
-    >>> first, second = jnp.ones((4, 2)), jnp.eye(4, 2)
-    >>> mean, whole = average_factors([kfac(first), kfac(second)]), kfac(jnp.concatenate([first, second]))
-    >>> bool(jnp.allclose(mean.as_matrix(), whole.as_matrix()))
-    True
+    Raises:
+        TypeError: for operators without blocks, and for blocks without factors, as EKFAC's and inverses.
+        ValueError: for different blocks, no operators, or weights that do not fit, are negative, or all 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.MSELoss()
+        >>> def kfac(inputs):
+        ...     batch = inputs, jnp.ones((len(inputs), 3))
+        ...     return ggn_jax.KFACLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, fisher_type="type-2")
+        >>> first, second = jnp.ones((4, 2)), jnp.eye(4, 2)
+        >>> mean, whole = average_factors([kfac(first), kfac(second)]), kfac(jnp.concatenate([first, second]))
+        >>> bool(jnp.allclose(mean.as_matrix(), whole.as_matrix()))
+        True
+
+    References:
+        - Martens and Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*:
+          https://arxiv.org/abs/1503.05671
     """
     operators, shares = _check("average_factors", operators, weights)
     for operator in operators:

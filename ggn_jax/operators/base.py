@@ -32,7 +32,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
 
     @abc.abstractmethod
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shapes and dtypes of the vectors it acts on: those of the parameters."""
+        """Return the shapes and dtypes of the vectors it acts on: those of the parameters."""
 
     def __repr__(self) -> str:
         return fields(self, params=self.in_structure(), **self._details())
@@ -51,31 +51,42 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
             ) from None
 
     def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of its products: those of the parameters."""
         return self.in_structure()
 
     def transpose(self) -> "SymmetricLinearOperator":
+        """Return the operator itself, which is symmetric."""
         return self
 
     def as_matrix(self) -> Float[Array, "P P"]:
-        """The dense matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        """Compute the dense matrix.
+
+        Returns:
+            An array `[P, P]`, with rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`.
+        """
         return self._dense(tuple(range(len(jax.tree.leaves(self.in_structure())))))
 
     def submatrix(self, *paths: str) -> Float[Array, "d d"]:
-        """The dense matrix of some of the parameters, rows and columns in the order of `ravel_pytree` of these.
+        """Compute the dense matrix of some of the parameters.
 
         Args:
             *paths: which parameters, written as `"dense/kernel"`, with `*` for anything: `"encoder/*"`; or as `report`
                 writes one: `"['dense']['kernel']"`. For all of one layer's, pass its kernel and its bias.
 
+        Returns:
+            An array `[d, d]`, with rows and columns in the order of `ravel_pytree` of these parameters.
+
         Raises:
             KeyError: for a path that no parameter has.
             TypeError: for anything that is not a path.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"] + p["b"], ggn_jax.CrossEntropyLoss(), params, batch)
-        >>> ggn.submatrix("w").shape, ggn.submatrix("w", "b").shape, ggn.submatrix("*").shape
-        ((6, 6), (9, 9), (9, 9))
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, batch = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+            >>> model_fn, loss = lambda p, x: x @ p["w"] + p["b"], ggn_jax.CrossEntropyLoss()
+            >>> ggn = ggn_jax.GGNLinearOperator(model_fn, loss, params, batch)
+            >>> ggn.submatrix("w").shape, ggn.submatrix("w", "b").shape, ggn.submatrix("*").shape
+            ((6, 6), (9, 9), (9, 9))
         """
         return self._dense(_leaves_at(paths, self.in_structure()))
 
@@ -84,20 +95,34 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         return _submatrix(self, leaves)
 
     def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, in the order of `ravel_pytree(params)`.
+        """Make a SciPy operator with the same products.
 
-        >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
-        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
-        >>> solution, failed = scipy.sparse.linalg.cg(ggn.damped(0.1).to_scipy(), np.ones(6))
+        Returns:
+            A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, in the order of `ravel_pytree(params)`.
+
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax, numpy as np, scipy.sparse.linalg
+            >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+            >>> ggn = ggn_jax.GGNLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
+            >>> solution, failed = scipy.sparse.linalg.cg(ggn.damped(0.1).to_scipy(), np.ones(6))
         """
         return scipy_operator(self)
 
     def damped(self, damping: Any) -> "SymmetricLinearOperator":
-        """`self + damping * I`, which is still known to be positive semi-definite where `self` is.
+        """Add damping: `self + damping * I`, still marked as positive semi-definite where `self` is.
 
-        `damping` is a number, or a pytree of numbers that is a prefix of the parameters: one for each layer, say.
         lineax's own `self + damping * lineax.IdentityLinearOperator(...)` loses that tag.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say.
+
+        Returns:
+            The damped operator.
+
+        Raises:
+            ValueError, TypeError: for a damping that is not a number, is negative, or is not a prefix of the
+                parameters.
         """
         return DampedLinearOperator(self, damping)
 
@@ -130,7 +155,17 @@ class CurvatureLinearOperator(SymmetricLinearOperator):
         """The product with `v`, like the parameters."""
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+
+        Raises:
+            ValueError, TypeError: for a vector whose structure, shapes or dtypes differ from the parameters'.
+        """
         check_vector(self, vector)
         return _jitted_mv(self, vector)
 
@@ -353,17 +388,22 @@ def _materialise(operator: Any) -> lx.AbstractLinearOperator:
 
 
 class DampedLinearOperator(SymmetricLinearOperator):
-    """`operator + damping * I` for a symmetric `operator`; made by `operator.damped(damping)`.
+    """The operator `operator + damping * I` for a symmetric `operator`; made by `operator.damped(damping)`.
 
-    `damping` is a number, or a pytree of numbers that is a prefix of the parameters: then it is a diagonal matrix.
+    Args:
+        operator: a symmetric `lineax.AbstractLinearOperator`.
+        damping: a number of at least 0, or a pytree of such numbers that is a prefix of the operator's vectors: then it
+            is a diagonal matrix.
 
-    **Raises:** ValueError if `damping` holds something that is not a number, or negative, or is no such prefix.
+    Raises:
+        ValueError, TypeError: for a damping that is not a number, is negative, or is not such a prefix.
 
-    >>> import jax.numpy as jnp, lineax as lx
-    >>> ones = lx.MatrixLinearOperator(jnp.ones((2, 2)), lx.positive_semidefinite_tag)
-    >>> print(DampedLinearOperator(ones, 0.5).as_matrix())
-    [[1.5 1. ]
-     [1.  1.5]]
+    Example:
+        >>> import jax.numpy as jnp, lineax as lx
+        >>> ones = lx.MatrixLinearOperator(jnp.ones((2, 2)), lx.positive_semidefinite_tag)
+        >>> print(DampedLinearOperator(ones, 0.5).as_matrix())
+        [[1.5 1. ]
+         [1.  1.5]]
     """
 
     operator: lx.AbstractLinearOperator
@@ -382,7 +422,14 @@ class DampedLinearOperator(SymmetricLinearOperator):
         return self.operator.in_structure()
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         product = self.operator.mv(vector)
         numbers = leaf_dampings(self.damping, self.in_structure())
         leaves, tree = jax.tree.flatten(vector)

@@ -43,14 +43,15 @@ from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped,
 class BlockLinearOperator(SymmetricLinearOperator):
     """A block-diagonal positive semi-definite operator: a block per layer, and one per parameter that has no layer.
 
-    What `KFACLinearOperator` and its like are, and their inverses and roots; of factors that are known already,
-    `ggn_jax.from_factors` makes one.
+    `KFACLinearOperator` and its like are such operators, and so are their inverses and roots; `ggn_jax.from_factors`
+    makes one from known factors.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> args = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch
-    >>> ggn_jax.KFACLinearOperator(*args, fisher_type="type-2").inverse(damping=0.1)
-    BlockLinearOperator(params=float32[2, 3], blocks=1)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> args = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch
+        >>> ggn_jax.KFACLinearOperator(*args, fisher_type="type-2").inverse(damping=0.1)
+        BlockLinearOperator(params=float32[2, 3], blocks=1)
     """
 
     blocks: Blocks
@@ -75,79 +76,129 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return {"blocks": len(self.blocks.each())}
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         check_vector(self, vector)
         return _mv(self, vector)
 
     def damped(self, damping: Any) -> "BlockLinearOperator":
-        """`self + damping * I`, an operator with blocks again: it has all of this operator's methods.
+        """Add damping: `self + damping * I`, again an operator with blocks and all methods of this one.
 
-        `damping` is a number, or a pytree of numbers that is a prefix of the parameters: a prior precision for each
-        layer, say. All parameters of a block, such as a weight and a bias in one, need the same. Solve with
-        `damped.solve(vector)`, or `lineax.linear_solve(damped, vector, ggn_jax.BlockSolver())`; lineax's default solver
-        makes the dense matrix.
+        Solve with `damped.solve(vector)`, or `lineax.linear_solve(damped, vector, ggn_jax.BlockSolver())`; lineax's
+        default solver makes the dense matrix.
 
-        **Raises:** ValueError for a damping that is not a number of at least 0, or is not a prefix of the parameters,
-        or where a block has several.
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. All parameters of a block, such as a weight and a bias in one, need the
+                same.
+
+        Returns:
+            The damped operator.
+
+        Raises:
+            ValueError, TypeError: for a damping that is not a number of at least 0, is not a prefix of the parameters,
+                or differs within a block.
         """
         return self._replace(damped(self.blocks, self.structure, self._check_damping(damping)))
 
     def trace(self) -> Float[Array, ""]:
-        """The trace."""
+        """Return the trace, a scalar."""
         return _trace(self)
 
     def frobenius_norm(self) -> Float[Array, ""]:
-        """The Frobenius norm."""
+        """Return the Frobenius norm, a scalar."""
         return _norm(self)
 
     def diagonal(self) -> PyTree[Array]:
-        """The diagonal, as a pytree like the parameters."""
+        """Return the diagonal, as a pytree like the parameters."""
         return _diagonal(self)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The logarithm of the determinant of `self + damping * I`; minus infinity where it is singular.
+        """Compute the logarithm of the determinant of `self + damping * I`.
 
         See `inverse` for the blocks' eigenvalues. Its derivative is `tr((self + damping I)^-1 d(self + damping I))`.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+
+        Returns:
+            A scalar; minus infinity where the matrix is singular.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
         """
         return logdet(self.blocks, self.structure, self._check_functions(damping))
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The determinant of `self + damping * I`; `logdet` does not overflow."""
+        """Compute the determinant of `self + damping * I`; `logdet` does not overflow.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
+        """
         return jnp.exp(self.logdet(damping))
 
     def inverse(self, damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact") -> "BlockLinearOperator":
-        r"""The inverse of `self + damping * I`, an operator with blocks again.
+        """Compute the inverse of `self + damping * I`, again an operator with blocks.
 
-        `"exact"`: from the eigendecompositions of both factors, eigenvalues `1 / (l_A l_B + damping)`. `"heuristic"`:
-        `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1` with `pi = sqrt((tr A / d_A) / (tr B / d_B))`
-        (Martens & Grosse 2015, section 6.3), by Cholesky factorisations: cheaper, and not the inverse of the damped
-        operator. Factors of one size are factorised in one call, in at least float32. Blocks without factors to damp,
-        such as EKFAC's, small ones and those of another inverse or root, are inverted exactly by either.
+        `"exact"`: from the eigendecompositions of both factors, with eigenvalues `1 / (l_A l_B + damping)`.
+        `"heuristic"`: `(A + pi sqrt(damping) I)^-1` and `(B + sqrt(damping) / pi I)^-1` with
+        `pi = sqrt((tr A / d_A) / (tr B / d_B))` (Martens & Grosse 2015, section 6.3), by Cholesky factorisations:
+        cheaper, but not the inverse of the damped operator. Factors of one size are factorised in one call, in at least
+        float32. Blocks without factors to damp, such as EKFAC's, small ones and those of another inverse or root, are
+        inverted exactly by either. First derivatives are right for equal eigenvalues, too.
 
-        **Resolution.** A factor's eigenvalues are known to about `eps` times its largest one, so those below four
-        times that count as 0, in all that is computed from eigenvalues (`logdet`, roots, `solve`): a singular block
-        has the determinant 0, and a damped one that of its null space. EKFAC's eigenvalues are sums of squares, with
-        the square of that as their resolution.
+        **Resolution.** A factor's eigenvalues are known to about `eps` times its largest one, so those below four times
+        that count as 0 in everything computed from eigenvalues (`logdet`, roots, `solve`): a singular block has the
+        determinant 0, and a damped one that of its null space. EKFAC's eigenvalues are sums of squares, so their
+        resolution is the square of that.
 
         **Sums of Kronecker terms** (tied weights, several objectives, sums of operators). Blocks with at most 1,024
-        rows are decomposed as dense matrices. Larger ones, of two terms, are diagonalised as both `A` and both `B` are,
-        simultaneously, and the damping goes into the factors: with their mean eigenvalues `a_t = tr A_t / d_A` and
-        `b_t`, it is the inverse of
+        rows are decomposed as dense matrices. Larger ones, of two terms, are diagonalised by diagonalising both `A` and
+        both `B` simultaneously, and the damping goes into the factors: with their mean eigenvalues `a_t = tr A_t / d_A`
+        and `b_t`, the result is the inverse of
 
         ```
         sum_t (B_t + rho b_t I) (x) (A_t + rho a_t I)        rho = sqrt(damping / sum_t a_t b_t)
         ```
 
-        which adds up to `damping * I` and mixed terms: exact without damping, and the definition of `"heuristic"`, for
-        sums of any size. Of more than two terms, those that are alike are joined first, in each group by the nearest
-        single product. `solve` starts from there and is exact. Symmetric roots have no such form: they are those of the
-        nearest single product (in Frobenius norm), with the damping added. `is_exact` tells.
+        which adds `damping * I` and mixed terms: exact without damping, and the definition of `"heuristic"`, for sums
+        of any size. For more than two terms, similar ones are joined first, each group into its nearest single product.
+        `solve` starts from there and is exact. Symmetric roots have no such form: they are those of the nearest single
+        product (in Frobenius norm), with the damping added. `is_exact` tells.
 
-        `damping` is as for `damped`. First derivatives are right for equal eigenvalues, too.
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+            method: `"exact"` (default) or `"heuristic"`.
 
-        **Raises:** ValueError for a damping as `damped`, or an unknown method; NotImplementedError for a sum of blocks
-        with different eigenvectors (EKFAC's) and more rows; FloatingPointError, naming the parameters, where a block is
-        singular or not finite (outside of `jit`; inside, its entries are NaN or infinite).
+        Returns:
+            The inverse.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`, or an unknown method.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
+            FloatingPointError: naming the parameters, where a block is singular or not finite (outside of `jit`;
+                inside, its entries are NaN or infinite).
+
+        References:
+            - Martens and Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*:
+              https://arxiv.org/abs/1503.05671
         """
         if method not in ("exact", "heuristic"):
             raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
@@ -156,11 +207,25 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def solve(
         self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
     ) -> PyTree[Array]:
-        """`(self + damping * I)^-1 vector`, which is `inverse(damping, method).mv(vector)` where that is exact.
+        """Compute `(self + damping * I)^-1 vector`, which is `inverse(damping, method).mv(vector)` where that is exact.
 
         Where it is not, for sums of Kronecker terms with more than 1,024 rows, `"exact"` takes at most 100 steps of
         conjugate gradients in matrix form, with that inverse as preconditioner, until the residual is below `100 eps`
-        times the vector, block by block: each takes two products with blocks. `"heuristic"` takes none.
+        times the vector, block by block; each step takes two products with blocks. `"heuristic"` takes none.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+            method: `"exact"` (default) or `"heuristic"`, see `inverse`.
+
+        Returns:
+            A pytree of arrays like the parameters.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`, or an unknown method.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
+            FloatingPointError: naming the parameters, where a block is singular or not finite (outside of `jit`).
         """
         check_vector(self, vector)
         inverse = self.inverse(damping, method)
@@ -174,19 +239,53 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return solve(self.blocks, inverse.blocks, self.structure, vector)
 
     def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
-        """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`; see `inverse`."""
+        """Compute the symmetric square root `R`, with `R R = self + damping * I`; see `inverse`.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+
+        Returns:
+            The root, again an operator with blocks.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
+        """
         return _mapped(self, damping, "square root")
 
     def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
-        """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
+        """Compute the inverse of `sqrt(damping)`: applied to white noise, it samples the Laplace approximation.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default. All parameters of a block need the same.
+
+        Returns:
+            The inverse root, again an operator with blocks.
+
+        Raises:
+            ValueError, TypeError: for a damping that does not fit, as in `damped`.
+            NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
+            FloatingPointError: naming the parameters, where a block is singular or not finite (outside of `jit`).
+        """
         return _mapped(self, damping, "inverse square root")
 
     def is_exact(self, function: Function | None = None, *, damped: bool = True) -> bool:
-        """Whether functions of the operator are those of itself, and not of another that is near it.
+        """Tell whether functions of the operator are exact, and not those of a nearby operator.
 
-        They differ for sums of Kronecker terms with more than 1,024 rows, see `inverse`. `function` is `"inverse"` (and
-        determinants), `"solve"`, `"root"` (square roots and their inverses), or None for all of them; `damped` says
-        whether there is damping besides that of the operator itself.
+        They are not for some sums of Kronecker terms with more than 1,024 rows, see `inverse`.
+
+        Args:
+            function: `"inverse"` (and determinants), `"solve"`, `"root"` (square roots and their inverses), or None
+                (default) for all of them.
+            damped: whether there is damping besides that of the operator itself; True by default.
+
+        Returns:
+            A bool.
+
+        Raises:
+            ValueError: for another function.
         """
         if function not in (None, *get_args(Function)):
             raise ValueError(f"function must be 'inverse', 'solve', 'root' or None; got {function!r}.")
@@ -231,13 +330,19 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return self._check_damping(damping)
 
     def block(self, path: str) -> Float[Array, "d d"]:
-        """The dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
+        """Compute the dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
 
-        A joint bias is one more input, the last column; groups follow each other on the diagonal. `path` is written as
-        `jax.tree_util.keystr` does: `"['dense']['kernel']"`, or with `/`: `"dense/kernel"`; and with `*` for anything,
-        where that fits parameters of one block: `"dense/*"`.
+        A joint bias is one more input, the last column; groups follow each other on the diagonal.
 
-        **Raises:** KeyError for a path that no parameter has, or with entries in several blocks.
+        Args:
+            path: the parameter's path, written as by `jax.tree_util.keystr`, `"['dense']['kernel']"`, or with `/`,
+                `"dense/kernel"`; `*` stands for anything, where that fits parameters of one block: `"dense/*"`.
+
+        Returns:
+            An array `[d, d]`.
+
+        Raises:
+            KeyError: for a path that no parameter has, or with entries in several blocks.
         """
         named = self._named()
         names = [spec.names for _, (spec, _) in named]
@@ -258,7 +363,12 @@ class BlockLinearOperator(SymmetricLinearOperator):
         raise KeyError(f"no parameter {path!r}; there are {known or 'none with entries'}.")
 
     def factors(self) -> dict[str, Block]:
-        """The blocks by the path of their first parameter, numbered where it has several: a pytree of arrays."""
+        """Return the blocks by the path of their first parameter, numbered where it has several.
+
+        Returns:
+            A dict, a pytree of arrays, with the factors of each block, its eigendecomposition, or its dense or diagonal
+            entries.
+        """
         return {name: block for name, (_, block) in self._named()}
 
     def _named(self) -> list[tuple[str, tuple[BlockSpec, Block]]]:

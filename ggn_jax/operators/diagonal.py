@@ -44,36 +44,53 @@ from ggn_jax.operators.weighted import of_terms
 
 
 class GGNDiagonalLinearOperator(SymmetricLinearOperator):
-    r"""The diagonal of the GGN: `d = sum_{n, v} (J_n^T s_{v, n})^2`, entrywise, as a diagonal operator.
+    """The diagonal of the GGN: `d = sum_{n, v} (J_n^T s_{v, n})^2`, entrywise, as a diagonal operator.
 
     `J_n` is the Jacobian of example `n`'s outputs in the parameters; `s_{v, n}` are its gradient output vectors
     (`make_batch_grad_output_fn`): all columns of the loss Hessian's square root, one backward pass each, or
-    `mc_samples` drawn ones. It is computed once, when the operator is made.
-
-    **Arguments:** as for `GGNLinearOperator`, and
-
-    - `vector_chunk_size`: how many vectors of an example are back-propagated at once.
-    - `method`: `"layers"` finds the linear layers (`ggn_jax.report`) and squares `sum_s g a^T` of their inputs `a` and
-      output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron, no example's
-      gradient is formed. `"data"` squares each example's gradient, and looks at nothing inside of the model. Memory is
-      about `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of them.
-    - `examples`: `"independent"`: `model_fn` is called on batches of one and mapped over the data; `"coupled"`: on the
-      whole batch, each of whose entries has its own vectors, back-propagated through all examples. `chunk_size` is
-      refused then.
+    `mc_samples` sampled ones. It is computed once, when the operator is made.
 
     As a preconditioner of CG on the damped GGN, which helps where parameters differ in scale (and may cost steps where
-    they do not), pass `ggn_diagonal.damped(x).inverse()`:
+    they do not), pass `ggn_diagonal.damped(x).inverse()`, as in the example.
 
-    >>> import jax, jax.numpy as jnp, lineax as lx
-    >>> import ggn_jax
-    >>> def model_fn(params, x):
-    ...     return jnp.tanh(x @ params["w"]) @ params["v"]
-    >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
-    >>> args = model_fn, ggn_jax.CrossEntropyLoss(), params, (jnp.ones((8, 2)), jnp.arange(8) % 4)
-    >>> diagonal = GGNDiagonalLinearOperator(*args, chunk_size=4)
-    >>> options = {"preconditioner": diagonal.damped(0.1).inverse()}
-    >>> ggn = ggn_jax.GGNLinearOperator(*args).damped(0.1)
-    >>> step = lx.linear_solve(ggn, params, lx.CG(rtol=1e-4, atol=1e-4), options=options).value
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Inputs may be a pytree of arrays and of PRNG keys (one for each example, for
+            dropout); every leading axis is the batch's, except in `ggn_jax.Unbatched` inputs. Targets may be None where
+            the loss's curvature and weights depend on none (no class weights, no `pos_weight`): nothing is ignored
+            then.
+        mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact diagonal.
+        key: a PRNG key for `mc_samples`; ignored without.
+        chunk_size: how many examples to process at once; None (default) for all. For a sharded batch it counts the
+            examples of all devices together: pass a multiple of their number, and each device processes some of its
+            own.
+        vector_chunk_size: how many vectors of an example to back-propagate at once; 1 by default.
+        method: `"layers"` (default) finds the linear layers (`ggn_jax.report`) and squares `sum_s g a^T` of their
+            inputs `a` and output gradients `g`: where a weight is used at one position, as in a multi-layer perceptron,
+            no example's gradient is formed. `"data"` squares each example's gradient, and needs no layers. Memory is
+            about `chunk_size * vector_chunk_size` times the parameters that are used at several positions, or all of
+            them.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+        examples: `"independent"` (default): `model_fn` is called on batches of one and mapped over the batch.
+            `"coupled"`: it is called on the whole batch, each of whose entries has its own vectors, back-propagated
+            through all examples; `chunk_size` is refused then.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lineax as lx
+        >>> import ggn_jax
+        >>> def model_fn(params, x):
+        ...     return jnp.tanh(x @ params["w"]) @ params["v"]
+        >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
+        >>> args = model_fn, ggn_jax.CrossEntropyLoss(), params, (jnp.ones((8, 2)), jnp.arange(8) % 4)
+        >>> diagonal = GGNDiagonalLinearOperator(*args, chunk_size=4)
+        >>> options = {"preconditioner": diagonal.damped(0.1).inverse()}
+        >>> ggn = ggn_jax.GGNLinearOperator(*args).damped(0.1)
+        >>> step = lx.linear_solve(ggn, params, lx.CG(rtol=1e-4, atol=1e-4), options=options).value
     """
 
     entries: PyTree[Array]
@@ -101,18 +118,23 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     @classmethod
     def from_diagonal(cls, entries: PyTree[Any]) -> Self:
-        """The operator of a diagonal that is known already: from a file, or a running average of squares.
+        """Make the operator of a diagonal that is known already: from a file, or a running average of squares.
 
         Args:
             entries: a pytree like the parameters, of real numbers of at least 0.
 
-        Raises:
-            TypeError, ValueError: for entries that are no real arrays, or negative where that can be looked at.
+        Returns:
+            The operator.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> diagonal = ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
-        >>> diagonal.solve({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, damping=0.5)["b"]
-        Array([2., 2., 2.], dtype=float32)
+        Raises:
+            TypeError: for entries that are not real arrays.
+            ValueError: for negative entries, where values are known.
+
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> diagonal = ggn_jax.GGNDiagonalLinearOperator.from_diagonal({"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
+            >>> diagonal.solve({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, damping=0.5)["b"]
+            Array([2., 2., 2.], dtype=float32)
         """
         return cls._of(jax.tree_util.tree_map_with_path(_check_entries, entries))
 
@@ -120,17 +142,23 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
     def from_objective(
         cls, objective: Objective, params: PyTree[Array], batches: Any, *, key: Any = None, **options: Any
     ) -> Self:
-        """The diagonal of an objective's GGN: the weighted sum of those of its functions.
+        """Make the diagonal of an objective's GGN: the weighted sum of those of its functions.
 
         Args:
-            objective: a sum of functions of the same parameters, each with a weight.
-            params: a pytree of floating arrays.
+            objective: an `Objective`: a sum of functions of the same parameters, each with a weight.
+            params: the parameters, a pytree of floating arrays.
             batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
-            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
-            **options: those of the constructor.
+            key: a PRNG key for sampling; function `k` gets `jax.random.fold_in(key, k)`. Needed only where something is
+                sampled.
+            **options: further keyword arguments of the constructor: `mc_samples`, `chunk_size`, `vector_chunk_size`,
+                `method`, `has_aux` and `examples`.
+
+        Returns:
+            The operator.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for a number of
+                batches that differs from that of the functions.
         """
         operators, weights = of_terms(cls, objective, params, batches, key, options)
         entries = weighted_sum([operator.entries for operator in operators], weights)
@@ -154,20 +182,38 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         examples: Examples = "independent",
         progress: bool = False,
     ) -> Self:
-        """The diagonal for all data of an iterable of batches, as if they were one batch, from one pass.
+        """Compute the diagonal for an iterable of batches, as if they were one batch, in one pass.
 
-        `batches` yields `(inputs, targets)`, and may be a generator; batches may differ in size. A mean is over the
-        terms of all. What is drawn for an example depends on its place in the whole. `progress=True` shows a bar (needs
-        tqdm).
+        A mean is over the terms of all batches. What is sampled for an example depends on its place in the whole.
 
-        **Raises:** as the constructor, naming the batch; ValueError for an iterable that is empty.
+        Args:
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+            loss: a `Loss` without weights for single examples.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, which may be a generator; batches may differ in size.
+            mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact diagonal.
+            key: a PRNG key for `mc_samples`; ignored without.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            vector_chunk_size: how many vectors of an example to back-propagate at once; 1 by default.
+            method: `"layers"` (default) or `"data"`, see the constructor.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-        >>> batches = ((jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5))
-        >>> diagonal = GGNDiagonalLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
-        >>> diagonal.mv(params)["w"].shape
-        (2, 3)
+        Returns:
+            The operator.
+
+        Raises:
+            TypeError, NotImplementedError: for arguments that do not fit, naming them and the batch.
+            ValueError: the same, and for an iterable that is empty.
+
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+            >>> batches = ((jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5))
+            >>> diagonal = GGNDiagonalLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+            >>> diagonal.mv(params)["w"].shape
+            (2, 3)
         """
         options = {"mc_samples": mc_samples, "key": key, "chunk_size": chunk_size, "has_aux": has_aux}
         options |= {"vector_chunk_size": vector_chunk_size, "method": method, "examples": examples}
@@ -191,25 +237,42 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         examples: Examples = "independent",
         progress: bool = False,
     ) -> PartialSums:
-        """The sums over some of the data that `finish` makes a diagonal of: a long fit, in parts.
+        """Compute the sums over some of the batches, of which `finish` makes a diagonal: a long fit, in parts.
 
         `partial_sums(first) + partial_sums(rest, start=n)`, with the `n` examples that `first` has, are the sums over
         both; `PartialSums` says how to save them.
 
         Args:
-            model_fn, loss, params, batches: as for `from_batches`, and so are the other options.
-            start: how many examples come before these: what is drawn for an example depends on its place in the whole.
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+            loss: a `Loss` without weights for single examples.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, which may be a generator; batches may differ in size.
+            start: how many examples come before these, 0 by default: what is sampled for an example depends on its
+                place in the whole.
+            mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact diagonal.
+            key: a PRNG key for `mc_samples`; ignored without.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            vector_chunk_size: how many vectors of an example to back-propagate at once; 1 by default.
+            method: `"layers"` (default) or `"data"`, see the constructor.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+
+        Returns:
+            The sums, a `PartialSums`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as `from_batches`, naming the batch.
+            TypeError, NotImplementedError: for arguments that do not fit, naming them and the batch.
+            ValueError: the same, and for an iterable that is empty.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-        >>> args = lambda p, x: x @ p["w"], loss, params
-        >>> parts = [[(jnp.ones((n, 2)), jnp.arange(n) % 3)] for n in (8, 5)]
-        >>> first, second = (ggn_jax.GGNDiagonalLinearOperator.partial_sums(*args, part) for part in parts)
-        >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
-        (2, 3)
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+            >>> args = lambda p, x: x @ p["w"], loss, params
+            >>> parts = [[(jnp.ones((n, 2)), jnp.arange(n) % 3)] for n in (8, 5)]
+            >>> first, second = (ggn_jax.GGNDiagonalLinearOperator.partial_sums(*args, part) for part in parts)
+            >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
+            (2, 3)
         """
         compute = Squares(mc_samples, key, vector_chunk_size, method)
         check_iterable(batches)
@@ -233,13 +296,16 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:
-        """The diagonal for all data that `partial_sums` were summed over.
+        """Make the diagonal for all batches that `partial_sums` were summed over.
 
         Args:
             sums: what `partial_sums` returned, or sums of such.
 
+        Returns:
+            The operator.
+
         Raises:
-            TypeError: for what are no sums of this operator.
+            TypeError: for anything but partial sums of this operator.
         """
         check_sums("sums", sums, cls)
         reduction, (_, dtypes, tree) = sums.recipe.made_of
@@ -253,7 +319,14 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return made
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         check_vector(self, vector)
         return jax.tree.map(jnp.multiply, self.entries, vector)
 
@@ -261,57 +334,127 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         return vectors_like(self.entries)
 
     def damped(self, damping: Any) -> "GGNDiagonalLinearOperator":
-        """`self + damping * I`, a diagonal operator again; `damping` is a number, or a prefix of the parameters."""
+        """Add damping: `self + damping * I`, again a diagonal operator.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say.
+
+        Returns:
+            The damped operator.
+
+        Raises:
+            ValueError, TypeError: for a damping that is not a number, is negative, or is not a prefix of the
+                parameters.
+        """
         return self._map(damping, lambda d: d)
 
     def inverse(self, damping: Any = 0.0, *, scale: float = 1.0) -> "GGNDiagonalLinearOperator":
-        """`scale` times the inverse of `self + damping * I`, a diagonal operator again: a preconditioner.
+        """Compute `scale` times the inverse of `self + damping * I`, again a diagonal operator: a preconditioner.
 
         The scale cancels in conjugate gradients, but not in lineax's check for a breakdown: see `GGNLinearOperator`.
         Entries that are 0 give infinity: damp.
 
-        **Raises:** ValueError for a damping or a scale that is not a number, or negative.
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+            scale: a number of at least 0; 1 by default.
+
+        Returns:
+            The inverse.
+
+        Raises:
+            ValueError, TypeError: for a damping or a scale that is not a number, or is negative.
         """
         number = check_number("scale", scale)
         return self._map(damping, lambda d: number.astype(d.dtype) / d)
 
     def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
-        """`inverse(damping).mv(vector)`."""
+        """Compute `inverse(damping).mv(vector)`.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         check_vector(self, vector)
         return self.inverse(damping).mv(vector)
 
     def sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
-        """The square root of `self + damping * I`."""
+        """Compute the square root of `self + damping * I`.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+
+        Returns:
+            The root, again a diagonal operator.
+        """
         return self._map(damping, jnp.sqrt)
 
     def inverse_sqrt(self, damping: Any = 0.0) -> "GGNDiagonalLinearOperator":
-        """The inverse of `sqrt(damping)`."""
+        """Compute the inverse of `sqrt(damping)`.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+
+        Returns:
+            The inverse root, again a diagonal operator.
+        """
         return self._map(damping, jax.lax.rsqrt)
 
     def trace(self) -> Float[Array, ""]:
-        """The trace."""
+        """Return the trace, a scalar."""
         return _total(self.entries, jnp.sum)
 
     def frobenius_norm(self) -> Float[Array, ""]:
-        """The Frobenius norm."""
+        """Return the Frobenius norm, a scalar."""
         return _norm(self.entries)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The logarithm of the determinant of `self + damping * I`; minus infinity where an entry is 0."""
+        """Compute the logarithm of the determinant of `self + damping * I`.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+
+        Returns:
+            A scalar; minus infinity where an entry is 0.
+        """
         return _total(self.damped(damping).entries, _sum_of_logs)
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
-        """The determinant of `self + damping * I`; `logdet` does not overflow."""
+        """Compute the determinant of `self + damping * I`; `logdet` does not overflow.
+
+        Args:
+            damping: a number of at least 0, or a pytree of such numbers that is a prefix of the parameters: a prior
+                precision for each layer, say. 0 by default.
+
+        Returns:
+            A scalar.
+        """
         return jnp.exp(self.logdet(damping))
 
     def diagonal(self) -> PyTree[Array]:
-        """The diagonal, as a pytree like the parameters."""
+        """Return the diagonal, as a pytree like the parameters."""
         return self.entries
 
     def block(self, path: str) -> Float[Array, "d d"]:
-        """The dense block of a parameter, row-major; `path` is written as for `KFACLinearOperator.block`.
+        """Compute the dense, diagonal block of a parameter, row-major.
 
-        **Raises:** KeyError for a path that no parameter has, or that several have.
+        Args:
+            path: the parameter's path, written as by `jax.tree_util.keystr`, `"['dense']['kernel']"`, or with `/`,
+                `"dense/kernel"`; `*` stands for anything.
+
+        Returns:
+            An array `[d, d]`.
+
+        Raises:
+            KeyError: for a path that no parameter has, or that several have.
         """
         leaves = {
             jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)

@@ -21,29 +21,46 @@ from ggn_jax.terms import Terms
 
 
 class EFLinearOperator(DataLinearOperator):
-    r"""The empirical Fisher matrix `r sum_n g_n g_n^T` (Kunstner et al. 2019).
+    """The empirical Fisher matrix `r sum_n g_n g_n^T` (Kunstner et al. 2019).
 
     `g_n` is the gradient in the parameters of the `n`-th example's unreduced loss, the sum of its terms, class weights
     and masks included; `r` is the reduction (1 for `"sum"`, 1 / (number of terms) for `"mean"`). Positive
     semi-definite; not an approximation of the Hessian in general.
 
     An example is what is drawn independently, so its gradient is that of all of its terms: the tokens of a sequence,
-    the entries of an image. So it is for the `"empirical"` vectors of `make_batch_grad_output_fn` and
-    `KFACLinearOperator`, and for other libraries. `per="term"` takes the terms' gradients apart instead, as if each
-    were an example: the diagonal blocks, over terms, of the same sum. Both are one where an example has one term.
+    the entries of an image. The `"empirical"` vectors of `make_batch_grad_output_fn`, `KFACLinearOperator` and other
+    libraries follow this as well. `per="term"` treats each term as an example instead: the diagonal blocks, over terms,
+    of the same sum. The two agree where an example has one term.
 
     A product is one linearisation of the model. Where its derivatives can be taken in reverse mode only, and once (a
     fused function with a backward kernel), it is one gradient of the chunk for each term: pass `chunk_size=1`.
 
-    **Arguments:** `model_fn`, `loss`, `params`, `batch`, `chunk_size`, `has_aux` as for `GGNLinearOperator`, and
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
+            independently (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Inputs may be a pytree of arrays and of PRNG keys (one for each example, for
+            dropout); every leading axis is the batch's, except in `ggn_jax.Unbatched` inputs. Targets must be given.
+        per: `"datum"` (default) sums over examples, whose terms' gradients are added first; `"term"` over all terms.
+        chunk_size: how many examples to process at once; None (default) for all. For a sharded batch it counts the
+            examples of all devices together: pass a multiple of their number, and each device processes some of its
+            own.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
 
-    - `per`: `"datum"` sums over examples, whose terms' gradients are added first; `"term"` over all terms.
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> ef = EFLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
-    >>> ef.mv(params)["w"].shape
-    (2, 3)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> ef = EFLinearOperator(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), params, batch)
+        >>> ef.mv(params)["w"].shape
+        (2, 3)
+
+    References:
+        - Kunstner, Balles and Hennig (2019), *Limitations of the empirical Fisher approximation for natural gradient
+          descent*: https://arxiv.org/abs/1905.12558
     """
 
     problem: Problem

@@ -76,27 +76,36 @@ class FactoredLinearOperator(BlockLinearOperator):
         examples: Examples = "independent",
         **options: Unpack[KroneckerOptions],
     ) -> Self:
-        """The operator of an objective: of the weighted sum of its functions' GGNs.
+        """Make the operator of an objective: of the weighted sum of its functions' GGNs.
 
         A layer's block has a Kronecker term for each use of its weight, in all functions; with `tied="concatenate"`,
-        one for each function that uses it, whose output factor has the weight in it. `inverse` says how sums of terms
-        are inverted. What has no layer in one of the functions has an exact block of the whole GGN. EKFAC's eigenbases
-        are those of the nearest single products, and its eigenvalues are of the whole GGN. KFOC's blocks are the
-        products nearest to those of the whole GGN, with one term.
+        one for each function that uses it, whose output factor has the weight in it. `inverse` explains how sums of
+        terms are inverted. Parameters without a layer in one of the functions have an exact block of the whole GGN.
+        EKFAC's eigenbases are those of the nearest single products, and its eigenvalues are of the whole GGN. KFOC's
+        blocks are the products nearest to those of the whole GGN, with one term.
 
         Args:
-            objective: a sum of functions of the same parameters, each with a weight.
-            params: a pytree of floating arrays.
+            objective: an `Objective`: a sum of functions of the same parameters, each with a weight.
+            params: the parameters, a pytree of floating arrays.
             batches: a list with a batch `(inputs, targets)`, or `(inputs, targets, mask)`, for each function; they may
                 differ in size.
-            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
-            chunk_size: how many examples are worked on at once.
-            has_aux: whether each `model_fn` returns `(outputs, aux)`.
-            examples: `"coupled"` for functions whose examples depend on each other.
-            **options: those of the constructor.
+            key: a PRNG key for sampling; function `k` gets `jax.random.fold_in(key, k)`. Needed only where something is
+                sampled.
+            chunk_size: how many examples to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other: a batch
+                is then one example with the positions of all.
+            **options: options of `KroneckerOptions`, whose page has their values and defaults: `fisher_type` and
+                `mc_samples` (which vectors are back-propagated), `positions`, `vector_chunk_size`, `sharing`, `bias`
+                and `tied` (how factors are made), `on_uncovered`, `small` and `max_small_size` (parameters without a
+                layer), `large`, `max_dense_size` and `block_size` (factors that are too large).
+
+        Returns:
+            The operator.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for a number of
+                batches that differs from that of the functions.
         """
         parts = parts_of(objective, batches, key)
         made = Options(**options)  # type: ignore[arg-type]  # strings are made members
@@ -131,27 +140,49 @@ class FactoredLinearOperator(BlockLinearOperator):
         progress: bool = False,
         **options: Unpack[KroneckerOptions],
     ) -> Self:
-        """The operator of all data of an iterable of batches, as if they were one batch.
+        """Make the operator of an iterable of batches, as if they were one batch.
 
-        `batches` yields `(inputs, targets)`, or `(inputs, targets, mask)`; they may differ in size, and in the lengths
-        of their sequences. A mean is over all their terms. What is drawn for an example depends on its place in the
-        whole, so that it does not matter how data are cut into batches. EKFAC goes over them twice, and KFOC twice for
-        each of its iterations (twenty passes or so): they want an iterable that can be gone over again, a list, or a
-        loader, but no generator. A function is compiled for each size of batch. `progress=True` shows a bar (needs
-        tqdm); `options` are `KroneckerOptions`. Must be called outside of `jit` if `batches` are not arrays
-        there.
+        A mean is over the terms of all batches. What is sampled for an example depends on its place in the whole, so it
+        does not matter how examples are cut into batches. KFAC takes one pass, EKFAC two, and KFOC two for each of its
+        iterations (twenty passes or so). A function is compiled for each size of batch. Under `jit`, batches must be a
+        list of arrays.
 
-        **Raises:** as the constructor, naming the batch; ValueError for a batch that does not fit the first, for a loss
-        with a weight for each example, for an iterable that is empty, or whose number of examples differs between
-        EKFAC's passes. (That its values are the same in both is not checked.)
+        Args:
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`, whose layers are found by tracing it.
+            loss: a `Loss` without weights for single examples.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, or `(inputs, targets, mask)`; batches may differ in size, and
+                in the lengths of their sequences. EKFAC and KFOC need one that can be repeated: a list, or a loader,
+                but no generator.
+            key: a PRNG key for sampling: of the targets of `"mc"`, and of the signs of `"type-2"` with several loss
+                positions. Ignored where nothing is sampled.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other: a batch
+                is then one example with the positions of all.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+            **options: options of `KroneckerOptions`, whose page has their values and defaults: `fisher_type` and
+                `mc_samples` (which vectors are back-propagated), `positions`, `vector_chunk_size`, `sharing`, `bias`
+                and `tied` (how factors are made), `on_uncovered`, `small` and `max_small_size` (parameters without a
+                layer), `large`, `max_dense_size` and `block_size` (factors that are too large).
 
-        >>> import jax, jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
-        >>> model_fn = lambda p, x: x @ p["w"]
-        >>> kfac = ggn_jax.KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
-        >>> kfac.solve(params, damping=0.1)["w"].shape
-        (2, 3)
+        Returns:
+            The operator.
+
+        Raises:
+            TypeError, NotImplementedError: for arguments that do not fit, naming them and the batch.
+            ValueError: the same; for a batch that does not fit the first, for a loss with a weight for each example,
+                for an iterable that is empty, or whose number of examples differs between passes. (That its values are
+                the same in each pass is not checked.)
+
+        Example:
+            >>> import jax, jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+            >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+            >>> model_fn = lambda p, x: x @ p["w"]
+            >>> kfac = ggn_jax.KFACLinearOperator.from_batches(model_fn, loss, params, batches, fisher_type="type-2")
+            >>> kfac.solve(params, damping=0.1)["w"].shape
+            (2, 3)
         """
         made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         if cls._method == "kfoc":
@@ -195,30 +226,50 @@ class FactoredLinearOperator(BlockLinearOperator):
         progress: bool = False,
         **options: Unpack[KroneckerOptions],
     ) -> PartialSums:
-        """The sums over some of the data that `finish` makes an operator of: a long fit, in parts.
+        """Compute the sums over some of the batches, of which `finish` makes an operator: a long fit, in parts.
 
         `partial_sums(first) + partial_sums(rest, start=n)`, with the `n` examples that `first` has, are the sums over
         both. They can be saved (`PartialSums`), or be made by several processes, each for its share. EKFAC takes two
-        passes: `factors` are the sums of the first one, over all data.
+        passes: `factors` are the sums of the first one, over all batches.
 
         Args:
-            model_fn, loss, params, batches: as for `from_batches`, and so are the other options.
-            start: how many examples come before these: what is drawn for an example depends on its place in the whole.
-            factors: for EKFAC's second pass, what its first returned; or sums of the second pass, whose eigenbases are
-                taken.
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`, whose layers are found by tracing it.
+            loss: a `Loss` without weights for single examples.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, or `(inputs, targets, mask)`; batches may differ in size, and
+                in the lengths of their sequences.
+            start: how many examples come before these, 0 by default: what is sampled for an example depends on its
+                place in the whole.
+            factors: for EKFAC's second pass, what its first returned; or sums of the second pass, to use their
+                eigenbases. None by default.
+            key: a PRNG key for sampling: of the targets of `"mc"`, and of the signs of `"type-2"` with several loss
+                positions. Ignored where nothing is sampled.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other: a batch
+                is then one example with the positions of all.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+            **options: options of `KroneckerOptions`, whose page has their values and defaults: `fisher_type` and
+                `mc_samples` (which vectors are back-propagated), `positions`, `vector_chunk_size`, `sharing`, `bias`
+                and `tied` (how factors are made), `on_uncovered`, `small` and `max_small_size` (parameters without a
+                layer), `large`, `max_dense_size` and `block_size` (factors that are too large).
+
+        Returns:
+            The sums, a `PartialSums`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as `from_batches`, naming the batch; for `factors` of other data
-                or another operator.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them and the batch; for
+                `factors` of other data or another operator.
 
-        >>> import jax, jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-        >>> args, key = (lambda p, x: x @ p["w"], loss, params), jax.random.key(0)
-        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
-        >>> factors = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, key=key)
-        >>> corrected = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, factors=factors, key=key)
-        >>> ggn_jax.EKFACLinearOperator.finish(corrected)
-        EKFACLinearOperator(params=float32[2, 3], blocks=1)
+        Example:
+            >>> import jax, jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+            >>> args, key = (lambda p, x: x @ p["w"], loss, params), jax.random.key(0)
+            >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
+            >>> factors = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, key=key)
+            >>> corrected = ggn_jax.EKFACLinearOperator.partial_sums(*args, batches, factors=factors, key=key)
+            >>> ggn_jax.EKFACLinearOperator.finish(corrected)
+            EKFACLinearOperator(params=float32[2, 3], blocks=1)
         """
         made = Options(**options)  # type: ignore[arg-type]  # strings are made members
         if cls._method == "kfoc":
@@ -266,13 +317,16 @@ class FactoredLinearOperator(BlockLinearOperator):
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:
-        """The operator of all data that `partial_sums` were summed over.
+        """Make the operator of all batches that `partial_sums` were summed over.
 
         Args:
             sums: what `partial_sums` returned, or sums of such; EKFAC's second pass.
 
+        Returns:
+            The operator.
+
         Raises:
-            TypeError: for what are no sums of this operator.
+            TypeError: for anything but partial sums of this operator.
             ValueError: for EKFAC's first pass, and for passes over different numbers of examples.
         """
         check_sums("sums", sums, cls)

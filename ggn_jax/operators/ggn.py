@@ -29,60 +29,69 @@ from ggn_jax.terms import Terms
 
 
 class GGNLinearOperator(DataLinearOperator):
-    r"""The generalized Gauss-Newton matrix (GGN) `J^T H J` of a batch's loss in the parameters (Schraudolph 2002).
+    """The generalized Gauss-Newton matrix (GGN) `J^T H J` of a batch's loss in the parameters (Schraudolph 2002).
 
     `J` is the Jacobian of the model's outputs in the parameters, `H` the Hessian of the loss in the outputs: both of
     the whole batch, so reduction, class weights, masks and smoothing are exact. For losses that are a log-likelihood of
     the exponential family it is the Fisher matrix (Martens 2020). Positive semi-definite.
 
     A product is one linearisation of the model (forward), one tangent, the closed-form product with `H`, and one
-    cotangent: about 5/3 of a gradient for matrix-multiplication models. Inside a solver,
-    `lineax.linearise(operator)` keeps the linearisation for all products.
+    cotangent: about 5/3 of a gradient for matrix-multiplication models. Inside a solver, `lineax.linearise(operator)`
+    keeps the linearisation for all products.
 
     lineax's `CG` takes `p^T A p <= 100 eps P (r^T z)` for a breakdown and returns NaN. In float32 with P = 10,000
     parameters that is any curvature below 0.1: pass `options={"preconditioner": diagonal.damped(x).inverse(scale=1e3)}`
     (`GGNDiagonalLinearOperator`), whose scale changes this threshold and nothing else.
 
     Where the model has reverse-mode derivatives only (`jax.custom_vjp`, as fused attention), the tangent is the
-    derivative of the cotangent, transposed: it needs a rule that can be differentiated itself.
+    derivative of the cotangent, transposed: this requires a rule that can be differentiated itself.
 
-    With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from would-be gradients: unbiased, and the same draws
-    for every product and every `chunk_size`.
+    With `mc_samples`, `H` is replaced by its Monte-Carlo estimate from sampled gradients: unbiased, and with the same
+    samples for every product and every `chunk_size`.
 
-    **Arguments:**
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
+            independently (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Inputs may be a pytree of arrays and of PRNG keys (one for each example, for
+            dropout); every leading axis is the batch's, except in `ggn_jax.Unbatched` inputs. Targets may be None where
+            the loss's curvature and weights depend on none (no class weights, no `pos_weight`): nothing is ignored
+            then.
+        mc_samples: the number of Monte-Carlo samples; 0 (default) for the exact matrix.
+        key: a PRNG key for `mc_samples`; ignored without.
+        chunk_size: how many examples to process at once; None (default) for all. For a sharded batch it counts the
+            examples of all devices together: pass a multiple of their number, and each device processes some of its
+            own.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
 
-    - `model_fn`: `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat data independently
-      (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
-    - `loss`: a `Loss`.
-    - `params`: a pytree of floating arrays.
-    - `batch`: `(inputs, targets)`; inputs may be a pytree, of arrays and of PRNG keys (one for each example, for
-      dropout); every leading axis is the batch's, but those of `ggn_jax.Unbatched` inputs. Targets may be None where
-      the loss's curvature and weights depend on none (no class weights, no `pos_weight`): nothing is ignored then.
-    - `mc_samples`: 0 for the exact matrix.
-    - `key`: a PRNG key, for `mc_samples`; not looked at without.
-    - `chunk_size`: how many data are worked on at once; `None` for all. Of a batch that is sharded, on all devices
-      together: pass a multiple of their number, and each works on some of its own.
-    - `has_aux`: whether `model_fn` returns `(outputs, aux)`, of which the operator needs the outputs.
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
+    Example:
+        >>> import jax, jax.numpy as jnp, lineax as lx
+        >>> import ggn_jax
+        >>> def model_fn(params, x):
+        ...     return jnp.tanh(x @ params["w"]) @ params["v"]
+        >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
+        >>> batch = jnp.ones((8, 2)), jnp.arange(8) % 4
+        >>> ggn = GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch)
+        >>> gradient = jax.grad(lambda params: ggn_jax.CrossEntropyLoss()(model_fn(params, batch[0]), batch[1]))(params)
+        >>> step = lx.linear_solve(ggn.damped(0.1), gradient, lx.CG(rtol=1e-4, atol=1e-4)).value
+        >>> ggn.as_matrix().shape
+        (18, 18)
 
-    >>> import jax, jax.numpy as jnp, lineax as lx
-    >>> import ggn_jax
-    >>> def model_fn(params, x):
-    ...     return jnp.tanh(x @ params["w"]) @ params["v"]
-    >>> params = {"w": jnp.ones((2, 3)) / 2, "v": jnp.ones((3, 4)) / 3}
-    >>> batch = jnp.ones((8, 2)), jnp.arange(8) % 4
-    >>> ggn = GGNLinearOperator(model_fn, ggn_jax.CrossEntropyLoss(), params, batch)
-    >>> gradient = jax.grad(lambda params: ggn_jax.CrossEntropyLoss()(model_fn(params, batch[0]), batch[1]))(params)
-    >>> step = lx.linear_solve(ggn.damped(0.1), gradient, lx.CG(rtol=1e-4, atol=1e-4)).value
-    >>> ggn.as_matrix().shape
-    (18, 18)
+    References:
+        - Schraudolph (2002), *Fast curvature matrix-vector products for second-order gradient descent*, Neural
+          Computation 14(7).
+        - Martens (2020), *New insights and perspectives on the natural gradient method*:
+          https://arxiv.org/abs/1412.1193
     """
 
     problem: Problem
     key: Array | None
     start: Array
-    """The number of the first example, for what is drawn."""
+    """The number of the first example, for sampling."""
     mc_samples: int = eqx.field(static=True)
 
     def __init__(

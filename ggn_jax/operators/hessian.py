@@ -16,21 +16,38 @@ from ggn_jax.operators.problem import Problem, make_problem
 
 
 class HessianLinearOperator(DataLinearOperator):
-    r"""The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
+    """The Hessian of a batch's loss in the parameters, by forward-over-reverse differentiation (Pearlmutter 1994).
 
-    Of a model that has reverse-mode derivatives only (`jax.custom_vjp`) by reverse-over-reverse.
+    For a model that has reverse-mode derivatives only (`jax.custom_vjp`) it is computed by reverse-over-reverse.
 
     Symmetric, in general not positive semi-definite: solve with `lineax.GMRES`, `lineax.LSMR` or a dense solver, not
     with CG.
 
-    **Arguments:** as for `GGNLinearOperator`.
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
+            independently (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
+        params: the parameters, a pytree of floating arrays.
+        batch: a pair `(inputs, targets)`. Inputs may be a pytree of arrays and of PRNG keys (one for each example, for
+            dropout); every leading axis is the batch's, except in `ggn_jax.Unbatched` inputs. Targets must be given.
+        chunk_size: how many examples to process at once; None (default) for all. For a sharded batch it counts the
+            examples of all devices together: pass a multiple of their number, and each device processes some of its
+            own.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> loss = ggn_jax.CrossEntropyLoss()
-    >>> hessian = HessianLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, chunk_size=4)
-    >>> hessian.as_matrix().shape
-    (6, 6)
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> loss = ggn_jax.CrossEntropyLoss()
+        >>> hessian = HessianLinearOperator(lambda p, x: x @ p["w"], loss, params, batch, chunk_size=4)
+        >>> hessian.as_matrix().shape
+        (6, 6)
+
+    References:
+        - Pearlmutter (1994), *Fast exact multiplication by the Hessian*, Neural Computation 6(1).
     """
 
     problem: Problem

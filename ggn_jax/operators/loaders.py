@@ -12,11 +12,16 @@ T = TypeVar("T")
 
 
 class MappedBatches(Generic[T]):
-    """`fn(batch)` of each batch; made by `map_batches`.
+    """The iterable of `fn(batch)` for each batch; made by `map_batches`.
 
-    >>> import ggn_jax
-    >>> ggn_jax.map_batches(sum, [(1, 2), (3, 4)])
-    MappedBatches(sum, list)
+    Args:
+        fn: returns `(inputs, targets)`, or these with a mask, of one batch.
+        batches: an iterable that can be repeated.
+
+    Example:
+        >>> import ggn_jax
+        >>> ggn_jax.map_batches(sum, [(1, 2), (3, 4)])
+        MappedBatches(sum, list)
     """
 
     def __init__(self, fn: Callable[[Any], T], batches: Iterable[Any]):
@@ -35,26 +40,27 @@ class MappedBatches(Generic[T]):
 
 
 def map_batches(fn: Callable[[Any], T], batches: Iterable[Any]) -> "MappedBatches[T]":
-    """`fn(batch)` of each batch, as often as `batches` can be gone over; a generator could be gone over once.
+    """Map a function over batches, as often as `batches` can be repeated; a generator could be used once.
 
-    For loaders whose batches are no `(inputs, targets)`, as those of Hugging Face's `datasets` are not.
+    This is for loaders whose batches are not `(inputs, targets)`, as those of Hugging Face's `datasets`.
 
     Args:
-        fn: returns `(inputs, targets)`, or with a mask, of one batch.
+        fn: a function of one batch that returns `(inputs, targets)`, or these with a mask.
         batches: a list or a loader.
 
     Returns:
         An iterable, with the length of `batches` if that has one.
 
     Raises:
-        TypeError: for anything that is not a function, and no iterable that starts anew.
+        TypeError: for an `fn` that is not a function, or `batches` that are not an iterable that can be repeated.
 
-    >>> import numpy as np, jax.numpy as jnp, ggn_jax
-    >>> rows = [{"image": np.ones((n, 2), np.float32), "label": np.arange(n) % 3} for n in (8, 5)]
-    >>> batches = ggn_jax.map_batches(lambda batch: (batch["image"], batch["label"]), rows)
-    >>> args = lambda p, x: x @ p, ggn_jax.CrossEntropyLoss(), jnp.ones((2, 3)), batches
-    >>> len(batches), ggn_jax.EKFACLinearOperator.from_batches(*args, fisher_type="type-2")
-    (2, EKFACLinearOperator(params=float32[2, 3], blocks=1))
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, ggn_jax
+        >>> rows = [{"image": np.ones((n, 2), np.float32), "label": np.arange(n) % 3} for n in (8, 5)]
+        >>> batches = ggn_jax.map_batches(lambda batch: (batch["image"], batch["label"]), rows)
+        >>> args = lambda p, x: x @ p, ggn_jax.CrossEntropyLoss(), jnp.ones((2, 3)), batches
+        >>> len(batches), ggn_jax.EKFACLinearOperator.from_batches(*args, fisher_type="type-2")
+        (2, EKFACLinearOperator(params=float32[2, 3], blocks=1))
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of one batch; got {type(fn).__name__}: it comes before the batches.")

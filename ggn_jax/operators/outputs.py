@@ -73,29 +73,30 @@ def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> 
 
 
 class JacobianLinearOperator(AbstractJacobian):
-    r"""The Jacobian `J` of a model's outputs in its parameters, from pytrees like these to `[N, *out]`.
+    """The Jacobian `J` of a model's outputs in its parameters: from pytrees like these to `[N, *out]`.
 
-    Products are those of forward-mode differentiation, and of reverse mode for the transpose, `jacobian.T`; a model
-    that has reverse-mode derivatives only is taken too. `lineax.linearise(jacobian)` keeps the linearisation for
-    several products. For least squares, as `lineax.linear_solve(jacobian, residuals, lineax.LSMR(...))`; for its
-    products with itself see `GramLinearOperator` (outputs) and `GGNLinearOperator` (parameters).
+    Products use forward-mode differentiation, and those with the transpose, `jacobian.T`, reverse mode; a model that
+    has reverse-mode derivatives only works, too. `lineax.linearise(jacobian)` keeps the linearisation for several
+    products. For least squares, use `lineax.linear_solve(jacobian, residuals, lineax.LSMR(...))`; for products of `J`
+    with itself see `GramLinearOperator` (outputs) and `GGNLinearOperator` (parameters).
 
-    **Arguments:**
+    Args:
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
+            independently (no batch normalisation in training mode), which is checked on two examples outside of `jit`.
+        params: the parameters, a pytree of floating arrays.
+        inputs: a batch of inputs, perhaps a pytree, whose leading axes are the batch's.
+        chunk_size: how many examples to process at once; None (default) for all.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
 
-    - `model_fn`: `model_fn(params, inputs) -> outputs [N, *out]`. With `chunk_size` it must treat examples
-      independently, which is checked on two examples outside of `jit`.
-    - `params`: a pytree of floating arrays.
-    - `inputs`: a batch of inputs, perhaps a pytree.
-    - `chunk_size`: how many examples are worked on at once; `None` for all.
-    - `has_aux`: whether `model_fn` returns `(outputs, aux)`, of which the operator needs the outputs.
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    **Raises:** ValueError, TypeError or NotImplementedError for arguments that do not fit, naming them.
-
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> jacobian = JacobianLinearOperator(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
-    >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((8, 3)))["w"].shape, jacobian.as_matrix().shape
-    ((8, 3), (2, 3), (24, 6))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> jacobian = JacobianLinearOperator(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+        >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((8, 3)))["w"].shape, jacobian.as_matrix().shape
+        ((8, 3), (2, 3), (24, 6))
     """
 
     problem: Problem
@@ -126,30 +127,35 @@ class JacobianLinearOperator(AbstractJacobian):
         has_aux: bool = False,
         progress: bool = False,
     ) -> "BatchesJacobianLinearOperator":
-        """The Jacobian of all data of an iterable of batches, whose outputs follow each other: `[N, *out]` of all.
+        """Make the Jacobian for an iterable of batches, whose outputs follow each other: `[N, *out]` of all.
 
         Each product goes over the batches once, on the host, and holds one of them at a time; so do all rows of
-        `as_matrix`. It is made by one pass, which counts examples and calls no model. It works outside of `jit` only.
+        `as_matrix`. Making it takes one pass, which counts examples and calls no model. It works outside of `jit` only.
 
         Args:
-            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`; it treats examples independently, which is
-                checked on the first batch.
-            params: a pytree of floating arrays.
-            batches: an iterable of `(inputs, targets)`, as for the curvature operators; targets are not looked at, and
-                may be None. It must yield the same data in each pass, in the same order. Sizes may differ, also from
-                `chunk_size`, which is of examples in a batch.
-            chunk_size, has_aux: those of the constructor.
-            progress: show a bar for each pass (needs tqdm).
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`. It must treat examples independently,
+                which is checked on the first batch.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)` that can be repeated: a list, or a loader, but no generator.
+                Targets are ignored, and may be None. It must yield the same data in each pass, in the same order. Sizes
+                may differ.
+            chunk_size: how many examples of a batch to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+
+        Returns:
+            A `BatchesJacobianLinearOperator`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
-                batch at all, for outputs of other shapes, and for passes over different data.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them and the batch; for an
+                iterator, for no batch at all, for outputs of different shapes, and for passes over different data.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), None) for n in (8, 8, 5)]
-        >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p["w"], params, batches)
-        >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((21, 3)))["w"].shape
-        ((21, 3), (2, 3))
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), None) for n in (8, 8, 5)]
+            >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p["w"], params, batches)
+            >>> jacobian.mv(params).shape, jacobian.T.mv(jnp.ones((21, 3)))["w"].shape
+            ((21, 3), (2, 3))
         """
 
         def make(inputs: PyTree, targets: Any) -> Problem:
@@ -167,30 +173,35 @@ class JacobianLinearOperator(AbstractJacobian):
         chunk_size: int | None = None,
         has_aux: bool = False,
     ) -> StackedJacobianLinearOperator:
-        """The Jacobians of an objective's functions, one under the other: `J v` is a tuple with one for each.
+        """Make the Jacobians of an objective's functions, one under the other: `J v` is a tuple of one for each.
 
-        Losses, weights and targets are not looked at: with those, the objective's GGN is `sum_k w_k J_k^T H_k J_k`
-        (`GGNLinearOperator.from_objective`), and `GramLinearOperator.from_objective` the products of the rows.
+        Losses, weights and targets are ignored: with those, the objective's GGN is `sum_k w_k J_k^T H_k J_k`
+        (`GGNLinearOperator.from_objective`), and the products of the rows are `GramLinearOperator.from_objective`.
 
         Args:
-            objective: a sum of functions of the same parameters.
-            params: a pytree of floating arrays.
+            objective: an `Objective`: a sum of functions of the same parameters, each with a weight.
+            params: the parameters, a pytree of floating arrays.
             batches: a list with a batch `(inputs, targets)` for each function; they may differ in size, and targets may
                 be None.
-            chunk_size, has_aux: those of the constructor, for each function.
+            chunk_size: how many examples to process at once; None (default) for all.
+            has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+
+        Returns:
+            A `StackedJacobianLinearOperator`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for batches that are not
-                as many.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for a number of
+                batches that differs from that of the functions.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
-        >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
-        >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
-        >>> batches = [(jnp.ones((8, 2)), None), (jnp.ones((3, 2)), None)]
-        >>> jacobian = ggn_jax.JacobianLinearOperator.from_objective(objective, params, batches)
-        >>> [part.shape for part in jacobian.mv(params)], jacobian.as_matrix().shape
-        ([(8, 1), (3, 2)], (14, 2))
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 1))}, ggn_jax.MSELoss()
+            >>> slope = lambda p, x: jnp.ones((len(x), 1)) @ p["w"].T
+            >>> objective = ggn_jax.Objective(lambda p, x: x @ p["w"], loss) + 0.5 * ggn_jax.Objective(slope, loss)
+            >>> batches = [(jnp.ones((8, 2)), None), (jnp.ones((3, 2)), None)]
+            >>> jacobian = ggn_jax.JacobianLinearOperator.from_objective(objective, params, batches)
+            >>> [part.shape for part in jacobian.mv(params)], jacobian.as_matrix().shape
+            ([(8, 1), (3, 2)], (14, 2))
         """
         made = []
         for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
@@ -202,7 +213,14 @@ class JacobianLinearOperator(AbstractJacobian):
 
     @classmethod
     def of_problem(cls, problem: Problem) -> Self:
-        """That of a problem's model, which has been checked."""
+        """Make the Jacobian of a problem whose arguments have been checked.
+
+        Args:
+            problem: the model, its parameters and a batch.
+
+        Returns:
+            The Jacobian.
+        """
         made = object.__new__(cls)
         object.__setattr__(made, "problem", problem)
         object.__setattr__(made, "kept", None)
@@ -212,13 +230,22 @@ class JacobianLinearOperator(AbstractJacobian):
         return fields(self, params=self.problem.params, outputs=self.problem.outputs)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the parameters."""
         return vectors_like(self.problem.params)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs, `[N, *out]`."""
         return self.problem.outputs
 
     def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
-        """`J v` for `v`, a pytree like the parameters."""
+        """Compute `J v`.
+
+        Args:
+            vector: `v`, a pytree of arrays like the parameters.
+
+        Returns:
+            An array like the outputs, `[N, *out]`.
+        """
         check_vector(self, vector)
         return _jvp(self, vector)
 
@@ -226,24 +253,30 @@ class JacobianLinearOperator(AbstractJacobian):
         return _vjp(self, u)
 
     def as_matrix(self) -> Float[Array, "K P"]:
-        """The dense matrix: rows are outputs in C order, columns those of `jax.flatten_util.ravel_pytree(params)`."""
+        """Compute the dense matrix.
+
+        Returns:
+            An array `[K, P]`, whose rows are outputs in C order, and columns those of
+            `jax.flatten_util.ravel_pytree(params)`.
+        """
         return _dense_jacobian(self)
 
     def linearised(self) -> Linearised:
-        """The model's linearisation."""
+        """Return the model's linearisation, kept by `lineax.linearise` or made now."""
         return Linearised.of(self.problem) if self.kept is None else self.kept
 
 
 class BatchesJacobianLinearOperator(AbstractJacobian):
     """The Jacobian of the outputs of many batches; made by `JacobianLinearOperator.from_batches`.
 
-    Outside of `jit` only.
+    It works outside of `jit` only.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
-    >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
-    >>> type(jacobian).__name__, jacobian.as_matrix().shape
-    ('BatchesJacobianLinearOperator', (39, 6))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> batches = [(jnp.ones((n, 2)), None) for n in (8, 5)]
+        >>> jacobian = ggn_jax.JacobianLinearOperator.from_batches(lambda p, x: x @ p, jnp.ones((2, 3)), batches)
+        >>> type(jacobian).__name__, jacobian.as_matrix().shape
+        ('BatchesJacobianLinearOperator', (39, 6))
     """
 
     passes: RowPasses = eqx.field(static=True)
@@ -252,19 +285,35 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         return fields(self, params=self.passes.params, outputs=self.passes.outputs)
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the parameters."""
         return vectors_like(self.passes.params)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the outputs of all batches, `[N, *out]`."""
         return self.passes.outputs
 
     def mv(self, vector: PyTree[Array]) -> Float[Array, "N *out"]:
-        """`J v` for `v`, a pytree like the parameters: one pass over the batches."""
+        """Compute `J v`, in one pass over the batches.
+
+        Args:
+            vector: `v`, a pytree of arrays like the parameters.
+
+        Returns:
+            An array like the outputs of all batches, `[N, *out]`.
+        """
         check_vector(self, vector)
         check_on_host(vector)
         return jnp.concatenate(self._rows(lambda jacobian: jacobian.mv(vector)))
 
     def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
-        """`J^T u`: one pass over the batches."""
+        """Compute `J^T u`, in one pass over the batches.
+
+        Args:
+            u: an array like the outputs of all batches, `[N, *out]`.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         check_on_host(u)
         u = jnp.asarray(u)
 
@@ -276,7 +325,12 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         return jax.tree.map(lambda x, like: x.astype(like.dtype), total, self.passes.params)
 
     def as_matrix(self) -> Float[Array, "K P"]:
-        """The dense matrix, in one pass over the batches."""
+        """Compute the dense matrix, in one pass over the batches.
+
+        Returns:
+            An array `[K, P]`, whose rows are outputs in C order, and columns those of
+            `jax.flatten_util.ravel_pytree(params)`.
+        """
         return jnp.concatenate(self._rows(lambda jacobian: jacobian.as_matrix()))
 
     def _rows(self, rows: Callable[[JacobianLinearOperator], Array]) -> list[Array]:

@@ -37,39 +37,42 @@ def loss_key(loss: Loss) -> Any:
 
 
 class PartialSums(eqx.Module):
-    """What some of the data contribute to an operator; made by the operators' `partial_sums`.
+    """What some of the batches contribute to an operator; made by the operators' `partial_sums`.
 
-    A pytree of arrays: sums over examples, independent of how these are cut into batches, and what tells of what they
-    are. `a + b` are the sums of the data of both, and an operator's `finish` makes the operator. To save them, save
-    their leaves; their structure is that of the sums over any one batch.
+    A pytree of arrays: sums over examples, which do not depend on how these are cut into batches, with marks of the
+    options, parameters and draws that they belong to. `a + b` are the sums over the examples of both, and an operator's
+    `finish` makes the operator. To save them, save their leaves; their structure is that of the sums over any one
+    batch.
 
-    `a + b` refuses sums of other options, of other values of the parameters, and with draws of one key for the same
-    examples, as of a part without its `start`, or added twice. Where nothing is drawn, that is not noticed.
+    `a + b` refuses sums with other options or other values of the parameters, and sums with draws of one key for the
+    same examples, as of a part without its `start`, or added twice. Where nothing is sampled, such an overlap is not
+    noticed.
 
-    >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
-    >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-    >>> args, options = (lambda p, x: x @ p["w"], loss, params), {"fisher_type": "type-2"}
-    >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
-    >>> some = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[:2], **options)
-    >>> saved = [np.asarray(leaf) for leaf in jax.tree.leaves(some)]  # np.savez(path, *saved)
-    >>> rest = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[2:], start=int(some.examples), **options)
-    >>> restored = jax.tree.unflatten(jax.tree.structure(rest), saved)
-    >>> (restored + rest).examples, ggn_jax.KFACLinearOperator.finish(restored + rest)
-    (Array(21, dtype=int32), KFACLinearOperator(params=float32[2, 3], blocks=1))
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
+        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+        >>> args, options = (lambda p, x: x @ p["w"], loss, params), {"fisher_type": "type-2"}
+        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+        >>> some = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[:2], **options)
+        >>> saved = [np.asarray(leaf) for leaf in jax.tree.leaves(some)]  # np.savez(path, *saved)
+        >>> rest = ggn_jax.KFACLinearOperator.partial_sums(*args, batches[2:], start=int(some.examples), **options)
+        >>> restored = jax.tree.unflatten(jax.tree.structure(rest), saved)
+        >>> (restored + rest).examples, ggn_jax.KFACLinearOperator.finish(restored + rest)
+        (Array(21, dtype=int32), KFACLinearOperator(params=float32[2, 3], blocks=1))
     """
 
     totals: PyTree[Array]
     examples: Int[Array, ""]
-    """How many examples were summed over."""
+    """The number of examples summed over."""
     params: UInt32[Array, ""]
-    """A number made of all bits of the parameters, which tells others apart."""
+    """A hash of all bits of the parameters, which tells different values apart."""
     draws: UInt32[Array, "ranges 3"]
-    """Of which examples something was drawn: a number made of the key, the first example, and one past the last."""
+    """For which examples something was sampled: a hash of the key, the first example, and one past the last."""
     recipe: Recipe = eqx.field(static=True)
     factors: "PartialSums | None" = None
-    """Of EKFAC's second pass: the sums of its first."""
+    """For EKFAC's second pass, the sums of its first."""
     bases: PyTree[Array] = None
-    """And the eigenbases that these have."""
+    """For EKFAC's second pass, the eigenbases of its first."""
 
     @classmethod
     def of(
@@ -81,7 +84,19 @@ class PartialSums(eqx.Module):
         drawn: tuple[Any, int] | None,
         **passes: Any,
     ) -> Self:
-        """Sums over `seen` examples; `drawn` are the key and the number of the first, where something was drawn."""
+        """Make the sums over `seen` examples.
+
+        Args:
+            recipe: the operator and its options.
+            params: the parameters, a pytree of floating arrays.
+            totals: the sums, a pytree of arrays.
+            seen: how many examples were summed over.
+            drawn: the key and the number of the first example, or None where nothing was sampled.
+            **passes: `factors` and `bases`, for EKFAC's second pass.
+
+        Returns:
+            The sums.
+        """
         ranges = np.zeros((0, 3), np.uint32)
         if drawn is not None and _is_known(drawn[0]):
             ranges = np.asarray([[_key_mark(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)

@@ -46,17 +46,23 @@ class DataLinearOperator(CurvatureLinearOperator):
     def from_objective(
         cls, objective: Objective, params: PyTree[Array], batches: Any, *, key: Any = None, **options: Any
     ) -> WeightedSumLinearOperator:
-        """The operator of an objective: the weighted sum of those of its functions.
+        """Make the operator of an objective: the weighted sum of those of its functions.
 
         Args:
-            objective: a sum of functions of the same parameters, each with a weight.
-            params: a pytree of floating arrays.
+            objective: an `Objective`: a sum of functions of the same parameters, each with a weight.
+            params: the parameters, a pytree of floating arrays.
             batches: a list with a batch `(inputs, targets)` for each function; they may differ in size.
-            key: a PRNG key, for what is drawn: that of function `k` is `jax.random.fold_in(key, k)`.
-            **options: those of the constructor.
+            key: a PRNG key for sampling; function `k` gets `jax.random.fold_in(key, k)`. Needed only where something is
+                sampled.
+            **options: further keyword arguments of the constructor: `chunk_size` and `has_aux`; `mc_samples` for the
+                GGN; `per` for the empirical Fisher.
+
+        Returns:
+            A `WeightedSumLinearOperator`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor; for batches that are not as many.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them, and for a number of
+                batches that differs from that of the functions.
         """
         operators, weights = of_terms(cls, objective, params, batches, key, options)
         return WeightedSumLinearOperator(tuple(operators), tuple(weights))
@@ -72,35 +78,40 @@ class DataLinearOperator(CurvatureLinearOperator):
         progress: bool = False,
         **options: Any,
     ) -> "BatchesLinearOperator":
-        """The operator of all data of an iterable of batches, as if they were one batch.
+        """Make the operator of an iterable of batches, as if they were one batch.
 
         Each product goes over the batches once, on the host, and holds one of them at a time; `as_matrix` takes 32
-        columns in a pass. `batches` yields `(inputs, targets)`, as NumPy or JAX arrays, and can be gone over more than
-        once: a list, or a loader, but no generator. Batches may differ in size; a function is compiled for each shape.
-        A mean is over the terms of all batches. What is drawn for an example depends on its place in the whole.
+        columns in a pass. Batches may differ in size; a function is compiled for each shape. A mean is over the terms
+        of all batches. What is sampled for an example depends on its place in the whole.
 
         As its products are made on the host, it works outside of `jit` only, where lineax's iterative solvers run:
         solve with SciPy's, `scipy.sparse.linalg.cg(operator.damped(d).to_scipy(), flat)`.
 
         Args:
-            model_fn: `model_fn(params, inputs) -> outputs [N, *out]`.
-            loss: a `Loss` that holds nothing for each example.
-            params: a pytree of floating arrays.
-            batches: an iterable of `(inputs, targets)`; it must yield the same data in each pass, in any order, but
-                for drawn vectors, whose order counts. Two passes are compared.
-            progress: show a bar for each pass (needs tqdm).
-            **options: those of the constructor.
+            model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+            loss: a `Loss` without weights for single examples.
+            params: the parameters, a pytree of floating arrays.
+            batches: an iterable of `(inputs, targets)`, NumPy or JAX arrays, that can be repeated: a list, or a loader,
+                but no generator. It must yield the same data in each pass, which is checked by comparing two of them;
+                the order matters only where something is sampled.
+            progress: whether to show a bar for each pass (needs tqdm); False by default.
+            **options: further keyword arguments of the constructor: `chunk_size` and `has_aux`; `mc_samples` and `key`
+                for the GGN; `per` for the empirical Fisher.
+
+        Returns:
+            A `BatchesLinearOperator`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as the constructor, naming the batch; for an iterator, for no
-                batch at all, and for passes over different data.
+            TypeError, ValueError, NotImplementedError: for arguments that do not fit, naming them and the batch; for an
+                iterator (which cannot be repeated), for no batch at all, and for passes over different data.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
-        >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
-        >>> ggn = ggn_jax.GGNLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
-        >>> ggn.mv(params)["w"].shape
-        (2, 3)
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, loss = {"w": jnp.ones((2, 3))}, ggn_jax.CrossEntropyLoss()
+            >>> batches = [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 8, 5)]
+            >>> ggn = ggn_jax.GGNLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+            >>> ggn.mv(params)["w"].shape
+            (2, 3)
         """
         check_iterable(batches, "each product goes over the batches")
 
@@ -140,14 +151,15 @@ class _Products:
 class BatchesLinearOperator(SymmetricLinearOperator):
     """A curvature matrix of many batches, whose products go over all of them; made by `from_batches`.
 
-    Outside of `jit` only: see `GGNLinearOperator.from_batches`.
+    It works outside of `jit` only: see `GGNLinearOperator.from_batches`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
-    >>> loss = ggn_jax.CrossEntropyLoss()
-    >>> hessian = ggn_jax.HessianLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
-    >>> type(hessian).__name__, hessian.as_matrix().shape
-    ('BatchesLinearOperator', (6, 6))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, batches = {"w": jnp.ones((2, 3))}, [(jnp.ones((n, 2)), jnp.arange(n) % 3) for n in (8, 5)]
+        >>> loss = ggn_jax.CrossEntropyLoss()
+        >>> hessian = ggn_jax.HessianLinearOperator.from_batches(lambda p, x: x @ p["w"], loss, params, batches)
+        >>> type(hessian).__name__, hessian.as_matrix().shape
+        ('BatchesLinearOperator', (6, 6))
     """
 
     passes: _Products = eqx.field(static=True)
@@ -158,7 +170,18 @@ class BatchesLinearOperator(SymmetricLinearOperator):
         return self.structure
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters: one pass over the batches."""
+        """Compute the product with a vector, in one pass over the batches.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+
+        Raises:
+            ValueError, TypeError: for a vector whose structure, shapes or dtypes differ from the parameters', and under
+                `jit`.
+        """
         check_vector(self, vector)
         stacked = jax.tree.map(lambda v: jnp.asarray(v)[None], vector)
         return jax.tree.map(lambda v: v[0], self._products(stacked))

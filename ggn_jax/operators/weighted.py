@@ -14,14 +14,15 @@ from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, regist
 
 
 class WeightedSumLinearOperator(SymmetricLinearOperator):
-    """`sum_k weights[k] operators[k]`: the curvature of an `Objective`; made by `from_objective`.
+    """The weighted sum `sum_k weights[k] operators[k]`: the curvature of an `Objective`; made by `from_objective`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, loss, batch = {"w": jnp.ones((2, 3))}, ggn_jax.MSELoss(), (jnp.ones((8, 2)), jnp.ones((8, 3)))
-    >>> term = ggn_jax.Objective(lambda p, x: x @ p["w"], loss)
-    >>> ggn = ggn_jax.GGNLinearOperator.from_objective(term + 0.5 * term, params, [batch, batch])
-    >>> type(ggn).__name__, ggn.damped(0.1).as_matrix().shape
-    ('WeightedSumLinearOperator', (6, 6))
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, loss, batch = {"w": jnp.ones((2, 3))}, ggn_jax.MSELoss(), (jnp.ones((8, 2)), jnp.ones((8, 3)))
+        >>> term = ggn_jax.Objective(lambda p, x: x @ p["w"], loss)
+        >>> ggn = ggn_jax.GGNLinearOperator.from_objective(term + 0.5 * term, params, [batch, batch])
+        >>> type(ggn).__name__, ggn.damped(0.1).as_matrix().shape
+        ('WeightedSumLinearOperator', (6, 6))
     """
 
     operators: tuple[lx.AbstractLinearOperator, ...]
@@ -34,7 +35,14 @@ class WeightedSumLinearOperator(SymmetricLinearOperator):
         return {"operators": self.operators}
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
-        """The product with `vector`, a pytree like the parameters."""
+        """Compute the product with a vector.
+
+        Args:
+            vector: a pytree of arrays like the parameters.
+
+        Returns:
+            A pytree of arrays like the parameters.
+        """
         check_vector(self, vector)
         return weighted_sum([operator.mv(vector) for operator in self.operators], self.weights)
 

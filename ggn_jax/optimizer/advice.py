@@ -17,11 +17,17 @@ ROUNDING = 1e-2  # of a condition number times the resolution of its dtype
 
 
 class Finding(NamedTuple):
-    """One thing that slows a run, of a `Diagnosis`.
+    """One thing that slows a run, in a `Diagnosis`.
 
-    >>> from ggn_jax import Finding
-    >>> Finding("stale-inverses", "The inverses are old.", "Lower inverse_interval.").name
-    'stale-inverses'
+    Args:
+        name: which one.
+        text: what was found, with numbers.
+        advice: what to do about it.
+
+    Example:
+        >>> from ggn_jax import Finding
+        >>> Finding("stale-inverses", "The inverses are old.", "Lower inverse_interval.").name
+        'stale-inverses'
     """
 
     name: str

@@ -26,19 +26,20 @@ from ggn_jax.optimizer.masked import check_full, model_of_part
 class ScaleByLayersState(NamedTuple):
     """The state of `scale_by_layers`: a pytree.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> scale = ggn_jax.scale_by_layers(
-    ...     lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x,
-    ...     init=lambda layer: jnp.zeros(()), update=lambda state, io: state + 1, precondition=lambda state, grad: grad)
-    >>> scale.init(params).layers
-    {'w': Array(0., dtype=float32)}
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> scale = ggn_jax.scale_by_layers(
+        ...     lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x, init=lambda layer: jnp.zeros(()),
+        ...     update=lambda state, io: state + 1, precondition=lambda state, grad: grad)
+        >>> scale.init(params).layers
+        {'w': Array(0., dtype=float32)}
     """
 
     layers: dict[str, Any]
-    """By layer, what `init` and `update` returned."""
+    """What `init` and `update` returned, for each layer's name."""
     rest: Any
-    """The state of the transformation of all else."""
+    """The state of `rest`, for the other parameters."""
 
 
 def scale_by_layers(
@@ -58,7 +59,7 @@ def scale_by_layers(
     has_aux: bool = False,
     examples: Examples = "independent",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A preconditioner that is written for one layer, as an optax transformation of all parameters.
+    """Precondition gradients by a rule written for one layer, as an optax transformation of all parameters.
 
     For each layer that `find_layers` finds, with the gradient as a matrix `[G, out, in]` (`to_matrices`):
 
@@ -67,46 +68,56 @@ def scale_by_layers(
     gradient = precondition(state, gradient)
     ```
 
-    and all else is for `rest`. What `scale_by_kfac` takes, its `update` takes: `update(grads, state, params,
-    batch=(inputs, targets), key=key)`, perhaps with a mask as third member of the batch, and `full_params`.
+    and `rest` transforms the other parameters.
 
     Args:
-        model_fn: `model_fn(params, inputs) -> outputs [N, *out]`.
-        loss: a `Loss`.
+        model_fn: the model, `model_fn(params, inputs) -> outputs [N, *out]`.
+        loss: a `Loss`, such as `CrossEntropyLoss()`, with its reduction and weights.
         example_inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one, to find the layers with.
-        init: from a `LayerInfo` (with `shape`, `groups`, `out`, `in_`) to the first state, a pytree of arrays.
-        update: from the state and a `LayerIO` to the new state, with shapes and dtypes as they were.
-        precondition: from the new state and the gradient `[G, out, in]` to what takes its place.
-        rest: a transformation of the other parameters; `optax.scale_by_adam()` by default.
-        fisher_type, mc_samples, positions: which vectors are back-propagated, as for `layer_io`. `"forward-only"` gives
-            inputs alone, and costs a forward pass.
-        bias: `"joint"` or `"separate"`, as for `find_layers`.
-        full_params: as for `scale_by_kfac`, under `optax.masked` and the like.
-        has_aux: whether `model_fn` returns `(outputs, aux)`, of which the outputs are needed.
-        examples: `"coupled"` for a model whose examples depend on each other, as for `find_layers`.
+        init: a function from a `LayerInfo` (with `shape`, `groups`, `out`, `in_`) to the first state, a pytree of
+            arrays.
+        update: a function from the state and a `LayerIO` to the new state, whose shapes and dtypes must not change.
+        precondition: a function from the new state and the gradient `[G, out, in]` to the preconditioned gradient.
+        rest: a transformation of the other parameters; None (default) for `optax.scale_by_adam()`.
+        fisher_type: `"type-2"`, `"mc"` (default), `"empirical"` or `"forward-only"`: which vectors are back-propagated.
+            `"forward-only"` gives inputs alone, and costs a forward pass.
+        mc_samples: the number V of vectors for `"mc"`; 1 by default.
+        positions: how `"type-2"` treats outputs with several loss positions, such as tokens: `"signs"` (default)
+            back-propagates all of them together with independent random signs, `"exact"` one by one.
+        bias: `"joint"` (default) makes a bias the last column of its layer's matrix; `"separate"` leaves it to `rest`.
+        full_params: all parameters of the model, arrays or `jax.ShapeDtypeStruct`s, where it is used under
+            `optax.masked` and the like, for some of them; None by default.
+        has_aux: whether `model_fn` returns `(outputs, aux)`, of which only the outputs are used; False by default.
+        examples: `"independent"` (default), or `"coupled"` for a model whose examples depend on each other: a batch is
+            then one example with the positions of all.
+
+    Returns:
+        A transformation with `update(grads, state, params, batch=(inputs, targets), key=key)`, as that of
+        `scale_by_kfac`; the batch may have a mask as third member, and `full_params` may be passed.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
 
-    A preconditioner from the inputs alone, `G (A + 0.1 I)^-1`:
+    Example:
+        A preconditioner from the inputs alone, `G (A + 0.1 I)^-1`:
 
-    >>> import jax, jax.numpy as jnp, optax, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> def init(layer):
-    ...     return jnp.zeros((layer.groups, layer.in_, layer.in_))
-    >>> def update(a, io):
-    ...     return 0.9 * a + 0.1 * jnp.einsum("gnsi,gnsj->gij", io.inputs, io.inputs) / io.inputs[0, ..., 0].size
-    >>> def precondition(a, grad):
-    ...     damped = a + 0.1 * jnp.eye(a.shape[-1])
-    ...     return jnp.swapaxes(jnp.linalg.solve(damped, jnp.swapaxes(grad, 1, 2)), 1, 2)
-    >>> scale = ggn_jax.scale_by_layers(
-    ...     model_fn, loss, example_inputs=batch[0], init=init, update=update, precondition=precondition,
-    ...     fisher_type="forward-only")
-    >>> optimizer = optax.chain(scale, optax.scale_by_learning_rate(0.1))
-    >>> state = optimizer.init(params)
-    >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
-    >>> updates, state = optimizer.update(grads, state, params, batch=batch)
+        >>> import jax, jax.numpy as jnp, optax, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> def init(layer):
+        ...     return jnp.zeros((layer.groups, layer.in_, layer.in_))
+        >>> def update(a, io):
+        ...     return 0.9 * a + 0.1 * jnp.einsum("gnsi,gnsj->gij", io.inputs, io.inputs) / io.inputs[0, ..., 0].size
+        >>> def precondition(a, grad):
+        ...     damped = a + 0.1 * jnp.eye(a.shape[-1])
+        ...     return jnp.swapaxes(jnp.linalg.solve(damped, jnp.swapaxes(grad, 1, 2)), 1, 2)
+        >>> scale = ggn_jax.scale_by_layers(
+        ...     model_fn, loss, example_inputs=batch[0], init=init, update=update, precondition=precondition,
+        ...     fisher_type="forward-only")
+        >>> optimizer = optax.chain(scale, optax.scale_by_learning_rate(0.1))
+        >>> state = optimizer.init(params)
+        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+        >>> updates, state = optimizer.update(grads, state, params, batch=batch)
     """
     check_static("model_fn", model_fn)
     check_static("loss", loss)

@@ -30,23 +30,24 @@ from ggn_jax.optimizer.storage import keep, pack
 
 
 class Factors(NamedTuple):
-    """What batches say of the curvature: a pytree of arrays. Those of several batches may be added, or averaged.
+    """What batches contribute to the curvature: a pytree of arrays. Those of several batches may be added, or averaged.
 
     Returned by `factors` and `value_and_grad_and_factors` of `kfac` and `scale_by_kfac`; `update` takes them.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0])
-    >>> optimizer.factors(params, batch, optimizer.init(params), key=jax.random.key(0))
-    Factors(batches=float32[], weight=float32[], blocks=2 arrays, 13 entries, corrections=())
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss(), 0.1, example_inputs=batch[0])
+        >>> optimizer.factors(params, batch, optimizer.init(params), key=jax.random.key(0))
+        Factors(batches=float32[], weight=float32[], blocks=2 arrays, 13 entries, corrections=())
     """
 
     batches: Float[Array, ""]
-    """How many batches: 1, or 0 where every target is ignored."""
+    """The number of batches: 1, or 0 where every target is ignored."""
     weight: Float[Array, ""]
-    """How many of them were looked at: none at a step where factors are not due."""
+    """The number of batches that factors were computed for: 0 at a step where factors are not due."""
     blocks: tuple[Block, ...]
-    """The sum of their blocks of the GGN's approximation, as in `KFACLinearOperator`."""
+    """The sum of the batches' blocks, as in `KFACLinearOperator`."""
     corrections: tuple[Array, ...]
     """The sum of EKFAC's eigenvalues in the bases of the state, one array per layer's block; else empty."""
 
@@ -57,27 +58,29 @@ class Factors(NamedTuple):
 class Curvature(NamedTuple):
     """What is known of the curvature so far: a pytree of arrays, part of the state of `kfac` and `scale_by_kfac`.
 
-    In that state its blocks are dicts of arrays, so that all that saves pytrees knows how to save it.
+    In that state its blocks are dicts of arrays, so that any library that saves pytrees can save it.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> int(state.curvature.count), float(state.curvature.damping)
-    (0, 0.0010000000474974513)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> int(state.curvature.count), float(state.curvature.damping)
+        (0, 0.0010000000474974513)
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # as in optax, not a tuple's method
-    """Updates so far."""
+    """The number of updates so far."""
     skipped: Int[Array, ""]
-    """Of these, how many had a batch with factors that were NaN or infinite: left out of the averages."""
+    """The number of updates whose batch had factors that were NaN or infinite, and was left out of the averages."""
     weight: Float[Array, ""]
-    """Of the averages: `1 - decay^n` after n batches; 0 means that there are none yet."""
+    """The weight of the averages, `1 - decay^n` after n batches; 0 means that there are none yet."""
     damping: Float[Array, ""]
     """The damping in use."""
     blocks: PyTree[Array]
-    """The bias-corrected averages of the blocks, of symmetric matrices one triangle."""
+    """The bias-corrected averages of the blocks; one triangle of each symmetric matrix."""
     inverses: PyTree[Array]
-    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before that."""
+    """Their damped inverses (heuristic damping), or their eigendecompositions (exact damping, EKFAC); 0 before the
+    first ones."""
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())

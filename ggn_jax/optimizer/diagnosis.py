@@ -31,70 +31,80 @@ from ggn_jax.optimizer.storage import unpack
 
 @dataclass(frozen=True)
 class BlockDiagnosis:
-    """One block of the curvature, of a `Diagnosis`; eigenvalues of a sum of Kronecker terms are its nearest product's.
+    """One block of the curvature, in a `Diagnosis`.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
-    >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
-    >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
-    >>> optimizer.diagnose(state, params, batch).blocks[0].parameters
-    ("['w']",)
+    Eigenvalues of a sum of Kronecker terms are those of the nearest product.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
+        >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
+        >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
+        >>> optimizer.diagnose(state, params, batch).blocks[0].parameters
+        ("['w']",)
     """
 
     parameters: tuple[str, ...]
+    """The paths of its parameters, as `jax.tree_util.keystr` writes them."""
     kind: str
-    """What they are used as, as in `report`."""
+    """What these are used as, as in `report`."""
     size: int
-    """How many entries they have in the block."""
+    """The number of their entries in the block."""
     mean_eigenvalue: float
-    """Of the average, without damping: its trace divided by its size."""
+    """The mean eigenvalue of the averaged block without damping: its trace divided by its size."""
     least_eigenvalue: float
+    """The least eigenvalue of the damped block as it is inverted."""
     greatest_eigenvalue: float
-    """Of the damped block as it is inverted: with the damping split over the factors, unless damping is exact."""
+    """The greatest eigenvalue of the damped block as it is inverted: with the damping split over the factors, unless
+    damping is exact."""
     condition_number: float
-    """The greatest of the damped block's groups: that of the factors multiplied, where damping is split over them."""
+    """The condition number of the damped block, the greatest among its groups; where damping is split over the factors,
+    the product of theirs."""
     stale: float
-    """How far the gradient preconditioned with the inverse in use is from that with a new one, relative to the latter:
-    a norm of the difference over a norm."""
+    """The relative error of the gradient preconditioned with the inverse in use, compared with a new inverse: the norm
+    of the difference divided by a norm."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `optimizer.diagnose(...)` returns: `print` it, look at its numbers, or `plot` it.
+    """What `optimizer.diagnose(...)` returns: `print` it, read its numbers, or `plot` it.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
-    >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
-    >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
-    >>> optimizer.diagnose(state, params, batch).steps
-    1
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.ones((8, 3)))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=batch[0])
+        >>> grads, key = {"w": jnp.ones((2, 3))}, jax.random.key(0)
+        >>> _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, batch=batch, key=key)
+        >>> optimizer.diagnose(state, params, batch).steps
+        1
     """
 
     steps: int
-    """How many updates there were."""
+    """The number of updates so far."""
     damping: float
+    """The damping in use."""
     loss: float
-    """Of the batch."""
+    """The loss of the batch."""
     cosine: float
-    """Between the gradient and the preconditioned one: near 1, the curvature changes nothing."""
+    """The cosine between the gradient and the preconditioned one: near 1, the curvature changes nothing."""
     stale: float
-    """As `BlockDiagnosis.stale`, of all blocks together."""
+    """`BlockDiagnosis.stale` for all blocks together."""
     clipped: float
-    """The share of all steps that `kl_clip` made shorter; 0 for `scale_by_kfac`."""
+    """The fraction of all steps that `kl_clip` made shorter; 0 for `scale_by_kfac`."""
     rejected: float
-    """The share of updates that were rejected."""
+    """The fraction of updates that were rejected."""
     skipped: float
-    """The share of batches that were left out of the averages."""
+    """The fraction of batches that were left out of the averages."""
     predicted: float | None
     """The change of the batch's loss that the quadratic model, with the exact GGN and the damping, predicts for the
     next step; None for `scale_by_kfac`, which makes no steps."""
     reduction_ratio: float | None
-    """The actual change divided by that; minus infinity if an increase is predicted."""
+    """The actual change divided by the predicted one; minus infinity if an increase is predicted."""
     best_scale: float | None
-    """By what to multiply the step for the least value of the quadratic model: 1 if its length is right."""
+    """The factor by which the step would minimise the quadratic model: 1 if its length is right."""
     blocks: tuple[BlockDiagnosis, ...]
+    """One for each block of the curvature."""
     findings: tuple[Finding, ...]
     """What slows the run, and what to do about it; empty if nothing was found."""
 
@@ -131,7 +141,11 @@ class Diagnosis:
     def plot(self, ax: Any) -> Any:
         """Draw each block's damped eigenvalues (lines), their mean before damping (points) and the damping.
 
-        `ax` is a Matplotlib axis of yours, which is returned: `diagnosis.plot(plt.figure().gca())`.
+        Args:
+            ax: a Matplotlib axis: `diagnosis.plot(plt.figure().gca())`.
+
+        Returns:
+            `ax`.
         """
         for i, block in enumerate(self.blocks):
             ax.plot([i, i], [block.least_eigenvalue, block.greatest_eigenvalue], color="C0", linewidth=4, alpha=0.4)

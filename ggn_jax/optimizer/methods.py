@@ -22,19 +22,31 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     (`optimizer._replace(update=...)`), and where it is mapped over as a pytree. `optax.chain` and other transformations
     of optax return one without them: keep the `kfac` that you pass to them, whose methods find its state in theirs.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> print(optimizer.report(params))
-    parameter  shape  kind    curvature
-    ---------  -----  ------  -----------------------------
-    ['w']      2 x 3  linear  Kronecker (3 x 3) (x) (2 x 2)
-    State: 22 entries, 3.7 per parameter; 88 bytes.
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> print(optimizer.report(params))
+        parameter  shape  kind    curvature
+        ---------  -----  ------  -----------------------------
+        ['w']      2 x 3  linear  Kronecker (3 x 3) (x) (2 x 2)
+        State: 22 entries, 3.7 per parameter; 88 bytes.
     """
 
     @classmethod
     def make(cls, core: Core, init: Any, update: Any, rule: StepRule | None) -> Self:
         # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
+        """Make a transformation with its methods.
+
+        Args:
+            core: what traces the model and computes factors.
+            init: the function `init`.
+            update: the function `update`.
+            rule: how steps are made; None for `scale_by_kfac`.
+
+        Returns:
+            The transformation.
+        """
         init.made_of = update.made_of = core, rule, Diagnoser(core, rule)
         return cls(init, update)
 
@@ -46,6 +58,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     @property
     def core(self) -> Core:
+        """What traces the model and computes factors."""
         return self._made_of()[0]
 
     @property
@@ -55,96 +68,146 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether updates look at the batch's loss, also where they are given its factors."""
+        """Whether updates need the batch's loss, even when they are given its factors."""
         return self.rule is not None and self.rule.needs_batch
 
     def statistics(self, state: Any) -> dict[str, Array]:
-        """What there is to log of the last step, as scalars by name; under `jit` as well as outside of it.
+        """Read what to log of the last step from the state, as scalars by name; nothing is computed.
 
-        `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState` and `Curvature`), and for `kfac`
-        those of `StepStatistics`: `step_norm`, `kl`, `learning_rate`, `momentum` and `clipped`, and of
-        `reduction_ratio` and `slope_ratio` that which the damping follows. `state` is the optimizer's, however
-        wrapped. Nothing is computed: they are read from the state.
+        It works under `jit` as well as outside of it.
 
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-        >>> sorted(optimizer.statistics(optimizer.init(params)))
-        ['clipped', 'damping', 'kl', 'learning_rate', 'momentum', 'rejected', 'skipped', 'step', 'step_norm']
+        Args:
+            state: the optimizer's state, however wrapped.
+
+        Returns:
+            A dict of scalars. It has `step` (how many updates), `damping`, `rejected` and `skipped` (see `KFACState`
+            and `Curvature`), and for `kfac` also those of `StepStatistics`, `step_norm`, `kl`, `learning_rate`,
+            `momentum` and `clipped`, and the one of `reduction_ratio` and `slope_ratio` that the damping follows.
+
+        Raises:
+            TypeError, ValueError: for a state without exactly one of this optimizer's.
+
+        Example:
+            >>> import jax.numpy as jnp, ggn_jax
+            >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+            >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+            >>> sorted(optimizer.statistics(optimizer.init(params)))
+            ['clipped', 'damping', 'kl', 'learning_rate', 'momentum', 'rejected', 'skipped', 'step', 'step_norm']
         """
         return statistics_of(state, "" if self.rule is None else self.rule.ratio)
 
     def diagnose(
         self, state: Any, params: PyTree[Array], batch: Any, *, key: Any = None, full_params: Any = None
     ) -> Diagnosis:
-        """Why a run is slow: a report to print, with numbers, findings with advice, and a small plot.
+        """Find out why a run is slow: a report to print, with numbers, findings with advice, and a small plot.
 
-        It looks at the damping against the blocks' eigenvalues, condition numbers, how far the inverses are from those
-        of the present averages, the shares of clipped and rejected steps, and what the step from here, with the
-        inverses and the momentum of the state, would do to the loss of `batch`: as predicted by the quadratic model,
-        and as it is. Neither the state nor the averages change. It takes as long as some steps with new inverses, the
-        first time compiles, and is called outside of `jit`: now and then, not at each step (that is `statistics`).
+        It compares the damping with the blocks' eigenvalues, and computes condition numbers, how far the inverses are
+        from those of the present averages, the fractions of clipped and rejected steps, and the effect of the next
+        step, with the inverses and the momentum of the state, on the loss of `batch`: as predicted by the quadratic
+        model, and actual. Neither the state nor the averages change. It takes as long as some steps with new inverses,
+        the first call compiles, and it is called outside of `jit`: now and then, not at each step (that is
+        `statistics`).
 
         Args:
-            state: the optimizer's, however wrapped, after at least one step.
-            params: the parameters that the next gradient would be taken at.
-            batch: as for `update`; a batch that the last steps have not seen says more of small ones.
-            key: not needed, since nothing is drawn.
-            full_params: as for `update`.
+            state: the optimizer's state, however wrapped. It has taken at least one step.
+            params: the parameters at which the next gradient would be taken.
+            batch: a batch `(inputs, targets)`, or `(inputs, targets, mask)`; for an `Objective` a list of these. With
+                small batches, one that the last steps have not seen tells more.
+            key: ignored, since nothing is sampled.
+            full_params: with masked parameters (`optax.masked` and the like), all parameters of the model; None by
+                default.
+
+        Returns:
+            A `Diagnosis`.
 
         Raises:
             ValueError: for a state that has seen no batch.
-            TypeError: under `jit`, where there are no values.
+            TypeError: under `jit`, where values are unknown.
 
-        >>> import jax, jax.numpy as jnp, ggn_jax
-        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-        >>> optimizer = ggn_jax.kfac(model_fn, loss, 1e-4, example_inputs=batch[0])
-        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
-        >>> state, key = optimizer.init(params), jax.random.key(0)
-        >>> _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=key)
-        >>> [found.name for found in optimizer.diagnose(state, params, batch).findings]
-        ['step-short']
+        Example:
+            >>> import jax, jax.numpy as jnp, ggn_jax
+            >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+            >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+            >>> optimizer = ggn_jax.kfac(model_fn, loss, 1e-4, example_inputs=batch[0])
+            >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+            >>> state, key = optimizer.init(params), jax.random.key(0)
+            >>> _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=key)
+            >>> [found.name for found in optimizer.diagnose(state, params, batch).findings]
+            ['step-short']
         """
         del key
         return self._made_of()[2](state, params, batch, full_params)
 
     def report(self, params: PyTree[Array]) -> CurvatureReport:
-        """Which curvature each parameter gets: a table to print, and rows. Arrays or `jax.ShapeDtypeStruct`s."""
+        """Tell which curvature each parameter gets: a table to print, and rows.
+
+        Args:
+            params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            A `CurvatureReport`.
+        """
         return summarise(*self.core.blank(params), self.core.settings.most_terms)
 
     def factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
     ) -> Factors:
-        """What a batch says of the curvature at this step: a pytree to pass to `update(..., factors=...)`.
+        """Compute the batch's factors at this step, to pass to `update(..., factors=...)`.
 
-        Factors of several batches or processes may be added or averaged, leaf by leaf. `state` is the optimizer's,
-        however wrapped; `batch`, `key` and `full_params` as for `update`.
+        Args:
+            params: the parameters, a pytree of floating arrays.
+            batch: the batch of the gradient: `(inputs, targets)`, or `(inputs, targets, mask)`; for an `Objective` a
+                list of these.
+            state: the optimizer's state, however wrapped.
+            key: a PRNG key for sampling, a new one for each step; None (default) where nothing is sampled.
+            full_params: with masked parameters (`optax.masked` and the like), all parameters of the model; None by
+                default.
+
+        Returns:
+            The `Factors`, a pytree. Those of several batches or processes may be added or averaged, leaf by leaf.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
         """
         return self._look(params, batch, state, key, full_params, gradient=False)[2]
 
     def value_and_grad_and_factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
     ) -> tuple[Any, PyTree[Array], Factors]:
-        """The loss, its gradient, and the batch's factors, from one forward pass.
+        """Compute the loss, its gradient, and the batch's factors, from one forward pass.
 
-        With `has_aux=True`, `((value, aux), grads, factors)`, as `jax.value_and_grad` has it: `aux` is what `model_fn`
-        returns for the whole batch. Factors of independent examples come from a model that is mapped over them, so that
-        `aux` is computed by a second call, of which the compiler keeps what `aux` depends on.
+        Without it, the gradient and the factors each run the model. Use it inside of `jit`, with the update, as in the
+        example.
 
-        Without it, the gradient and the factors each run the model. With masked parameters and `full_params`, it is the
-        gradient of those that are not masked. Use it inside of `jit`, with the update:
+        Args:
+            params: the parameters, a pytree of floating arrays.
+            batch: the batch of the gradient: `(inputs, targets)`, or `(inputs, targets, mask)`; for an `Objective` a
+                list of these.
+            state: the optimizer's state, however wrapped.
+            key: a PRNG key for sampling, a new one for each step; None (default) where nothing is sampled.
+            full_params: with masked parameters (`optax.masked` and the like), all parameters of the model; None by
+                default.
 
-        >>> import jax, jax.numpy as jnp, optax, ggn_jax
-        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-        >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=batch[0])
-        >>> @jax.jit
-        ... def step(params, state, batch, key):
-        ...     value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
-        ...     updates, state = optimizer.update(grads, state, params, factors=factors)
-        ...     return optax.apply_updates(params, updates), state, value
-        >>> params, state, value = step(params, optimizer.init(params), batch, jax.random.key(0))
+        Returns:
+            `(value, grads, factors)`. With `has_aux=True`, `((value, aux), grads, factors)`, as from
+            `jax.value_and_grad`: `aux` is what `model_fn` returns for the whole batch. Factors of independent examples
+            come from a model that is mapped over them, so that `aux` is computed by a second call, of which the
+            compiler keeps what `aux` depends on. With masked parameters, the gradient is in those that are not masked.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optax, ggn_jax
+            >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+            >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+            >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=batch[0])
+            >>> @jax.jit
+            ... def step(params, state, batch, key):
+            ...     value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
+            ...     updates, state = optimizer.update(grads, state, params, factors=factors)
+            ...     return optax.apply_updates(params, updates), state, value
+            >>> params, state, value = step(params, optimizer.init(params), batch, jax.random.key(0))
         """
         if self.core.has_aux and self.core.settings.chunk_size is not None:
             raise NotImplementedError(

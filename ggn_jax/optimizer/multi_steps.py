@@ -19,20 +19,22 @@ from ggn_jax.optimizer.storage import as_plain
 class MultiStepsState(NamedTuple):
     """The state of `multi_steps`: a pytree of arrays.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> int(ggn_jax.multi_steps(optimizer, every=4).init(params).micro_step)
-    0
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> int(ggn_jax.multi_steps(optimizer, every=4).init(params).micro_step)
+        0
     """
 
     micro_step: Array
-    """How many micro-batches of this step there were so far."""
+    """The number of micro-batches of this step so far."""
     bad: Array
-    """How many of them were left out, because their gradient or their factors were NaN or infinite."""
+    """The number of these that were left out, because their gradient or their factors were NaN or infinite."""
     skipped: Array
-    """How many micro-batches of all steps were left out."""
+    """The number of micro-batches of all steps that were left out."""
     inner: Any
+    """The state of the optimizer that takes the steps."""
     gradient: PyTree[Array]
     """The mean of the gradients of this step so far, in at least float32."""
     factors: Factors
@@ -45,25 +47,36 @@ class MultiStepsState(NamedTuple):
 def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation:
     """Take a step every so many micro-batches, from the means of their gradients and of their factors.
 
-    As `optax.MultiSteps`, which would see the factors of the last micro-batch only, and would invert for each of them:
-    it keeps nothing of the others. Micro-batches count alike; with equal sizes and a mean over all data, a step is that
-    of the whole batch. Updates are 0 in between.
+    `optax.MultiSteps` would use the factors of the last micro-batch only, and invert for each of them. Micro-batches
+    have equal weights; with equal sizes and a mean over all examples, a step is that of the whole batch. Updates are 0
+    in between.
 
     A micro-batch whose gradient or factors are NaN or infinite is left out of both means, and `state.skipped` counts
     it; a step that has no other is rejected, as `kfac` rejects a gradient that is not finite. One in which every target
     is ignored is left out as well.
 
-    **Arguments:** `optimizer`: made by `kfac` or `scale_by_kfac`; `every`: how many micro-batches make a step.
+    Args:
+        optimizer: an optimizer made by `kfac` or `scale_by_kfac`.
+        every: how many micro-batches make a step, an integer of at least 1.
 
-    >>> import jax, jax.numpy as jnp, ggn_jax
-    >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> optimizer = multi_steps(ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=batch[0]), every=4)
-    >>> state = optimizer.init(params)
-    >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
-    >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
-    >>> float(abs(updates["w"]).max())
-    0.0
+    Returns:
+        A `KFACTransformation` whose `update` takes one micro-batch.
+
+    Raises:
+        TypeError, ValueError: for another optimizer, or an `every` that is not such an integer.
+        NotImplementedError: for `learning_rate=QuadraticModel(...)` and dampings that adapt, which need the loss of all
+            micro-batches.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ggn_jax
+        >>> params, batch = {"w": jnp.ones((2, 3))}, (jnp.ones((8, 2)), jnp.arange(8) % 3)
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> optimizer = multi_steps(ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=batch[0]), every=4)
+        >>> state = optimizer.init(params)
+        >>> grads = jax.grad(lambda params: loss(model_fn(params, batch[0]), batch[1]))(params)
+        >>> updates, state = optimizer.update(grads, state, params, batch=batch, key=jax.random.key(0))
+        >>> float(abs(updates["w"]).max())
+        0.0
     """
     if not isinstance(optimizer, KFACTransformation):
         raise TypeError(f"optimizer must be made by kfac or scale_by_kfac; got {type(optimizer).__name__}.")

@@ -26,42 +26,43 @@ class KFACOptions(KroneckerOptions, total=False):
 
     Each is a keyword argument of these; a dict of some is passed to both by `**`. Type checkers know their names.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> options: ggn_jax.KFACOptions = {"decay": 0.9, "inverse_interval": 20, "ekfac": True, "fisher_type": "type-2"}
-    >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
-    >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=jnp.ones((8, 2)), **options)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> options: ggn_jax.KFACOptions = {"decay": 0.9, "inverse_interval": 20, "fisher_type": "type-2"}
+        >>> model_fn, loss = lambda p, x: x @ p["w"], ggn_jax.CrossEntropyLoss()
+        >>> optimizer = ggn_jax.kfac(model_fn, loss, 0.1, example_inputs=jnp.ones((8, 2)), **options)
     """
 
     decay: Number
-    """Of the averages of the factors, which are bias-corrected: 0.95."""
+    """The decay of the factors' averages, which are bias-corrected; 0.95 by default."""
     factor_interval: int
-    """How many steps pass between new factors: 1. They are renewed after 1, 2, 4, 8, ... steps as well, below the
-    first interval, since averages change fast at first."""
+    """How many steps pass between new factors; 1 by default. They are computed after 1, 2, 4, 8, ... steps as well,
+    below the first interval, since averages change fast at first."""
     inverse_interval: int | Literal["auto"]
     """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` with a
     `QuadraticModel`, as without a learning rate."""
     staggered: bool
-    """Whether a share of the inverses is renewed at each step but the first, which makes all, so that no other step
-    takes longer than the rest: False."""
+    """Whether to recompute a subset of the inverses at each step but the first, which computes all, so that no other
+    step takes longer than the rest; False by default."""
     damping_method: DampingMethod
     """`"heuristic"` (default) adds `pi sqrt(damping)` and `sqrt(damping) / pi` to the factors, and needs Cholesky
     factorisations; `"exact"` adds the damping to the Kronecker product's eigenvalues, and needs eigendecompositions,
-    about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is inverted as it is by
-    `"heuristic"`, see `KFACLinearOperator.inverse`, and of more terms as two that are near; `"exact"`, and `ekfac`,
-    take the nearest single one. `report` names such blocks."""
+    about ten times the time. A sum of two Kronecker terms (a weight that is used twice) is inverted by `"heuristic"`
+    without another approximation, see `KFACLinearOperator.inverse`, and a sum of more terms as two nearby ones;
+    `"exact"`, and `ekfac`, use the nearest single term. `report` names such blocks."""
     ekfac: bool
-    """Whether the GGN's diagonal in KFAC's eigenbases is followed between new bases (its first step is KFAC's);
-    damping is exact. False."""
+    """Whether to average the GGN's diagonal in KFAC's eigenbases between new bases (its first step is KFAC's), with
+    exact damping; False by default."""
     factor_dtype: Any
-    """In which averages are kept: None (default) for that in which they are computed; inverses are computed and kept in
-    the latter always. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to 2^-7 of
-    each entry, rounded so that means over steps are right: choose a damping well above that part of the factors."""
+    """The dtype in which averages are kept; None (default) for that in which they are computed, in which inverses
+    always are. With `"bfloat16"` averages take half the bytes of float32, and have an error of up to 2^-7 of each
+    entry, rounded so that means over steps are right: choose a damping well above that part of the factors."""
     chunk_size: int | None
-    """How many examples are worked on at once: the batch's loss, gradient and factors are added up over parts of it, so
-    that the activations of one part are held. None (default) for all of them."""
+    """How many examples to process at once: the batch's loss, gradient and factors are summed over chunks, so that only
+    the activations of one chunk are held. None (default) for all of them."""
     mesh: Mesh | None
-    """Each of its devices holds, inverts and multiplies with a share of the blocks, and all gather the preconditioned
-    gradient. None by default."""
+    """A `jax.sharding.Mesh`: each of its devices holds, inverts and multiplies with some of the blocks, and all gather
+    the preconditioned gradient. None by default."""
     full_params: PyTree | None
     """Under `optax.masked` or `multi_transform`, all parameters (or their shapes, which are what is kept); each update
     that has a batch needs their present values, `update(..., full_params=params)`. None by default."""

@@ -13,28 +13,29 @@ NEUTRAL = 1.0  # the slope ratio above which the damping rises
 
 
 class StepStatistics(NamedTuple):
-    """What there is to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
+    """What to log of the last step that `kfac` took: numbers that its update computes anyway, and a norm.
 
-    An update that is zero, because it was rejected or since every target is ignored, leaves them as they were.
+    An update that is zero, because it was rejected or every target is ignored, leaves them as they were.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> int(state.statistics.clipped)
-    0
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> int(state.statistics.clipped)
+        0
     """
 
     step_norm: Float[Array, ""]
     """The update's Euclidean norm, weight decay included."""
     kl: Float[Array, ""]
-    """`learning_rate^2 d^T g`, clipping included: the squared length of the new part of the step, without momentum, in
-    the damped curvature, twice the quadratic model of the KL divergence; `kl_clip` bounds it."""
+    """`learning_rate^2 d^T g`, clipping included, which `kl_clip` bounds: the squared length of the new part of the
+    step, without momentum, in the damped curvature, and twice the quadratic model of the KL divergence."""
     learning_rate: Float[Array, ""]
-    """What multiplied the preconditioned gradient `d`, clipping included."""
+    """The factor of the preconditioned gradient `d`, clipping included."""
     momentum: Float[Array, ""]
-    """What multiplied the last step; 0 without momentum."""
+    """The factor of the last step; 0 without momentum."""
     clipped: Int[Array, ""]
-    """How many of all steps so far `kl_clip` made shorter."""
+    """The number of all steps so far that `kl_clip` made shorter."""
     reduction_ratio: Float[Array, ""]
     """The decrease of the batch's loss divided by what the quadratic model predicted, when `LevenbergMarquardt`
     last compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first
@@ -46,7 +47,7 @@ class StepStatistics(NamedTuple):
 
     @classmethod
     def zero(cls) -> "StepStatistics":
-        """Before the first step; each array its own buffer, as a state may be donated."""
+        """Return the statistics before the first step; each array has its own buffer, as a state may be donated."""
         norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
         return cls(
             norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, NEUTRAL))
@@ -59,14 +60,16 @@ class StepStatistics(NamedTuple):
 class ScaleByKFACState(NamedTuple):
     """The state of `scale_by_kfac`: a pytree of arrays.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
-    >>> int(state.rejected)
-    0
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.scale_by_kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
+        >>> int(state.rejected)
+        0
     """
 
     curvature: Curvature
+    """The averages of the factors, and their inverses."""
     rejected: Int[Array, ""]
     """How many updates were zero because the gradient or its product was not finite, or a block had no inverse yet."""
 
@@ -77,20 +80,22 @@ class ScaleByKFACState(NamedTuple):
 class KFACState(NamedTuple):
     """The state of `kfac`: a pytree of arrays.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
-    >>> state
-    KFACState(curvature=8 arrays, 26 entries, velocity=float32[2, 3], rejected=int32[], statistics=7 arrays, 7 entries)
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> state = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x).init(params)
+        >>> state.velocity["w"].shape, int(state.rejected)
+        ((2, 3), 0)
     """
 
     curvature: Curvature
+    """The averages of the factors, and their inverses."""
     velocity: PyTree[Array]
     """The last step without weight decay, in at least float32; None without momentum."""
     rejected: Int[Array, ""]
     """How many updates were zero because the gradient or the step was not finite, or a block had no inverse yet."""
     statistics: StepStatistics
-    """What there is to log of the last step; `optimizer.statistics(state)` has it all as a dict."""
+    """What to log of the last step; `optimizer.statistics(state)` returns it as a dict."""
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())

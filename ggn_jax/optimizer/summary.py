@@ -16,15 +16,18 @@ from ggn_jax.optimizer.curvature import Curvature, block_shapes, describe
 class CurvatureRow:
     """One parameter's part in one block, of a `CurvatureReport`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> optimizer.report(params).rows[0].kind
-    'linear'
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> optimizer.report(params).rows[0].kind
+        'linear'
     """
 
     parameter: str
+    """Its path, as `jax.tree_util.keystr` writes it."""
     shape: tuple[int, ...]
+    """The parameter's shape."""
     kind: str
     """What it is used as, as in `report`."""
     curvature: str
@@ -35,21 +38,24 @@ class CurvatureRow:
 
 @dataclass(frozen=True)
 class CurvatureReport:
-    """What `optimizer.report(params)` returns, for `kfac` and `scale_by_kfac`: `print` it, or look at `rows`.
+    """What `optimizer.report(params)` returns, for `kfac` and `scale_by_kfac`: `print` it, or read its `rows`.
 
-    >>> import jax.numpy as jnp, ggn_jax
-    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-    >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
-    >>> optimizer.report(params).rows[0].curvature
-    'Kronecker (3 x 3) (x) (2 x 2)'
+    Example:
+        >>> import jax.numpy as jnp, ggn_jax
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
+        >>> optimizer = ggn_jax.kfac(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), 0.1, example_inputs=x)
+        >>> optimizer.report(params).rows[0].curvature
+        'Kronecker (3 x 3) (x) (2 x 2)'
     """
 
     rows: tuple[CurvatureRow, ...]
+    """A row for each part of a parameter in a block."""
     state_size: int
-    """The entries of the averages and inverses in the state."""
+    """The number of entries of the averages and inverses in the state."""
     params_size: int
+    """The number of entries of the parameters."""
     state_bytes: int
-    """Of the state's entries, in the dtypes in which they are kept."""
+    """The bytes that the entries of the state take, in the dtypes in which they are kept."""
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "kind", "curvature")

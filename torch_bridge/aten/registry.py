@@ -36,27 +36,29 @@ def find_operator(name: str) -> Function | None:
 
 
 def register_operator(operator: Any, function: Function) -> None:
-    """Say which JAX function stands for an operator of PyTorch in `torch_bridge.from_module`.
-
-    **Arguments:**
-
-    - `operator`: `torch.ops.aten.relu.default`, say, or `torch.ops.aten.relu` for all its overloads; operators of other
-      libraries (`torch.library.custom_op`) are found in `torch.ops` as well.
-    - `function`: a pure JAX function that is called with the operator's arguments, in its schema's order and with its
-      names for what is passed by keyword: arrays for tensors, Python numbers and lists as they are, NumPy's dtypes for
-      torch's. Devices, layouts and memory formats are left out. It returns an array, or a tuple for several results,
-      of the shape and dtype that torch gives. Its derivatives are those that the curvature is made of.
+    """Register the JAX function that stands for an operator of PyTorch in `torch_bridge.from_module`.
 
     An operator that is in the table already is replaced, for modules that are converted from then on.
 
-    **Raises:** TypeError for an `operator` that is not one of `torch.ops`, or a `function` that cannot be called.
+    Args:
+        operator: `torch.ops.aten.relu.default`, say, or `torch.ops.aten.relu` for all its overloads; operators of other
+            libraries (`torch.library.custom_op`) are found in `torch.ops` as well.
+        function: a pure JAX function that is called with the operator's arguments, in its schema's order and with its
+            names for what is passed by keyword: arrays for tensors, Python numbers and lists as they are, NumPy's
+            dtypes for torch's. Devices, layouts and memory formats are left out. It returns an array, or a tuple for
+            several results, of the shape and dtype that torch gives. Its derivatives are those that the curvature is
+            made of.
 
-    >>> import torch, jax, jax.numpy as jnp
-    >>> @torch.library.custom_op("example::cube", mutates_args=())
-    ... def cube(x: torch.Tensor) -> torch.Tensor:
-    ...     return x**3
-    >>> _ = cube.register_fake(torch.empty_like)
-    >>> register_operator(torch.ops.example.cube, lambda x: x**3)
+    Raises:
+        TypeError: for an `operator` that is not one of `torch.ops`, or a `function` that cannot be called.
+
+    Example:
+        >>> import torch, jax, jax.numpy as jnp
+        >>> @torch.library.custom_op("example::cube", mutates_args=())
+        ... def cube(x: torch.Tensor) -> torch.Tensor:
+        ...     return x**3
+        >>> _ = cube.register_fake(torch.empty_like)
+        >>> register_operator(torch.ops.example.cube, lambda x: x**3)
     """
     if not isinstance(operator, OVERLOAD | PACKET):
         raise TypeError(f"operator must be one of torch.ops, such as torch.ops.aten.relu.default; got {operator!r}.")
