@@ -10,7 +10,7 @@ import pytest
 
 import ggn_jax
 from ggn_jax.layers import trace_model
-from ggn_jax.layers.axes import origins
+from ggn_jax.layers.axes import position_provenance
 
 KFAC = ggn_jax.KFACLinearOperator
 MSE = ggn_jax.MSELoss()
@@ -160,7 +160,7 @@ def averages(p: Any, x: jax.Array) -> jax.Array:
 def test_where_axes_come_from(
     model_fn: Callable[..., jax.Array], params: Any, inputs: jax.Array, wanted: list[list[int | None]]
 ) -> None:
-    found = origins(trace_model(model_fn, params, inputs))
+    found = position_provenance(trace_model(model_fn, params, inputs))
     assert [[label for size, label in axes if size > 1] for axes in found] == wanted
 
 

@@ -30,7 +30,7 @@ def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G 
     x = jnp.moveaxis(x.astype(wide), own, range(len(own)))
     turns = math.prod(x.shape[: len(own)])
     x = x.reshape(turns, -1, *x.shape[1 + loops :])
-    factors = jax.vmap(lambda x: _platform_factor(patches, patches.spread(x), joint))(x)
+    factors = jax.vmap(lambda x: _platform_factor(patches, patches.pad_and_dilate(x), joint))(x)
     return factors.reshape(-1, *factors.shape[2:])
 
 
@@ -74,7 +74,9 @@ def _rows(patches: Patches, x: Array, axis: int) -> Float[Array, "L M G D"]:
     """A spread input by its rows across `axis`; the rows' entries are patches along all other axes."""
     places = [None if a == axis else k for a, k in enumerate(patches.kernel)]
     offsets = all_indices(tuple(1 if k is None else k for k in places))
-    shifted = [patches.shifted(x, tuple(None if a == axis else o for a, o in enumerate(offset))) for offset in offsets]
+    shifted = [
+        patches.window_slice(x, tuple(None if a == axis else o for a, o in enumerate(offset))) for offset in offsets
+    ]
     rows = jnp.stack(shifted, axis=-2)  # [B, *positions and the axis, kernel, channels]
     rows = jnp.moveaxis(rows, axis + 1, 0)
     rows = rows.reshape(*rows.shape[:-1], patches.groups, -1)

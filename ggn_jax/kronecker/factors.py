@@ -34,7 +34,7 @@ def compute_blocks(
     if not correct:
         return assemble_blocks(layout, sums)
     bases = eigenbases(layout, sums)
-    return assemble_blocks(layout, sums, bases, factor_sums(problem, layout, keys, mask, bases, leftovers=False))
+    return assemble_blocks(layout, sums, bases, factor_sums(problem, layout, keys, mask, bases, unassigned=False))
 
 
 def factor_sums(
@@ -43,16 +43,16 @@ def factor_sums(
     keys: Array | None,
     mask: Array | None,
     bases: Bases | None = None,
-    leftovers: bool = True,
+    unassigned: bool = True,
 ) -> dict[str, Any]:
     """What KFAC's blocks are made of, summed over a batch; with EKFAC's bases, the squared gradients in them.
 
-    `leftovers` asks for the blocks of parameters that have no layer as well.
+    `unassigned` asks for the blocks of parameters that have no layer as well.
     """
-    if leftovers:
+    if unassigned:
         layout.warn()
     check_mask_fits(layout.trace, mask)
-    fn = partial(_factor_sums, layout, problem.params, bases, leftovers)
+    fn = partial(_factor_sums, layout, problem.params, bases, unassigned)
     return problem.sum_over_chunks(fn, {"keys": keys, "mask": mask})
 
 
@@ -109,7 +109,7 @@ def zero_sums(layout: Layout) -> dict[str, Any]:
         sums["a"].append([factors(groups, outs if s else ins, counted) for counted, s in roles])
         sums["count"].append([jnp.ones((), dtype)] * len(roles))
         sums["b"].append([factors(groups, ins if s else outs, False) for _, s in roles])
-    for left in layout.plan.leftovers:
+    for left in layout.plan.unassigned:
         size = layout.sizes[left.leaf]
         if left.kind != "unused":
             sums["own"].append(jnp.zeros((size, size) if layout.is_full(left) else size, dtype))
@@ -150,17 +150,17 @@ def _factor_sums(
     layout: Layout,
     params: PyTree,
     bases: Bases | None,
-    leftovers: bool,
+    unassigned: bool,
     terms_at: Any,
     inputs: PyTree,
     operand: Any,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """`captured_sums` of a chunk."""
-    leaves = layout.leaves if leftovers else ()
+    leaves = layout.leaves if unassigned else ()
     sides = find_sides(layout, extra["mask"])
     captured = capture(layout.trace, params, inputs, leaves, taps=find_taps(sides) if bases is None else {})
-    return captured_sums(layout, sides, captured, terms_at, operand, extra["keys"], bases, leftovers)
+    return captured_sums(layout, sides, captured, terms_at, operand, extra["keys"], bases, unassigned)
 
 
 def captured_sums(
@@ -171,9 +171,9 @@ def captured_sums(
     operand: Any,
     keys: Array | None,
     bases: Bases | None = None,
-    leftovers: bool = True,
+    unassigned: bool = True,
 ) -> dict[str, Any]:
-    """Input factors, with their counts unless they are weighted, output factors, and what leftovers need.
+    """Input factors, with their counts unless they are weighted, output factors, and what unassigned parameters need.
 
     With EKFAC's bases, its corrections.
     """
@@ -203,7 +203,7 @@ def captured_sums(
     head = None if bases is not None else find_head(layout)
 
     def part(indices: Array) -> dict[str, Any]:
-        grads, own = jax.vmap(captured.pull_back)(make(indices).astype(captured.outputs.dtype))
+        grads, own = jax.vmap(captured.vjp)(make(indices).astype(captured.outputs.dtype))
 
         def output_factors(n: int) -> tuple[Factor, ...] | None:
             if n == head:
@@ -221,14 +221,14 @@ def captured_sums(
                 _corrected(layout, layer, xs, g, basis)
                 for layer, xs, g, basis in zip(plan.layers, raw, gs, bases, strict=True)
             ]
-        if leftovers:
+        if unassigned:
             flat = [g.reshape(g.shape[0] * g.shape[1], -1).astype(wide) for g in own]
-            full = [layout.is_full(left) for left in plan.leftovers if left.kind != "unused"]
+            full = [layout.is_full(left) for left in plan.unassigned if left.kind != "unused"]
             sums["own"] = [g.T @ g if f else jnp.sum(g**2, axis=0) for g, f in zip(flat, full, strict=True)]
         return sums
 
     # Where all is known of the head, no vector is back-propagated.
-    needed = head is None or len(trace.uses) > 1 or (leftovers and bool(layout.leaves))
+    needed = head is None or len(trace.uses) > 1 or (unassigned and bool(layout.leaves))
     sums = sum_in_parts(part, num if needed else 0, options.vector_chunk_size)
     if head is not None:
         side = sides[head]
@@ -362,7 +362,7 @@ def _other_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
     dtype = compute_dtype(layout.trace.outputs.dtype)
     own = iter(sums.get("own", ()))
     blocks: list[Block] = []
-    for left in layout.plan.leftovers:
+    for left in layout.plan.unassigned:
         size = layout.sizes[left.leaf]
         if left.kind == "unused":
             blocks += [Diagonal(jnp.zeros((1, size), dtype))] if size else []

@@ -47,12 +47,12 @@ class Part(Layout):
         self.options, self.loss, self.trace = whole.options, loss, trace
         self.sizes, self.leaves = whole.sizes, whole.leaves
         self._start = start
-        self.plan = whole.plan.share(start, start + len(trace.uses))
+        self.plan = whole.plan.restricted(start, start + len(trace.uses))
         self._whole, self._layers = whole, {id(own): i for i, own in enumerate(self.plan.layers)}
 
     def places(self, layer: Layer) -> list[int]:
         """Which of a layer's uses are this function's."""
-        return layer.places(self._start, self._start + len(self.trace.uses))
+        return layer.indices_between(self._start, self._start + len(self.trace.uses))
 
     def _of_all(self, layer: Layer) -> Layer:
         return self._whole.plan.layers[self._layers[id(layer)]]
@@ -74,13 +74,13 @@ def joined_sums(
     keys: Sequence[Array | None],
     masks: Sequence[Array | None],
     bases: Bases | None = None,
-    leftovers: bool = True,
+    unassigned: bool = True,
 ) -> dict[str, Any]:
     """`factor_sums` of all functions."""
-    if leftovers:
+    if unassigned:
         layout.warn()
     parts = zip(problems, layout.parts, keys, masks, strict=True)
-    return add_sums(layout, [factor_sums(*part, bases, leftovers) for part in parts], weights)
+    return add_sums(layout, [factor_sums(*part, bases, unassigned) for part in parts], weights)
 
 
 def add_sums(layout: JoinedLayout, sums: Sequence[dict[str, Any]], weights: Sequence[Array]) -> dict[str, Any]:

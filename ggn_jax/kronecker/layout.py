@@ -19,10 +19,10 @@ from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import BlockSpec, Stack, layout_of, unstack
-from ggn_jax.layers import Layer, Leftover, Plan, Trace, Use, make_plan, trace_model
+from ggn_jax.layers import Layer, Plan, Trace, UnassignedParameter, Use, make_plan, trace_model
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import UncoveredParametersWarning, is_dense
-from ggn_jax.layers.uses import View
+from ggn_jax.layers.uses import ParameterView
 from ggn_jax.loss import Loss
 from ggn_jax.operators.problem import Problem
 
@@ -64,8 +64,8 @@ class Layout:
         self.options, self.loss, self.trace = options, loss, trace
         self.plan: Plan = make_plan(trace)
         self.sizes = [math.prod(shape) for shape in trace.shapes]
-        self.leaves = tuple(left.leaf for left in self.plan.leftovers if left.kind != "unused")
-        uncovered = [left for left in self.plan.leftovers if left.kind == "uncovered"]
+        self.leaves = tuple(left.leaf for left in self.plan.unassigned if left.kind != "unused")
+        uncovered = [left for left in self.plan.unassigned if left.kind == "uncovered"]
         if uncovered and options.on_uncovered == "error":
             raise NotImplementedError(_uncovered_message(self.trace, uncovered))
         forward_only = options.fisher_type is FisherType.FORWARD_ONLY
@@ -98,7 +98,7 @@ class Layout:
         """Which of a layer's uses are put together with `tied="concatenate"`, by their places: all of them."""
         return [list(range(len(layer.uses)))]
 
-    def is_full(self, left: Leftover) -> bool:
+    def is_full(self, left: UnassignedParameter) -> bool:
         """Whether a parameter without a layer has a dense block, or its diagonal."""
         options, size, covered = self.options, self.sizes[left.leaf], left.kind != "uncovered"
         wanted = options.small if covered else options.on_uncovered
@@ -108,7 +108,7 @@ class Layout:
 
     def warn(self) -> None:
         """Warn about parameters that have a diagonal by default."""
-        left = [left for left in self.plan.leftovers if left.kind == "uncovered" and not self.is_full(left)]
+        left = [left for left in self.plan.unassigned if left.kind == "uncovered" and not self.is_full(left)]
         if left and self.options.on_uncovered == "auto":
             message = (
                 "The curvature of these parameters, which have no Kronecker form, is the GGN's exact diagonal:\n  "
@@ -153,10 +153,10 @@ class Layout:
         for layer in self.plan.layers:
             result += self._layer_members(layer)
         starts = np.cumsum([0, *self.sizes]).tolist()
-        for left in self.plan.leftovers:
+        for left in self.plan.unassigned:
             size = self.sizes[left.leaf]
             if size:
-                view = View(IndexMap.contiguous((1, 1, size), starts[left.leaf]), (1, 1, size))
+                view = ParameterView(IndexMap.contiguous((1, 1, size), starts[left.leaf]), (1, 1, size))
                 made = "unused" if left.kind == "unused" else "full" if self.is_full(left) else "diagonal"
                 result.append(self._member((self.trace.names[left.leaf],), left.kind, (view,), made))
         return (*result, *self._rest([member.spec for member in result]))
@@ -191,9 +191,9 @@ class Layout:
             return []
         free = np.ones(sum(self.sizes), bool)  # a byte per parameter, and only here
         for view in views:
-            free[view.entries.numbers().reshape(-1)] = False
+            free[view.entries.indices().reshape(-1)] = False
         (numbers,) = np.nonzero(free)
-        view = View(IndexMap.explicit(numbers.reshape(1, 1, -1)), (1, 1, len(numbers)))
+        view = ParameterView(IndexMap.explicit(numbers.reshape(1, 1, -1)), (1, 1, len(numbers)))
         names = (f"unused entries of {', '.join(self._names(view))}",)
         return [self._member(names, "unused", (view,), "unused")]
 
@@ -201,15 +201,15 @@ class Layout:
         self,
         names: tuple[str, ...],
         kind: str,
-        views: tuple[View, ...],
+        views: tuple[ParameterView, ...],
         made: Any,
         split: tuple[int, int] = (1, 1),
     ) -> Member:
         spec = BlockSpec(names, kind, views, split)
         return Member(spec, (made, layout_of(spec, self.sizes)))
 
-    def _names(self, view: View) -> tuple[str, ...]:
-        return tuple(self.trace.names[i] for i in view.entries.owners(self.sizes))
+    def _names(self, view: ParameterView) -> tuple[str, ...]:
+        return tuple(self.trace.names[i] for i in view.entries.owning_leaves(self.sizes))
 
     @cached_property
     def _groups(self) -> tuple[tuple[int, ...], ...]:
@@ -250,14 +250,14 @@ class Layout:
         return result
 
 
-def _part(view: View, out: tuple[int, int], inputs: tuple[int, int]) -> View:
+def _part(view: ParameterView, out: tuple[int, int], inputs: tuple[int, int]) -> ParameterView:
     """The view's rows and columns in these ranges."""
     groups, size_out, size_in = view.shape
     if out == (0, size_out) and inputs == (0, size_in):
         return view
     entries = view.entries.reshape(view.shape)
     cut = entries.slice((0, out[0], inputs[0]), (groups, out[1], inputs[1]), (1, 1, 1))
-    return View(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
+    return ParameterView(cut, (groups, out[1] - out[0], inputs[1] - inputs[0]))
 
 
 def has_own_steps(use: Use) -> bool:
@@ -298,7 +298,7 @@ def join(parts: Sequence[Array]) -> Array:
     return joined.reshape(-1, *joined.shape[2:])
 
 
-def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
+def _uncovered_message(trace: Trace, uncovered: list[UnassignedParameter]) -> str:
     return (
         f"These parameters have no Kronecker form:\n  {_reasons(trace, uncovered)}\nPass on_uncovered='auto' or"
         " 'diagonal' (the GGN's diagonal) or 'full' (its dense block) for curvature without one; ggn_jax.report shows"
@@ -306,7 +306,7 @@ def _uncovered_message(trace: Trace, uncovered: list[Leftover]) -> str:
     )
 
 
-def _reasons(trace: Trace, uncovered: list[Leftover]) -> str:
+def _reasons(trace: Trace, uncovered: list[UnassignedParameter]) -> str:
     lines = []
     for left in uncovered:
         where = f" at {left.source}" if left.source else ""

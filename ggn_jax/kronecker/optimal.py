@@ -115,7 +115,7 @@ def _gradients(
     vectors = vector_maker(terms, *kind, keys, trace.examples)(jnp.arange(num))
     if unreduced:
         vectors = jnp.where(jnp.isinf(terms.r), 0, vectors / jnp.sqrt(terms.r).astype(vectors.dtype))
-    grads, _ = jax.vmap(captured.pull_back)(vectors.astype(captured.outputs.dtype))
+    grads, _ = jax.vmap(captured.vjp)(vectors.astype(captured.outputs.dtype))
     sides, biases = [], []
     for layer in layout.plan.layers:
         left, right, bias = [], [], []

@@ -19,7 +19,7 @@ from ggn_jax._fusion import split_rows
 from ggn_jax._sharding import vary_like
 from ggn_jax.kronecker.algebra import Block
 from ggn_jax.layers.index_map import IndexMap
-from ggn_jax.layers.uses import View
+from ggn_jax.layers.uses import ParameterView
 
 Structure = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...], Any]  # of parameters: shapes, dtypes, the pytree's
 
@@ -30,7 +30,7 @@ class BlockSpec:
 
     names: tuple[str, ...]
     kind: str
-    views: tuple[View, ...]  # a weight, and a bias that is one more input; or one array
+    views: tuple[ParameterView, ...]  # a weight, and a bias that is one more input; or one array
     split: tuple[int, int] = (1, 1)
     """In how many equal parts outputs and inputs are cut: each pair of parts is a group of its own."""
 
@@ -103,9 +103,9 @@ def layout_of(spec: BlockSpec, sizes: Sequence[int]) -> Any:
     return spec.split, *found
 
 
-def owners(view: View, sizes: Sequence[int]) -> tuple[int, int]:
+def owners(view: ParameterView, sizes: Sequence[int]) -> tuple[int, int]:
     """The range of parameters that a view has entries of."""
-    numbers = view.entries.owners(sizes)
+    numbers = view.entries.owning_leaves(sizes)
     return numbers[0], numbers[-1] + 1
 
 
@@ -113,7 +113,7 @@ def owners(view: View, sizes: Sequence[int]) -> tuple[int, int]:
 class _Column:
     """One view of each block of a stack: the weights, say, or the biases that are one more input."""
 
-    views: tuple[View, ...]
+    views: tuple[ParameterView, ...]
     ranges: tuple[tuple[int, int], ...]  # of the parameters that each view has entries of
     entries: IndexMap  # within these parameters: the same for all blocks
     size: int  # of these parameters
@@ -128,7 +128,7 @@ class _Column:
         """The entries, a linear function of the parameters, flattened and stacked."""
         _, out, inputs = self.views[0].shape
         outs, ins = self.split
-        whole = jax.vmap(self.entries.reader(self.size))(flat)
+        whole = jax.vmap(self.entries.gather_fn(self.size))(flat)
         parts = whole.reshape(-1, outs, out // outs, ins, inputs // ins)
         return jnp.swapaxes(parts, 2, 3).reshape(-1, out // outs, inputs // ins)
 

@@ -22,7 +22,7 @@ from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
 
-EXAMPLES = 4  # that the checks are made on
+NUM_CHECKED_EXAMPLES = 4  # that the checks are made on
 
 
 def check_independent(
@@ -32,7 +32,7 @@ def check_independent(
     dtype: Any,
     way_out: str = "",
     *,
-    examples: int = EXAMPLES,
+    examples: int = NUM_CHECKED_EXAMPLES,
     allow_nan: bool = False,
 ) -> None:
     """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
@@ -45,12 +45,12 @@ def check_independent(
         return
 
     def measure(given: bool) -> tuple[float, bool, bool]:
-        *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
+        *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
         if is_concrete(alike):
-            return *_coupling(*passes), bool(alike)
+            return *_coupling_gap(*passes), bool(alike)
         with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-            *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
-            return *_coupling(*passes), bool(alike)
+            *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
+            return *_coupling_gap(*passes), bool(alike)
 
     gap, is_nan, alike = measure(True)
     if alike:
@@ -83,7 +83,7 @@ def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass
 
 @eqx.filter_jit
 @partial(compiler_sharded, like=_as_parameters)
-def _both_ways(
+def _batched_and_single(
     model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
 ) -> tuple[_Pass, _Pass, Bool[Array, ""]]:
     """A few examples as a batch, and one by one; whether some are alike, so that other values would be different.
@@ -91,12 +91,12 @@ def _both_ways(
     `given` asks for the examples as they are, also where they are alike.
     """
     few = first_examples(inputs, examples)
-    others = different(few)
+    others = with_distinct_values(few)
     pairs = list(zip(jax.tree.leaves(few), jax.tree.leaves(others), strict=True))
     alike = jnp.any(jnp.stack([jnp.any(x != other) for x, other in pairs]))
     few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, others)
 
-    def one_by_one(params: PyTree, inputs: PyTree) -> Array:
+    def per_example(params: PyTree, inputs: PyTree) -> Array:
         def one(x: PyTree) -> Array:
             return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
 
@@ -108,12 +108,12 @@ def _both_ways(
 
     def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
         outputs, vjp = jax.vjp(lambda params: fn(params, few), params)
-        return _Pass(outputs, vjp(_cotangent(outputs))[0])
+        return _Pass(outputs, vjp(_random_cotangent(outputs))[0])
 
-    return run(model_fn), run(one_by_one), alike
+    return run(model_fn), run(per_example), alike
 
 
-def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:
+def _coupling_gap(together: _Pass, apart: _Pass) -> tuple[float, bool]:
     """How far examples depend on each other, as far as it is told, and whether something is NaN.
 
     The largest of all parameters' gaps also tells what does not show in the outputs, such as batch statistics before a
@@ -128,7 +128,7 @@ def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:
         least = eps**0.5 * np.linalg.norm(sizes[0])
         sizes = np.maximum(np.maximum(*sizes), least)
         gap_of_gradient = np.max(np.where(sizes == 0, 0, gaps / sizes), initial=0)
-    found = [float(_gap_or_lost(together.outputs, apart.outputs)), float(gap_of_gradient)]
+    found = [float(_output_gap_or_inf(together.outputs, apart.outputs)), float(gap_of_gradient)]
     known = [gap for gap in found if not np.isnan(gap)]
     return max(known, default=np.nan), len(known) < len(found)
 
@@ -144,7 +144,7 @@ def _compare(a: Array, b: Array) -> Float[Array, "3"]:
 
 @jax.jit
 @compiler_sharded
-def _gap_or_lost(together: Array, apart: Array) -> Float[Array, ""]:
+def _output_gap_or_inf(together: Array, apart: Array) -> Float[Array, ""]:
     gap = output_gap(together, apart)
     # As with batch statistics of one example: only the batch has values.
     lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together))
@@ -161,17 +161,17 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
     return map_batched(first, inputs)
 
 
-def different(inputs: PyTree[Array]) -> PyTree[Array]:
+def with_distinct_values(inputs: PyTree[Array]) -> PyTree[Array]:
     """The examples, other values in place of arrays in which two of them are equal.
 
     Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers are drawn
     from those that are there and 0, or of 0 and 1 where all are 0; truth values are drawn, and keys split.
     """
     numbers = count(1)
-    return map_batched(lambda x: _varied(x, next(numbers)), inputs)
+    return map_batched(lambda x: _with_distinct_values(x, next(numbers)), inputs)
 
 
-def _varied(x: Array, number: int) -> Array:
+def _with_distinct_values(x: Array, number: int) -> Array:
     if not x.size:
         return x
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -193,7 +193,7 @@ def _varied(x: Array, number: int) -> Array:
     return jnp.where(alike, other, x)
 
 
-MAY_BE_COUPLED = "pass examples='coupled'"
+COUPLED_WAY_OUT = "pass examples='coupled'"
 
 
 def coupling_message(gap: float, way_out: str) -> str:
@@ -206,7 +206,7 @@ def coupling_message(gap: float, way_out: str) -> str:
     )
 
 
-def _cotangent(outputs: Array) -> Array:
+def _random_cotangent(outputs: Array) -> Array:
     return noise(outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
 
 
@@ -264,7 +264,7 @@ class _LayerGradient(NamedTuple):
     bias_squares: Float[Array, ""]
 
 
-def explain(
+def compare_gradients(
     trace: Trace,
     plan: Plan,
     model_fn: Callable[[PyTree, PyTree], Array],
@@ -279,11 +279,11 @@ def explain(
     would amount to if they did not cancel, as those of a bias before a normalisation do; and to a size for which
     `tolerance` is nothing but rounding of the whole gradient.
     """
-    leftovers = [left.leaf for left in plan.leftovers]
-    captured = capture(trace, params, inputs, leftovers)
+    unassigned = [parameter.leaf for parameter in plan.unassigned]
+    captured = capture(trace, params, inputs, unassigned)
     together, vjp = jax.vjp(lambda params: model_fn(params, inputs), params)
-    vector = _cotangent(together)
-    output_grads, per_example = captured.pull_back(vector)
+    vector = _random_cotangent(together)
+    output_grads, per_example = captured.vjp(vector)
     wide = compute_dtype(together.dtype)
     wanted = [leaf.reshape(-1).astype(wide) for leaf in jax.tree.leaves(vjp(vector)[0])]
     sizes = [leaf.size for leaf in wanted]
@@ -300,12 +300,12 @@ def explain(
         if layer.bias is not None:
             found.append((layer.bias, [part.bias for part in parts], [part.bias_squares for part in parts]))
         for view, gradients, squares in found:
-            owners = view.entries.owners(sizes)
+            owners = view.entries.owning_leaves(sizes)
             flat = jnp.concatenate(wanted[owners[0] : owners[-1] + 1])
-            read = view.entries.shifted(-sum(sizes[: owners[0]])).reader(flat.size)
+            read = view.entries.shifted(-sum(sizes[: owners[0]])).gather_fn(flat.size)
             mine = sum(gradients[1:], gradients[0]).reshape(view.entries.shape)
             pairs.append(_Pair(mine, read(flat), sum(squares[1:], squares[0]), owners))
-    for leaf, gradient in zip(leftovers, per_example, strict=True):
+    for leaf, gradient in zip(unassigned, per_example, strict=True):
         gradient = gradient.reshape(len(gradient), -1).astype(wide)
         pairs.append(_Pair(jnp.sum(gradient, axis=0), wanted[leaf], jnp.sum(jnp.square(gradient)), (leaf,)))
     size = jnp.maximum(least, jnp.sqrt(stack_scalars([pair.squares for pair in pairs])))

@@ -18,6 +18,11 @@ SCAN = frozenset({"scan"})
 CUSTOM_VJP = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 BRANCHES = frozenset({"cond"})
 
+Path = tuple[int, ...]
+"""Which equation of a jaxpr: its index, after those of the equations (and branches) that it is nested in."""
+Location = tuple[str, str]
+"""A line of the user's, and a path of modules."""
+
 
 def is_literal(atom: Any) -> bool:
     """Whether an input of an equation is a constant written in place."""
@@ -114,6 +119,11 @@ def module_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def location_of(eqn: Any) -> Location:
+    """The user's line and module, for messages."""
+    return source_of(eqn), module_of(eqn)
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The equation itself, custom derivative rules included."""
     params = eqn.primitive.get_bind_params(eqn.params)
@@ -124,10 +134,10 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-Step = Callable[[Any, tuple[int, ...], list[Any]], list[Any]]
+Step = Callable[[Any, Path, list[Any]], list[Any]]
 
 
-def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], step: Step) -> list[Any]:
+def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: Path, step: Step) -> list[Any]:
     """Evaluate a jaxpr, each equation by `step(eqn, path, inputs)`; a path is the equations' indices down to it."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 

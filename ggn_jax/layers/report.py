@@ -17,7 +17,14 @@ from ggn_jax._model import Model
 from ggn_jax._outputs import flat_model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batched_leaves, map_batched
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, coupling_message, dtypes_of, explain, tolerance
+from ggn_jax.layers.check import (
+    COUPLED_WAY_OUT,
+    NUM_CHECKED_EXAMPLES,
+    compare_gradients,
+    coupling_message,
+    dtypes_of,
+    tolerance,
+)
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import Plan, is_dense, make_plan
 from ggn_jax.layers.table import dimensions, table
@@ -111,7 +118,7 @@ class Report:
         lines = table(head, cells)
         lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
         if self.coupled is not None and self.coupled > self.tolerance:
-            lines.append(f"Self-check FAILED: {coupling_message(self.coupled, MAY_BE_COUPLED)}")
+            lines.append(f"Self-check FAILED: {coupling_message(self.coupled, COUPLED_WAY_OUT)}")
         elif self.passed is None:
             lines.append("Self-check: not made, since parameters or inputs have no values here.")
         elif self.passed:
@@ -185,9 +192,9 @@ def report(
 @eqx.filter_jit
 @compiler_sharded
 def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], together: bool) -> Array:
-    few = map_batched(lambda x: jnp.asarray(x if together else x[:EXAMPLES]), inputs)
+    few = map_batched(lambda x: jnp.asarray(x if together else x[:NUM_CHECKED_EXAMPLES]), inputs)
     trace = trace_model(model_fn, params, few, coupled=together)
-    return explain(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
+    return compare_gradients(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
@@ -224,16 +231,16 @@ def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
 
 def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     name, shape = trace.names[leaf], trace.shapes[leaf]
-    for left in plan.leftovers:
-        if left.leaf == leaf:
+    for parameter in plan.unassigned:
+        if parameter.leaf == leaf:
             entries, total = math.prod(shape), sum(map(math.prod, trace.shapes))
-            curvature = "block" if is_dense(left.kind, entries, total) else "diagonal"
-            curvature = "none" if left.kind == "unused" else curvature
-            why = left.why
-            if left.kind != "unused" and why:
-                why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
-            uses = sum(1 for small in trace.small if leaf in small.leaves)
-            return ReportRow(name, shape, left.kind, "", (), uses, curvature, why, gap)
+            curvature = "block" if is_dense(parameter.kind, entries, total) else "diagonal"
+            curvature = "none" if parameter.kind == "unused" else curvature
+            why = parameter.why
+            if parameter.kind != "unused" and why:
+                why += f" at {parameter.source}" + (f" in {parameter.module}" if parameter.module else "")
+            uses = sum(1 for use in trace.elementwise if leaf in use.leaves)
+            return ReportRow(name, shape, parameter.kind, "", (), uses, curvature, why, gap)
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0
     for layer in layers:
@@ -247,4 +254,4 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
 
 
 def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:
-    return leaf in entries.owners([math.prod(shape) for shape in trace.shapes])
+    return leaf in entries.owning_leaves([math.prod(shape) for shape in trace.shapes])

@@ -20,9 +20,8 @@ from ggn_jax.layers.jaxprs import (
     open_jaxpr,
     run_jaxpr,
 )
-from ggn_jax.layers.weights import ADDITIONS, ELEMENTWISE
+from ggn_jax.layers.weights import ADDITIONS, CASTS, ELEMENTWISE
 
-CASTS = frozenset({"convert_element_type", "copy", "copy_p", "pvary"})
 BIJECTIONS = frozenset({"reshape", "squeeze", "transpose"})
 ZERO_KEPT = CASTS | BIJECTIONS | {"broadcast_in_dim", "reduce_sum", "mul", "neg"}
 
@@ -127,19 +126,19 @@ def rule_of(eqn: Any, values: Sequence[Any]) -> Rule | None:
             given = dict(zip(numbers, floating, strict=True))
             return bind(eqn, [given.get(i, value) for i, value in enumerate(values)])
 
-        results, pull_back = jax.vjp(call, *(values[i] for i in numbers))
-        return [*results, *pull_back(cotangents)]
+        results, vjp = jax.vjp(call, *(values[i] for i in numbers))
+        return [*results, *vjp(cotangents)]
 
     cotangents = jax.eval_shape(lambda values: bind(eqn, values), list(values))
-    closed = _flat(jax.make_jaxpr(run)(list(values), cotangents), [*values, *cotangents])
+    closed = _inline_calls(jax.make_jaxpr(run)(list(values), cotangents), [*values, *cotangents])
     jaxpr, consts = open_jaxpr(closed)
     count = len(cotangents)
-    terms, dependent = _walk(jaxpr, count)
+    terms, dependent = _find_terms(jaxpr, count)
     gradients = tuple(terms.get(atom) if not is_literal(atom) else _zero(atom) for atom in jaxpr.outvars[count:])
     return Rule(jaxpr, consts, numbers, count, dependent, gradients)
 
 
-def _flat(closed: Any, args: Sequence[Any]) -> Any:
+def _inline_calls(closed: Any, args: Sequence[Any]) -> Any:
     """A jaxpr without calls in it."""
 
     def step(eqn: Any, path: tuple[int, ...], values: list[Any]) -> list[Any]:
@@ -157,26 +156,26 @@ def _zero(atom: Any) -> tuple[Term, ...] | None:
     return () if not jnp.ndim(atom.val) and atom.val == 0 else None
 
 
-def _walk(jaxpr: Any, results: int) -> tuple[dict[Any, tuple[Term, ...]], frozenset[Any]]:
+def _find_terms(jaxpr: Any, results: int) -> tuple[dict[Any, tuple[Term, ...]], frozenset[Any]]:
     """The variables that are sums of terms, and those that depend on cotangents."""
     dependent = set(jaxpr.invars[-results:])
-    terms: dict[Any, tuple[Term, ...]] = {var: (_whole(var),) for var in dependent}
+    terms: dict[Any, tuple[Term, ...]] = {var: (_whole_term(var),) for var in dependent}
     varies = {var: _long_axes(var) for var in (*jaxpr.constvars, *jaxpr.invars)}
     for eqn in jaxpr.eqns:
         varying = [frozenset() if is_literal(atom) else varies[atom] for atom in eqn.invars]
         varies |= {var: _varies(eqn, varying, var) for var in eqn.outvars}
         sums = [_zero(atom) if is_literal(atom) else terms.get(atom) for atom in eqn.invars]
         depends = [not is_literal(atom) and atom in dependent for atom in eqn.invars]
-        found = _terms(eqn, sums, depends, varying) if len(eqn.outvars) == 1 else None
+        found = _terms_of(eqn, sums, depends, varying) if len(eqn.outvars) == 1 else None
         if any(depends):
             dependent |= set(eqn.outvars)
-            found = found or (_whole(eqn.outvars[0]),)  # at least, it may be the `b` of another one
+            found = found or (_whole_term(eqn.outvars[0]),)  # at least, it may be the `b` of another one
         if found is not None:
             terms[eqn.outvars[0]] = found
     return terms, frozenset(dependent)
 
 
-def _whole(var: Any) -> Term:
+def _whole_term(var: Any) -> Term:
     return Term(None, var, (), tuple(range(len(var.aval.shape))), var.aval)
 
 
@@ -194,33 +193,33 @@ def _varies(eqn: Any, varying: list[frozenset[int]], var: Any) -> frozenset[int]
     return _long_axes(var)
 
 
-def _terms(eqn: Any, sums: list[Any], depends: list[bool], varying: list[frozenset[int]]) -> tuple[Term, ...] | None:
+def _terms_of(eqn: Any, sums: list[Any], depends: list[bool], varying: list[frozenset[int]]) -> tuple[Term, ...] | None:
     """The result of an equation as a sum of terms, given those of its inputs."""
     name = eqn.primitive.name
     if name in ZERO_KEPT and () in sums:
         return ()
     if name in ADDITIONS | {"sub"} and None not in sums and all(term.a is not None for terms in sums for term in terms):
-        second = sums[1] if name != "sub" else _times(sums[1], Scale(None, (), frozenset(), False))
+        second = sums[1] if name != "sub" else _scaled_terms(sums[1], Scale(None, (), frozenset(), False))
         return None if second is None else (*sums[0], *second)
     if name == "dot_general" and sum(depends) == 1:
         number = depends.index(True)
-        return (_product(eqn, number, sums[number]),)
+        return (_product_term(eqn, number, sums[number]),)
     if name == "neg" and sums[0] is not None:
-        return _times(sums[0], Scale(None, (), frozenset(), False))
+        return _scaled_terms(sums[0], Scale(None, (), frozenset(), False))
     if name in ("mul", "div"):
         for i in (0, 1) if name == "mul" else (0,):
             if depends[i] and sums[i] and (not depends[1 - i] or not varying[1 - i]):
-                scaled = _times(sums[i], Scale(eqn.invars[1 - i], (), varying[1 - i], name == "div"))
+                scaled = _scaled_terms(sums[i], Scale(eqn.invars[1 - i], (), varying[1 - i], name == "div"))
                 if scaled is not None:
                     return scaled
         return None
     if len(sums) == 1 and depends[0] and sums[0]:
-        moved = [_moved(eqn, term) for term in sums[0]]
+        moved = [_moved_term(eqn, term) for term in sums[0]]
         return None if None in moved else tuple(moved)  # type: ignore[arg-type]  # none is None
     return None
 
 
-def _product(eqn: Any, number: int, terms: Any) -> Term:
+def _product_term(eqn: Any, number: int, terms: Any) -> Term:
     """A product of what depends on cotangents, operand `number`, and what does not."""
     (contract, batch) = eqn.params["dimension_numbers"]
     b, a = eqn.invars[number], eqn.invars[1 - number]
@@ -236,7 +235,7 @@ def _product(eqn: Any, number: int, terms: Any) -> Term:
     return Term(a, b, labels[1 - number], axes, eqn.outvars[0].aval, precision=eqn.params["precision"])
 
 
-def _times(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
+def _scaled_terms(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
     """Terms times what varies along axes of `b` alone, if it does; None is -1."""
     scaled = []
     for term in terms:
@@ -249,7 +248,7 @@ def _times(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
     return tuple(scaled)
 
 
-def _moved(eqn: Any, term: Term) -> Term | None:
+def _moved_term(eqn: Any, term: Term) -> Term | None:
     name = eqn.primitive.name
     if name in CASTS:
         before, after = (var.aval.dtype for var in (eqn.invars[0], eqn.outvars[0]))

@@ -14,7 +14,7 @@ from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
 from ggn_jax.layers.analysis import analyse
 from ggn_jax.layers.distribute import distribute
 from ggn_jax.layers.labels import Data
-from ggn_jax.layers.uses import Blocked, SmallUse, Use
+from ggn_jax.layers.uses import ElementwiseUse, UncoveredUse, Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Trace:
     dtypes: tuple[Any, ...]
     names: tuple[str, ...]
     uses: tuple[Use, ...]
-    small: tuple[SmallUse, ...]
-    blocked: tuple[Blocked, ...]
+    elementwise: tuple[ElementwiseUse, ...]
+    uncovered: tuple[UncoveredUse, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
     head: Data  # the model's output: of a layer, and which of its entries, if it is that layer's output moved about
     batched: tuple[bool, ...]  # whether each leaf of the inputs has a batch axis
@@ -72,17 +72,17 @@ def trace_model(
     shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))
     analysis, head = analyse(closed, shapes, batched)
-    if analysis.computed or analysis.unmapped:
+    if analysis.has_computed_weight or analysis.has_unmappable:
         # Products with computed weights may be products with parameters, in another order.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
         with explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
-        if analysis.unmapped or found[0].uncovered() < analysis.uncovered():
+        if analysis.has_unmappable or found[0].uncovered_leaves() < analysis.uncovered_leaves():
             closed, (analysis, head) = other, found
-        if analysis.uncovered():
-            found = analyse(closed, shapes, batched, commits=True)
-            analysis, head = found if found[0].uncovered() < analysis.uncovered() else (analysis, head)
+        if analysis.uncovered_leaves():
+            found = analyse(closed, shapes, batched, commit_early=True)
+            analysis, head = found if found[0].uncovered_leaves() < analysis.uncovered_leaves() else (analysis, head)
     return Trace(
         closed,
         jax.tree.structure(like),
@@ -90,8 +90,8 @@ def trace_model(
         tuple(leaf.dtype for _, leaf in leaves),
         tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tuple(analysis.uses),
-        tuple(analysis.small),
-        tuple(analysis.blocked),
+        tuple(analysis.elementwise),
+        tuple(analysis.uncovered),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
         head,
         batched,

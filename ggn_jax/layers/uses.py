@@ -42,14 +42,14 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class View:
+class ParameterView:
     """Parameter entries as an array `[G, out, in]`."""
 
     entries: IndexMap  # [*groups, *out, *in]
     shape: tuple[int, int, int]
 
     def __repr__(self) -> str:  # tables are long
-        return f"View({self.shape})"
+        return f"ParameterView({self.shape})"
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Patches:
 
     def __call__(self, x: Array) -> Array:
         """`[B, *input]` as `[B * batch, *positions, groups, in]`."""
-        x = self.spread(x)
-        shifted = [self.shifted(x, offset) for offset in all_indices(self.kernel)]
+        x = self.pad_and_dilate(x)
+        shifted = [self.window_slice(x, offset) for offset in all_indices(self.kernel)]
         patches = jnp.stack(shifted, axis=-2)  # [B, *positions, kernel, channels]
         patches = patches.reshape(*patches.shape[:-1], self.groups, -1)
         # Groups first, then channels and kernel in the order of the weight's axes.
         patches = jnp.moveaxis(patches, -3, -1) if self.channels_first else jnp.moveaxis(patches, -2, -3)
         return patches.reshape(*patches.shape[:-2], -1)
 
-    def spread(self, x: Array) -> Array:
+    def pad_and_dilate(self, x: Array) -> Array:
         """`[B, *input]` as `[B * batch, *spatial, channels]`, padded and dilated."""
         batch, feature, *spatial = (axis + 1 for axis in self.spec)
         x = x.transpose(0, batch, *spatial, feature)
@@ -83,7 +83,7 @@ class Patches:
         config = [(0, 0, 0), *((*pad, d - 1) for pad, d in zip(self.padding, self.input_dilation, strict=True))]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
 
-    def shifted(self, x: Array, offset: tuple[int | None, ...]) -> Array:
+    def window_slice(self, x: Array, offset: tuple[int | None, ...]) -> Array:
         """What this place of the kernel meets at each position, of a spread input; None is the whole axis."""
         starts, stops, steps = [0], [x.shape[0]], [1]
         for axis, place in enumerate(offset):
@@ -109,7 +109,7 @@ def all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class TableAxis:
     """An axis of a table's rows: where its index is among the indices, and how rows are numbered."""
 
     column: int
@@ -125,14 +125,14 @@ class Use:
     path: tuple[int, ...]  # of equation indices, through nested jaxprs
     operand: int  # which input of the equation is the data
     loops: tuple[int, ...]  # lengths of the scans around it
-    weight: View
-    bias: View | None
+    weight: ParameterView
+    bias: ParameterView | None
     input_axes: Axes
     output_axes: Axes
     output_shape: tuple[int, ...]  # of one example, loops first
     output_dtype: Any
     patches: Patches | None
-    lookup: tuple["Lookup", ...]  # embedding: which row is read
+    table_axes: tuple["TableAxis", ...]  # embedding: which row is read
     fills: bool  # embedding: rows out of range are not read (but for `clip`)
     factor: float  # the equation's operand is the weight times this
     constant: bool  # whether the operand is the same for all examples
@@ -165,7 +165,7 @@ class Use:
             indices = indices.astype(jnp.int32)
         number = jnp.zeros(indices.shape[:-1], indices.dtype)
         outside = jnp.zeros(number.shape, bool)
-        for axis in self.lookup:
+        for axis in self.table_axes:
             index = indices[..., axis.column]
             inside = jnp.clip(index, 0, axis.size - 1)
             number, outside = number + inside * axis.stride, outside | (inside != index)
@@ -177,7 +177,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class SmallUse:
+class ElementwiseUse:
     """Parameters that, moved about or computed with, scale or shift data entry by entry."""
 
     kind: str  # "scale" or "shift"
@@ -188,7 +188,7 @@ class SmallUse:
 
 
 @dataclass(frozen=True)
-class Blocked:
+class UncoveredUse:
     """A use that has no Kronecker form."""
 
     leaves: frozenset[int]
@@ -199,7 +199,7 @@ class Blocked:
 
 def _weight_view(
     entries: IndexMap, groups: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...], what: str
-) -> View:
+) -> ParameterView:
     """The view with these axes; along all other axes the weight repeats."""
     kept = (*groups, *out, *inputs)
     starts = (0,) * len(entries.shape)
@@ -210,37 +210,43 @@ def _weight_view(
     if not cut.is_injective():
         raise NotALayerError(f"its entries are repeated within the weight of this {what}")
     sizes = (math.prod(entries.shape[axis] for axis in axes) for axes in (groups, out, inputs))
-    return View(cut, tuple(sizes))  # type: ignore[arg-type]  # three of them
+    return ParameterView(cut, tuple(sizes))  # type: ignore[arg-type]  # three of them
 
 
 def from_dot(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
     """A matrix product, batched or not, with the weight as operand number `weight`."""
     (contract, batch) = eqn.params["dimension_numbers"]
-    lead, data = len(loops), 1 - weight
+    num_loops, data = len(loops), 1 - weight
     ranks = [len(var.aval.shape) for var in eqn.invars]
     free = [[a for a in range(ranks[i]) if a not in (*contract[i], *batch[i])] for i in range(2)]
-    out_of_batch = range(lead, lead + len(batch[0]))
-    first = lead + len(batch[0])
+    out_of_batch = range(num_loops, num_loops + len(batch[0]))
+    first = num_loops + len(batch[0])
     out_of_free = [range(first, first + len(free[0])), range(first + len(free[0]), first + len(free[0]) + len(free[1]))]
 
     repeats = entries.repeats()
-    shared = [i for i in range(lead) if repeats[i]], [i for i, a in enumerate(batch[weight]) if repeats[a + lead]]
-    own = [i for i in range(lead) if not repeats[i]], [i for i, a in enumerate(batch[weight]) if not repeats[a + lead]]
+    shared = (
+        [i for i in range(num_loops) if repeats[i]],
+        [i for i, a in enumerate(batch[weight]) if repeats[a + num_loops]],
+    )
+    own = (
+        [i for i in range(num_loops) if not repeats[i]],
+        [i for i, a in enumerate(batch[weight]) if not repeats[a + num_loops]],
+    )
     return {
         "kind": "linear",
         "operand": data,
         "weight": _weight_view(
             entries,
-            (*own[0], *(batch[weight][i] + lead for i in own[1])),
-            tuple(a + lead for a in free[weight]),
-            tuple(a + lead for a in contract[weight]),
+            (*own[0], *(batch[weight][i] + num_loops for i in own[1])),
+            tuple(a + num_loops for a in free[weight]),
+            tuple(a + num_loops for a in contract[weight]),
             "matrix product",
         ),
         "input_axes": Axes(
             (*loops, *eqn.invars[data].aval.shape),
-            (*own[0], *(batch[data][i] + lead for i in own[1])),
-            (*shared[0], *(batch[data][i] + lead for i in shared[1]), *(a + lead for a in free[data])),
-            tuple(a + lead for a in contract[data]),
+            (*own[0], *(batch[data][i] + num_loops for i in own[1])),
+            (*shared[0], *(batch[data][i] + num_loops for i in shared[1]), *(a + num_loops for a in free[data])),
+            tuple(a + num_loops for a in contract[data]),
         ),
         "output_axes": Axes(
             (*loops, *eqn.outvars[0].aval.shape),
@@ -258,7 +264,7 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
         raise NotALayerError("it is the input of a convolution whose kernel is data")
     if params["batch_group_count"] != 1:
         raise NotALayerError("the convolution has batch_group_count > 1")
-    lead, groups = len(loops), int(params["feature_group_count"])
+    num_loops, groups = len(loops), int(params["feature_group_count"])
     spec, kernel_spec, out_spec = params["dimension_numbers"]
     kernel_shape, out_shape = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     out_axis, in_axis, *spatial = kernel_spec
@@ -266,12 +272,16 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
     channels_first = in_axis < min(spatial, default=-1)
 
     repeats = entries.repeats()
-    shared, own = [i for i in range(lead) if repeats[i]], [i for i in range(lead) if not repeats[i]]
+    shared, own = [i for i in range(num_loops) if repeats[i]], [i for i in range(num_loops) if not repeats[i]]
     # [*loops, groups, out / groups, in / groups, *kernel] in the order of the kernel's own axes.
     inner = (in_axis, *spatial) if channels_first else (*spatial, in_axis)
-    split = entries.transpose((*range(lead), out_axis + lead, *(axis + lead for axis in inner)))
-    split = split.reshape((*split.shape[:lead], groups, split.shape[lead] // groups, *split.shape[lead + 1 :]))
-    view = _weight_view(split, (*own, lead), (lead + 1,), tuple(range(lead + 2, len(split.shape))), "convolution")
+    split = entries.transpose((*range(num_loops), out_axis + num_loops, *(axis + num_loops for axis in inner)))
+    split = split.reshape(
+        (*split.shape[:num_loops], groups, split.shape[num_loops] // groups, *split.shape[num_loops + 1 :])
+    )
+    view = _weight_view(
+        split, (*own, num_loops), (num_loops + 1,), tuple(range(num_loops + 2, len(split.shape))), "convolution"
+    )
 
     out_batch, feature, *out_spatial = out_spec
     positions = tuple(out_shape[axis] for axis in out_spatial)
@@ -279,10 +289,10 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
     shape[feature : feature + 1] = [groups, out_shape[feature] // groups]
 
     def split_axis(axis: int) -> int:  # where an axis is once the features are split
-        return axis + lead + (axis > feature)
+        return axis + num_loops + (axis > feature)
 
     size = eqn.invars[0].aval.shape[spec[0]]
-    after = lead + 1 + len(positions)
+    after = num_loops + 1 + len(positions)
     return {
         "kind": "convolution",
         "operand": 0,
@@ -300,14 +310,14 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
         "input_axes": Axes(
             (*loops, size, *positions, groups, view.shape[2]),
             (*own, after),
-            (*shared, *range(lead, after)),
+            (*shared, *range(num_loops, after)),
             (after + 1,),
         ),
         "output_axes": Axes(
             (*loops, *shape),
-            (*own, feature + lead),
+            (*own, feature + num_loops),
             (*shared, split_axis(out_batch), *map(split_axis, out_spatial)),
-            (feature + lead + 1,),
+            (feature + num_loops + 1,),
         ),
     }
 
@@ -316,7 +326,7 @@ def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]
     """Rows of a table, as in an embedding."""
     if weight != 0:
         raise NotALayerError("it is an index")
-    numbers, lead = eqn.params["dimension_numbers"], len(loops)
+    numbers, num_loops = eqn.params["dimension_numbers"], len(loops)
     table, indices = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     sizes, fills = tuple(eqn.params["slice_sizes"]), "FILL" in str(eqn.params["mode"])
     mapped = tuple(numbers.start_index_map)
@@ -327,39 +337,42 @@ def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]
         raise NotALayerError("this indexing reads other things than whole rows")
     rows = tuple(sorted(rows))
     repeats = entries.repeats()
-    shared, own = tuple(i for i in range(lead) if repeats[i]), tuple(i for i in range(lead) if not repeats[i])
+    shared, own = tuple(i for i in range(num_loops) if repeats[i]), tuple(i for i in range(num_loops) if not repeats[i])
     features = tuple(axis for axis in range(len(table)) if axis not in rows)
     sliced = [axis for axis in range(len(table)) if axis not in numbers.collapsed_slice_dims]
-    kept = tuple(out + lead for axis, out in zip(sliced, numbers.offset_dims, strict=True) if axis in features)
+    kept = tuple(out + num_loops for axis, out in zip(sliced, numbers.offset_dims, strict=True) if axis in features)
     out_rank = len(eqn.outvars[0].aval.shape)
     counts = [table[axis] for axis in rows]
     return {
         "kind": "embedding",
         "operand": 1,
         "weight": _weight_view(
-            entries, own, tuple(a + lead for a in features), tuple(a + lead for a in rows), "embedding"
+            entries, own, tuple(a + num_loops for a in features), tuple(a + num_loops for a in rows), "embedding"
         ),
-        "lookup": tuple(
-            Lookup(mapped.index(axis), table[axis], math.prod(counts[i + 1 :])) for i, axis in enumerate(rows)
+        "table_axes": tuple(
+            TableAxis(mapped.index(axis), table[axis], math.prod(counts[i + 1 :])) for i, axis in enumerate(rows)
         ),
         "fills": fills,
         "input_axes": Axes(
-            (*loops, *indices), own, (*shared, *range(lead, lead + len(indices) - 1)), (lead + len(indices) - 1,)
+            (*loops, *indices),
+            own,
+            (*shared, *range(num_loops, num_loops + len(indices) - 1)),
+            (num_loops + len(indices) - 1,),
         ),
         "output_axes": Axes(
             (*loops, *eqn.outvars[0].aval.shape),
             own,
-            (*shared, *(axis for axis in range(lead, lead + out_rank) if axis not in kept)),
+            (*shared, *(axis for axis in range(num_loops, num_loops + out_rank) if axis not in kept)),
             kept,
         ),
     }
 
 
-LAYERS = {"dot_general": from_dot, "conv_general_dilated": from_conv, "gather": from_gather}
+LAYER_PRIMITIVES = {"dot_general": from_dot, "conv_general_dilated": from_conv, "gather": from_gather}
 """The primitives in which a parameter array can meet data as the weight of a layer."""
 
 
-def attach_bias(use: Use, output: IndexMap, bias: IndexMap) -> View | None:
+def find_bias(use: Use, output: IndexMap, bias: IndexMap) -> ParameterView | None:
     """The bias `[G, out, 1]` that is added to a layer's output, where it is one number per output feature.
 
     `output` says which of the layer's outputs each entry of the sum is, `bias` which parameter is added to it.
@@ -380,4 +393,4 @@ def attach_bias(use: Use, output: IndexMap, bias: IndexMap) -> View | None:
         view = _weight_view(seen, axes.groups, axes.features, (), "sum")
     except NotALayerError:
         return None
-    return View(view.entries, (*view.shape[:2], 1))
+    return ParameterView(view.entries, (*view.shape[:2], 1))

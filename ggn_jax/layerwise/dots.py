@@ -19,7 +19,7 @@ from ggn_jax._checks import wide_dtype
 from ggn_jax._sharding import vary_like
 from ggn_jax.kronecker.stacks import Stack, read
 from ggn_jax.layers import Trace, capture, join_traces, make_plan, trace_model
-from ggn_jax.layers.uses import View
+from ggn_jax.layers.uses import ParameterView
 from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO
 from ggn_jax.layerwise.run import pulled_back
@@ -110,7 +110,7 @@ def gradients(problems: Sequence[Problem], scales: Sequence[Array] | None = None
     found, start = [], 0
     for problem, trace in zip(problems, traces, strict=True):
         stop = start + len(trace.uses)
-        own = plan.share(start, stop).layers
+        own = plan.restricted(start, stop).layers
         infos = [
             replace(info, _plan=layer, positions=tuple(trace.uses[n].num_positions for n in layer.uses))
             for info, layer in zip(layers, own, strict=True)
@@ -126,8 +126,8 @@ def _of_function(
     wide = wide_dtype(layers.trace.outputs)
     count = math.prod(problem.outputs.shape[1:])
     seeds = jnp.eye(count, dtype=problem.outputs.dtype).reshape(count, 1, *problem.outputs.shape[1:])
-    unused = {left.leaf for left in make_plan(trace).leftovers if left.kind == "unused"}
-    rest = [left.leaf for left in layers.plan.leftovers]
+    unused = {left.leaf for left in make_plan(trace).unassigned if left.kind == "unused"}
+    rest = [left.leaf for left in layers.plan.unassigned]
     own = tuple(leaf for leaf in rest if leaf not in unused)
 
     def parts(inputs: PyTree[Array]) -> list[_Part | None]:
@@ -163,11 +163,11 @@ def _scale_of(layers: Layers, info: LayerInfo, stack: Stack, scales: Sequence[Ar
     pairs = zip(scales, layers.trace.shapes, strict=True)
     entries = [jnp.broadcast_to(scale.astype(wide), shape) for scale, shape in pairs]
 
-    def whole(views: tuple[View, ...]) -> Float[Array, "G out in"]:
+    def whole(views: tuple[ParameterView, ...]) -> Float[Array, "G out in"]:
         return read([Stack((replace(spec, views=views),))], entries)[0]
 
     apart = None if bias is None or info.has_bias else whole((bias,))
-    owned = [[scales[leaf] for leaf in view.entries.owners(layers.sizes)] for view in spec.views]
+    owned = [[scales[leaf] for leaf in view.entries.owning_leaves(layers.sizes)] for view in spec.views]
     if not all(number is numbers[0] for numbers in owned for number in numbers):
         return _Scale(whole(spec.views), apart)
     sizes = [view.shape[-1] for view in spec.views]

@@ -16,12 +16,10 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.options import CHOICES, Bias
 from ggn_jax.kronecker.stacks import BlockSpec, Stack
 from ggn_jax.layers import Layer, Plan, Trace, make_plan, trace_model
-from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.check import COUPLED_WAY_OUT, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.operators.base import simple_path, structure_of
-
-COUPLED_WAY_OUT = "pass examples='coupled'"
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,12 @@ class Layers:
             for layer in self.all
         ]
         names = self.trace.names
-        left = [f"{names[left.leaf]} ({left.kind})" for left in self.plan.leftovers]
+        left = [f"{names[left.leaf]} ({left.kind})" for left in self.plan.unassigned]
         left += [
             f"{names[leaf]} (bias)"
             for layer, info in zip(self.plan.layers, self.all, strict=True)
             if layer.bias is not None and not info.has_bias
-            for leaf in layer.bias.entries.owners(self.sizes)
+            for leaf in layer.bias.entries.owning_leaves(self.sizes)
         ]
         return "\n".join(table(head, rows) + ([f"rest: {', '.join(left)}"] if left else []))
 
@@ -225,9 +223,9 @@ def _infos(layers: Layers) -> Iterator[LayerInfo]:
         uses = [trace.uses[n] for n in layer.uses]
         kinds = tuple(dict.fromkeys(use.kind for use in uses))
         has_bias = layer.bias is not None and layers.bias == "joint" and "embedding" not in kinds
-        owned = layer.weight.entries.owners(sizes)
+        owned = layer.weight.entries.owning_leaves(sizes)
         if has_bias and layer.bias is not None:
-            owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owners(sizes))))
+            owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owning_leaves(sizes))))
         groups, out, inputs = layer.weight.shape
         name = first[number]
         if first.count(name) > 1:

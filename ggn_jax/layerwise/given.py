@@ -14,7 +14,7 @@ from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
 from ggn_jax.kronecker.algebra import Block, Diagonal, Factor, Kronecker
 from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
 from ggn_jax.layers.index_map import IndexMap
-from ggn_jax.layers.uses import View
+from ggn_jax.layers.uses import ParameterView
 from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.matrices import free_entries, rest_leaves
 from ggn_jax.operators.blocks import BlockLinearOperator
@@ -150,6 +150,6 @@ def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
             (numbers,) = np.nonzero(free.reshape(-1))
             entries = IndexMap.explicit((start + numbers).reshape(1, 1, -1))
             flat = values.reshape(-1)[numbers][None]
-        view = View(entries, (1, 1, flat.shape[1]))
+        view = ParameterView(entries, (1, 1, flat.shape[1]))
         pairs.append((BlockSpec((trace.names[leaf],), "rest", (view,)), Diagonal(flat)))
     return pairs

@@ -91,7 +91,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
     parts = [jnp.asarray(matrices[name]) for name in layers.names]
     dtypes: list[Any] = list(trace.dtypes)
     for stack, part in zip(layers.stacks, parts, strict=True):
-        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owners(layers.sizes)]
+        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owning_leaves(layers.sizes)]
         with jax.numpy_dtype_promotion("standard"):
             usual = jnp.result_type(*(trace.dtypes[leaf] for leaf in leaves))
         if part.dtype != usual:
@@ -138,12 +138,12 @@ def free_entries(layers: Layers) -> list[np.ndarray | None]:
     """For each parameter, which of its entries no layer owns; None where layers own none."""
     sizes = layers.sizes
     views = [view for stack in layers.stacks for view in stack.specs[0].views]
-    owners = {leaf for view in views for leaf in view.entries.owners(sizes)}
+    owners = {leaf for view in views for leaf in view.entries.owning_leaves(sizes)}
     counts = dict.fromkeys(owners, 0)
-    whole = all(len(view.entries.owners(sizes)) == 1 for view in views)
+    whole = all(len(view.entries.owning_leaves(sizes)) == 1 for view in views)
     if whole:  # without looking at entries one by one
         for view in views:
-            counts[view.entries.owners(sizes)[0]] += view.entries.size
+            counts[view.entries.owning_leaves(sizes)[0]] += view.entries.size
     free: list[np.ndarray | None] = [None] * len(sizes)
     for leaf in owners:
         if whole and counts[leaf] == sizes[leaf]:
@@ -152,7 +152,7 @@ def free_entries(layers: Layers) -> list[np.ndarray | None]:
         start = sum(sizes[:leaf])
         mine = np.ones(math.prod(layers.trace.shapes[leaf]), bool)
         for view in views:
-            numbers = view.entries.numbers().reshape(-1) - start
+            numbers = view.entries.indices().reshape(-1) - start
             mine[numbers[(numbers >= 0) & (numbers < sizes[leaf])]] = False
         free[leaf] = mine.reshape(layers.trace.shapes[leaf])
     return free

@@ -21,8 +21,8 @@ from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
 from ggn_jax.layers import Captured, Trace, capture
-from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.found import COUPLED_WAY_OUT, LayerInfo, Layers
+from ggn_jax.layers.check import COUPLED_WAY_OUT, check_independent
+from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
@@ -265,7 +265,7 @@ def pulled_back(
 ) -> tuple[dict[str, LayerIO], Sequence[Array]]:
     """What these vectors give at each layer, and the gradients `[V, N, *shape]` of the parameters asked for."""
     if len(vectors):
-        found, own = jax.vmap(captured.pull_back)(vectors)
+        found, own = jax.vmap(captured.vjp)(vectors)
     else:
         size = captured.outputs.shape[0] // trace.examples
         found = tuple(jnp.zeros((0, size, *use.output_shape), use.output_dtype) for use in trace.uses)

@@ -210,7 +210,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
             sizes = [math.prod(shape) for shape in self.structure[0]]
             for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
                 for spec in () if isinstance(block, Diagonal) else stack.specs:
-                    own = [numbers[n] for view in spec.views for n in view.entries.owners(sizes)]
+                    own = [numbers[n] for view in spec.views for n in view.entries.owning_leaves(sizes)]
                     if not _are_equal(own):
                         raise ValueError(
                             f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"

@@ -335,7 +335,7 @@ def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options:
     if method == "kfac":
         return assemble_blocks(layout, sums)
     bases = eigenbases(layout, sums)
-    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))
+    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, unassigned=False))
 
 
 @eqx.filter_jit

@@ -24,7 +24,7 @@ from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.joint import JointLoss, flatten_problem, named
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
+from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -101,7 +101,7 @@ class Problem(eqx.Module):
         if self.chunk_size is not None and self.chunks() is not None:
             # What is ignored may be NaN; more examples than a chunk has might not fit into memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
-            few = min(EXAMPLES, max(2, self.chunk_size))
+            few = min(NUM_CHECKED_EXAMPLES, max(2, self.chunk_size))
             check_independent(*args, "leave chunk_size out", examples=few, allow_nan=True)
 
     def check_parts(self) -> None:
@@ -112,7 +112,7 @@ class Problem(eqx.Module):
     def check_examples(self) -> None:
         """Refuse a model whose examples depend on each other, unless they may."""
         if not self.coupled:
-            check_independent(self.model_fn, self.params, self.inputs, self.outputs.dtype, MAY_BE_COUPLED)
+            check_independent(self.model_fn, self.params, self.inputs, self.outputs.dtype, COUPLED_WAY_OUT)
 
     def check_curvature(self) -> None:
         """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""

@@ -16,7 +16,7 @@ from ggn_jax._unbatched import batch_axes, map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.diagonal import compute_diagonal
 from ggn_jax.kronecker.parts import sum_in_parts
-from ggn_jax.layers.run import mapped
+from ggn_jax.layers.run import vmap_examples
 from ggn_jax.operators.batches import without_reduction
 from ggn_jax.operators.problem import Problem
 
@@ -84,13 +84,13 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
             return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)) ** 2, vjp(vector.astype(outputs.dtype))[0])
 
         def squares(indices: Array) -> PyTree[Array]:
-            return jax.tree.map(lambda s: jnp.sum(s, axis=0), mapped(squared)(indices))
+            return jax.tree.map(lambda s: jnp.sum(s, axis=0), vmap_examples(squared)(indices))
 
         return sum_in_parts(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
         data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)
-        squares = mapped(partial(example, terms_at), batch_axes(data))(*data)
+        squares = vmap_examples(partial(example, terms_at), batch_axes(data))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

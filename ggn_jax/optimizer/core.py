@@ -25,7 +25,7 @@ from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
 from ggn_jax.kronecker.stacks import Stack, structure
 from ggn_jax.layers import Trace, capture, trace_model
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
+from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -243,7 +243,7 @@ class Core:
                 args = (layout, sides, seen, terms_at, operand, extra["keys"])
                 sums, corrected = captured_sums(*args), ()
                 if bases is not None:
-                    corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
+                    corrected = captured_sums(*args, bases, unassigned=False)["corrected"]
                 return vary_like((sums, corrected), problem)
 
             if gradient:
@@ -297,14 +297,14 @@ class Core:
             model_fn = Model(model_fn, self.has_aux)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             if not self.coupled:
-                check_independent(model_fn, params, self._inputs, outputs.dtype, MAY_BE_COUPLED)
+                check_independent(model_fn, params, self._inputs, outputs.dtype, COUPLED_WAY_OUT)
             self._check_curvature(model_fn, params)
 
     def _check_curvature(self, model_fn: Any, params: PyTree) -> None:
         """Refuse a loss of one's own whose Hessians are indefinite, at targets that it draws for a few examples."""
         fisher_type = self.settings.options.fisher_type
         if isinstance(self.loss, LikelihoodLoss) and fisher_type in (FisherType.TYPE2, FisherType.MC):
-            inputs = self._inputs if self.coupled else map_batched(lambda x: x[:EXAMPLES], self._inputs)
+            inputs = self._inputs if self.coupled else map_batched(lambda x: x[:NUM_CHECKED_EXAMPLES], self._inputs)
             part = float(_indefinite_part(model_fn, self.loss, params, inputs))
             if part:
                 raise indefinite_error(self.loss, f"{part:.1%} of the targets that it draws for a few examples")

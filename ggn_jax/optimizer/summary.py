@@ -79,7 +79,7 @@ def summarise(layout: Layout, curvature: Curvature, most_terms: int) -> Curvatur
     """The report of blocks, whose arrays need no values; `most_terms` of a sum are inverted as they are."""
     trace = layout.trace
     shapes = dict(zip(trace.names, trace.shapes, strict=True))
-    reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
+    reasons = {trace.names[left.leaf]: left.why for left in layout.plan.unassigned if left.kind == "uncovered"}
     options, cut = layout.options, _cut_blocks(layout)
     rows = []
     blocks = jax.eval_shape(layout.each, block_shapes(layout))

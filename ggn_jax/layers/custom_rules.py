@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from ggn_jax.layers.jaxprs import bind
 from ggn_jax.layers.rules import Term, rule_of
-from ggn_jax.layers.weights import Weight, spread
+from ggn_jax.layers.weights import Weight, broadcast_scale
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Product:
     term: Term
     a: Array | None  # without the axes that are in nothing else
     a_axes: tuple[int, ...]
-    of: int | None  # of what is added to another product, the number of that
+    added_to: int | None  # of what is added to another product, the number of that
 
     def weight(self, value: Array) -> Array:
         """The parameter as the product takes it: moved the other way round than its gradient is."""
@@ -56,14 +56,14 @@ def _size(term: Term, label: int) -> int:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ExpandedCall:
     """A call taken apart: its products, and what makes its results of theirs."""
 
     products: tuple[Product, ...]
     finish: Callable[[list[Array]], list[Array]]
 
 
-def open_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> Opened | None:
+def expand_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> ExpandedCall | None:
     """A call of data and weights, these operands, with the products of its rule in the open; None if it has none."""
     rule = rule_of(eqn, values)
     if rule is None:
@@ -118,7 +118,7 @@ def open_call(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> Opened
     def finish(products: list[Array]) -> list[Array]:
         return list(same(results, [values[i] for i in rest], products, kept))
 
-    return Opened(tuple(products), finish)
+    return ExpandedCall(tuple(products), finish)
 
 
 def _shares(terms: Sequence[Term]) -> bool:
@@ -140,12 +140,12 @@ def _scaled(b: Array, term: Term, factors: Any) -> Array:
             continue
         value = next(factors)
         places = {axis: scale.axes[axis] for axis in scale.varies}
-        by = spread(Weight(value, frozenset(), scale.varies), places, b.ndim).astype(b.dtype)
+        by = broadcast_scale(Weight(value, frozenset(), scale.varies), places, b.ndim).astype(b.dtype)
         b = b / by if scale.inverted else b * by
     return b.astype(term.like.dtype)
 
 
-def passed_through(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> dict[int, Term] | None:
+def straight_through_terms(eqn: Any, values: Sequence[Any], weights: Sequence[int]) -> dict[int, Term] | None:
     """Of a call of weights, these operands, those whose gradient is the cotangent of the one result, moved about.
 
     All others have none; None if that is not so.
