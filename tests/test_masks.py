@@ -10,7 +10,7 @@ import pytest
 
 import ggn_jax
 from ggn_jax.layers import trace_model
-from ggn_jax.layers.axes import position_provenance
+from ggn_jax.layers.provenance import position_provenance
 
 KFAC = ggn_jax.KFACLinearOperator
 MSE = ggn_jax.MSELoss()
@@ -161,7 +161,7 @@ def test_where_axes_come_from(
     model_fn: Callable[..., jax.Array], params: Any, inputs: jax.Array, wanted: list[list[int | None]]
 ) -> None:
     found = position_provenance(trace_model(model_fn, params, inputs))
-    assert [[label for size, label in axes if size > 1] for axes in found] == wanted
+    assert [[source for size, source in axes if size > 1] for axes in found] == wanted
 
 
 def test_what_the_trace_does_not_tell_is_refused() -> None:

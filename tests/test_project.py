@@ -40,7 +40,7 @@ GGN_JAX = [
     {"layers.findings"},
     {"layers.analysis"},
     {"layers.trace"},
-    {"layers.axes", "layers.capture", "layers.plan", "_supported"},
+    {"layers.provenance", "layers.capture", "layers.plan", "_supported"},
     {"layers.check"},
     {"layers.report"},
     {"layers"},

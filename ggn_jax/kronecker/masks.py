@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ggn_jax.layers import Trace
-from ggn_jax.layers.axes import AxisProvenance, position_provenance
+from ggn_jax.layers.provenance import AxisProvenance, position_provenance
 
 
 class _AmbiguousMaskError(Exception):
@@ -45,7 +45,7 @@ def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, AxisProvenance]]) -
     """Which axes are the mask's; None for a layer with other positions."""
     several = any(size > 1 for size in shape[1:])
     wanted = [axis for axis in range(1, len(shape)) if shape[axis] > 1 or not several]
-    own = [i for i, (size, label) in enumerate(axes) if label != 0 and (size > 1 or not several)]
+    own = [i for i, (size, source) in enumerate(axes) if source != 0 and (size > 1 or not several)]
     if not several and all(axes[i][0] == 1 for i in own) and any(axes[i][1] is None for i in own):
         raise _AmbiguousMaskError(
             "one position for each example may as well be none. Pad to two positions, or leave out the data that the"
@@ -56,8 +56,8 @@ def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, AxisProvenance]]) -
     result: list[int | None] = [None] * len(axes)
     for size in {shape[axis] for axis in wanted}:
         mine, theirs = [i for i in own if axes[i][0] == size], [axis for axis in wanted if shape[axis] == size]
-        labels = [axes[i][1] for i in mine]
-        if len(mine) > 1 and (None in labels or len(set(labels)) < len(labels)):
+        sources = [axes[i][1] for i in mine]
+        if len(mine) > 1 and (None in sources or len(set(sources)) < len(sources)):
             raise _AmbiguousMaskError(
                 f"several have length {size}. Pad one of them, in inputs and mask, by a position that the mask leaves"
                 " out, so that the lengths differ."

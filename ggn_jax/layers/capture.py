@@ -1,4 +1,8 @@
-"""Run a traced model: each layer's inputs, and its output gradients for any vectors at the outputs."""
+"""Run a traced model: each layer's inputs, and its output gradients for any vectors at the outputs.
+
+As Flax's `Module.perturb`: zeros are added to each layer's output, and their cotangents are the output gradients. So
+JAX's own reverse mode does everything between layers, and nothing needs to be known about it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,13 +34,13 @@ from ggn_jax.layers.uses import Use
 class Captured(NamedTuple):
     """What one forward pass over a batch gives; arrays are in the equations' own layouts, see `Use`.
 
-    There, `N` counts data: examples, or one batch whose examples are coupled.
+    `N` counts what the model is mapped over: examples, or one batch whose examples are coupled.
     """
 
     outputs: Array
-    """Of all examples, `[N, *out]`; so are vectors."""
+    """`[N, *out]`, of all examples, also coupled ones; so are vectors."""
     aux: PyTree[Array]
-    """What a coupled model returns besides; None for others."""
+    """What a coupled model returns beside its outputs; None for others."""
     inputs: tuple[PyTree[Array], ...]
     """For each use, `[N, *loops, *operand]`; of one that is tapped, what its tap makes of them, `[*loops, ...]`."""
     vjp: Callable[[Array], tuple[tuple[PyTree[Array], ...], tuple[Array, ...]]]
@@ -45,7 +49,7 @@ class Captured(NamedTuple):
     gradient: Callable[[Array], PyTree[Array]]
     """A vector `[N, *out]` to the parameters' gradient, if that was asked for."""
     tapped: frozenset[int]
-    """The numbers of the uses that are."""
+    """The numbers of the uses with a tap."""
 
 
 NO_TAPS: Mapping[int, Tap] = {}
@@ -61,8 +65,8 @@ def capture(
 ) -> Captured:
     """Run the model on a batch, mapped over examples, or on all of them together if it was traced so.
 
-    `leaves` are parameters wanted with a gradient per example; `gradient` asks for the batch's in all parameters;
-    `taps` are of the uses, by their numbers, whose arrays are not wanted themselves.
+    `leaves` are the parameters whose gradient is wanted for each example; `gradient` asks for the batch's gradient in
+    all parameters; `taps` are those of the uses, by their numbers, whose arrays are not wanted themselves.
     """
     jaxpr, consts = open_jaxpr(trace.closed)
     given, tree = jax.tree.flatten(params)
@@ -70,6 +74,7 @@ def capture(
     size = count // examples
     data = map_batched(lambda x: x.reshape(size, examples, *x.shape[1:]), inputs)
     paths = {use.path: number for number, use in enumerate(trace.uses)}
+    # Only calls that hold a layer are opened: custom derivative rules in all others are kept.
     containers = {path[:i] for path in paths for i in range(1, len(path))}
     run = run_for_example if leaves else run_equation
 
@@ -81,6 +86,7 @@ def capture(
             values[leaf] = value
         return _evaluate(jaxpr, consts, [*values, *jax.tree.leaves(x)], (), perturbations)
 
+    # Taps see the whole batch, so their perturbations are not mapped.
     mapped = {n: None if n in taps else 0 for n in range(len(trace.uses))}
 
     def batch(flat: list[Array], perturbations: dict[int, Any], own: list[Array]) -> tuple[Array, Any]:
@@ -135,7 +141,7 @@ def capture(
     def _branch(
         eqn: Any, at: tuple[int, ...], values: list[Any], perturbations: dict[int, Any]
     ) -> tuple[list[Any], dict[int, Any]]:
-        """The branch that is taken; of the layers of all others, zeros."""
+        """The branch that is taken; the layers of all others get zeros, and so add nothing to any sum."""
 
         def run_one(number: int, jaxpr: Any, values: list[Any]) -> tuple[list[Any], dict[int, Any]]:
             *values, perturbations = values
@@ -155,6 +161,7 @@ def capture(
 
     zeros = {n: _zero_perturbation(use, size, taps.get(n)) for n, use in enumerate(trace.uses)}
     zeros = vary_like(zeros, (params, inputs))
+    # A copy of a parameter for each example has its gradient for each example. Copies are made of these few only.
     copies = [jnp.broadcast_to(given[leaf], (size, *given[leaf].shape)) for leaf in leaves]
     if gradient:
         outputs, vjp, (aux, captured) = jax.vjp(batch, given, zeros, copies, has_aux=True)

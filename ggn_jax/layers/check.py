@@ -1,4 +1,4 @@
-"""Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
+"""Checks without an oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
 
-NUM_CHECKED_EXAMPLES = 4  # that the checks are made on
+NUM_CHECKED_EXAMPLES = 4
 
 
 def check_independent(
@@ -35,9 +35,9 @@ def check_independent(
     examples: int = NUM_CHECKED_EXAMPLES,
     allow_nan: bool = False,
 ) -> None:
-    """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
+    """Refuse a model whose examples depend on each other, if values are known; `dtype` is that of its outputs.
 
-    `way_out` is what can be done about one that is meant to, if something can.
+    `way_out` says what to do if they are meant to, where that is possible.
     """
     if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
@@ -54,23 +54,24 @@ def check_independent(
 
     gap, is_nan, alike = measure(True)
     if alike:
-        # Equal values in two examples may hide that they depend on each other, and be what they depend on each other
-        # by, as numbers of groups are. Other values may be outside of the model's domain.
+        # Two equal examples may hide that they depend on each other. But equal values may also be how they do (group
+        # numbers), and other values may be outside of the model's domain: so the check is made with both.
         other_gap, other_is_nan, _ = measure(False)
         if not other_is_nan:
             gap = float(np.nanmax([gap, other_gap]))
         is_nan &= other_is_nan
-    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
+    # The square root, since accelerators may multiply a batch in lower precision; batch statistics change outputs by
+    # far more.
     if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
         raise ValueError(coupling_message(gap, way_out))
     if is_nan and not allow_nan:
         raise ValueError(
-            "the outputs of model_fn are NaN for the first examples, or their gradients: look at params and inputs."
+            "the outputs of model_fn are NaN for the first examples, or their gradients: check params and inputs."
         )
 
 
 class _Pass(NamedTuple):
-    """The outputs of a batch, and the parameters' gradient for a random cotangent."""
+    """The outputs of a batch, and the parameters' gradient for a random cotangent of them."""
 
     outputs: Any
     gradient: Any
@@ -86,9 +87,9 @@ def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass
 def _batched_and_single(
     model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
 ) -> tuple[_Pass, _Pass, Bool[Array, ""]]:
-    """A few examples as a batch, and one by one; whether some are alike, so that other values would be different.
+    """A few examples as a batch, and mapped; and whether some of them are alike, so that other values are of use.
 
-    `given` asks for the examples as they are, also where they are alike.
+    With `given`, the examples are taken as they are; else with other values where they are alike.
     """
     few = first_examples(inputs, examples)
     others = with_distinct_values(few)
@@ -114,7 +115,7 @@ def _batched_and_single(
 
 
 def _coupling_gap(together: _Pass, apart: _Pass) -> tuple[float, bool]:
-    """How far examples depend on each other, as far as it is told, and whether something is NaN.
+    """How far examples depend on each other, as far as can be told, and whether something is NaN.
 
     The largest of all parameters' gaps also tells what does not show in the outputs, such as batch statistics before a
     head that starts at 0. Arrays are compared one by one: in one program, the comparisons of a deep model's parameters
@@ -152,7 +153,7 @@ def _output_gap_or_inf(together: Array, apart: Array) -> Float[Array, ""]:
 
 
 def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
-    """So many examples, repeated where there are fewer."""
+    """The first `count` examples, repeated if there are fewer."""
 
     def first(x: Array) -> Array:
         few = jnp.asarray(x[:count])
@@ -162,10 +163,10 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
 
 
 def with_distinct_values(inputs: PyTree[Array]) -> PyTree[Array]:
-    """The examples, other values in place of arrays in which two of them are equal.
+    """The examples, with other values in arrays in which two of them are equal.
 
-    Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers are drawn
-    from those that are there and 0, or of 0 and 1 where all are 0; truth values are drawn, and keys split.
+    Equal examples hide that they depend on each other. Floating numbers get positive noise of their own size; integers
+    are drawn from those present and 0 (from 0 and 1 if all are 0); truth values are drawn, and keys folded.
     """
     numbers = count(1)
     return map_batched(lambda x: _with_distinct_values(x, next(numbers)), inputs)
@@ -233,13 +234,13 @@ def _distances(a: Sequence[Array], b: Sequence[Array], least: Array) -> Float[Ar
 
 
 def tolerance(*dtypes: jnp.dtype) -> float:
-    """What rounding may amount to, with the coarsest of these dtypes."""
+    """What rounding may amount to, in the coarsest of these dtypes."""
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     return min(1000 * eps, 0.1)
 
 
 def dtypes_of(trace: Trace) -> set[Any]:
-    """The dtypes that a model computes in, and those that it rounds to on the way."""
+    """The dtypes that a model computes in, and those that it rounds to in between."""
     computed = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
     return computed | narrowed_dtypes(trace.closed)
 
@@ -250,9 +251,9 @@ class _Pair(NamedTuple):
     found: Array
     wanted: Array
     squares: Array
-    """The squares of what was added up."""
+    """The sum of the squares of what was added up: the gap's unit where the sum cancels."""
     leaves: tuple[int, ...]
-    """The parameters that they are of."""
+    """The indices of the parameters."""
 
 
 class _LayerGradient(NamedTuple):
@@ -272,12 +273,12 @@ def compare_gradients(
     inputs: PyTree,
     tolerance: float,
 ) -> tuple[Array, Float[Array, " 1+leaves"]]:
-    """The outputs of a batch; how far those of its examples one by one are; and, for each parameter, how far the
-    gradient put together from layers is from automatic differentiation's of the batch.
+    """The outputs of a batch; their gap to those of its examples one by one; and, for each parameter, the gap between
+    the gradient made from layers and that of the batch by automatic differentiation.
 
-    The gradient is that of the outputs times a random cotangent. Gaps are relative to its size, or to what its parts
-    would amount to if they did not cancel, as those of a bias before a normalisation do; and to a size for which
-    `tolerance` is nothing but rounding of the whole gradient.
+    The gradient is that of the outputs times a random cotangent. Gaps are relative to its size; or to what its parts
+    would amount to if they did not cancel, as those of a bias before a normalisation do; or to the size at which a gap
+    of `tolerance` is no more than rounding of the whole gradient.
     """
     unassigned = [parameter.leaf for parameter in plan.unassigned]
     captured = capture(trace, params, inputs, unassigned)

@@ -1,4 +1,9 @@
-"""Which parameters an array holds: arrays of parameter entries, followed through reshapes, slices and transposes."""
+"""Which parameters an array holds: arrays of parameter entries, followed through reshapes, slices and transposes.
+
+All parameters of a model, flat and one after the other, are one vector; an entry is an index of it. An array that is a
+view of one parameter is described by strides, as in NumPy, so that nothing of its size is stored, and blocks of equal
+strides can be recognised as alike. Only what no strides describe (a concatenation, a gather) has a table of indices.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,9 +18,10 @@ from jaxtyping import Array
 
 @dataclass(frozen=True)
 class IndexMap:
-    """An array of entries of a flat vector: entry `i` is number `offset + sum(strides * i)` of it.
+    """An array of entries of a flat vector: at index `i`, entry `offset + sum(strides * i)` of it.
 
-    Arrays that no strides describe hold their entries' numbers explicitly, in `table` (bytes of int64, C order).
+    Arrays that no strides describe hold their entries' indices explicitly, in `table`: bytes of int64 in C order, so
+    that maps can be compared and hashed.
     """
 
     shape: tuple[int, ...]
@@ -31,7 +37,7 @@ class IndexMap:
 
     @classmethod
     def explicit(cls, indices: np.ndarray) -> "IndexMap":
-        """The array of these entries."""
+        """The array of the entries with these indices."""
         return cls(tuple(indices.shape), table=np.ascontiguousarray(indices, np.int64).tobytes())
 
     @property
@@ -39,7 +45,7 @@ class IndexMap:
         return math.prod(self.shape)
 
     def indices(self) -> np.ndarray:
-        """The entries' numbers as an array: 8 bytes each."""
+        """The entries' indices as an array: 8 bytes each, where strides take none."""
         if self.table is not None:
             return np.frombuffer(self.table, np.int64).reshape(self.shape)
         total = np.full((), self.offset, np.int64)
@@ -97,7 +103,7 @@ class IndexMap:
         )
 
     def bounds(self) -> tuple[int, int]:
-        """The least and the largest entry; of an array that holds any."""
+        """The least and the largest index, of an array that is not empty."""
         if self.table is not None:
             indices = self.indices()
             return int(indices.min()), int(indices.max())
@@ -108,6 +114,7 @@ class IndexMap:
         """Whether no entry is held twice."""
         if self.table is not None:
             return len(np.unique(self.indices())) == self.size
+        # Sufficient, and true of all views of one array: each axis steps over all that the faster ones reach.
         reach = 0
         for stride, size in sorted((abs(t), n) for n, t in zip(self.shape, self.strides, strict=True) if n > 1):
             if stride <= reach:
@@ -116,9 +123,10 @@ class IndexMap:
         return True
 
     def entry_set(self) -> Any:
-        """Something that is equal for two injective maps of the same entries, whatever their order.
+        """A key that is equal for two injective maps of the same entries, whatever their order.
 
-        (Equal sets may compare unequal where only one of them has strides.)
+        A map with strides and one with a table may have different keys for one set: then two uses of a weight count
+        as two layers, and `plan` finds that they overlap.
         """
         if self.table is not None:
             return np.sort(self.indices(), axis=None).tobytes()
@@ -133,7 +141,7 @@ class IndexMap:
         return offset, tuple(axes)
 
     def owning_leaves(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Which of consecutive arrays of these sizes the entries are of."""
+        """Which parameters the entries are of, in a vector of parameters of these sizes."""
         ends = np.cumsum(sizes)
         if not self.size:
             return ()
@@ -142,13 +150,16 @@ class IndexMap:
         return tuple(int(i) for i in np.unique(np.searchsorted(ends, self.indices(), side="right")))
 
     def shifted(self, by: int) -> "IndexMap":
-        """The map of entries `by` further on."""
+        """The map of the entries `by` further on."""
         if self.table is not None:
             return IndexMap.explicit(self.indices() + by)
         return IndexMap(self.shape, self.strides, self.offset + by)
 
     def gather_fn(self, size: int) -> Callable[[Array], Array]:
-        """A linear function of flat vectors `[size]` that returns the entries of this injective map."""
+        """A linear function of flat vectors `[size]` that returns the entries of this injective map.
+
+        Slices where possible: XLA fuses them, and their transpose is a pad instead of a scatter.
+        """
         plan = _slice_plan(self, size)
         if plan is None:
             indices = self.indices()
@@ -192,7 +203,10 @@ def _reshaped_strides(shape: tuple[int, ...], strides: tuple[int, ...], new: tup
 
 
 def _slice_plan(entries: IndexMap, size: int) -> Any:
-    """`flat.reshape(dims)[starts:stops]` holds the entries, its axes in the given order; or None."""
+    """`(dims, starts, stops, order)`, or None where there is no such slice.
+
+    `flat.reshape(dims)[starts:stops]` has the entries, with the map's axes in this order.
+    """
     if entries.table is not None or any(t <= 0 < n - 1 for n, t in zip(entries.shape, entries.strides, strict=True)):
         return None
     order = sorted(range(len(entries.shape)), key=lambda a: (-entries.strides[a], entries.shape[a]))
@@ -274,7 +288,7 @@ MOVE_RULES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[
     "broadcast_in_dim": _broadcast_in_dim,
     "split": _split,
     "unstack": _unstack,
-    # Values may be rounded or moved to another device; which entries they come from stays.
+    # Values may be rounded or moved to another device; they still come from the same entries.
     "convert_element_type": _identity,
     "copy": _identity,
     "copy_p": _identity,
@@ -288,21 +302,22 @@ MOVE_RULES: dict[str, Callable[[IndexMap, int, dict[str, Any]], IndexMap | list[
 
 
 def concatenate(maps: list[IndexMap], axis: int) -> IndexMap:
-    """The maps put together along an axis."""
+    """The maps one after the other along an axis."""
     return IndexMap.explicit(np.concatenate([entries.indices() for entries in maps], axis))
 
 
-def gather(entries: IndexMap, num_loops: int, params: dict[str, Any], places: Array) -> IndexMap | None:
-    """The entries that `jax.lax.gather` reads at these places, `num_loops` loop axes in front.
+def gather(entries: IndexMap, num_loops: int, params: dict[str, Any], indices: Array) -> IndexMap | None:
+    """The entries that `jax.lax.gather` reads at these indices, `num_loops` loop axes in front.
 
-    None if it reads anything else, or if the places are unknown, as under an outer `jax.jit`.
+    None if it reads anything else, or if the indices are unknown, as under an outer `jax.jit`.
     """
     shape = entries.shape[num_loops:]
     names = ("dimension_numbers", "slice_sizes", "mode")
     options = {name: params[name] for name in names}
     try:
-        indices = jnp.arange(math.prod(shape)).reshape(shape)
-        read = np.asarray(jax.lax.gather(indices, places, fill_value=-1, **options))
+        # JAX's own gather of positions says what it reads, whatever the mode does to indices out of range.
+        positions = jnp.arange(math.prod(shape)).reshape(shape)
+        read = np.asarray(jax.lax.gather(positions, indices, fill_value=-1, **options))
     except jax.errors.TracerArrayConversionError:
         return None
     if (read < 0).any():

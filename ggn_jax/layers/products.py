@@ -1,4 +1,4 @@
-"""Products of data with weights of a form, by products with what these are made of."""
+"""Products of data with computed weights, as products with what these weights are made of."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,17 +32,17 @@ from ggn_jax.layers.weights import (
 
 
 def distributed_product(eqn: Any, values: list[Any], number: int) -> Any:
-    """The result of an equation of data and a weight, operand `number`; None where it is none of these."""
+    """The result of an equation of data and a weight, operand `number`; None if it is not such a product."""
     name, params = eqn.primitive.name, eqn.params
     weight, x = values[number], values[1 - number]
     if weight.form is None and (is_complex(weight) or not jnp.iscomplexobj(array_of(x))):
-        return None  # nothing to take apart
+        return None  # nothing to distribute
     if name in DOTS and params.get("out_sharding") is None:
         (contract, batch) = params["dimension_numbers"]
         options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
         dot = Dot(tuple(contract[1 - number]), tuple(contract[number]), tuple(batch[1 - number]), tuple(batch[number]))
         result = dot(x, weight, options)
-        if number == 0:  # weights' axes come first
+        if number == 0:  # `Dot` puts the free axes of the data first, the equation those of operand 0
             lead, free = len(dot.batch), jnp.ndim(array_of(x)) - len(dot.batch) - len(dot.axes)
             axes = range(jnp.ndim(array_of(result)))
             order = [*axes[:lead], *axes[lead + free :], *axes[lead : lead + free]]
@@ -59,7 +59,11 @@ def distributed_product(eqn: Any, values: list[Any], number: int) -> Any:
 
 
 def _gated(form: Gated, by: Array, x: Array, product: Callable[[Array, Weight], Array]) -> Array:
-    """The product with a constant weight, plus 0 with the derivative in the weight where `by`, of the result."""
+    """The product with a constant weight, plus 0 with the derivative in the weight, where `by` (of the result) is true.
+
+    The added product has the output's cotangent where the branch is taken, and 0 elsewhere: what the weight's output
+    gradients are. Its value cancels, so the result stays the equation's to the last bit.
+    """
     still = Weight(jax.lax.stop_gradient(form.of.value), frozenset(), form.of.varies)
     return _plus_zero_with_gradient(product(x, still), product(jax.lax.stop_gradient(x), form.of), by)
 
@@ -67,7 +71,11 @@ def _gated(form: Gated, by: Array, x: Array, product: Callable[[Array, Weight], 
 def _straight_through(
     form: StraightThrough, weight: Weight, x: Array, product: Callable[[Array, Weight], Array]
 ) -> Array:
-    """The product with the weight's value, with the derivative of the product with what has its derivative."""
+    """The product with the weight's value, with the derivative of the product with what it is an estimator of.
+
+    So that is a layer, with the inputs and output gradients that the rule gives it; the data's gradient is through the
+    weight's value.
+    """
     still = Weight(jax.lax.stop_gradient(weight.value), frozenset(), weight.varies)
     return _value_with_gradient_of(product(x, still), product(jax.lax.stop_gradient(x), form.of))
 
@@ -81,13 +89,13 @@ _value_with_gradient_of.defvjp(lambda value, of: (value, None), lambda _, g: (g,
 
 
 def _plus_zero_with_gradient(value: Array, of: Array, by: Array) -> Array:
-    """A value that does not depend on `of`, as far as derivatives go, with one of 1 in it where `by`."""
+    """A value that does not depend on `of`, with a derivative of 1 in it where `by` is true."""
     return value + jnp.where(by, of - jax.lax.stop_gradient(of), 0)
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A product of data with a weight: which axes are contracted, and which are batched, of each."""
+    """A product of data with a weight: the contracted and the batched axes of each."""
 
     axes: tuple[int, ...]
     weight_axes: tuple[int, ...]
@@ -127,7 +135,10 @@ class Dot:
         return jax.lax.dot_general(x, weight.value, numbers, **options)
 
     def _complex(self, x: Any, form: Complex, options: dict[str, Any]) -> ComplexParts:
-        """By real products, since the gradient of a real weight is the real part of a complex one."""
+        """By real products: the gradient of a real weight is a real part, which is no single product of complex ones.
+
+        Each of the four products is a use of a real weight of its own, with real inputs and output gradients.
+        """
         if isinstance(x, ComplexParts):
             real, imag = x.real, x.imag
         else:
@@ -143,18 +154,21 @@ class Dot:
     def _scaled(self, x: Array, form: Scaled, options: dict[str, Any]) -> Array | None:
         by, rank = form.by, rank_of(form.of)
         if by.varies <= set(self.weight_axes):
-            places = dict(zip(self.weight_axes, self.axes, strict=True))
+            target_axes = dict(zip(self.weight_axes, self.axes, strict=True))
             x = array_of(x)
-            return array_of(self(x * broadcast_scale(by, places, jnp.ndim(x)), form.of, options))
+            return array_of(self(x * broadcast_scale(by, target_axes, jnp.ndim(x)), form.of, options))
         if not by.varies & set(self.weight_axes):
             free = [a for a in range(rank) if a not in (*self.weight_axes, *self.weight_batch)]
             lead = jnp.ndim(array_of(x)) - len(self.axes)  # batch axes, and the free ones of x
-            places = {a: i for i, a in enumerate(self.weight_batch)} | {a: lead + i for i, a in enumerate(free)}
-            return array_of(self(x, form.of, options)) * broadcast_scale(by, places, lead + len(free))
+            target_axes = {a: i for i, a in enumerate(self.weight_batch)} | {a: lead + i for i, a in enumerate(free)}
+            return array_of(self(x, form.of, options)) * broadcast_scale(by, target_axes, lead + len(free))
         return None
 
     def _chained(self, x: Array, form: Product, options: dict[str, Any]) -> Array | None:
-        """By the factor that has all contracted axes first, then the other one."""
+        """`x (U V)` as `(x U) V`: first the factor that has all contracted axes, then the other one.
+
+        None if the contracted axes are of both factors: then no order makes two products of data with parameters.
+        """
         factor_axes = form.factor_axes()
         for i, near in enumerate((form.first, form.second)):
             far = (form.first, form.second)[1 - i]
@@ -168,7 +182,7 @@ class Dot:
             rank = jnp.ndim(array_of(hidden))
             first = rank - len(shared)
             result = Dot(tuple(range(first, rank)), matching)(hidden, far, options)
-            # The far factor's free axes are in its own order; wanted is the weight's.
+            # The far factor's free axes are in its own order; the result has them in the weight's.
             own = [a for a in range(rank_of(far)) if a not in form.axes[1 - i]]
             order = [own.index(a) for factor, a in factor_axes if factor != i]
             return jnp.transpose(array_of(result), [*range(first), *(first + place for place in order)])
@@ -176,6 +190,7 @@ class Dot:
 
 
 def ragged_product(eqn: Any, x: Any, weights: Weight, sizes: Any) -> Array:
+    """The result of an equation of `ragged` for which `is_by_row` holds, with the matrices `weights`."""
     options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
 
     def dot(x: Array, axis: int, inputs: int, group: int) -> Array:
@@ -185,6 +200,7 @@ def ragged_product(eqn: Any, x: Any, weights: Weight, sizes: Any) -> Array:
 
 
 def _convolution(eqn: Any, x: Array, weight: Weight) -> Any:
+    """A convolution of data with a kernel of a form; a product of parameters has none that is a convolution."""
     form = weight.form
     if isinstance(form, Sum):
         results = [_convolution(eqn, x, part) for part in form.parts]
@@ -206,7 +222,7 @@ def _convolution(eqn: Any, x: Array, weight: Weight) -> Any:
 
 
 def _rows(eqn: Any, indices: Sequence[Any], table: Weight) -> Any:
-    """Rows of a table that is a sum of tables, or a number times one."""
+    """Rows of a table that has a form, as rows of the tables that it is made of."""
     form = table.form
     if isinstance(form, Complex):
         parts = [None if part is None else _rows(eqn, indices, part) for part in (form.real, form.imag)]

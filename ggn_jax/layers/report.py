@@ -166,15 +166,15 @@ def report(
     True
     """
     check_model(model_fn, params, inputs)
-    together, model_fn = check_coupled(examples), Model(model_fn, has_aux)
+    coupled_examples, model_fn = check_coupled(examples), Model(model_fn, has_aux)
     size = batched_leaves(inputs)[0].shape[0]
     with called_with(params, inputs):
         whole = jax.eval_shape(model_fn, params, inputs)
         if isinstance(whole, Mapping):  # as for a JointLoss
             model_fn = Model(flat_model(model_fn))
             whole = jax.eval_shape(model_fn, params, inputs)
-    with called_with(params, inputs, one_example=not together):
-        trace = trace_model(model_fn, params, inputs, coupled=together)
+    with called_with(params, inputs, one_example=not coupled_examples):
+        trace = trace_model(model_fn, params, inputs, coupled=coupled_examples)
     if whole.shape != (size, *trace.outputs.shape):
         raise ValueError(
             f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
@@ -184,16 +184,16 @@ def report(
     gaps: list[float | None] = [None] * len(trace.shapes)
     coupled = None
     if have_values((params, inputs)):
-        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, together)).tolist()
+        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, coupled_examples)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     return Report(rows, most, coupled)
 
 
 @eqx.filter_jit
 @compiler_sharded
-def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], together: bool) -> Array:
-    few = map_batched(lambda x: jnp.asarray(x if together else x[:NUM_CHECKED_EXAMPLES]), inputs)
-    trace = trace_model(model_fn, params, few, coupled=together)
+def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], coupled_examples: bool) -> Array:
+    few = map_batched(lambda x: jnp.asarray(x if coupled_examples else x[:NUM_CHECKED_EXAMPLES]), inputs)
+    trace = trace_model(model_fn, params, few, coupled=coupled_examples)
     return compare_gradients(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
 
 
@@ -244,7 +244,7 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0
     for layer in layers:
-        is_weight = _touches(trace, layer.weight.entries, leaf)
+        is_weight = _has_entries_of(trace, layer.weight.entries, leaf)
         kinds += [trace.uses[n].kind if is_weight else "bias" for n in layer.uses]
         positions += [trace.uses[n].num_positions for n in layer.uses]
         sizes += [dimensions(trace.uses[n].weight.shape) for n in layer.uses]
@@ -253,5 +253,5 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     return ReportRow(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
 
 
-def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:
+def _has_entries_of(trace: Trace, entries: IndexMap, leaf: int) -> bool:
     return leaf in entries.owning_leaves([math.prod(shape) for shape in trace.shapes])

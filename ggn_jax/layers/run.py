@@ -1,4 +1,4 @@
-"""Evaluate equations: some in another way, for speed or for a sharded batch, with the same results and derivatives."""
+"""Evaluate equations: a few by other means, for speed or for sharded batches, with the same results and derivatives."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ def run_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def vmap_examples(fn: Callable[..., PyTree[Array]], in_axes: Any = 0) -> Callable[..., PyTree[Array]]:
-    """`jax.vmap(fn)`, also of gradients in a convolution's kernel for each example of a batch that is sharded."""
+    """`jax.vmap(fn)` that is also right for gradients in a convolution's kernel for each example of a sharded batch."""
 
     def run(*args: PyTree[Array]) -> PyTree[Array]:
         with mapping_explained():
@@ -49,7 +49,7 @@ def vmap_examples(fn: Callable[..., PyTree[Array]], in_axes: Any = 0) -> Callabl
 
 
 def _without_custom_rules(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]) -> PyTree[Array]:
-    """`fn(*args)` by `run_for_example`, not to be differentiated any more."""
+    """`fn(*args)` by `run_for_example`; not to be differentiated, since custom derivative rules are gone."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     step = partial(run_for_example, run=bind, keep_rules=False)
     return jax.tree.unflatten(jax.tree.structure(shapes), _run(closed, step, jax.tree.leaves(args)))
@@ -58,9 +58,9 @@ def _without_custom_rules(fn: Callable[..., PyTree[Array]], *args: PyTree[Array]
 def run_for_example(
     eqn: Any, values: Sequence[Any], run: Callable[..., list[Any]] = run_equation, keep_rules: bool = True
 ) -> list[Any]:
-    """The results of `run(eqn, values)`, to be mapped over examples, each perhaps with kernels of its own.
+    """The results of `run(eqn, values)`, to be mapped over examples, which may have kernels of their own.
 
-    Equations that hold convolutions are opened; `keep_rules` keeps the derivative rules of those that have their own.
+    Calls that hold convolutions are opened; with `keep_rules`, their custom derivative rules are kept.
     """
     inside = partial(run_for_example, run=run, keep_rules=keep_rules)
     name = eqn.primitive.name
@@ -95,7 +95,7 @@ def _convolution_for_example(eqn: Any, run: Callable[..., list[Any]]) -> Callabl
 
     @one.def_vmap
     def each(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
-        # With groups, JAX refuses to map over kernels alone where there is a mesh.
+        # JAX refuses to map over kernels alone where there are groups and a mesh.
         apart = batched[1] and (batched[0] or groups > 1)
         fn = partial(convolution_by_patches, eqn) if apart else plain
         return jax.vmap(fn, [0 if is_batched else None for is_batched in batched])(x, kernel), True
@@ -104,7 +104,7 @@ def _convolution_for_example(eqn: Any, run: Callable[..., list[Any]]) -> Callabl
 
 
 def _with_custom_rules(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """An equation with derivative rules of its own, whose derivative is mapped over examples."""
+    """An equation with custom derivative rules, such that convolutions in its derivative are mapped as well."""
 
     @jax.custom_vjp
     def call(*values: Array) -> list[Array]:

@@ -1,8 +1,8 @@
-"""Sums over examples that are made where a layer is, in a loop, so that its inputs and output gradients stay inside.
+"""Sums over examples made inside of a loop, where a layer is, so that its inputs and output gradients stay inside.
 
-The model is mapped over examples. What is wanted of all of them at once, such as a sum of outer products, is a function
-that takes the place of the mapped one (`jax.custom_batching.custom_vmap`), and whose result is not mapped. What it
-makes of output gradients leaves the backward pass as the cotangent of an argument that nothing depends on.
+The model is mapped over examples. A function of all of them at once, such as a sum of outer products, takes the place
+of the mapped one by `jax.custom_batching.custom_vmap`, and its result is not mapped. What it makes of output gradients
+leaves the backward pass as the cotangent of an argument that nothing depends on, since that is all that JAX lets out.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BatchFn = Callable[[PyTree[Array], Array], PyTree[Array]]
 
 
 class Tap(NamedTuple):
-    """What leaves the loops around a use in place of its arrays, for each step: functions of those of a batch."""
+    """Functions of the arrays of a batch at one use: what leaves the loops around it, for each step, in their place."""
 
     inputs: BatchFn  # of `args` and [N, *operand]
     output_grads: BatchFn  # of `args` and [N, *output]
@@ -25,7 +25,7 @@ class Tap(NamedTuple):
 
 
 def apply_to_batch(fn: BatchFn, args: PyTree[Array], size: int, x: Array) -> PyTree[Array]:
-    """`fn` of the `x` of all examples, called on that of one while so many are mapped over."""
+    """`fn` of the `x` of all `size` examples, called on that of one example while they are mapped over."""
 
     @custom_vmap
     def summary(args: PyTree[Array], x: Array) -> PyTree[Array]:
@@ -40,7 +40,7 @@ def apply_to_batch(fn: BatchFn, args: PyTree[Array], size: int, x: Array) -> PyT
 
 
 def tap_cotangents(fn: BatchFn, args: PyTree[Array], size: int, y: Array, perturbation: PyTree[Array]) -> Array:
-    """`y` itself; `fn` of its cotangents of all examples is the cotangent of `perturbation`."""
+    """`y` itself; the cotangent of `perturbation` is `fn` of all examples' cotangents of `y`."""
 
     @jax.custom_vjp
     def same(args: PyTree[Array], y: Array, perturbation: PyTree[Array]) -> Array:

@@ -1,4 +1,4 @@
-"""Find the layers of a model: its jaxpr for one example, and what was found in it."""
+"""Find the layers of a model: trace it on one example, and walk over its jaxpr."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ggn_jax.layers.uses import ElementwiseUse, UncoveredUse, Use
 class Trace:
     """A model's jaxpr for one example, or for a batch whose examples are coupled, and what was found in it."""
 
-    closed: Any  # of the outputs, and of what a coupled model returns besides
+    closed: Any  # a jaxpr of parameters, then inputs; its results are outputs, then what a coupled model also returns
     structure: Any  # of the parameters
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
@@ -30,10 +30,10 @@ class Trace:
     elementwise: tuple[ElementwiseUse, ...]
     uncovered: tuple[UncoveredUse, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
-    head: Data  # the model's output: of a layer, and which of its entries, if it is that layer's output moved about
+    head: Data  # of the model's output: if it is a layer's output, moved or not, which layer's, and which entries
     batched: tuple[bool, ...]  # whether each leaf of the inputs has a batch axis
     examples: int  # that the model was traced on together: 1 where they are independent
-    aux: Any  # the structure of what a coupled model returns besides
+    aux: Any  # the structure of what a coupled model returns as well
 
 
 def trace_model(
@@ -45,7 +45,8 @@ def trace_model(
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
 
-    # Not of shapes and dtypes alone: inside `jax.shard_map`, types say over which axes values vary.
+    # `eval_shape` of the arrays, and not of their shapes and dtypes: inside `jax.shard_map`, types also say over which
+    # axes of the mesh values vary.
     def cut(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         return params, inputs if coupled else map_batched(lambda x: x[:1], inputs)
 
@@ -73,13 +74,16 @@ def trace_model(
     batched = tuple(are_batched(one))
     analysis, head = analyse(closed, shapes, batched)
     if analysis.has_computed_weight or analysis.has_unmappable:
-        # Products with computed weights may be products with parameters, in another order.
+        # Products with computed weights may be products with parameters, in another order. The distributed jaxpr is
+        # taken only if it leaves fewer parameters without a Kronecker form, or if JAX cannot map the first one.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
         with explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
         if analysis.has_unmappable or found[0].uncovered_leaves() < analysis.uncovered_leaves():
             closed, (analysis, head) = other, found
+        # Last, what a weight makes of computed parameters (a normalised query, projected) as data for what comes next.
+        # Not before: a product of two parameters is a weight first.
         if analysis.uncovered_leaves():
             found = analyse(closed, shapes, batched, commit_early=True)
             analysis, head = found if found[0].uncovered_leaves() < analysis.uncovered_leaves() else (analysis, head)

@@ -21,7 +21,7 @@ class NotALayerError(Exception):
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of an array (after it is reshaped to `shape`), by what they are to the layer."""
+    """The axes of an array (after it is reshaped to `shape`), by their role in the layer."""
 
     shape: tuple[int, ...]
     groups: tuple[int, ...]
@@ -43,7 +43,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class ParameterView:
-    """Parameter entries as an array `[G, out, in]`."""
+    """Which parameter entries a weight has, as an array `[G, out, in]`."""
 
     entries: IndexMap  # [*groups, *out, *in]
     shape: tuple[int, int, int]
@@ -54,7 +54,7 @@ class ParameterView:
 
 @dataclass(frozen=True)
 class Patches:
-    """The patches of a convolution's input, for each position of its output."""
+    """How the patches of a convolution's input, one for each position of its output, are cut out."""
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -71,7 +71,7 @@ class Patches:
         shifted = [self.window_slice(x, offset) for offset in all_indices(self.kernel)]
         patches = jnp.stack(shifted, axis=-2)  # [B, *positions, kernel, channels]
         patches = patches.reshape(*patches.shape[:-1], self.groups, -1)
-        # Groups first, then channels and kernel in the order of the weight's axes.
+        # Groups first, then channels and kernel in the order of the weight's axes: the columns of its matrix.
         patches = jnp.moveaxis(patches, -3, -1) if self.channels_first else jnp.moveaxis(patches, -2, -3)
         return patches.reshape(*patches.shape[:-2], -1)
 
@@ -84,7 +84,7 @@ class Patches:
         return jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
 
     def window_slice(self, x: Array, offset: tuple[int | None, ...]) -> Array:
-        """What this place of the kernel meets at each position, of a spread input; None is the whole axis."""
+        """What the kernel's entry at `offset` meets at each position, of a padded input; None is the whole axis."""
         starts, stops, steps = [0], [x.shape[0]], [1]
         for axis, place in enumerate(offset):
             size, stride, dilation = x.shape[axis + 1], self.strides[axis], self.kernel_dilation[axis]
@@ -95,7 +95,7 @@ class Patches:
         return jax.lax.slice(x, (*starts, 0), (*stops, x.shape[-1]), (*steps, 1))
 
     def count(self, x: Array, axis: int) -> int:
-        """How many positions there are along a spatial axis of a spread input."""
+        """How many positions there are along a spatial axis of a padded input."""
         reach = self.kernel_dilation[axis] * (self.kernel[axis] - 1) + 1
         return (x.shape[axis + 1] - reach) // self.strides[axis] + 1
 
@@ -110,11 +110,11 @@ def all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class TableAxis:
-    """An axis of a table's rows: where its index is among the indices, and how rows are numbered."""
+    """An axis of a table whose rows are read: one of several, where a row is named by several indices."""
 
-    column: int
+    column: int  # where its index is along the last axis of the indices
     size: int
-    stride: int
+    stride: int  # of row numbers, in C order of these axes
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Use:
     table_axes: tuple["TableAxis", ...]  # embedding: which row is read
     fills: bool  # embedding: rows out of range are not read (but for `clip`)
     factor: float  # the equation's operand is the weight times this
-    constant: bool  # whether the operand is the same for all examples
+    constant: bool  # whether the other operand is the same for all examples
     source: str
     module: str
 
@@ -160,8 +160,8 @@ class Use:
         return self.input_axes.arrange(x.reshape(size, -1))
 
     def _rows(self, indices: Array) -> Array:
-        """The rows' numbers from an index for each axis of the table's rows; one that is out of range past the last."""
-        if indices.dtype.itemsize < 4:  # which may not hold the rows' numbers
+        """The rows' numbers, from an index for each axis of the table; one past the last for what is out of range."""
+        if indices.dtype.itemsize < 4:  # which may be too small for the product of the axes' sizes
             indices = indices.astype(jnp.int32)
         number = jnp.zeros(indices.shape[:-1], indices.dtype)
         outside = jnp.zeros(number.shape, bool)
@@ -178,7 +178,7 @@ class Use:
 
 @dataclass(frozen=True)
 class ElementwiseUse:
-    """Parameters that, moved about or computed with, scale or shift data entry by entry."""
+    """Parameters that, moved or computed with, scale or shift data entry by entry."""
 
     kind: str  # "scale" or "shift"
     leaves: frozenset[int]
@@ -200,7 +200,7 @@ class UncoveredUse:
 def _weight_view(
     entries: IndexMap, groups: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...], what: str
 ) -> ParameterView:
-    """The view with these axes; along all other axes the weight repeats."""
+    """The view with these axes; along all other axes the weight is broadcast, and one index stands for all."""
     kept = (*groups, *out, *inputs)
     starts = (0,) * len(entries.shape)
     stops = tuple(size if axis in kept else min(size, 1) for axis, size in enumerate(entries.shape))
@@ -214,7 +214,11 @@ def _weight_view(
 
 
 def from_dot(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
-    """A matrix product, batched or not, with the weight as operand number `weight`."""
+    """A matrix product, batched or not, with the weight as operand number `weight`.
+
+    Batch axes along which the weight is broadcast (as `vmap` makes them) and loops that share it are positions; the
+    others are groups. Its contracted axes are inputs, and its free axes outputs.
+    """
     (contract, batch) = eqn.params["dimension_numbers"]
     num_loops, data = len(loops), 1 - weight
     ranks = [len(var.aval.shape) for var in eqn.invars]
@@ -258,7 +262,7 @@ def from_dot(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -
 
 
 def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
-    """A convolution of any rank, stride, padding, dilation and number of groups."""
+    """A convolution of any rank, stride, padding, dilation and number of groups, as a product with patches."""
     params = eqn.params
     if weight != 1:
         raise NotALayerError("it is the input of a convolution whose kernel is data")
@@ -323,14 +327,14 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
 
 
 def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
-    """Rows of a table, as in an embedding."""
+    """Rows of a table, as in an embedding: a matrix product with one-hot inputs, which are never formed."""
     if weight != 0:
         raise NotALayerError("it is an index")
     numbers, num_loops = eqn.params["dimension_numbers"], len(loops)
     table, indices = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     sizes, fills = tuple(eqn.params["slice_sizes"]), "FILL" in str(eqn.params["mode"])
     mapped = tuple(numbers.start_index_map)
-    # Along an axis that is read as a whole, every index is clipped to 0.
+    # An axis that is read as a whole has only one place to start from: its index is clipped to 0, and names no row.
     rows = tuple(axis for axis in mapped if sizes[axis] < table[axis]) or mapped[:1]
     whole = tuple(1 if axis in rows else size for axis, size in enumerate(table))
     if not rows or sizes != whole or (fills and len(rows) < len(mapped)) or numbers.operand_batching_dims:
@@ -373,14 +377,15 @@ LAYER_PRIMITIVES = {"dot_general": from_dot, "conv_general_dilated": from_conv, 
 
 
 def find_bias(use: Use, output: IndexMap, bias: IndexMap) -> ParameterView | None:
-    """The bias `[G, out, 1]` that is added to a layer's output, where it is one number per output feature.
+    """The bias `[G, out, 1]` that is added to a layer's output, if it is one number per output feature; else None.
 
-    `output` says which of the layer's outputs each entry of the sum is, `bias` which parameter is added to it.
+    `output` says which entry of the layer's output each entry of the sum is, `bias` which parameter is added to it.
     """
     axes = use.output_axes
     if output.table is not None or bias.table is not None or output.size != math.prod(axes.shape):
         return None
     order = sorted(range(len(output.shape)), key=lambda a: (-output.strides[a], output.shape[a]))
+    # Undo the moves of the output: the sum is where each of the layer's outputs is, or it is no bias.
     moved = output.transpose(tuple(order))
     if moved.reshape((moved.size,)) != IndexMap.contiguous((moved.size,)):
         return None
