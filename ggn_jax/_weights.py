@@ -23,6 +23,6 @@ def weighted_sum(trees: Sequence[PyTree[Array]], weights: Sequence[Float[Array, 
     return jax.tree.map(one, *trees)
 
 
-def root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The square root of what is positive, else 0; its derivative at 0 is 0."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

@@ -14,7 +14,7 @@ from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, pref
 from ggn_jax._model import Model
 from ggn_jax._outputs import cut, flat_model, join
 from ggn_jax._repr import fields
-from ggn_jax._weights import root, times
+from ggn_jax._weights import safe_sqrt, times
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, check_values, split_terms
@@ -229,7 +229,7 @@ class JointTerms(eqx.Module):
 
     def sampled_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
         return self._join(
-            {k: times(root(self.weights[k]), t.sampled_gradient(drawn[k])) for k, t in self.parts.items()}
+            {k: times(safe_sqrt(self.weights[k]), t.sampled_gradient(drawn[k])) for k, t in self.parts.items()}
         )
 
     def sampled_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
@@ -238,7 +238,7 @@ class JointTerms(eqx.Module):
     def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
         vs = self.loss.heads(v)
         products = {k: terms.product(name, vs[k][1]) for k, terms in self.parts.items()}
-        scales = {k: w if name == "mv" else root(w) for k, w in self.weights.items()}
+        scales = {k: w if name == "mv" else safe_sqrt(w) for k, w in self.weights.items()}
         return self._join({k: times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
 
     def diagonal(self) -> Float[Array, "... entries"]:
@@ -300,7 +300,7 @@ def joint_vectors(
             with named(name):
                 drawn = one(outputs[name], *numbers, targets[name], None if key is None else folded(key, i))
             weight = loss.weights[name]
-            found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else root(weight), drawn)
+            found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else safe_sqrt(weight), drawn)
         if fisher_type is not FisherType.TYPE2:
             return found
         sizes, start = [x.shape[0] for x in found.values()], 0

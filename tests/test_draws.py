@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ggn_jax
 from ggn_jax import BCEWithLogitsLoss, CrossEntropyLoss, make_batch_grad_output_fn, make_grad_output_fn
 from ggn_jax._draws import LARGE, draw_class, masses, uniform_below
-from ggn_jax.kronecker.vectors import vector_maker
+from ggn_jax.kronecker.vectors import make_vector_fn
 from ggn_jax.terms import split_terms
 
 
@@ -167,6 +167,6 @@ def test_one_sample_at_a_time(loss: ggn_jax.Loss) -> None:
     targets = jnp.zeros((4, 2), int) if isinstance(loss, CrossEntropyLoss) else jnp.zeros((4, 3, 2))
     terms = split_terms(loss, outputs, targets, batch=True)
     keys = jax.random.split(jax.random.key(5), 4)
-    make = vector_maker(terms, ggn_jax.FisherType.MC, 5, "exact", keys)
+    make = make_vector_fn(terms, ggn_jax.FisherType.MC, 5, "exact", keys)
     vectors = make_batch_grad_output_fn(loss, "mc", 5)(outputs, targets, jax.random.key(5))
     np.testing.assert_allclose(make(jnp.asarray([3, 0])), vectors[jnp.asarray([3, 0])], rtol=1e-14)

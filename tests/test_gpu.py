@@ -20,7 +20,7 @@ import torch
 
 import ggn_jax
 import torch_bridge
-from ggn_jax.kronecker.inverse import by_halves, by_solves
+from ggn_jax.kronecker.inverse import inverse_by_halves, inverse_by_solves
 from torch_bridge import _cuda, to_jax, to_torch
 
 needs_cuda = pytest.mark.skipif(
@@ -132,8 +132,8 @@ def test_who_started_jax_too_early_is_told() -> None:
     _cuda.check_shared(FakeDevice())
 
 
-@pytest.mark.parametrize("invert", [by_halves, by_solves])
-@pytest.mark.by_default("by_halves")
+@pytest.mark.parametrize("invert", [inverse_by_halves, inverse_by_solves])
+@pytest.mark.by_default("inverse_by_halves")
 def test_inverses_from_triangular_factors(invert: Callable[[jax.Array], jax.Array]) -> None:
     size = 1500  # cut in halves once
     x = np.random.default_rng(0).normal(size=(size, 2 * size)) / size**0.5

@@ -1,4 +1,4 @@
-"""A mask of the inputs' positions, as each layer has these positions."""
+"""A mask of the inputs' positions, arranged as each layer has these positions."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,19 @@ from ggn_jax.layers.provenance import AxisProvenance, position_provenance
 
 
 class _AmbiguousMaskError(Exception):
-    """The trace does not tell which of the mask's axes a layer's are; says what would help."""
+    """The trace does not tell which axis of the mask a layer's axis is; says what would help."""
 
 
 def arrange_masks(trace: Trace, mask: Array | None) -> list[Bool[Array, "N S"] | None]:
-    """For each use, the mask in the order of its positions; None where it has other positions.
+    """For each use, the mask in the order of its positions; None if it has other positions.
 
-    Axes are matched by size, in any order. Those of one size are in the order in which the inputs have them. Axes of
-    length 1 do not count (but where the mask has no others), and neither do those that weights made, such as heads.
+    Axes are matched by size. Among several of one size, the layer's axes must have known provenance, and the one that
+    comes first in the inputs is the mask's first. Axes of length 1 are ignored (unless the mask has no others), and so
+    are those that weights made, such as heads.
     """
     if mask is None:
         return [None] * len(trace.uses)
-    if trace.examples > 1:  # together, they are positions
+    if trace.examples > 1:  # coupled examples are positions
         mask = mask.reshape(-1, trace.examples, *mask.shape[1:])
     result = []
     for use, axes in zip(trace.uses, position_provenance(trace), strict=True):
@@ -38,7 +39,7 @@ def arrange_masks(trace: Trace, mask: Array | None) -> list[Bool[Array, "N S"] |
     return result
 
 
-Match = tuple[int | None, ...]  # for each of a layer's position axes, the mask's axis that it is
+Match = tuple[int | None, ...]  # for each position axis of a layer, which axis of the mask it is
 
 
 def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, AxisProvenance]]) -> Match | None:
@@ -48,8 +49,8 @@ def _match(shape: tuple[int, ...], axes: Sequence[tuple[int, AxisProvenance]]) -
     own = [i for i, (size, source) in enumerate(axes) if source != 0 and (size > 1 or not several)]
     if not several and all(axes[i][0] == 1 for i in own) and any(axes[i][1] is None for i in own):
         raise _AmbiguousMaskError(
-            "one position for each example may as well be none. Pad to two positions, or leave out the data that the"
-            " mask leaves out."
+            "one position for each example cannot be told from none. Pad to two positions, or leave out the examples"
+            " that the mask leaves out."
         )
     if sorted(axes[i][0] for i in own) != sorted(shape[axis] for axis in wanted):
         return None

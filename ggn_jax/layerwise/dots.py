@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ggn_jax._checks import wide_dtype
 from ggn_jax._sharding import vary_like
-from ggn_jax.kronecker.stacks import Stack, read
+from ggn_jax.kronecker.stacks import Stack, read_entries
 from ggn_jax.layers import Trace, capture, join_traces, make_plan, trace_model
 from ggn_jax.layers.uses import ParameterView
 from ggn_jax.layerwise.found import LayerInfo, Layers
@@ -126,8 +126,8 @@ def _of_function(
     wide = wide_dtype(layers.trace.outputs)
     count = math.prod(problem.outputs.shape[1:])
     seeds = jnp.eye(count, dtype=problem.outputs.dtype).reshape(count, 1, *problem.outputs.shape[1:])
-    unused = {left.leaf for left in make_plan(trace).unassigned if left.kind == "unused"}
-    rest = [left.leaf for left in layers.plan.unassigned]
+    unused = {parameter.leaf for parameter in make_plan(trace).unassigned if parameter.kind == "unused"}
+    rest = [parameter.leaf for parameter in layers.plan.unassigned]
     own = tuple(leaf for leaf in rest if leaf not in unused)
 
     def parts(inputs: PyTree[Array]) -> list[_Part | None]:
@@ -164,7 +164,7 @@ def _scale_of(layers: Layers, info: LayerInfo, stack: Stack, scales: Sequence[Ar
     entries = [jnp.broadcast_to(scale.astype(wide), shape) for scale, shape in pairs]
 
     def whole(views: tuple[ParameterView, ...]) -> Float[Array, "G out in"]:
-        return read([Stack((replace(spec, views=views),))], entries)[0]
+        return read_entries([Stack((replace(spec, views=views),))], entries)[0]
 
     apart = None if bias is None or info.has_bias else whole((bias,))
     owned = [[scales[leaf] for leaf in view.entries.owning_leaves(layers.sizes)] for view in spec.views]

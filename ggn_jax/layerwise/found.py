@@ -129,14 +129,14 @@ class Layers:
             for layer in self.all
         ]
         names = self.trace.names
-        left = [f"{names[left.leaf]} ({left.kind})" for left in self.plan.unassigned]
-        left += [
+        rest = [f"{names[parameter.leaf]} ({parameter.kind})" for parameter in self.plan.unassigned]
+        rest += [
             f"{names[leaf]} (bias)"
             for layer, info in zip(self.plan.layers, self.all, strict=True)
             if layer.bias is not None and not info.has_bias
             for leaf in layer.bias.entries.owning_leaves(self.sizes)
         ]
-        return "\n".join(table(head, rows) + ([f"rest: {', '.join(left)}"] if left else []))
+        return "\n".join(table(head, rows) + ([f"rest: {', '.join(rest)}"] if rest else []))
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(self.names)})"

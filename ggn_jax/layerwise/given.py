@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
 from ggn_jax.kronecker.algebra import Block, Diagonal, Factor, Kronecker
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, entry_layout
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.uses import ParameterView
 from ggn_jax.layerwise.found import LayerInfo, Layers
@@ -63,7 +63,7 @@ def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: P
     groups: dict[Any, list[tuple[BlockSpec, Block]]] = {}
     for spec, block in pairs:
         kinds = [(x.ndim, x.dtype) for x in jax.tree.leaves(block)]
-        groups.setdefault((type(block), layout_of(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
+        groups.setdefault((type(block), entry_layout(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
             (spec, block)
         )
     stacks = tuple(Stack(tuple(spec for spec, _ in group)) for group in groups.values())

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax.kronecker.stacks import read, write
+from ggn_jax.kronecker.stacks import read_entries, write_entries
 from ggn_jax.layerwise.found import Layers
 
 Matrices = dict[str, Float[Array, "G out in"]]
@@ -48,7 +48,7 @@ def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
     {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
     """
     leaves = _leaves(layers, tree)
-    matrices = dict(zip(layers.names, read(layers.stacks, tree), strict=True))
+    matrices = dict(zip(layers.names, read_entries(layers.stacks, tree), strict=True))
     owned = free_entries(layers)
     rest: list[Any] = [
         leaf if free is None else optax.MaskedNode() if not free.any() else jnp.where(jnp.asarray(free), leaf, 0)
@@ -99,7 +99,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
                 dtypes[leaf] = part.dtype
     given = rest_leaves(layers, rest)
     shapes = trace.shapes
-    written = jax.tree.leaves(write(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
+    written = jax.tree.leaves(write_entries(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
     result = []
     for leaf, free in enumerate(owned):
         if free is not None and not free.any():

@@ -19,7 +19,7 @@ from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import check_mask_fits
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
-from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
+from ggn_jax.kronecker.vectors import Positions, count_vectors, make_vector_fn
 from ggn_jax.layers import Captured, Trace, capture
 from ggn_jax.layers.check import COUPLED_WAY_OUT, check_independent
 from ggn_jax.layerwise.found import LayerInfo, Layers
@@ -245,7 +245,7 @@ def _look(
     num = count_vectors(problem.loss, layers.trace.outputs, *kind, together)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:
-        vectors = vector_maker(terms, *kind, extra["keys"], together)(jnp.arange(num)).astype(captured.outputs.dtype)
+        vectors = make_vector_fn(terms, *kind, extra["keys"], together)(jnp.arange(num)).astype(captured.outputs.dtype)
     value = gradient = None
     if valued:
         value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(captured.outputs)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._eager import compiled
-from ggn_jax._weights import root, times, weighted_sum
+from ggn_jax._weights import safe_sqrt, times, weighted_sum
 from ggn_jax.layerwise.dots import gradients, products
 from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, leaf_dampings
 from ggn_jax.operators.outputs import Linearised
@@ -128,7 +128,7 @@ class Functions(Space):
         return jnp.block([[block(k, m) for m in numbers] for k in numbers])
 
     def _weights(self) -> list[Array]:
-        return [jnp.ones(()) if f.weight is None else root(f.weight) for f in self.functions]
+        return [jnp.ones(()) if f.weight is None else safe_sqrt(f.weight) for f in self.functions]
 
 
 def inverse_roots(damping: PyTree[Array] | None, params: PyTree[Array]) -> list[Array] | None:

@@ -16,9 +16,9 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.algebra import Block, Diagonal
-from ggn_jax.kronecker.functions import DENSE
+from ggn_jax.kronecker.functions import MAX_DENSE_ROWS
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, ParamsStructure, blocks_mv, write_entries
 from ggn_jax.kronecker.sums import (
     AnyBlock,
     Function,
@@ -54,10 +54,10 @@ class BlockLinearOperator(SymmetricLinearOperator):
     """
 
     blocks: Blocks
-    structure: Structure = eqx.field(static=True)
+    structure: ParamsStructure = eqx.field(static=True)
 
     @classmethod
-    def _of(cls, blocks: Blocks, structure: Structure) -> Self:
+    def _of(cls, blocks: Blocks, structure: ParamsStructure) -> Self:
         """An operator with these blocks, which constructors of subclasses compute from data."""
         operator = object.__new__(cls)
         object.__setattr__(operator, "blocks", blocks)
@@ -72,7 +72,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return parameters_of(self.structure)
 
     def _details(self) -> dict[str, Any]:
-        return {"blocks": len(self.blocks.each())}
+        return {"blocks": len(self.blocks.unstacked())}
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
         """The product with `vector`, a pytree like the parameters."""
@@ -225,8 +225,9 @@ class BlockLinearOperator(SymmetricLinearOperator):
             if not is_representable(block):
                 raise NotImplementedError(
                     f"the block of {', '.join(stack.specs[0].names)} is a sum of blocks with different eigenvectors"
-                    f" and has {size_of(block)} rows, more than {DENSE}: it has no inverse, root or determinant here."
-                    " Use lineax.linear_solve with lineax.CG, and the inverse of one of them as preconditioner."
+                    f" and has {size_of(block)} rows, more than {MAX_DENSE_ROWS}: it has no inverse, root or"
+                    " determinant here. Use lineax.linear_solve with lineax.CG, and the inverse of one of them as"
+                    " preconditioner."
                 )
         return self._check_damping(damping)
 
@@ -263,7 +264,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def _named(self) -> list[tuple[str, tuple[BlockSpec, Block]]]:
         """The blocks, each with the path of its first parameter, and `#1`, `#2`, ... where that has several."""
-        pairs = self.blocks.each()
+        pairs = self.blocks.unstacked()
         firsts = [spec.names[0] for spec, _ in pairs]
         names = [
             f"{name}#{firsts[: i + 1].count(name)}" if firsts.count(name) > 1 else name for i, name in enumerate(firsts)
@@ -293,14 +294,14 @@ def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, vector: vector)
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
-    return multiply(operator.blocks, operator.structure, vector)
+    return blocks_mv(operator.blocks, operator.structure, vector)
 
 
 @jax.jit
 @compiler_sharded
 def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
     parts = [block.diagonal() for block in operator.blocks.blocks]
-    return write(operator.blocks.stacks, operator.structure, parts)
+    return write_entries(operator.blocks.stacks, operator.structure, parts)
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from ggn_jax._checks import Examples, as_array, check_count, is_concrete, wide_d
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._weights import weighted_sum
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.stacks import structure
+from ggn_jax.kronecker.stacks import params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
@@ -227,7 +227,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
-        made_of, options = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
+        made_of, options = (problem.loss.reduction, params_structure(params)), (loss_key(loss), mc_samples)
         drawn = (key, start) if compute.draws else None
         return PartialSums.of(Recipe(cls, (made_of, *options), made_of), problem.params, totals, seen, drawn)
 

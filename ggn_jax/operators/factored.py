@@ -18,7 +18,7 @@ from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, find_layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
 from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
-from ggn_jax.kronecker.stacks import Blocks, structure
+from ggn_jax.kronecker.stacks import Blocks, params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
@@ -60,7 +60,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         mask = check_mask(mask, problem)
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, made, self._method)
-        self.structure = structure(problem.params)
+        self.structure = params_structure(problem.params)
 
     @classmethod
     @takes(DEFAULTS, MASKS)
@@ -113,7 +113,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))
         blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
-        return cls._of(blocks, structure(problems[0].params))
+        return cls._of(blocks, params_structure(problems[0].params))
 
     @classmethod
     @takes(DEFAULTS, MASKS)
@@ -161,7 +161,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 return cls._checked(make_problem(*args, has_aux=has_aux, examples=examples), made, chunk_size)
 
             blocks, problem = nearest_blocks(make, batches, made, key, progress)
-            return cls._of(blocks, structure(problem.params))
+            return cls._of(blocks, params_structure(problem.params))
         args = model_fn, loss, params, batches
         given: dict[str, Any] = {
             **options,
@@ -242,7 +242,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not recipes and factors is None:
                 cls._checked(problem, made, chunk_size)
-            kind = made, key_of_loss, structure(problem.params)
+            kind = made, key_of_loss, params_structure(problem.params)
             if not recipes:
                 layout = find_layout(problem, made)
                 recipes.add(Recipe(cls, (layout.signature(), *kind), (layout, kind[2])))

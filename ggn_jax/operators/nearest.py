@@ -10,9 +10,18 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.checks import check_draws
-from ggn_jax.kronecker.factors import batch_sums, in_places, reduce_sums
+from ggn_jax.kronecker.factors import batch_sums, reduce_sums, with_other_blocks
 from ggn_jax.kronecker.layout import Layout, find_layout
-from ggn_jax.kronecker.optimal import POWER_ITERATIONS, gradients, kronecker_blocks, moves, safe, scaled, start, unit
+from ggn_jax.kronecker.optimal import (
+    MAX_POWER_ITERATIONS,
+    gradients,
+    has_changed,
+    initial_factor,
+    kronecker_blocks,
+    normalised,
+    rescaled,
+    safe_scales,
+)
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.operators.batches import check_iterable, with_reduction
@@ -43,7 +52,9 @@ def nearest_blocks(
         return totals
 
     sums, biases = sweeps.sweep(first, "sizes")
-    scales = [safe(x) for x in jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(scales for scales, _ in found))]
+    scales = [
+        safe_scales(x) for x in jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(scales for scales, _ in found))
+    ]
 
     def step(given: list[Array], to_b: bool) -> list[Array]:
         def share(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
@@ -54,9 +65,9 @@ def nearest_blocks(
         return stepped
 
     a = found[0][1]
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(MAX_POWER_ITERATIONS):
         before, a = a, _units(step(_units(step(a, True)), False))
-        if not _any_moves(a, before):
+        if not _any_has_changed(a, before):
             break
     return _finish(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
 
@@ -73,7 +84,7 @@ def _first(problem: Problem, keys: Array | None, options: Options) -> Any:
     """What is summed over batches without iterations; how large gradients are, and where to start; what of."""
     layout = Layout.of(problem, options)
     found = gradients(problem, layout, keys, unreduced=True)
-    other = [side.scales() for side in found.sides], [start(side) for side in found.sides]
+    other = [side.scales() for side in found.sides], [initial_factor(side) for side in found.sides]
     return (batch_sums(problem, layout, keys, None), found.biases), other, layout.signature()
 
 
@@ -89,12 +100,12 @@ def _step(
 
 @jax.jit
 def _units(xs: list[Array]) -> list[Array]:
-    return list(map(unit, xs))
+    return list(map(normalised, xs))
 
 
 @jax.jit
-def _any_moves(xs: list[Array], before: list[Array]) -> Array:
-    return jnp.any(jnp.stack([moves(x, y) for x, y in zip(xs, before, strict=True)]))
+def _any_has_changed(xs: list[Array], before: list[Array]) -> Array:
+    return jnp.any(jnp.stack([has_changed(x, y) for x, y in zip(xs, before, strict=True)]))
 
 
 @eqx.filter_jit
@@ -106,5 +117,5 @@ def _finish(layout: Layout, sums: Any, biases: list[Array], a: list[Array], b: l
         found: list[Array] = with_reduction(reduction, xs, divisor, [x.dtype for x in xs])
         return found
 
-    factors = [scaled(pair, scale) for pair, scale in zip(zip(a, reduced(b), strict=True), scales, strict=True)]
-    return in_places(layout, kronecker_blocks(layout, factors, reduced(biases)), reduce_sums(layout, sums))
+    factors = [rescaled(pair, scale) for pair, scale in zip(zip(a, reduced(b), strict=True), scales, strict=True)]
+    return with_other_blocks(layout, kronecker_blocks(layout, factors, reduced(biases)), reduce_sums(layout, sums))

@@ -14,8 +14,8 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax._unbatched import batch_axes, map_batched
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.chunked import sum_chunked
 from ggn_jax.kronecker.diagonal import compute_diagonal
-from ggn_jax.kronecker.parts import sum_in_parts
 from ggn_jax.layers.run import vmap_examples
 from ggn_jax.operators.batches import without_reduction
 from ggn_jax.operators.problem import Problem
@@ -86,7 +86,7 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
         def squares(indices: Array) -> PyTree[Array]:
             return jax.tree.map(lambda s: jnp.sum(s, axis=0), vmap_examples(squared)(indices))
 
-        return sum_in_parts(squares, num, vector_chunk_size)
+        return sum_chunked(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
         data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)

@@ -22,8 +22,8 @@ from ggn_jax.joint import flatten_problem
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
-from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
-from ggn_jax.kronecker.stacks import Stack, structure
+from ggn_jax.kronecker.stacks import Stack, params_structure
+from ggn_jax.kronecker.use_factors import find_taps, find_use_factors, mean_weights
 from ggn_jax.layers import Trace, capture, trace_model
 from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
 from ggn_jax.layers.report import check_model
@@ -145,7 +145,7 @@ class Core:
 
     def known(self, params: PyTree[Array]) -> Known:
         self._check(params)
-        shape = structure(params)
+        shape = params_structure(params)
         if shape not in self._known:
             layout = self._layout(params)
             self._know(params, layout, jax.eval_shape(lambda: initial(layout, self.settings, jnp.zeros(()))))
@@ -153,7 +153,7 @@ class Core:
 
     def _know(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
         factors = jax.eval_shape(lambda: zero_factors(block_shapes(layout), self.settings))
-        self._known[structure(params)] = Known(layout.stacks, structure_of(curvature), factors)
+        self._known[params_structure(params)] = Known(layout.stacks, structure_of(curvature), factors)
 
     def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:
         """The curvature in a state that may be wrapped, also array by array."""
@@ -231,19 +231,19 @@ class Core:
         weights = mean_weights(layout, mask, problem.outputs.shape[0], counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
-            sides = find_sides(layout, extra["mask"], weights)
+            use_factors = find_use_factors(layout, extra["mask"], weights)
             # EKFAC's corrections need the gradient of each example.
-            taps = {} if settings.ekfac else find_taps(sides)
+            taps = {} if settings.ekfac else find_taps(use_factors)
             shared = always or not taps  # taps make factors in the forward pass, where they might not be due
             look = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
             captured = value = aux = grads = None
 
             def factors() -> Sums:
                 seen = captured if captured is not None and shared else look(taps=taps)
-                args = (layout, sides, seen, terms_at, operand, extra["keys"])
+                args = (layout, use_factors, seen, terms_at, operand, extra["keys"])
                 sums, corrected = captured_sums(*args), ()
                 if bases is not None:
-                    corrected = captured_sums(*args, bases, unassigned=False)["corrected"]
+                    corrected = captured_sums(*args, bases, unassigned=False)["corrections"]
                 return vary_like((sums, corrected), problem)
 
             if gradient:
@@ -274,8 +274,8 @@ class Core:
     def _factors(
         self, layout: Layout, sums: dict[str, Any], corrected: Any, counts: Bool[Array, ""], curvature: Curvature
     ) -> Factors:
-        if "own" in sums:  # as the weights: it may be added to others'
-            sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]
+        if "unassigned" in sums:  # as the weights: it may be added to others'
+            sums["unassigned"] = [jnp.where(counts, x, 0) for x in sums["unassigned"]]
         blocks = assemble_blocks(layout, sums).blocks
         batches = counts.astype(jnp.float32)
         weight = batches if self.settings.factor_interval == 1 else jnp.where(self._is_due(curvature), batches, 0)
@@ -326,7 +326,7 @@ def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs
 def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
     """The corrections of all layers' blocks, in the stacks of these."""
     members: list[Any] = [value for values in corrected for value in values]
-    stacked = layout.stacked([*members, *[()] * (len(layout.members) - len(members))])
+    stacked = layout.stack_all([*members, *[()] * (len(layout.members) - len(members))])
     return tuple(value for value in stacked if isinstance(value, jax.Array))
 
 

@@ -22,7 +22,7 @@ from ggn_jax.kronecker.algebra import (
 )
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
-from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
+from ggn_jax.kronecker.stacks import Stack, params_structure, read_entries, stacked_mv, write_entries
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
 from ggn_jax.optimizer.renewal import renew
 from ggn_jax.optimizer.settings import Settings
@@ -141,7 +141,7 @@ def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
         return cut
 
     real_ones = [real(*pair) for pair in zip(layout.stacks, inverses, strict=True)]
-    return layout.by_layer(layout.each(real_ones))
+    return layout.by_layer(layout.unstack_all(real_ones))
 
 
 @compiled
@@ -203,7 +203,7 @@ def precondition(
     made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
     slope = inner(made, [part.astype(x.dtype) for part, x in zip(parts, made, strict=True)])
     made = [x[: stack.shape[0]] for stack, x in zip(stacks, made, strict=True)]
-    return Direction(write(stacks, structure(gradient), made), slope, finite)
+    return Direction(write_entries(stacks, params_structure(gradient), made), slope, finite)
 
 
 def precondition_stacks(
@@ -219,8 +219,8 @@ def precondition_stacks(
         inverses = tuple(block.map(damped) for block in inverses)
     spread = settings.spread
     # Each device multiplies with the inverses that it holds.
-    parts = spread.place(spread.pad(read(stacks, gradient)))
-    return list(products(inverses, parts)), list(parts)
+    parts = spread.place(spread.pad(read_entries(stacks, gradient)))
+    return list(stacked_mv(inverses, parts)), list(parts)
 
 
 @compiled

@@ -13,7 +13,7 @@ from ggn_jax._checks import are_known
 from ggn_jax._eager import compiled
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.kronecker.algebra import Block, Kronecker, Spectral, is_diagonal
-from ggn_jax.kronecker.linalg import eigh, norm, resolved
+from ggn_jax.kronecker.linalg import eigh, norm, zero_below_resolution
 from ggn_jax.kronecker.pairs import split_damping
 from ggn_jax.kronecker.stacks import BlockSpec, unstack
 from ggn_jax.layers.table import table
@@ -241,7 +241,7 @@ def _spectra(blocks: Sequence[Block], damping: Array, settings: Settings) -> lis
     ]
     dense = [x for one in named for x in one.values() if not is_diagonal(x)]
     pairs = settings.spread.locally(lambda matrices: [tuple(pair) for pair in eigh(matrices)], dense) if dense else []
-    found = iter([resolved(values) for values, _ in pairs])
+    found = iter([zero_below_resolution(values) for values, _ in pairs])
     spectra = [{name: x if is_diagonal(x) else next(found) for name, x in one.items()} for one in named]
     return spectra if settings.keeps_spectra else [_shifted(spectrum, damping) for spectrum in spectra]
 

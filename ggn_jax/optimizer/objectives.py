@@ -76,14 +76,14 @@ class ObjectiveCore(Core):
         self._check_layers(layout, problems[0].params, [one.inputs for one in problems])
         present = [one.counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
         counts = jnp.any(jnp.stack(present))
-        each = zip(problems, layout.parts, mask, keys, strict=True)
+        each = zip(problems, layout.functions, mask, keys, strict=True)
         seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
         values, grads, pairs = zip(*seen, strict=True)
         value = weighted_sum(values, weights) if gradient else None
         total = weighted_sum(grads, weights) if gradient else None
-        added = [{**sums, "corrected": corrected} if corrected else sums for sums, corrected in pairs]
+        added = [{**sums, "corrections": corrected} if corrected else sums for sums, corrected in pairs]
         joined = add_sums(layout, added, weights)
-        return value, total, self._factors(layout, joined, joined.pop("corrected", ()), counts, curvature)
+        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), counts, curvature)
 
 
 def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:

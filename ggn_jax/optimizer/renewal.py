@@ -88,7 +88,7 @@ def _invert_products(
         return []
     wide = max((dtype for _, dtype in products), key=lambda dtype: jnp.finfo(dtype).bits)
     factors = BySize([x.astype(dtype) for block, dtype in products for x in (block.a[0], block.b[0])])
-    of_a, of_b = (np.concatenate(factors.places[side::2]) for side in (0, 1))
+    of_a, of_b = (np.concatenate(factors.group_ranges[side::2]) for side in (0, 1))
 
     means = jnp.concatenate([_mean(x).astype(wide) for x in factors.joined])
     (shift_a,), (shift_b,) = split_damping([means[of_a]], [means[of_b]], damping)
@@ -100,7 +100,7 @@ def _invert_products(
     ]
     finite = jnp.concatenate([jnp.isfinite(largest(x, range(1, x.ndim))) for x in inverses])
 
-    found, both = factors.apart(inverses), finite[of_a] & finite[of_b]
+    found, both = factors.split(inverses), finite[of_a] & finite[of_b]
     result, start = [], 0
     for a, b in zip(found[::2], found[1::2], strict=True):
         result.append((Kronecker((a,), (b,)), both[start : start + len(a)]))
