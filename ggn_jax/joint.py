@@ -84,7 +84,7 @@ class JointLoss(Loss):
 
     def _values(self, outputs: Any, targets: Any) -> Iterator[tuple[str, Array]]:
         for name, loss in self.losses.items():
-            with named(name):
+            with errors_name_output(name):
                 yield name, loss(outputs[name], targets[name])
 
     def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> dict[str, Bool[Array, "..."]]:  # type: ignore[override]
@@ -119,13 +119,13 @@ class JointLoss(Loss):
     def check_shapes(self, outputs: Any, targets: Any, batch: bool) -> None:
         self.check_names("targets", targets)
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
-            with named(name):
+            with errors_name_output(name):
                 loss.check_shapes(f, targets[name], batch)
 
     def check_values(self, outputs: Any, targets: Any, batch: bool) -> None:
         """Refuse targets whose values a loss does not accept, where they can be looked at."""
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
-            with named(name):
+            with errors_name_output(name):
                 check_values(loss, f, targets[name], batch)
 
     def stand_in_targets(self, outputs: Any, batch: bool) -> Any:
@@ -158,7 +158,7 @@ class JointLoss(Loss):
     draw = settle = sampled_gradient = operand = _refuse
 
 
-def named(name: str) -> AbstractContextManager[None]:
+def errors_name_output(name: str) -> AbstractContextManager[None]:
     """Errors say of which output they are."""
     return prefixed(f"of output {name!r}: ")
 
@@ -186,7 +186,7 @@ class JointTerms(eqx.Module):
         return jnp.concatenate([times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
 
     @property
-    def r(self) -> Float[Array, ""]:
+    def reduction_factor(self) -> Float[Array, ""]:
         """The reduction, where all losses have the same: that of sums."""
         return jnp.ones((), self.outputs.dtype)
 
@@ -212,20 +212,20 @@ class JointTerms(eqx.Module):
         products = {k: t.empirical_product(tangents[k][1], True) for k, t in self.parts.items()}
         return self._join({k: times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
 
-    def labels(self, per_term: bool) -> tuple[Array, int]:
+    def term_indices(self, per_term: bool) -> tuple[Array, int]:
         if not per_term:
             shape = self.outputs.shape
             return jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape), shape[0]
         found: dict[str, Array] = {}
         total = 0
         for name, terms in self.parts.items():
-            numbers, count = terms.labels(True)
+            numbers, count = terms.term_indices(True)
             found[name], total = numbers + total, total + count
         return self._join(found), total
 
     def draw(self, keys: Array, num: int) -> dict[str, Array]:
         """As `Terms.draw`, for each head, with keys of its own."""
-        return {k: terms.draw(folded(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
+        return {k: terms.draw(fold_keys(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
 
     def sampled_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
         return self._join(
@@ -257,7 +257,7 @@ class JointTerms(eqx.Module):
         return join(arrays, int(self.batch))
 
 
-def folded(keys: Array, number: int) -> Array:
+def fold_keys(keys: Array, number: int) -> Array:
     """Keys for the head of this number."""
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
 
@@ -297,8 +297,8 @@ def joint_vectors(
         loss.check_names("targets", targets)
         found = {}
         for i, (name, one) in enumerate(fns.items()):
-            with named(name):
-                drawn = one(outputs[name], *numbers, targets[name], None if key is None else folded(key, i))
+            with errors_name_output(name):
+                drawn = one(outputs[name], *numbers, targets[name], None if key is None else fold_keys(key, i))
             weight = loss.weights[name]
             found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else safe_sqrt(weight), drawn)
         if fisher_type is not FisherType.TYPE2:
@@ -321,6 +321,6 @@ def check_joint_terms(loss: JointLoss, outputs: Any, targets: Any, batch: bool) 
     loss.check_names("targets", targets)
     checked = {}
     for name, (head, f) in flat.heads(joined).items():
-        with named(name):
+        with errors_name_output(name):
             checked[name] = check_terms(head, f, targets[name], batch)[1]
     return flat, joined, checked

@@ -1,8 +1,8 @@
 """A loss at given outputs, split into its independent terms: the one place where reduction and weights are applied.
 
 A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one example or of a
-batch, and scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and
-gradients `r`.
+batch, and scaled: with `r` the reduction factor and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values
+and gradients `r`.
 """
 
 import math
@@ -79,9 +79,9 @@ class Terms(eqx.Module):
 
     loss: Any
     outputs: Float[Array, "*shape"]  # in the compute dtype
-    operand: Any  # per term: the target, and whatever else the loss needs
-    scale: Float[Array, "*positions"]  # r w: what a plain term's Hessian is multiplied by
-    r: Float[Array, ""]
+    operand: Any  # for each term, its target and whatever else the loss needs
+    scale: Float[Array, "*positions"]  # r w: the factor of a plain term's Hessian
+    reduction_factor: Float[Array, ""]
     dtype: Any = eqx.field(static=True)  # of the results
     batch: bool = eqx.field(static=True)
     axes: tuple[int, ...] = eqx.field(static=True)  # of `outputs` that belong to one term
@@ -111,8 +111,8 @@ class Terms(eqx.Module):
         """The reduced loss in the compute dtype: differences of it are below the rounding of 16-bit outputs."""
         value = jnp.sum(self.map(self._weighted(self.loss.term_value)))
         # 0/0, where every term is ignored, is 0.
-        r = jnp.where(jnp.isinf(self.r) & (value == 0), 0, self.r)
-        return r * value
+        reduction_factor = jnp.where(jnp.isinf(self.reduction_factor) & (value == 0), 0, self.reduction_factor)
+        return reduction_factor * value
 
     def gradients(self) -> Float[Array, "*shape"]:
         """The gradient of the *sum-reduced* loss (weights included), in the compute dtype."""
@@ -122,7 +122,7 @@ class Terms(eqx.Module):
         """`sqrt(r)` times the gradient of the sum-reduced loss, in the compute dtype."""
         gradients = self.gradients()
         # Where everything is ignored, r is infinite and the gradient 0.
-        return jnp.where(gradients == 0, 0, jnp.sqrt(self.r) * gradients)
+        return jnp.where(gradients == 0, 0, jnp.sqrt(self.reduction_factor) * gradients)
 
     def empirical_product(self, tangent: Float[Array, "*shape"], per_term: bool) -> Float[Array, "*shape"]:
         """`g g^T tangent` with the `g` of `empirical`, of each example, or of each term, in the outputs' dtype."""
@@ -130,9 +130,9 @@ class Terms(eqx.Module):
         axes = self.axes if per_term else tuple(range(1, g.ndim))
         inner = jnp.sum(g * tangent.astype(g.dtype), axis=axes, keepdims=True)
         # Where everything is ignored, r is infinite and g is 0.
-        return jnp.where(g == 0, 0, self.r * inner * g).astype(self.dtype)
+        return jnp.where(g == 0, 0, self.reduction_factor * inner * g).astype(self.dtype)
 
-    def labels(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
+    def term_indices(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
         """For each output, the number of the example, or of the term, that it is of; and how many there are."""
         shape = self.outputs.shape
         axes = self.axes if per_term else tuple(range(1, len(shape)))
@@ -148,7 +148,9 @@ class Terms(eqx.Module):
                 f"model_fn must treat data independently to be worked on in parts: it returned outputs of shape"
                 f" {outputs.shape} for {wanted[0]} of {self.outputs.shape[0]} data; wanted {wanted}."
             )
-        return _with_scale(replace(self, outputs=outputs.astype(self.outputs.dtype), operand=operand), self.r)
+        return _with_scale(
+            replace(self, outputs=outputs.astype(self.outputs.dtype), operand=operand), self.reduction_factor
+        )
 
     def _weighted(self, fn: Callable[..., Array]) -> Callable[..., Array]:
         """`fn` where the term counts, 0 where its weight is 0, NaN where its target is not of the loss's domain."""
@@ -320,11 +322,11 @@ def _find_invalid(loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any,
 
 def find_valid(loss: Any, outputs: Array, targets: Array, batch: bool) -> Bool[Array, "*positions"]:
     """Whether the target of each term is of the loss's domain."""
-    terms = _lay_out(loss, outputs, targets, batch)
+    terms = _arrange_terms(loss, outputs, targets, batch)
     return terms.map(loss.term_valid)
 
 
-def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
+def _arrange_terms(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     dtype = outputs.dtype
     loss, outputs, targets = vary_alike(loss, outputs, targets)
     outputs = outputs.astype(compute_dtype(dtype))
@@ -333,42 +335,41 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
 
 
-def _with_scale(terms: Terms, r: Array | None) -> Terms:
-    """`terms` with `scale` and `r` filled in; `r` is that of these terms, if it is not given."""
+def _with_scale(terms: Terms, reduction_factor: Array | None) -> Terms:
+    """`terms` with `scale` and `reduction_factor` filled in; the latter is that of these terms if it is None."""
     loss = terms.loss
 
     def or_nan(fn: Callable[..., Array]) -> Callable[..., Array]:
         return lambda f, y: jnp.where(loss.term_valid(f, y), fn(f, y), jnp.nan)
 
     weight = terms.map(or_nan(loss.term_weight))
-    if r is None:
-        r = jnp.ones((), terms.outputs.dtype)
+    if reduction_factor is None:
+        reduction_factor = jnp.ones((), terms.outputs.dtype)
         if loss.reduction == "mean":
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
-            r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
-    scale = jnp.where(weight == 0, 0, r * weight)
-    outputs = _shield(terms.outputs, jnp.expand_dims(weight == 0, terms.axes), (loss, terms.operand))
-    return replace(terms, outputs=outputs, scale=scale, r=r)
+            reduction_factor = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
+    scale = jnp.where(weight == 0, 0, reduction_factor * weight)
+    outputs = _shield_ignored(terms.outputs, jnp.expand_dims(weight == 0, terms.axes), (loss, terms.operand))
+    return replace(terms, outputs=outputs, scale=scale, reduction_factor=reduction_factor)
 
 
 @jax.custom_jvp
-def _shield(outputs: Array, ignored: Array, others: Any) -> Array:
-    """The outputs, which may be anything where they are ignored, NaN too; `others` is what else terms depend on.
+def _shield_ignored(outputs: Array, ignored: Array, others: Any) -> Array:
+    """The outputs, which may be anything where they are ignored, even NaN; `others` is all else that terms depend on.
 
-    Whatever is computed of an ignored term is replaced by 0, and here so are the outputs' tangents: derivatives in the
-    outputs stay clean. Those in anything that terms share, to which NaN times 0 would be added, need the outputs
-    themselves replaced. Otherwise that would cost a copy of them, since compilers for CPUs do not fuse it with the sums
-    over classes that follow.
+    Results for ignored terms are replaced by 0 later, and the outputs' tangents here, so derivatives in the outputs
+    are clean. Derivatives in what terms share would still add up NaN times 0, so for these the outputs are replaced as
+    well. Not always, since that costs a copy: XLA's CPU compiler does not fuse it with the sums over classes.
     """
     return outputs
 
 
-@partial(_shield.defjvp, symbolic_zeros=True)
+@partial(_shield_ignored.defjvp, symbolic_zeros=True)
 def _(primals: tuple[Array, Array, Any], tangents: tuple[Any, Any, Any]) -> tuple[Array, Array]:
     outputs, ignored, _ = primals
     zero = jax.custom_derivatives.SymbolicZero
     shared = any(not isinstance(leaf, zero) for leaf in jax.tree.leaves(tangents[2]))
-    result = jnp.where(ignored, 0, outputs) if shared else _shield(*primals)
+    result = jnp.where(ignored, 0, outputs) if shared else _shield_ignored(*primals)
     if isinstance(tangents[0], zero):
         return result, jnp.zeros_like(outputs)
     return result, jnp.where(ignored, 0, tangents[0])
@@ -384,4 +385,4 @@ def split_terms(loss: Any, outputs: Array, targets: Any, *, batch: bool) -> Any:
 
 def split_one_loss(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     """`split_terms` of a loss whose terms are of one kind."""
-    return _with_scale(_lay_out(loss, outputs, targets, batch), None)
+    return _with_scale(_arrange_terms(loss, outputs, targets, batch), None)

@@ -17,7 +17,7 @@ from ggn_jax.operators.problem import Problem
 def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
     """A key per example if anything is drawn: it depends only on the key and the example's number, from `start` on."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-    signs = uses_random_signs(problem.loss, output, options.fisher_type, options.positions, problem.together)
+    signs = uses_random_signs(problem.loss, output, options.fisher_type, options.positions, problem.num_coupled)
     if options.fisher_type is not FisherType.MC and not signs:
         return None  # a key is accepted anyway: a loop over Fisher types may pass it to all of them
     wanted_by = "fisher_type 'mc'"

@@ -114,7 +114,9 @@ def _gradients(
     num = count_vectors(layout.loss, trace.outputs, *kind, trace.examples)
     vectors = make_vector_fn(terms, *kind, keys, trace.examples)(jnp.arange(num))
     if unreduced:
-        vectors = jnp.where(jnp.isinf(terms.r), 0, vectors / jnp.sqrt(terms.r).astype(vectors.dtype))
+        vectors = jnp.where(
+            jnp.isinf(terms.reduction_factor), 0, vectors / jnp.sqrt(terms.reduction_factor).astype(vectors.dtype)
+        )
     grads, _ = jax.vmap(captured.vjp)(vectors.astype(captured.outputs.dtype))
     sides, biases = [], []
     for layer in layout.plan.layers:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.joint import JointLoss, JointTerms, folded
+from ggn_jax.joint import JointLoss, JointTerms, fold_keys
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, term_axes
 
@@ -111,7 +111,7 @@ def _columns_of_heads(terms: JointTerms, kind: Any, keys: Any) -> Any:
     makers, starts, start = [], [], 0
     for i, (name, (loss, f)) in enumerate(terms.loss.heads(terms.outputs).items()):
         own = terms.weighted(name)
-        own_keys = None if keys is None else folded(keys, i)
+        own_keys = None if keys is None else fold_keys(keys, i)
         makers.append(make_vector_fn(own, fisher_type, mc_samples, positions, own_keys, num_coupled))
         starts.append(start)
         start += count_vectors(loss, jax.ShapeDtypeStruct(f.shape[1:], f.dtype), *kind)

@@ -56,14 +56,14 @@ class Batches(Space):
         def blocks(row: int) -> Callable[[Problem, int], tuple[()]]:
             kept: list[Gradients] = []
 
-            def share(problem: Problem, start: int) -> tuple[()]:
+            def contribution(problem: Problem, start: int) -> tuple[()]:
                 if start >= starts[row]:
                     own = _gradients(problem, damping)
                     kept.append(own) if not kept else None
                     found[row, starts.index(start)] = _products(kept[0], own, problem.chunk_size)
                 return ()
 
-            return share
+            return contribution
 
         numbers = range(len(starts))
         for row in numbers:
@@ -102,7 +102,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
                 targets.append(problem.targets)
             return ()
 
-        passes = RowPasses(make, batches, with_targets=loss is not None, progress=progress, share=collect)
+        passes = RowPasses(make, batches, with_targets=loss is not None, progress=progress, contribution=collect)
         root = Root(None, centred)
         if loss is not None:
             whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *targets)

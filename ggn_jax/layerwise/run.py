@@ -98,11 +98,11 @@ def layer_io(
             " sums, or a mesh with axes of AxisType.Auto."
         )
     given = _prepare(layers, loss, params, batch, None, fisher_type, mc_samples, key, positions, mask, grads)
-    return _whole(*given)
+    return _whole_io(*given)
 
 
 @compiled
-def _whole(problem: Problem, extra: dict[str, Any], view: "_View") -> LayersIO:
+def _whole_io(problem: Problem, extra: dict[str, Any], view: "_View") -> LayersIO:
     io: LayersIO = problem.sum_over_chunks(partial(_look, view, problem), extra)
     return io
 
@@ -255,7 +255,7 @@ def _look(
     return LayersIO(
         value,
         gradient,
-        jnp.where(jnp.isinf(terms.r), 0, terms.r),
+        jnp.where(jnp.isinf(terms.reduction_factor), 0, terms.reduction_factor),
         pulled_back(layers.trace, layers, captured, vectors, extra["mask"])[0],
     )
 

@@ -21,7 +21,7 @@ from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.flat import scipy_operator
 
-COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
+COLUMN_BATCH_SIZE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
 
 class SymmetricLinearOperator(lx.AbstractLinearOperator):
@@ -156,13 +156,13 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
             product = jax.tree.leaves(operator.mv(jax.tree.unflatten(tree, given)))
             return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
-        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype))
+        return map_in_batches(column, jnp.eye(flat.size, dtype=flat.dtype))
 
 
-def map_some_at_once(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Array]) -> PyTree[Array]:
-    """`fn` of each of `xs`, `COLUMNS_AT_ONCE` of them together; one by one where JAX cannot map it."""
+def map_in_batches(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Array]) -> PyTree[Array]:
+    """`fn` of each of `xs`, `COLUMN_BATCH_SIZE` of them together; one by one where JAX cannot map it."""
     try:
-        return jax.lax.map(fn, xs, batch_size=min(COLUMNS_AT_ONCE, len(jax.tree.leaves(xs)[0])))
+        return jax.lax.map(fn, xs, batch_size=min(COLUMN_BATCH_SIZE, len(jax.tree.leaves(xs)[0])))
     except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
         return jax.lax.map(fn, xs)
 

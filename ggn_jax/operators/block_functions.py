@@ -26,7 +26,7 @@ def parameters_of(structure: ParamsStructure) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in zip(shapes, dtypes, strict=True)])
 
 
-def total_of(parts: list[Array]) -> Array:
+def sum_scalars(parts: list[Array]) -> Array:
     """The sum of numbers, perhaps of none."""
     return jnp.sum(stack_scalars(parts)) if parts else jnp.zeros(())
 
@@ -48,7 +48,7 @@ def _damped_pairs(blocks: Blocks, structure: ParamsStructure, damping: PyTree[Ar
     return list(zip(blocks.blocks, _group_dampings(blocks, structure, damping), strict=True))
 
 
-def _columns(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+def _unzip(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
@@ -68,8 +68,8 @@ def logdet(blocks: Blocks, structure: ParamsStructure, damping: PyTree[Array]) -
     rest = [pair for pair in pairs if kronecker_terms(pair[0]) is None]
     spectra = spectra_of([block for block, _ in rest])
     shifted = [apply_function(spectrum, damping, "shift") for spectrum, (_, damping) in zip(spectra, rest, strict=True)]
-    inverted = pair_inverses(*_columns(large))
-    return total_of([jnp.sum(jnp.log(x.values)) for x in shifted] + [jnp.sum(x.logdets()) for x in inverted])
+    inverted = pair_inverses(*_unzip(large))
+    return sum_scalars([jnp.sum(jnp.log(x.values)) for x in shifted] + [jnp.sum(x.logdets()) for x in inverted])
 
 
 @partial(jax.jit, static_argnames="structure")
@@ -86,28 +86,28 @@ def solve(blocks: Blocks, inverse: Blocks, structure: ParamsStructure, vector: P
 
 
 @partial(jax.jit, static_argnames=("structure", "what"))
-def mapped(
+def map_blocks(
     blocks: Blocks, structure: ParamsStructure, damping: PyTree[Array], what: str
 ) -> tuple[Blocks, list[Bool[Array, " G"]]]:
     """A function of each block of `blocks + damping * I`, and for each group whether it is finite."""
     pairs = _damped_pairs(blocks, structure, damping)
 
-    def way(block: AnyBlock) -> str:
+    def method_for(block: AnyBlock) -> str:
         if what == HEURISTIC and isinstance(block, Kronecker):
             return "split"
         return "pair" if what in ("inverse", HEURISTIC) and kronecker_terms(block) is not None else "spectrum"
 
-    def chosen(name: str) -> tuple[list[Any], list[Any]]:
-        return _columns([pair for pair in pairs if way(pair[0]) == name])
+    def pairs_by_method(name: str) -> tuple[list[Any], list[Any]]:
+        return _unzip([pair for pair in pairs if method_for(pair[0]) == name])
 
-    found, dampings = chosen("spectrum")
+    found, dampings = pairs_by_method("spectrum")
     name: Any = "inverse" if what == HEURISTIC else what
     by_spectrum = [apply_function(spectrum, d, name) for spectrum, d in zip(spectra_of(found), dampings, strict=True)]
     made = {
-        "split": iter(split_inverses(*chosen("split"))),
-        "pair": iter(pair_inverses(*chosen("pair"))),
+        "split": iter(split_inverses(*pairs_by_method("split"))),
+        "pair": iter(pair_inverses(*pairs_by_method("pair"))),
         "spectrum": iter(by_spectrum),
     }
-    result: list[Any] = [next(made[way(block)]) for block, _ in pairs]
+    result: list[Any] = [next(made[method_for(block)]) for block, _ in pairs]
     finite = [finite_groups(block.values if isinstance(block, MatrixFunction) else block) for block in result]
     return Blocks(tuple(result), blocks.stacks), finite

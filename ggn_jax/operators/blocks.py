@@ -29,7 +29,7 @@ from ggn_jax.kronecker.sums import (
     size_of,
 )
 from ggn_jax.operators.base import (
-    COLUMNS_AT_ONCE,
+    COLUMN_BATCH_SIZE,
     SymmetricLinearOperator,
     check_damping,
     check_vector,
@@ -37,7 +37,7 @@ from ggn_jax.operators.base import (
     matching,
     register,
 )
-from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped, parameters_of, solve, total_of
+from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, map_blocks, parameters_of, solve, sum_scalars
 
 
 class BlockLinearOperator(SymmetricLinearOperator):
@@ -151,7 +151,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """
         if method not in ("exact", "heuristic"):
             raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
-        return _mapped(self, damping, "inverse" if method == "exact" else HEURISTIC)
+        return _map_blocks(self, damping, "inverse" if method == "exact" else HEURISTIC)
 
     def solve(
         self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
@@ -175,11 +175,11 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """The symmetric square root `R` of `self + damping * I`: `R R = self + damping * I`; see `inverse`."""
-        return _mapped(self, damping, "square root")
+        return _map_blocks(self, damping, "square root")
 
     def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """The inverse of `sqrt(damping)`: times white noise, it is a sample of the Laplace approximation."""
-        return _mapped(self, damping, "inverse square root")
+        return _map_blocks(self, damping, "inverse square root")
 
     def is_exact(self, function: Function | None = None, *, damped: bool = True) -> bool:
         """Whether functions of the operator are those of itself, and not of another that is near it.
@@ -196,11 +196,11 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two operators with the same blocks, an operator with blocks."""
         if isinstance(other, BlockLinearOperator) and are_alike(self, other):
-            return added((self, other), (None, None))
+            return add_operators((self, other), (None, None))
         return super().__add__(other)
 
     def _scaled(self, number: float) -> "BlockLinearOperator":
-        return added((self,), (jnp.asarray(number),))
+        return add_operators((self,), (jnp.asarray(number),))
 
     def _check_damping(self, damping: Any) -> PyTree[Array]:
         """The damping, which must be one number for all of a block."""
@@ -214,8 +214,9 @@ class BlockLinearOperator(SymmetricLinearOperator):
                     if not _are_equal(own):
                         raise ValueError(
                             f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"
-                            f" one, with damping {', '.join(map(_text, own))}: give them the same number (under jit, as"
-                            " one leaf of damping), or give the bias a block of its own with bias='separate'."
+                            f" one, with damping {', '.join(map(_format_number, own))}: give them the same number (under"
+                            " jit, as one leaf of damping), or give the bias a block of its own with"
+                            " bias='separate'."
                         )
         return checked
 
@@ -276,13 +277,13 @@ register(BlockLinearOperator, positive_semidefinite=True)
 
 
 def _are_equal(numbers: list[Array]) -> bool:
-    """Whether they are known to be."""
+    """Whether the numbers are known to be equal."""
     if all(number is numbers[0] for number in numbers):
         return True
     return all(map(is_concrete, numbers)) and len({float(number) for number in numbers}) == 1
 
 
-def _text(number: Array) -> str:
+def _format_number(number: Array) -> str:
     return str(number) if is_concrete(number) else "(unknown under jit)"
 
 
@@ -307,7 +308,7 @@ def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
 @jax.jit
 @compiler_sharded
 def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
-    return total_of([jnp.sum(block.traces()) for block in operator.blocks.blocks])
+    return sum_scalars([jnp.sum(block.traces()) for block in operator.blocks.blocks])
 
 
 @jax.jit
@@ -318,7 +319,9 @@ def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
 
 
 @jax.jit
-def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]) -> BlockLinearOperator:
+def add_operators(
+    operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]
+) -> BlockLinearOperator:
     """`sum_i weights[i] operators[i]`, of operators with the same blocks."""
 
     def weighted(operator: BlockLinearOperator, weight: Float[Array, ""] | None) -> Sequence[AnyBlock]:
@@ -330,26 +333,26 @@ def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Arra
     return operators[0]._replace(Blocks(blocks, operators[0].blocks.stacks))
 
 
-def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
-    """A function of `operator + damping * I`; refused where it is not finite and that can be looked at."""
+def _map_blocks(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
+    """A function of `operator + damping * I`; refused if it is known not to be finite."""
     damping = operator._check_functions(damping)
-    result, finite = mapped(operator.blocks, operator.structure, damping, what)
+    result, finite = map_blocks(operator.blocks, operator.structure, damping, what)
     for stack, flags in zip(result.stacks, finite, strict=True):
         if is_concrete(flags) and not np.asarray(flags).all():
             bad = int(np.searchsorted(stack.starts, np.argmin(flags), side="right")) - 1
             raise FloatingPointError(
-                f"the {what} with damping {_shown(damping)} of the block of {', '.join(stack.specs[bad].names)} is not"
-                " finite: it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a"
-                " loss of your own with ggn_jax.check_loss."
+                f"the {what} with damping {_format_damping(damping)} of the block of"
+                f" {', '.join(stack.specs[bad].names)} is not finite: it is singular, or holds NaN. Use a larger"
+                " damping, or look at the model's outputs, and at a loss of your own with ggn_jax.check_loss."
             )
     return operator._replace(result)
 
 
-def _shown(damping: PyTree[Array]) -> str:
-    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_text, damping))
+def _format_damping(damping: PyTree[Array]) -> str:
+    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_format_number, damping))
 
 
 @partial(jax.jit, static_argnames="shape")
 def _dense(block: AnyBlock, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
     eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
-    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMNS_AT_ONCE)
+    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMN_BATCH_SIZE)

@@ -29,17 +29,17 @@ from ggn_jax.operators.base import (
     vectors_like,
 )
 from ggn_jax.operators.batches import (
-    add_up,
     check_iterable,
     check_unbatched,
     no_batches,
     refuse_mask,
+    sum_batches,
     with_progress,
     with_reduction,
 )
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key
 from ggn_jax.operators.problem import Problem, make_problem
-from ggn_jax.operators.squares import Squares, unreduced
+from ggn_jax.operators.squares import DiagonalMaker, unreduced
 from ggn_jax.operators.weighted import of_terms
 
 
@@ -93,7 +93,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         has_aux: bool = False,
         examples: Examples = "independent",
     ):
-        compute = Squares(mc_samples, key, vector_chunk_size, method)
+        compute = DiagonalMaker(mc_samples, key, vector_chunk_size, method)
         kind = compute.fisher_type
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
@@ -211,7 +211,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
         (2, 3)
         """
-        compute = Squares(mc_samples, key, vector_chunk_size, method)
+        compute = DiagonalMaker(mc_samples, key, vector_chunk_size, method)
         check_iterable(batches)
         start = check_count("start", start, 0)
 
@@ -224,7 +224,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
                 check_unbatched(problem)
             return problem, unreduced(problem, compute(problem, start + seen))
 
-        problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
+        problem, totals, seen = sum_batches(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
         made_of, options = (problem.loss.reduction, params_structure(params)), (loss_key(loss), mc_samples)

@@ -21,7 +21,7 @@ from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
 from ggn_jax.kronecker.stacks import Blocks, params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
-from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
+from ggn_jax.operators.batches import check_iterable, check_unbatched, no_batches, sum_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
@@ -255,7 +255,9 @@ class FactoredLinearOperator(BlockLinearOperator):
                 raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
             return problem, found
 
-        problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
+        problem, totals, seen = sum_batches(
+            with_progress(batches, progress, "corrections" if factors else "factors"), sums
+        )
         if problem is None:
             raise no_batches(batches, again=factors is not None)
         made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
@@ -343,7 +345,7 @@ def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options:
 def _batch_sums(
     problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
 ) -> tuple[dict[str, Any], Frozen]:
-    """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
+    """A batch's summands, and their layout: the parameters' entries in each block, in the order of the sums."""
     layout = Layout.of(problem, options)
     return batch_sums(problem, layout, keys, mask, bases), layout.signature()
 

@@ -1,4 +1,4 @@
-"""KFOC's power iterations over an iterable of batches, each step of which is two passes."""
+"""KFOC's power iterations over an iterable of batches; each iteration is two passes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,8 +34,8 @@ def nearest_blocks(
 ) -> tuple[Blocks, Problem]:
     """KFOC's blocks of all data, and the first batch's problem; `make` checks a batch of each shape.
 
-    The first pass makes all that takes no iterations, and finds how large gradients are. Then `B` is made of `A` and
-    `A` of `B`, in turns, as for one batch.
+    The first pass computes all that takes no iterations, and the scales of gradients. Then `B` is computed from `A`,
+    and `A` from `B`, as for one batch.
     """
     check_iterable(batches, "KFOC goes over the batches many times")
     sweeps = Sweeps(make, lambda problem: problem, batches, progress, refuse=refuse_kfoc_mask)
@@ -45,7 +45,7 @@ def nearest_blocks(
     def first(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
         if not layouts:
             layouts.append(find_layout(problem, options))
-        totals, other, places = _first(problem, check_draws(problem, options, key, start), options)
+        totals, other, places = _first_pass(problem, check_draws(problem, options, key, start), options)
         found.append(other)
         if places != layouts[0].signature():
             raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
@@ -57,31 +57,31 @@ def nearest_blocks(
     ]
 
     def step(given: list[Array], to_b: bool) -> list[Array]:
-        def share(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
+        def contribution(_: Problem, problem: Problem, start: int) -> PyTree[Array]:
             keys = check_draws(problem, options, key, start)
-            return _step(problem, keys, options=options, scales=scales, given=given, to_b=to_b)
+            return _half_step(problem, keys, options=options, scales=scales, given=given, to_b=to_b)
 
-        stepped: list[Array] = sweeps.sweep(share, "outputs" if to_b else "inputs")
+        stepped: list[Array] = sweeps.sweep(contribution, "outputs" if to_b else "inputs")
         return stepped
 
     a = found[0][1]
     for _ in range(MAX_POWER_ITERATIONS):
-        before, a = a, _units(step(_units(step(a, True)), False))
-        if not _any_has_changed(a, before):
+        before, a = a, _normalise_all(step(_normalise_all(step(a, True)), False))
+        if not _have_changed(a, before):
             break
-    return _finish(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
+    return _finish_blocks(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
 
 
 def refuse_kfoc_mask(mask: Any) -> None:
-    """Refuse a mask, which KFAC has a use for."""
+    """Refuse a mask, which only KFAC uses."""
     if mask is not None:
-        raise NotImplementedError("KFOC has no use for mask: leave it out, or use KFAC.")
+        raise NotImplementedError("KFOC does not use a mask: leave it out, or use KFAC.")
 
 
 @eqx.filter_jit
 @compiler_sharded
-def _first(problem: Problem, keys: Array | None, options: Options) -> Any:
-    """What is summed over batches without iterations; how large gradients are, and where to start; what of."""
+def _first_pass(problem: Problem, keys: Array | None, options: Options) -> Any:
+    """What is summed over batches without iterations; the gradients' scales, and initial factors; the layout."""
     layout = Layout.of(problem, options)
     found = gradients(problem, layout, keys, unreduced=True)
     other = [side.scales() for side in found.sides], [initial_factor(side) for side in found.sides]
@@ -90,7 +90,7 @@ def _first(problem: Problem, keys: Array | None, options: Options) -> Any:
 
 @eqx.filter_jit
 @compiler_sharded
-def _step(
+def _half_step(
     problem: Problem, keys: Array | None, *, options: Options, scales: Any, given: list[Array], to_b: bool
 ) -> list[Array]:
     found = gradients(problem, Layout.of(problem, options), keys, unreduced=True)
@@ -99,18 +99,20 @@ def _step(
 
 
 @jax.jit
-def _units(xs: list[Array]) -> list[Array]:
+def _normalise_all(xs: list[Array]) -> list[Array]:
     return list(map(normalised, xs))
 
 
 @jax.jit
-def _any_has_changed(xs: list[Array], before: list[Array]) -> Array:
+def _have_changed(xs: list[Array], before: list[Array]) -> Array:
     return jnp.any(jnp.stack([has_changed(x, y) for x, y in zip(xs, before, strict=True)]))
 
 
 @eqx.filter_jit
 @compiler_sharded
-def _finish(layout: Layout, sums: Any, biases: list[Array], a: list[Array], b: list[Array], scales: Any) -> Blocks:
+def _finish_blocks(
+    layout: Layout, sums: Any, biases: list[Array], a: list[Array], b: list[Array], scales: Any
+) -> Blocks:
     reduction, divisor = layout.loss.reduction, sums["divisor"]
 
     def reduced(xs: list[Array]) -> list[Array]:

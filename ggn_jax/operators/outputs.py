@@ -18,7 +18,7 @@ from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.objective import Objective, parts_of
-from ggn_jax.operators.base import check_vector, map_some_at_once, register, vectors_like
+from ggn_jax.operators.base import check_vector, map_in_batches, register, vectors_like
 from ggn_jax.operators.batches import check_on_host, refuse_mask
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
@@ -55,10 +55,10 @@ class Linearised(eqx.Module):
         if self.kept is not None:
             return self.kept.vjp(u)
 
-        def share(terms_at: Any, inputs: PyTree, operand: Any, u: Array) -> PyTree[Array]:
+        def contribution(terms_at: Any, inputs: PyTree, operand: Any, u: Array) -> PyTree[Array]:
             return Jacobian.of(self.problem, inputs).vjp(u)
 
-        return self.problem.sum_over_chunks(share, u)
+        return self.problem.sum_over_chunks(contribution, u)
 
 
 def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
@@ -67,9 +67,9 @@ def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> 
     if chunks is None:
         return fn(problem.inputs)
 
-    take = chunks.taker(problem.inputs)
+    take = chunks.take_fn(problem.inputs)
     parts = jax.lax.map(lambda places: fn(take(places)), chunks.even)
-    return chunks.put_together(parts, None if chunks.rest is None else fn(take(chunks.rest)))
+    return chunks.concatenate(parts, None if chunks.rest is None else fn(take(chunks.rest)))
 
 
 class JacobianLinearOperator(AbstractJacobian):
@@ -268,11 +268,11 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         check_on_host(u)
         u = jnp.asarray(u)
 
-        def share(problem: Problem, start: int) -> PyTree[Array]:
+        def contribution(problem: Problem, start: int) -> PyTree[Array]:
             found = JacobianLinearOperator.of_problem(problem).vjp(u[start : start + problem.outputs.shape[0]])
             return jax.tree.map(lambda x: x.astype(compute_dtype(x.dtype)), found)
 
-        total = self.passes.sweep(share, "products")
+        total = self.passes.sweep(contribution, "products")
         return jax.tree.map(lambda x, like: x.astype(like.dtype), total, self.passes.params)
 
     def as_matrix(self) -> Float[Array, "K P"]:
@@ -313,8 +313,8 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
             return linearised.jvp(unravel(v)).reshape(-1)
 
         if count <= flat.size:
-            return map_some_at_once(row, jnp.eye(count, dtype=outputs.dtype))
-        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype)).T
+            return map_in_batches(row, jnp.eye(count, dtype=outputs.dtype))
+        return map_in_batches(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
 register(JacobianLinearOperator, symmetric=False)

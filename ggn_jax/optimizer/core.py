@@ -204,7 +204,7 @@ class Core:
         return self._look(problem, mask, keys, curvature, gradient)
 
     def _compute_pass(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
-        layout, counts = Layout.of(problem, self.settings.options), problem.counts()
+        layout, counts = Layout.of(problem, self.settings.options), problem.any_term_counts()
         self._check_layers(layout, problem.params, problem.inputs)
         value, grads, sums = self._sums(problem, layout, mask, keys, curvature, counts, layout, gradient)
         return value, grads, self._factors(layout, *sums, counts, curvature)

@@ -74,7 +74,7 @@ class ObjectiveCore(Core):
         problems, weights = problem.problems, problem.weights
         layout = JoinedLayout.of_all(problems, self.settings.options)
         self._check_layers(layout, problems[0].params, [one.inputs for one in problems])
-        present = [one.counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
+        present = [one.any_term_counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
         counts = jnp.any(jnp.stack(present))
         each = zip(problems, layout.functions, mask, keys, strict=True)
         seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
