@@ -83,7 +83,7 @@ GGN_JAX = [
     {"optimizer.checks"},
     {"optimizer.defaults", "optimizer.masked"},
     {"optimizer.settings"},
-    {"optimizer.by_layer", "optimizer.renewal"},
+    {"optimizer.by_layer", "optimizer.inverse_updates"},
     {"optimizer.curvature", "optimizer.quadratic"},
     {"optimizer.states"},
     {"optimizer.core", "optimizer.step", "optimizer.summary"},

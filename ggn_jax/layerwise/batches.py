@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.layerwise.dots import Gradients, gradients, products
+from ggn_jax.layerwise.dots import OutputGradients, gradients, inner_products
 from ggn_jax.layerwise.space import (
+    FunctionSpace,
     FunctionSpaceLinearOperator,
     Outputs,
     Root,
     Shapes,
-    Space,
     inverse_roots,
     matrix,
     product,
@@ -29,7 +29,7 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.operators.rows import RowPasses
 
 
-class Batches(Space):
+class BatchesSpace(FunctionSpace):
     """The outputs of all data of an iterable of batches."""
 
     jacobian: BatchesJacobianLinearOperator
@@ -54,13 +54,13 @@ class Batches(Space):
         found: dict[tuple[int, int], Array] = {}
 
         def blocks(row: int) -> Callable[[Problem, int], tuple[()]]:
-            kept: list[Gradients] = []
+            kept: list[OutputGradients] = []
 
             def contribution(problem: Problem, start: int) -> tuple[()]:
                 if start >= starts[row]:
                     own = _gradients(problem, damping)
                     kept.append(own) if not kept else None
-                    found[row, starts.index(start)] = _products(kept[0], own, problem.chunk_size)
+                    found[row, starts.index(start)] = _inner_products(kept[0], own, problem.chunk_size)
                 return ()
 
             return contribution
@@ -83,7 +83,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
     ('BatchesGramLinearOperator', (13, 3))
     """
 
-    space: Batches
+    space: BatchesSpace
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
         if loss is not None:
             whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *targets)
             root = _root(passes.loss, jnp.concatenate(outputs), whole, centred)
-        self.space = Batches(BatchesJacobianLinearOperator(passes), root)
+        self.space = BatchesSpace(BatchesJacobianLinearOperator(passes), root)
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
         return self.space.shapes()[0]
@@ -151,11 +151,11 @@ def _root(loss: Any, outputs: Array, targets: Any, centred: bool) -> Root:
 
 @jax.jit
 @compiler_sharded
-def _gradients(problem: Problem, damping: PyTree[Array] | None) -> Gradients:
+def _gradients(problem: Problem, damping: PyTree[Array] | None) -> OutputGradients:
     return gradients([problem], inverse_roots(damping, problem.params))[0]
 
 
-@partial(jax.jit, static_argnames="at_once")
+@partial(jax.jit, static_argnames="chunk_size")
 @compiler_sharded
-def _products(one: Gradients, many: Gradients, at_once: int | None) -> Float[Array, "K L"]:
-    return products(one, many, at_once)
+def _inner_products(one: OutputGradients, many: OutputGradients, chunk_size: int | None) -> Float[Array, "K L"]:
+    return inner_products(one, many, chunk_size)

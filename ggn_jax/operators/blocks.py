@@ -214,8 +214,8 @@ class BlockLinearOperator(SymmetricLinearOperator):
                     if not _are_equal(own):
                         raise ValueError(
                             f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"
-                            f" one, with damping {', '.join(map(_format_number, own))}: give them the same number (under"
-                            " jit, as one leaf of damping), or give the bias a block of its own with"
+                            f" one, with damping {', '.join(map(_format_number, own))}: give them the same number"
+                            " (under jit, as one leaf of damping), or give the bias a block of its own with"
                             " bias='separate'."
                         )
         return checked

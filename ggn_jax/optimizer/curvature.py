@@ -23,10 +23,10 @@ from ggn_jax.kronecker.algebra import (
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, params_structure, read_entries, stacked_mv, write_entries
+from ggn_jax.optimizer.inverse_updates import update_inverses
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
-from ggn_jax.optimizer.renewal import renew
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.storage import keep, pack
+from ggn_jax.optimizer.storage import pack, to_storage
 
 
 class Factors(NamedTuple):
@@ -104,12 +104,12 @@ def find_one(state: Any, *kinds: type) -> Any:
     return found[0]
 
 
-def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
+def initial_curvature(layout: Layout, settings: Settings, damping: Array) -> Curvature:
     """Before the first batch."""
     # Each its own buffer: a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     blocks = jax.eval_shape(lambda blocks: tuple(map(settings.spread.pad, blocks)), block_shapes(layout))
-    averages = jax.eval_shape(lambda blocks: keep(pack(blocks), settings.factor_dtype, count), blocks)
+    averages = jax.eval_shape(lambda blocks: to_storage(pack(blocks), settings.factor_dtype, count), blocks)
     # Shapes are the same on any mesh, also on one that is not that of the context.
     inverses = tuple(jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping))
     return Curvature(count, skipped, weight, damping, zeros_like(averages), zeros_like(inverses))
@@ -161,16 +161,16 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
     spread = settings.spread
-    averages = jax.tree.map(average, curvature.blocks, spread.cut(spread.pad(pack(seen.blocks))))
-    blocks = spread.place(keep(averages, settings.factor_dtype, curvature.count))
+    averages = jax.tree.map(average, curvature.blocks, spread.shard(spread.pad(pack(seen.blocks))))
+    blocks = spread.constrain(to_storage(averages, settings.factor_dtype, curvature.count))
     dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
     inverses = list(curvature.inverses)
     spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
-    for i, value in zip(spectra, spread.cut(spread.pad(seen.corrections)), strict=True):
-        inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
+    for i, value in zip(spectra, spread.shard(spread.pad(seen.corrections)), strict=True):
+        inverses[i] = inverses[i].replace_values(spread.constrain(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)
-    inverses = renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
+    inverses = update_inverses(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
 
@@ -180,7 +180,7 @@ def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Set
     first, known = jnp.asarray(False), jnp.asarray(True)
     at_once = replace(settings, inverse_interval=1)
     args = curvature.inverses, curvature.count, first, known, curvature.damping, at_once
-    return curvature._replace(inverses=renew(curvature.blocks, dtypes, *args))
+    return curvature._replace(inverses=update_inverses(curvature.blocks, dtypes, *args))
 
 
 class Direction(NamedTuple):
@@ -219,7 +219,7 @@ def precondition_stacks(
         inverses = tuple(block.map(damped) for block in inverses)
     spread = settings.spread
     # Each device multiplies with the inverses that it holds.
-    parts = spread.place(spread.pad(read_entries(stacks, gradient)))
+    parts = spread.constrain(spread.pad(read_entries(stacks, gradient)))
     return list(stacked_mv(inverses, parts)), list(parts)
 
 

@@ -68,7 +68,7 @@ class ObjectiveCore(Core):
 
     def run_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         keys = [check_draws(one, self.settings.options, key_of(key, i), 0) for i, one in enumerate(problem.problems)]
-        return self._look(problem, mask, keys, curvature, gradient)
+        return self._compiled_pass(problem, mask, keys, curvature, gradient)
 
     def _compute_pass(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
         problems, weights = problem.problems, problem.weights
