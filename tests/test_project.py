@@ -109,12 +109,12 @@ TORCH_BRIDGE = [
     {"aten.linalg", "aten.metric", "aten.pooling", "aten.recurrent"},
     {"aten.losses"},
     {"aten"},
-    {"_faithful", "_refused"},
+    {"_check_export", "_check_module"},
     {"_export"},
     {"_graph_text", "_interpret"},
     {"modules"},
     {"converted"},
-    {"setting"},
+    {"problem"},
     {"operators"},
     {"states"},
     {"structured"},
@@ -265,7 +265,7 @@ ALLOWED = {
     "ggn_jax.kronecker.layout": {"warnings.warn"},
     "torch_bridge._cuda": {"os.environ", "warnings.warn"},
     "torch_bridge._export": {"warnings.catch_warnings", "warnings.simplefilter"},
-    "torch_bridge._refused": {"warnings.catch_warnings", "warnings.simplefilter"},
+    "torch_bridge._check_module": {"warnings.catch_warnings", "warnings.simplefilter"},
 }
 
 

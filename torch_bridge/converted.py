@@ -7,7 +7,7 @@ import jax
 import torch
 from torch import Tensor, nn
 
-from torch_bridge._refused import hooked
+from torch_bridge._check_module import names_with_hooks
 from torch_bridge.batches import WRAPPERS, as_outputs
 from torch_bridge.losses import GLOBAL_HOOKS
 from torch_bridge.modules import convert
@@ -52,7 +52,7 @@ class Snapshot:
         values = self._attributes()
         values = {n: x for n, x in values.items() if n in self._values or not isinstance(x, Tensor)}  # calls keep some
         names += [n for n in {**self._values, **values} if not _equal(values.get(n, ()), self._values.get(n, ()))]
-        names += [f"hooks of {name}" for name in hooked(dict(self._module.named_parameters()))]
+        names += [f"hooks of {name}" for name in names_with_hooks(dict(self._module.named_parameters()))]
         names += ["hooks of all modules"] if any(map(len, GLOBAL_HOOKS)) else []
         paths = sorted(parts.keys() | self._parts.keys())
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]

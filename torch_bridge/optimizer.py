@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge._refused import check_initialised
+from torch_bridge._check_module import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 from torch_bridge.trained import TrainedModule
 
 NUMBERS = ("lr", "damping", "weight_decay")
@@ -81,7 +81,7 @@ class KFAC(torch.optim.Optimizer):
         for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise TypeError(f"{name} must be a number; got {number!r}.")
-        self._text, self._loss_tensors = find_loss(loss_func).take_apart(loss_func)
+        self._text, self._loss_tensors = find_loss(loss_func).serialise(loss_func)
         self._module, self._seed, self._options = module, seed, options
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         kinds = {(p.dtype, p.device) for p in self._trained.values()}
@@ -102,7 +102,7 @@ class KFAC(torch.optim.Optimizer):
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
         super().add_param_group(param_group)
 
-    @no_graph
+    @outside_graphs
     @torch.no_grad()
     def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.

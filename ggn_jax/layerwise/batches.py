@@ -1,4 +1,4 @@
-"""Function space of an iterable of batches: one of them is held at a time, and what has the outputs' size."""
+"""Function space of an iterable of batches: only one batch is held at a time, and arrays of the size of the outputs."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -48,7 +48,7 @@ class BatchesSpace(FunctionSpace):
         return self.jacobian.vjp(us[0])
 
     def gram(self, damping: PyTree[Array] | None) -> Float[Array, "K K"]:
-        """In a pass for each batch: its gradients are kept, and multiplied with those of each that follows."""
+        """One pass for each batch: its gradients are kept, and multiplied with those of each batch after it."""
         passes = self.jacobian.passes
         starts = [0, *passes.ends[:-1]]
         found: dict[tuple[int, int], Array] = {}

@@ -27,7 +27,7 @@ from ggn_jax.operators.base import structure_of
 from ggn_jax.operators.outputs import map_over_chunks
 from ggn_jax.operators.problem import Problem
 
-DEFAULT_CHUNK_SIZE = 32  # of which rows are made together; bounds the memory
+DEFAULT_CHUNK_SIZE = 32  # examples whose rows are computed together, which bounds the memory
 
 
 class _InputGradPairs(eqx.Module):
@@ -37,7 +37,7 @@ class _InputGradPairs(eqx.Module):
     grads: Float[Array, "... V G S out"]
 
     def inner_products(self, one: "_InputGradPairs") -> Float[Array, "V N V"]:
-        """Of the gradients of one example's outputs with those of all."""
+        """The inner products of the gradients of one example's outputs with those of all."""
         return _contract(jnp.einsum("gsi,ngti->ngst", one.inputs, self.inputs), one.grads, self.grads)
 
     def densified(self) -> "_DenseGradients":
@@ -52,7 +52,7 @@ class _RowGradPairs(eqx.Module):
     count: int = eqx.field(static=True)
 
     def inner_products(self, one: "_RowGradPairs") -> Float[Array, "V N V"]:
-        read = one.rows < self.count  # else none is read
+        read = one.rows < self.count  # a row number past the last stands for no row
         same = (one.rows[None, :, :, None] == self.rows[:, :, None, :]) & read[None, :, :, None]
         return _contract(same.astype(self.grads.dtype), one.grads, self.grads)
 
@@ -80,28 +80,28 @@ _Part = _InputGradPairs | _RowGradPairs | _DenseGradients
 
 
 class OutputGradients(eqx.Module):
-    """The gradients of each output of a function's examples, in the parts that their inner products are made of."""
+    """The gradients of each output of a function's examples, in parts whose inner products add up."""
 
     parts: list[_Part | None]
     """For each layer its weight and its bias, and each parameter without a layer; None for what is unused."""
     examples: int = eqx.field(static=True)
     outputs: int = eqx.field(static=True)
-    """How many an example has."""
+    """The number of outputs of an example."""
     dtype: Any = eqx.field(static=True)
 
 
 def _contract(inner: Float[Array, "N G S T"], one: Float[Array, "V G S out"], grads: Array) -> Float[Array, "V N W"]:
     if len(one) == 1 or inner.shape[-2:] == (1, 1):
-        outer = jnp.einsum("vgso,nwgto->vnwgst", one, grads)  # one product of matrices for all rows
+        outer = jnp.einsum("vgso,nwgto->vnwgst", one, grads)  # one matrix product for all rows
         return jnp.sum(outer * inner[None, :, None], axis=(-3, -2, -1))
     mixed = jnp.einsum("ngst,nwgto->nwgso", inner, grads)
     return jnp.einsum("vgso,nwgso->vnw", one, mixed)
 
 
 def gradients(problems: Sequence[Problem], scales: Sequence[Array] | None = None) -> list[OutputGradients]:
-    """Of some functions of the same parameters, in at least float32; the model runs on `chunk_size` examples at once.
+    """The gradients of some functions of the same parameters, in at least float32, in chunks of `chunk_size` examples.
 
-    With `scales`, a number for each parameter, those of the functions of parameters that these multiply.
+    `scales` has a number for each parameter, which its gradients are multiplied by.
     """
     traces = [trace_model(problem.model_fn, problem.params, problem.inputs) for problem in problems]
     joined = join_traces(traces)
@@ -151,10 +151,10 @@ def _of_function(
 
 
 class _Scale(NamedTuple):
-    """What a layer's matrix `[G, out, in]`, and a bias apart, are multiplied by; 1 where it is None."""
+    """The scales of a layer's matrix `[G, out, in]` and of a separate bias; None is 1."""
 
     matrix: Float[Array, " in"] | Float[Array, "G out in"] | None = None
-    """A number for each column where that is enough."""
+    """A number for each column, if that is enough."""
     bias: Float[Array, "G out 1"] | None = None
 
 
@@ -176,12 +176,12 @@ def _scale_of(layers: Layers, info: LayerInfo, stack: Stack, scales: Sequence[Ar
 
 
 def _times(x: Array, factor: Array | None) -> Array:
-    """`x`, times a number for each of its last entries."""
+    """`x` times a factor that is broadcast to its last axes."""
     return x if factor is None else x * jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
 
 
 def _gradient_parts(io: LayerIO, count: int, wide: Any, scale: _Scale) -> list[_Part | None]:
-    """What a layer's inner products are made of: its weight's, with a bias that is a column, and a bias apart."""
+    """The parts of a layer's gradients: its matrix (with a joint bias), and a separate bias."""
     if not io.uses:
         return [None, None]
     bias: _Part | None = None
@@ -200,16 +200,16 @@ def _gradient_parts(io: LayerIO, count: int, wide: Any, scale: _Scale) -> list[_
 
 
 def _dense_is_cheaper(layer: LayerInfo, count: int, embedding: bool) -> bool:
-    """Whether the gradients' products take fewer multiplications than those of inputs and of output gradients."""
+    """Whether inner products of dense gradients need fewer multiplications than those of inputs and gradients."""
     positions, inputs = sum(layer.positions), 1 if embedding else layer.in_
     by_pairs = positions**2 * (inputs + count * layer.out) + count**2 * positions * layer.out
     return count**2 * layer.out * layer.in_ < by_pairs
 
 
 def inner_products(one: OutputGradients, many: OutputGradients, chunk_size: int | None = None) -> Float[Array, "K L"]:
-    """The inner products of all gradients of one with those of the other, outputs in C order.
+    """The inner products of all gradients of `one` with those of `many`, outputs in C order.
 
-    Rows are made for `chunk_size` examples together.
+    Rows are computed for `chunk_size` examples at once.
     """
     mine: list[Any] = []
     others: list[Any] = []

@@ -142,7 +142,7 @@ class Layers:
         return f"Layers({', '.join(self.names)})"
 
     def retraced(self, params: PyTree, inputs: PyTree) -> "Layers":
-        """The same layers, in the model's jaxpr for parameters and inputs of these types."""
+        """The same layers, in the model's jaxpr traced with parameters and inputs of these types."""
         trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
         return replace(self, trace=trace, plan=make_plan(trace))
 
@@ -153,7 +153,7 @@ class Layers:
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """Where each layer's matrix is among the parameters."""
+        """For each layer, which parameter entries its matrix has."""
         stacks = []
         for info in self.all:
             layer = info._plan

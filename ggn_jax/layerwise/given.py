@@ -98,14 +98,14 @@ def _factor(name: str, value: Any, diagonal: tuple[int, int]) -> Factor:
 
 
 def _wide(name: str, value: Any) -> Array:
-    """A real array, in the dtype that blocks are computed in."""
+    """A real array, in the dtype in which blocks are computed."""
     array = as_array(name, value)
     check_real(name, array)
     return array.astype(compute_dtype(array.dtype))
 
 
 def _check_values(name: str, factor: np.ndarray, is_dense: bool) -> None:
-    """Refuse what no positive semi-definite matrix is, as far as a look at its entries tells."""
+    """Refuse entries that are not finite or not symmetric, and negative ones on the diagonal."""
     if not np.all(np.isfinite(factor)):
         raise ValueError(f"{name} must be finite; it holds NaN or infinities.")
     transposed = np.swapaxes(factor, 1, 2) if is_dense else factor
@@ -131,7 +131,7 @@ def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
 
 
 def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
-    """Diagonal blocks of what no layer owns; zeros without `rest`."""
+    """Diagonal blocks of the entries that no layer owns; zeros without `rest`."""
     trace, sizes = layers.trace, layers.sizes
     given = [optax.MaskedNode()] * len(sizes) if rest is None else rest_leaves(layers, rest)
     pairs: list[tuple[BlockSpec, Block]] = []

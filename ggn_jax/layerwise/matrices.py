@@ -127,7 +127,7 @@ def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
 
 
 def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
-    """What `rest` has in place of each parameter."""
+    """What `rest` has in the place of each parameter."""
     try:
         return layers.trace.structure.flatten_up_to(rest)
     except ValueError as error:
@@ -135,13 +135,13 @@ def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
 
 
 def free_entries(layers: Layers) -> list[np.ndarray | None]:
-    """For each parameter, which of its entries no layer owns; None where layers own none."""
+    """For each parameter, a mask of the entries that no layer owns; None if no layer owns any."""
     sizes = layers.sizes
     views = [view for stack in layers.stacks for view in stack.specs[0].views]
     owners = {leaf for view in views for leaf in view.entries.owning_leaves(sizes)}
     counts = dict.fromkeys(owners, 0)
     whole = all(len(view.entries.owning_leaves(sizes)) == 1 for view in views)
-    if whole:  # without looking at entries one by one
+    if whole:  # sizes are enough, without arrays of indices
         for view in views:
             counts[view.entries.owning_leaves(sizes)[0]] += view.entries.size
     free: list[np.ndarray | None] = [None] * len(sizes)

@@ -164,7 +164,7 @@ def sum_layer_io(
 
 
 class _PassRequest(NamedTuple):
-    """What is wanted of a pass: static."""
+    """The static options of a pass."""
 
     layers: Layers
     options: Options
@@ -185,7 +185,7 @@ def _prepare(
     mask: Any,
     grads: bool,
 ) -> tuple[Problem, dict[str, Any], _PassRequest]:
-    """The checked batch, what belongs to its examples, and what is wanted."""
+    """The checked batch, what else has an entry for each example, and the options of the pass."""
     if not isinstance(layers, Layers):
         raise TypeError(f"layers must be what find_layers returned; got {type(layers).__name__}.")
     options = Options(fisher_type=fisher_type, mc_samples=mc_samples, positions=positions)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ def check_fits(layers: Layers, problem: Problem) -> None:
 def _chunk_io(
     request: _PassRequest, problem: Problem, terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]
 ) -> LayersIO:
-    """`layer_io` of a chunk."""
+    """The results of `layer_io` for a chunk."""
     layers, options, grads, with_value = request
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
@@ -265,7 +265,7 @@ def _chunk_io(
 def back_propagated(
     trace: Trace, layers: Iterable[LayerInfo], captured: Captured, vectors: Float[Array, "V N *out"], mask: Array | None
 ) -> tuple[dict[str, LayerIO], Sequence[Array]]:
-    """What these vectors give at each layer, and the gradients `[V, N, *shape]` of the parameters asked for."""
+    """Each layer's inputs and output gradients for these vectors, and gradients `[V, N, *shape]` of some parameters."""
     if len(vectors):
         found, own = jax.vmap(captured.vjp)(vectors)
     else:

@@ -1,4 +1,4 @@
-"""Curvature in function space: products with `X^T X`, `X = J^T S`, and solves with `X X^T` by factorising that."""
+"""Curvature in function space: products with `X^T X`, `X = J^T S`, and solves with `X X^T` by factorising `X^T X`."""
 
 import abc
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ Shapes = Sequence[jax.ShapeDtypeStruct]
 
 
 class Root(eqx.Module):
-    """`C S` at some outputs: the loss's square root `S`, and `C`, which subtracts the mean over examples."""
+    """`C S` at some outputs: the loss Hessian's square root `S`, and `C`, which subtracts the mean over examples."""
 
     terms: Any
-    """Of the loss; None for `S = I`."""
+    """The loss's terms; None for `S = I`."""
     centred: bool = eqx.field(static=True)
 
     @classmethod
@@ -59,11 +59,11 @@ class FunctionSpace(eqx.Module):
 
     @abc.abstractmethod
     def shapes(self) -> Shapes:
-        """Of each function's outputs."""
+        """The shapes of each function's outputs."""
 
     @abc.abstractmethod
     def roots(self) -> Sequence[Root]:
-        """Of each function."""
+        """The root of each function's loss."""
 
     @abc.abstractmethod
     def jvp(self, v: PyTree[Array]) -> Outputs:
@@ -89,7 +89,7 @@ class Function(eqx.Module):
 
 
 class Functions(FunctionSpace):
-    """Functions of the same parameters, whose batches are in memory; the Jacobian has the roots of their weights."""
+    """Functions of the same parameters, whose batches are in memory; the roots of weights are in the Jacobian."""
 
     functions: tuple[Function, ...]
     linearised: tuple[Linearised, ...]
@@ -132,7 +132,7 @@ class Functions(FunctionSpace):
 
 
 def inverse_roots(damping: PyTree[Array] | None, params: PyTree[Array]) -> list[Array] | None:
-    """`D^-1/2` of each parameter; equal ones are one array where the damping has one number for them."""
+    """`D^-1/2` for each parameter; those with one number in the damping share one array, which `dots` looks for."""
     if damping is None:
         return None
     numbers = leaf_dampings(damping, params)
@@ -160,7 +160,7 @@ def solve(space: FunctionSpace, v: PyTree[Array], number: Array, damping: PyTree
     return _finish_solve(v, back, number, damping)
 
 
-# Each is one program where it is called outside of `jit`.
+# Each of these is one program, if it is called outside of `jit`.
 
 
 @compiled
@@ -178,7 +178,7 @@ def _from_both_sides(roots: Sequence[Root], shapes: Shapes, gram: Float[Array, "
     def left(row: Float[Array, " K"]) -> Float[Array, " K"]:
         return _join([r.rmv(u) for r, u in zip(roots, _split(row, shapes), strict=True)], row.dtype)
 
-    for _ in range(2):  # it is symmetric
+    for _ in range(2):  # from both sides, since the matrix is symmetric
         gram = jax.vmap(left)(gram).T
     return gram
 
@@ -209,7 +209,7 @@ def _finish_solve(v: PyTree[Array], back: PyTree[Array], number: Array, damping:
 
 
 def _split(row: Float[Array, " K"], shapes: Shapes) -> Outputs:
-    """A vector as an array for each function."""
+    """A vector as one array for each function."""
     ends = list(accumulate(prod(s.shape) for s in shapes))
     return [part.reshape(s.shape) for part, s in zip(jnp.split(row, ends[:-1]), shapes, strict=True)]
 

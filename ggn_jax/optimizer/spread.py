@@ -74,16 +74,16 @@ class Spread:
         def mine(tree: PyTree[Array]) -> PyTree[Array]:
             return jax.tree.map(lambda x: self._by_device(x)[jax.lax.axis_index(names)], tree)
 
-        shard = jax.shard_map(mine, mesh=self._auto, in_specs=P(), out_specs=self.spec, check_vma=False)
-        shared: PyTree[Array] = shard(tree)
+        cut = jax.shard_map(mine, mesh=self._auto, in_specs=P(), out_specs=self.spec, check_vma=False)
+        shared: PyTree[Array] = cut(tree)
         return shared
 
-    def map_shards(self, fn: Callable[..., Any], shard: PyTree[Array], *whole: PyTree[Array]) -> Any:
-        """`fn(cut, *whole)` with each device's share of `shard`, and all of `whole`; a share of what it returns."""
+    def map_shards(self, fn: Callable[..., Any], sharded: PyTree[Array], *whole: PyTree[Array]) -> Any:
+        """`fn(sharded, *whole)` on each device, with its groups and all of `whole`; the results are sharded as well."""
         if self.mesh is None:
-            return fn(shard, *whole)
+            return fn(sharded, *whole)
         specs = self.spec, *[P()] * len(whole)
-        return jax.shard_map(fn, mesh=self._auto, in_specs=specs, out_specs=self.spec, check_vma=False)(shard, *whole)
+        return jax.shard_map(fn, mesh=self._auto, in_specs=specs, out_specs=self.spec, check_vma=False)(sharded, *whole)
 
     def _by_device(self, x: Array) -> Array:
         return x.reshape(self.devices, -1, *x.shape[1:])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from torch_bridge.aten.registry import NoIndices, aten
+from torch_bridge.aten.registry import UnsupportedResult, aten
 
 
 class NoKeyError(NotImplementedError):
@@ -35,8 +35,8 @@ def dropout(x: Array, p: float, train: bool, *, dropout_key: Array | None = None
 @aten("native_dropout")
 def native_dropout(
     x: Array, p: float, train: bool | None, *, dropout_key: Array | None = None
-) -> tuple[Array, NoIndices]:
-    return keep(x, p, train, x.shape, dropout_key), NoIndices("what a dropout keeps")
+) -> tuple[Array, UnsupportedResult]:
+    return keep(x, p, train, x.shape, dropout_key), UnsupportedResult("what a dropout keeps")
 
 
 @aten("feature_dropout")

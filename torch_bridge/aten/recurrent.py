@@ -1,4 +1,4 @@
-"""Recurrent layers, as scans over the positions; what does not depend on the state is computed outside of them."""
+"""Recurrent layers as scans over positions. The inputs' part of the gates is computed outside: one large product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
