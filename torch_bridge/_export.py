@@ -220,7 +220,7 @@ def _program(
                 buffers[name] = target
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
-            raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
+            raise NotImplementedError(f"module holds {target}, of a kind that is not supported ({spec.kind.name}).")
     graph = exported.graph_module
     return Program(graph, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated), wide)
 

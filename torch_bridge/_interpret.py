@@ -151,7 +151,7 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
         if isinstance(result, UnsupportedResult) and node.users:
             raise NotImplementedError(
-                f"the indices of {result.what} are used, which are not known here: {where(node)}."
+                f"the indices of {result.what} are used, which are not computed here: {where(node)}."
             )
         return result
     function = find_operator(name_of(node))

@@ -1,4 +1,4 @@
-"""Dropout: the one kind of operators that takes a key."""
+"""Dropout: the only operators that take a key."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from torch_bridge.aten.registry import UnsupportedResult, aten
 
 
 class NoKeyError(NotImplementedError):
-    """Raised where something is drawn, and there is no key."""
+    """Something is drawn, but there is no key."""
 
 
 def keep(x: Array, p: float, train: bool | None, shape: Sequence[int], key: Array | None) -> Array:
-    """`x` times 0 with probability p, else times 1 / (1 - p); one draw for all along axes of length 1 in `shape`."""
+    """`x` times 0 with probability p, else times 1 / (1 - p); one draw along each axis of length 1 in `shape`."""
     if train is False or p == 0:
         return x
     if key is None:
@@ -47,5 +47,5 @@ def feature_dropout(x: Array, p: float, train: bool, *, dropout_key: Array | Non
 @aten("alpha_dropout", "feature_alpha_dropout")
 def alpha_dropout(x: Array, p: float, train: bool) -> Array:
     if train and p > 0:
-        raise NotImplementedError("alpha dropout is not known here in training mode: put it into evaluation mode")
+        raise NotImplementedError("alpha dropout is not supported in training mode: put it into evaluation mode")
     return x

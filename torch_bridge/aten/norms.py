@@ -17,7 +17,7 @@ def _normalise(x: Array, axes: Sequence[int], eps: float) -> Array:
 
 
 def _apply_affine(x: Array, weight: Array | None, bias: Array | None, dtype: Any) -> Array:
-    """In one dtype with the parameters, whose use is thus an elementwise one."""
+    """Scale and shift, then cast: the parameters meet wide data, so that they are found as scales and shifts."""
     x = x if weight is None else x * wide(align(weight, x)[0])
     x = x if bias is None else x + wide(align(bias, x)[0])
     return x.astype(dtype)
@@ -123,7 +123,7 @@ def batch_norm_functional(
     momentum: float,
     eps: float,
 ) -> tuple[Any, ...]:
-    """The result and, in the last two places, new running statistics, with Bessel's correction as torch has it."""
+    """The result and, last, the new running statistics, with Bessel's correction as in torch."""
     saved = UnsupportedResult("the batch's statistics"), UnsupportedResult("the batch's statistics")
     if not training:
         y = batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)
@@ -135,6 +135,7 @@ def batch_norm_functional(
             " examples, and examples='coupled' where ggn_jax calls the model."
         )
     axes = (0, *range(2, x.ndim))
+    # Running statistics are not differentiated, in torch either.
     values = lax.stop_gradient(wide(x))
     new = jnp.mean(values, axes), jnp.var(values, axes, ddof=1)
     means = [(1 - momentum) * wide(old) + momentum * n for old, n in zip((running_mean, running_var), new, strict=True)]
@@ -173,5 +174,5 @@ def weight_norm_interface(v: Array, g: Array, dim: int = 0) -> tuple[Array]:
 @aten("norm_except_dim")
 def norm_except_dim(v: Array, pow: int = 2, dim: int = 0) -> Array:
     if pow != 2:
-        raise NotImplementedError(f"only the norm of order 2 is known here; got {pow}")
+        raise NotImplementedError(f"only the norm of order 2 is supported; got {pow}")
     return _norm_except(v, dim).astype(v.dtype)

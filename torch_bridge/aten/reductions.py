@@ -140,6 +140,7 @@ def median(x: Array) -> Array:
     value = lax.stop_gradient(median_along(x.reshape(-1), 0)[0])
     if not is_floating(x.dtype):
         return value
+    # The value is a constant, plus 0 whose derivative is spread evenly over the entries that are equal to it.
     equal = x == value
     share = jnp.where(equal, x, 0).sum() / jnp.maximum(jnp.sum(equal), 1).astype(x.dtype)
     return value + (share - lax.stop_gradient(share))
