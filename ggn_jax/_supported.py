@@ -1,4 +1,4 @@
-"""Which losses are taken, and for which vectors."""
+"""Which losses are supported, and for which vectors."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ BUILT_IN: tuple[type[Loss], ...] = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss
 
 
 def check_supported(loss: Any) -> Loss:
-    """`loss`, if what is known of its class says what its curvature is."""
+    """`loss`, if its class tells its curvature; refused otherwise."""
     if isinstance(loss, JointLoss):
         for name, head in loss.losses.items():
             with errors_name_output(name):
@@ -46,7 +46,7 @@ def check_supported(loss: Any) -> Loss:
 
 
 def check_exact(loss: Loss) -> None:
-    """Refuse a loss that has no exact factor of its matrix."""
+    """Refuse a loss without an exact factor of its curvature."""
     if isinstance(loss, JointLoss):
         for name, head in loss.losses.items():
             with errors_name_output(name):

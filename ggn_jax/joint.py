@@ -159,7 +159,7 @@ class JointLoss(Loss):
 
 
 def errors_name_output(name: str) -> AbstractContextManager[None]:
-    """Errors say of which output they are."""
+    """Prefix errors with the name of the output that they are about."""
     return prefixed(f"of output {name!r}: ")
 
 
@@ -182,7 +182,7 @@ class JointTerms(eqx.Module):
 
     @property
     def scale(self) -> Float[Array, " terms"]:
-        """What a plain term's Hessian is multiplied by, of all terms."""
+        """The factors of plain terms' Hessians, for all terms."""
         return jnp.concatenate([times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
 
     @property
@@ -245,7 +245,7 @@ class JointTerms(eqx.Module):
         return self._join({k: times(self.weights[k], terms.diagonal()) for k, terms in self.parts.items()})
 
     def weighted(self, name: str) -> Terms:
-        """One head's terms, with its weight in what plain terms are multiplied by."""
+        """One head's terms, with its weight in their scale."""
         terms = self.parts[name]
         return replace(terms, scale=times(self.weights[name], terms.scale))
 
@@ -258,7 +258,7 @@ class JointTerms(eqx.Module):
 
 
 def fold_keys(keys: Array, number: int) -> Array:
-    """Keys for the head of this number."""
+    """Keys for the head with this number."""
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
 
     def fold(key: Array) -> Array:

@@ -133,7 +133,7 @@ class Terms(eqx.Module):
         return jnp.where(g == 0, 0, self.reduction_factor * inner * g).astype(self.dtype)
 
     def term_indices(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
-        """For each output, the number of the example, or of the term, that it is of; and how many there are."""
+        """For each output, the index of its example, or of its term; and how many there are."""
         shape = self.outputs.shape
         axes = self.axes if per_term else tuple(range(1, len(shape)))
         kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
@@ -163,10 +163,9 @@ class Terms(eqx.Module):
         return weighted
 
     def draw(self, keys: Array, num: int) -> Array:
-        """What would-be gradients are made of (a label per term, say), for `num` samples: `[num, *positions, ...]`.
+        """The draws for would-be gradients (a label per term, say), for `num` samples: `[num, *positions, ...]`.
 
-        One example takes one key and a batch one key per example, so that what is drawn for an example depends on
-        nothing else.
+        One example takes one key, and a batch one key per example, so that an example's draws depend on nothing else.
         """
         term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
         positions = self.scale.shape[self.batch :]
@@ -240,7 +239,7 @@ class Terms(eqx.Module):
 
     @staticmethod
     def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
-        """`fn` with a last argument that multiplies its result; zero wins over NaN, so what is ignored stays 0."""
+        """`fn` with a last argument that multiplies its result; 0 times NaN is 0, so ignored terms stay 0."""
 
         def scaled(*args: Any) -> Array:
             *rest, scale = args
@@ -252,7 +251,7 @@ class Terms(eqx.Module):
 
 
 def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
-    """Both as arrays, after all checks that shapes, dtypes and, outside of transformations, values allow."""
+    """Both as arrays, after all checks of shapes and dtypes and, if they are known, of values."""
     outputs, targets = check_shapes_and_dtypes(loss, outputs, targets, batch)
     check_values(loss, outputs, targets, batch)
     return outputs, targets
@@ -269,7 +268,7 @@ def check_shapes_and_dtypes(loss: Any, outputs: Any, targets: Any, batch: bool) 
 
 
 def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
-    """For a batch in place of one example, or the other way round."""
+    """A hint for a batch passed as one example, or the other way round."""
     if not batch and not outputs.ndim:
         return ""
     try:
@@ -282,7 +281,7 @@ def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
 
 
 def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
-    """Refuse targets whose values the loss does not accept, where they can be looked at."""
+    """Refuse targets whose values the loss does not accept, if they are known."""
     loss.check_values(outputs, targets, batch)
 
 
@@ -291,7 +290,7 @@ def check_values_of_one_loss(loss: Any, outputs: Shaped, targets: Array, batch: 
     leaves = [leaf for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)]
     if not loss.restricts_targets or not all(is_concrete(leaf) for leaf in leaves):
         return
-    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+    with jax.ensure_compile_time_eval():  # constants are known under `jit` as well
         count, first = np.asarray(_find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)).tolist()
     if not count:
         return

@@ -48,7 +48,7 @@ def check_independent(
         *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
         if is_concrete(alike):
             return *_coupling_gap(*passes), bool(alike)
-        with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+        with jax.ensure_compile_time_eval():  # constants are known under `jit` as well
             *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
             return *_coupling_gap(*passes), bool(alike)
 
