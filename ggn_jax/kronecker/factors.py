@@ -227,6 +227,7 @@ def captured_sums(
             return use_factors[n].output_grads(grads[n].reshape(-1, *grads[n].shape[2:]))
 
         sums: dict[str, Any] = {}
+        # Sums over some of the vectors: what leaves this function does not grow with their number.
         if bases is None:
             sums["b"] = of_uses(output_factors)
         else:

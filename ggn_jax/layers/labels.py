@@ -88,7 +88,7 @@ def fold_constants(eqn: Any, labels: list[Label]) -> list[Label]:
 
 
 def join(a: Label, b: Label) -> Label:
-    """The label of a value that is one or the other."""
+    """The label of a value that is one or the other, as a loop's carry is: the least that both are."""
     if a == b:
         return a
     if isinstance(a, Data) or isinstance(b, Data):
@@ -102,15 +102,18 @@ def join(a: Label, b: Label) -> Label:
             leaves |= label.leaves
             pending |= {use.path: use for use in label.pending}
         elif isinstance(label, ParameterSlice):
-            return Data()  # moved about by the loop: whatever it meets there has no fixed entries
+            return Data()  # other entries in each step: no index map describes it, so it counts as unknown
     return Derived(leaves, "a loop's carry", pending=tuple(pending.values()))
 
 
-MAX_CONSTANT_SIZE = 2**20  # entries of a constant that are not looked at
+MAX_CONSTANT_SIZE = 2**20  # larger constants are not compared entry by entry
 
 
 def scalar_factor(eqn: Any, labels: list[Label]) -> float | None:
-    """The known number with which an equation multiplies parameters; None if it does something else."""
+    """The known number by which an equation multiplies parameters; None if it does anything else.
+
+    Not 0, nor NaN or infinity: the weight's gradient is the effective weight's times the number, and so are its inputs.
+    """
     name, numbers = eqn.primitive.name, [label for label in labels if not isinstance(label, ParameterSlice)]
     if name == "neg":
         return -1.0
@@ -118,7 +121,7 @@ def scalar_factor(eqn: Any, labels: list[Label]) -> float | None:
         var.aval.shape for var, label in zip(eqn.invars, labels, strict=True) if isinstance(label, ParameterSlice)
     ]
     if shapes != [eqn.outvars[0].aval.shape]:
-        return None  # primitives may repeat an axis of length 1
+        return None  # the parameters are broadcast as well
     inverted = name == "div" and isinstance(labels[-1], ParameterSlice)
     if inverted or len(labels) != 2 or not isinstance(numbers[0], Constant):
         return None
@@ -129,6 +132,7 @@ def scalar_factor(eqn: Any, labels: list[Label]) -> float | None:
         value = np.asarray(numbers[0].value)
     except jax.errors.TracerArrayConversionError:
         return None
+    # Kind "V" is bfloat16, and other types of ml_dtypes.
     if value.size == 0 or value.dtype.kind not in "fV" or not (value == value.flat[0]).all():
         return None
     number = float(value.flat[0])

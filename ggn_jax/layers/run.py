@@ -90,6 +90,7 @@ def _convolution_for_example(eqn: Any, run: Callable[..., list[Any]]) -> Callabl
     def plain(x: Array, kernel: Array) -> Array:
         return run(eqn, [x, kernel])[0]
 
+    # How to map a convolution is decided only when it is mapped, since only then is it known what has the mapped axis.
     one = custom_vmap(plain)
     groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
 

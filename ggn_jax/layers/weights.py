@@ -120,6 +120,7 @@ def evaluate_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
     if eqn.primitive.name in WITHOUT_DERIVATIVE:
         return [Weight(results[0], frozenset(), values[0].varies, provenance=values[0].provenance)]
     boxes = frozenset[ParameterBox]().union(*(value.boxes for value in values))
+    # Slices of one array are compared by their boxes, so that `w[:2]` and `w[2:]` count as disjoint.
     if eqn.primitive.name == "slice":
         box = tuple(eqn.params["start_indices"]), tuple(eqn.params["limit_indices"])
         whole = [values[0].provenance == (piece.array,) for piece in boxes]

@@ -31,7 +31,7 @@ class Linearised(eqx.Module):
 
     problem: Problem
     kept: Jacobian | None
-    """The linearisation, where there are no chunks, which are there to save memory."""
+    """The linearisation, kept unless there are chunks: these are for saving memory, which it would take."""
 
     @classmethod
     def of(cls, problem: Problem) -> "Linearised":
@@ -62,7 +62,7 @@ class Linearised(eqx.Module):
 
 
 def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
-    """`fn(inputs)` of chunks of the batch, whose arrays have examples as first axis, for the whole batch."""
+    """`fn(inputs)` for the whole batch, chunk by chunk; its results have examples as first axis."""
     chunks = problem.chunks()
     if chunks is None:
         return fn(problem.inputs)

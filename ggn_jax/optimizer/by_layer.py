@@ -154,7 +154,7 @@ def scale_by_layers(
                 f"batch has inputs {structure_of(pair[0])}, for which the model's layers are {', '.join(layers.names)},"
                 f" and the state has {', '.join(state.layers)}."
             )
-        # `start` saw whether examples depend on each other, if there were values to see it.
+        # `start` has checked whether examples depend on each other, if values were known.
         layers = replace(layers, checked=True)
         io = layer_io(layers, loss, params, pair, **vectors, key=key, mask=mask, grads=False)
         new = {layer.name: update(state.layers[layer.name], io[layer.name]) for layer in layers}

@@ -105,12 +105,12 @@ def find_one(state: Any, *kinds: type) -> Any:
 
 
 def initial_curvature(layout: Layout, settings: Settings, damping: Array) -> Curvature:
-    """Before the first batch."""
-    # Each its own buffer: a state may be donated.
+    """The state before the first batch."""
+    # Each array has its own buffer, since a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     blocks = jax.eval_shape(lambda blocks: tuple(map(settings.spread.pad, blocks)), block_shapes(layout))
     averages = jax.eval_shape(lambda blocks: to_storage(pack(blocks), settings.factor_dtype, count), blocks)
-    # Shapes are the same on any mesh, also on one that is not that of the context.
+    # Without the mesh, on which shapes do not depend: it need not be that of the context.
     inverses = tuple(jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping))
     return Curvature(count, skipped, weight, damping, zeros_like(averages), zeros_like(inverses))
 
@@ -122,7 +122,7 @@ def block_shapes(layout: Layout) -> tuple[Block, ...]:
 
 
 def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
-    """What no batch says, of blocks of these shapes."""
+    """The factors of no batch, for blocks of these shapes."""
     corrections = [
         jnp.zeros(shape, block.a[0].dtype)
         for block in blocks
@@ -134,7 +134,7 @@ def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
 
 
 def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
-    """The eigenbases of each layer's blocks."""
+    """The eigenbases of each layer's blocks, without the groups that pad a stack on a mesh."""
 
     def real(stack: Stack, inverse: Block) -> Block:
         cut: Block = jax.tree.map(lambda x: x[: stack.shape[0]], inverse)
@@ -146,13 +146,17 @@ def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
 
 @compiled
 def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: Any, settings: Settings) -> Curvature:
-    """Take a batch's factors into the averages, and renew the inverses that are due."""
+    """Add a batch's factors to the averages, and update the inverses that are due.
+
+    Averages are kept bias-corrected: `average += gain (new - average)` with `gain = (1 - decay) / weight`, and
+    `weight = 1 - decay^n` after n batches. So the first batch has gain 1, and nothing is divided when they are used.
+    """
     finite = all_finite((seen.blocks, seen.corrections))
     present = seen.weight > 0
     good = present & finite
     decay = jnp.asarray(decay, jnp.float32)
     weight = jnp.where(good, decay * curvature.weight + (1 - decay), curvature.weight)
-    weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # the first batch's, for ever
+    weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # decay 1 keeps the first batch's
     gain = jnp.where(good, jnp.where(curvature.weight == 0, 1, (1 - decay) / jnp.where(good, weight, 1)), 0)
 
     def average(old: Array, total: Array) -> Array:
@@ -176,7 +180,7 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
 
 
 def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:
-    """All inverses made anew, from the averages and the damping as they are."""
+    """The state with all inverses recomputed from the present averages and damping."""
     first, known = jnp.asarray(False), jnp.asarray(True)
     at_once = replace(settings, inverse_interval=1)
     args = curvature.inverses, curvature.count, first, known, curvature.damping, at_once
@@ -190,14 +194,14 @@ class Direction(NamedTuple):
     slope: Float[Array, ""]
     """Its inner product with the gradient."""
     finite: Bool[Array, ""]
-    """Whether it is, and the gradient too, which no product makes finite again."""
+    """Whether it is finite, and so the gradient, since no product makes NaN finite."""
 
 
 @compiled
 def precondition(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> Direction:
-    """The damped inverse times a gradient; 0 as long as no batch was seen."""
+    """The damped inverse times a gradient; 0 before the first batch."""
     made, parts = precondition_stacks(curvature, stacks, settings, gradient)
     finite = all_finite(made)
     made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
@@ -209,7 +213,7 @@ def precondition(
 def precondition_stacks(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> tuple[list[Float[Array, "G ..."]], list[Float[Array, "G ..."]]]:
-    """The damped inverses times a gradient, and this gradient, of each stack; with the groups that fill up a mesh."""
+    """The damped inverses times a gradient, and the gradient, for each stack; with the groups that pad it on a mesh."""
     inverses = curvature.inverses
     if settings.keeps_spectra:
 
@@ -225,10 +229,10 @@ def precondition_stacks(
 
 @compiled
 def inverses_available(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
-    """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
+    """Whether every block has an inverse: without damping, all factorisations of a block may have failed so far.
 
-    The diagonal of a damped inverse is positive, and eigenvectors have no row of zeros; eigenvalues before damping may
-    be 0.
+    A missing inverse is 0. A damped inverse has a positive diagonal, and eigenvectors have no row of zeros, so one entry
+    or row is enough to check; eigenvalues before damping may be 0.
     """
 
     def first(x: Array) -> Float[Array, "G ..."]:

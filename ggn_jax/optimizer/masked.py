@@ -67,5 +67,5 @@ def _is_node(node: Any) -> bool:
 
 
 def _filled(leaf: Any) -> Array:
-    """Zeros for shapes, where only the model's structure is looked at."""
+    """Zeros in place of a shape, where only the model's structure matters."""
     return leaf if isinstance(leaf, jax.Array) else jnp.zeros(leaf.shape, leaf.dtype)

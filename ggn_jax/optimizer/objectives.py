@@ -1,4 +1,4 @@
-"""One pass over the batches of an objective: what `Core` is for one function."""
+"""One pass over the batches of an objective, as `Core` makes one for one function."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -87,7 +87,7 @@ class ObjectiveCore(Core):
 
 
 def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:
-    """Of an objective, or of a model and a loss."""
+    """The core of an objective, or of a model and a loss."""
     rest = Settings.of(options), options["full_params"], options["has_aux"], options["examples"]
     if not isinstance(model_fn, Objective):
         return Core(model_fn, loss, example_inputs, *rest)
