@@ -231,7 +231,7 @@ def precondition_stacks(
 def inverses_available(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
     """Whether every block has an inverse: without damping, all factorisations of a block may have failed so far.
 
-    A missing inverse is 0. A damped inverse has a positive diagonal, and eigenvectors have no row of zeros, so one entry
+    A missing inverse is 0. A damped inverse has a positive diagonal, and no row of eigenvectors is 0, so one entry
     or row is enough to check; eigenvalues before damping may be 0.
     """
 
