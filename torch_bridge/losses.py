@@ -200,7 +200,7 @@ def find_loss(module: Any) -> LossEntry:
 
 
 def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
-    """The `ggn_jax` loss of what `LossEntry.take_apart` returned, the tensors as JAX arrays."""
+    """The `ggn_jax` loss of what `LossEntry.serialise` returned, with tensors as JAX arrays."""
     entry, options, names = _parse(text)
     loss = entry.convert(**dict(zip(names, tensors, strict=True)), **options)
     if not isinstance(loss, ggn_jax.Loss):
