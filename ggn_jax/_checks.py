@@ -173,7 +173,7 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
 
 
 @contextmanager
-def prefixed(text: str) -> Iterator[None]:
+def errors_prefixed(text: str) -> Iterator[None]:
     """Prefix the messages of errors with `text`, which says what they are about."""
     try:
         yield
@@ -183,6 +183,6 @@ def prefixed(text: str) -> Iterator[None]:
         raise type(error)(f"{text}{error}") from error
 
 
-def starts_sum(value: Any) -> bool:
+def is_sum_start(value: Any) -> bool:
     """Whether a value is the 0 that Python's `sum` starts with."""
     return isinstance(value, int) and not isinstance(value, bool) and value == 0

@@ -23,7 +23,7 @@ def example_keys(key: Array, start: int | Array, size: int) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, start + jnp.arange(size, dtype=jnp.int32))
 
 
-def masses(p: Float[Array, "..."]) -> UInt32[Array, "..."]:
+def to_fixed_point(p: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """Probabilities in units of `1 / UNIT`."""
     return jnp.round(p * UNIT).astype(jnp.uint32)
 
@@ -38,7 +38,7 @@ def uniform_below(word: UInt32[Array, "..."], total: UInt32[Array, "..."]) -> UI
 
 def draw_bit(word: UInt32[Array, "..."], no: Float[Array, "..."], yes: Float[Array, "..."]) -> Bool[Array, "..."]:
     """True with probability `yes`, given both probabilities."""
-    return uniform_below(word, masses(no) + masses(yes)) >= masses(no)
+    return uniform_below(word, to_fixed_point(no) + to_fixed_point(yes)) >= to_fixed_point(no)
 
 
 def draw_class(
@@ -63,7 +63,7 @@ def draw_class(
     offsets, counts = (jnp.asarray(x, jnp.int32).reshape(-1, *(1,) * word.ndim) for x in zip(*pieces, strict=True))
     inside = index[None] < counts
     classes = jnp.where(inside, offsets + index[None], 0)
-    ends = jnp.cumsum(jnp.where(inside, masses(_look_up(p, classes) * scale), 0), axis=0, dtype=jnp.uint32)
+    ends = jnp.cumsum(jnp.where(inside, to_fixed_point(_look_up(p, classes) * scale), 0), axis=0, dtype=jnp.uint32)
     drawn = jnp.sum(rest[None] >= ends, axis=0, keepdims=True, dtype=jnp.int32)
     # XLA would recompute the whole descent for each entry of what uses the label; it never fuses a gather like that.
     return _look_up(classes, drawn)[0]
@@ -90,10 +90,10 @@ def _fold(size: int, times: int) -> list[tuple[int, int]]:
 def _sum_pieces(
     p: Float[Array, "C *at"], scale: Float[Array, "1 *at"] | float, pieces: list[tuple[int, int]]
 ) -> UInt32[Array, "width *at"]:
-    """The sum of the masses in all pieces; those of one length are added first, which is one loop."""
+    """The sum of all pieces in fixed point; those of one length are added first, which is one loop."""
     width, total = pieces[0][1], jnp.zeros((), jnp.uint32)
     for length in sorted({count for _, count in pieces}):
-        parts = [masses(p[offset : offset + count] * scale) for offset, count in pieces if count == length]
+        parts = [to_fixed_point(p[offset : offset + count] * scale) for offset, count in pieces if count == length]
         total = total + _extend(sum(parts[1:], start=parts[0]), width)
     return total
 

@@ -27,7 +27,7 @@ def is_a(value: Any, module: str, name: str) -> bool:
     return isinstance(cls, type) and isinstance(value, cls)
 
 
-def kind(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -110,7 +110,7 @@ def check_model_fn(model_fn: Any) -> None:
     wanted = "model_fn must be a function of (params, inputs)"
     known = any(is_a(model_fn, library, "Module") for library in ("flax.nnx", "flax.linen", "torch.nn"))
     if known or type(model_fn).__module__.startswith("equinox.nn"):
-        raise TypeError(f"{wanted}; got {kind(model_fn)}, a module.{module_hint(model_fn)}")
+        raise TypeError(f"{wanted}; got {describe_value(model_fn)}, a module.{module_hint(model_fn)}")
     if is_a(model_fn, "ggn_jax", "Objective"):
         raise TypeError(
             f"{wanted}; got an Objective, which has one for each of its terms. kfac, scale_by_kfac and the operators'"
@@ -118,7 +118,7 @@ def check_model_fn(model_fn: Any) -> None:
         )
     if not callable(model_fn):
         order = " Arguments are model_fn, loss, params, batch, in this order." if jax.tree.leaves(model_fn) else ""
-        raise TypeError(f"{wanted}; got {kind(model_fn)}.{order}")
+        raise TypeError(f"{wanted}; got {describe_value(model_fn)}.{order}")
     try:
         signature = inspect.signature(model_fn)
     except (TypeError, ValueError):
@@ -129,12 +129,12 @@ def check_model_fn(model_fn: Any) -> None:
         way_out = (
             module_hint(model_fn) or " Parameters come first; close over anything else: lambda params, inputs: ..."
         )
-        got = f"{kind(model_fn)}{signature}"
+        got = f"{describe_value(model_fn)}{signature}"
         raise TypeError(f"{wanted}, called with both by position; got {got}.{way_out}") from None
 
 
 @contextmanager
-def called_with(params: Any, inputs: Any, *, one_example: bool = False) -> Iterator[None]:
+def model_errors_explained(params: Any, inputs: Any, *, one_example: bool = False) -> Iterator[None]:
     """Add a note to a model's errors that says what it was called with."""
     try:
         yield
@@ -159,7 +159,7 @@ def _shapes(name: str, tree: Any) -> str:
 
 
 @contextmanager
-def mapping_explained() -> Iterator[None]:
+def ragged_errors_explained() -> Iterator[None]:
     """Explain the alternatives, if JAX cannot map a ragged product."""
     try:
         yield

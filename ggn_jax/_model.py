@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
-from ggn_jax._hints import kind
+from ggn_jax._hints import describe_value
 from ggn_jax._unbatched import are_batched, unwrap
 
 
@@ -30,5 +30,7 @@ class Model(eqx.Module):
         if not self.has_aux:
             return result, None
         if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"with has_aux=True, model_fn must return a pair (outputs, aux); got {kind(result)}.")
+            raise TypeError(
+                f"with has_aux=True, model_fn must return a pair (outputs, aux); got {describe_value(result)}."
+            )
         return result

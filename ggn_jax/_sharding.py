@@ -64,7 +64,7 @@ def on_mesh(fn: Callable[..., Any], like: Callable[..., PyTree]) -> Callable[...
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def sharding_errors_explained() -> Iterator[None]:
     """Add a note to errors about shardings that says how models are run."""
     try:
         yield

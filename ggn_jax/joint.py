@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, prefixed
+from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, errors_prefixed
 from ggn_jax._model import Model
-from ggn_jax._outputs import cut, flat_model, join
+from ggn_jax._outputs import flat_model, flatten_outputs, split_outputs
 from ggn_jax._repr import fields
 from ggn_jax._weights import safe_sqrt, times
 from ggn_jax.fisher_type import FisherType
@@ -105,9 +105,9 @@ class JointLoss(Loss):
         """Each loss, and its outputs among these `[*lead, entries]`, an array or a shape."""
         assert self.shapes is not None
         if isinstance(entries, jax.ShapeDtypeStruct):
-            found = jax.eval_shape(lambda x: cut(x, dict(self.shapes or ())), entries)
+            found = jax.eval_shape(lambda x: split_outputs(x, dict(self.shapes or ())), entries)
         else:
-            found = cut(entries, dict(self.shapes))
+            found = split_outputs(entries, dict(self.shapes))
         return {name: (loss, found[name]) for name, loss in self.losses.items()}
 
     def split(self, outputs: Array, targets: Any, batch: bool) -> "JointTerms":  # type: ignore[override]
@@ -147,7 +147,7 @@ class JointLoss(Loss):
         if batch and len({x.shape[0] for x in arrays.values()}) > 1:
             shapes = {k: x.shape for k, x in arrays.items()}
             raise ValueError(f"outputs must have one common batch axis; got shapes {shapes}.")
-        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), join(arrays, int(batch))
+        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), flatten_outputs(arrays, int(batch))
 
     # Its terms are of several kinds.
 
@@ -160,7 +160,7 @@ class JointLoss(Loss):
 
 def errors_name_output(name: str) -> AbstractContextManager[None]:
     """Prefix errors with the name of the output that they are about."""
-    return prefixed(f"of output {name!r}: ")
+    return errors_prefixed(f"of output {name!r}: ")
 
 
 class JointTerms(eqx.Module):
@@ -251,10 +251,10 @@ class JointTerms(eqx.Module):
 
     def join(self, arrays: Sequence[Array], lead: int) -> Array:
         """The heads' arrays `[*lead, *out]` as one, in the order of their names."""
-        return join(dict(zip(self.parts, arrays, strict=True)), lead)
+        return flatten_outputs(dict(zip(self.parts, arrays, strict=True)), lead)
 
     def _join(self, arrays: dict[str, Array]) -> Array:
-        return join(arrays, int(self.batch))
+        return flatten_outputs(arrays, int(self.batch))
 
 
 def fold_keys(keys: Array, number: int) -> Array:

@@ -49,7 +49,7 @@ GGN_JAX = [
     {"objective", "operators.base", "operators.problem"},
     {"operators.jacobian", "operators.rectangular", "operators.weighted"},
     {"operators.batches", "operators.partial"},
-    {"operators.rows", "operators.sweeps"},
+    {"operators.ordered_passes", "operators.unordered_passes"},
     {"operators.passes"},
     {"operators.outputs"},
     {"operators.ggn", "operators.ef", "operators.hessian"},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax.kronecker.linalg import eigh, norm, safe_max_abs, zero_below_resolution
 
 Factor = Float[Array, "G d *d"]
@@ -261,7 +261,7 @@ Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
 def finite_groups(block: PyTree[Array]) -> Bool[Array, " G"]:
     """For each group, whether there is no NaN and no infinity."""
     leaves = jax.tree.leaves(block)
-    return jnp.all(jnp.stack([jnp.isfinite(largest(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
+    return jnp.all(jnp.stack([jnp.isfinite(max_abs(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
 
 
 def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagonal]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 
 RESOLUTION = 4
@@ -36,7 +36,7 @@ def zero_below_resolution(
 
 def safe_max_abs(x: Float[Array, "..."], axes: tuple[int, ...] | None = None) -> Float[Array, "..."]:
     """`max |x|`, safe to divide by: 1 if all is 0 or anything is not finite; a constant for derivatives."""
-    size = jax.lax.stop_gradient(largest(x, axes))
+    size = jax.lax.stop_gradient(max_abs(x, axes))
     return jnp.where((size > 0) & jnp.isfinite(size), size, 1)
 
 
@@ -118,7 +118,7 @@ def _eigh_jvp(primals: Any, tangents: Any) -> Any:
     for (values, q), dx in zip(found, tangents[0], strict=True):
         inside = rotated(dx, q)
         gaps = values[:, None, :] - values[:, :, None]
-        least = RESOLUTION * jnp.finfo(values.dtype).eps * largest(values, 1)[:, None, None]
+        least = RESOLUTION * jnp.finfo(values.dtype).eps * max_abs(values, 1)[:, None, None]
         distinct = jnp.abs(gaps) > least
         rotation = jnp.where(distinct, inside / jnp.where(distinct, gaps, 1), 0)
         changes.append((jnp.diagonal(inside, axis1=1, axis2=2), jnp.einsum("gij,gjk->gik", q, rotation)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import compute_dtype
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax._sharding import vary_like
 from ggn_jax._weights import safe_sqrt, times
 from ggn_jax.kronecker.algebra import Factor, Kronecker
@@ -36,7 +36,7 @@ class GradientFactors(NamedTuple):
 
     def scales(self) -> tuple[Float[Array, " G"], Float[Array, " G"]]:
         """The largest absolute entries of both, for each group."""
-        return largest(self.left, (0, 2, 3, 4)), largest(self.right, (0, 2, 3, 4))
+        return max_abs(self.left, (0, 2, 3, 4)), max_abs(self.right, (0, 2, 3, 4))
 
     def divided(self, scales: tuple[Float[Array, " G"], Float[Array, " G"]]) -> "GradientFactors":
         """Divided by these: fourth powers of entries are summed, which leave the dtype's range early."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
-from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
+from ggn_jax._hints import check_model_fn, is_array, model_errors_explained, params_hint, tensor_hint
 from ggn_jax._model import Model
 from ggn_jax._outputs import flat_model
 from ggn_jax._sharding import compiler_sharded
@@ -168,12 +168,12 @@ def report(
     check_model(model_fn, params, inputs)
     coupled_examples, model_fn = check_coupled(examples), Model(model_fn, has_aux)
     size = batched_leaves(inputs)[0].shape[0]
-    with called_with(params, inputs):
+    with model_errors_explained(params, inputs):
         whole = jax.eval_shape(model_fn, params, inputs)
         if isinstance(whole, Mapping):  # as for a JointLoss
             model_fn = Model(flat_model(model_fn))
             whole = jax.eval_shape(model_fn, params, inputs)
-    with called_with(params, inputs, one_example=not coupled_examples):
+    with model_errors_explained(params, inputs, one_example=not coupled_examples):
         trace = trace_model(model_fn, params, inputs, coupled=coupled_examples)
     if whole.shape != (size, *trace.outputs.shape):
         raise ValueError(

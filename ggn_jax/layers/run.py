@@ -8,7 +8,7 @@ import jax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from ggn_jax._hints import mapping_explained
+from ggn_jax._hints import ragged_errors_explained
 from ggn_jax.layers.convolution import CONVOLUTION, convolution, convolution_by_patches, is_convolution
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
@@ -42,7 +42,7 @@ def vmap_examples(fn: Callable[..., PyTree[Array]], in_axes: Any = 0) -> Callabl
     """`jax.vmap(fn)` that is also right for gradients in a convolution's kernel for each example of a sharded batch."""
 
     def run(*args: PyTree[Array]) -> PyTree[Array]:
-        with mapping_explained():
+        with ragged_errors_explained():
             return jax.vmap(partial(_without_custom_rules, fn), in_axes)(*args)
 
     return run

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_outputs
 from ggn_jax._model import Model
-from ggn_jax._sharding import explained, explicit_mesh
+from ggn_jax._sharding import explicit_mesh, sharding_errors_explained
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
 from ggn_jax.layers.analysis import analyse
 from ggn_jax.layers.distribute import distribute
@@ -57,7 +57,7 @@ def trace_model(
 
     if explicit_mesh((params, inputs)) is not None:
         params, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, inputs))
-    with explained():
+    with sharding_errors_explained():
         like, one = jax.eval_shape(cut, params, inputs)
         closed, (outputs, aux) = jax.make_jaxpr(run, return_shape=True)(like, one)
     examples = batched_leaves(one)[0].shape[0] if coupled else 1
@@ -77,7 +77,7 @@ def trace_model(
         # Products with computed weights may be products with parameters, in another order. The distributed jaxpr is
         # taken only if it leaves fewer parameters without a Kronecker form, or if JAX cannot map the first one.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
-        with explained():
+        with sharding_errors_explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
         if analysis.has_unmappable or found[0].uncovered_leaves() < analysis.uncovered_leaves():

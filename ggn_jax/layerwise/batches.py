@@ -24,9 +24,9 @@ from ggn_jax.layerwise.space import (
 )
 from ggn_jax.operators.base import check_vector, register
 from ggn_jax.operators.batches import check_on_host
+from ggn_jax.operators.ordered_passes import OrderedPasses
 from ggn_jax.operators.outputs import BatchesJacobianLinearOperator, map_over_chunks
 from ggn_jax.operators.problem import Problem
-from ggn_jax.operators.rows import RowPasses
 
 
 class BatchesSpace(FunctionSpace):
@@ -67,7 +67,7 @@ class BatchesSpace(FunctionSpace):
 
         numbers = range(len(starts))
         for row in numbers:
-            passes.sweep(blocks(row), f"rows of batch {row}")
+            passes.sum_over_batches(blocks(row), f"rows of batch {row}")
         return jnp.block([[found[k, m] if k <= m else found[m, k].T for m in numbers] for k in numbers])
 
 
@@ -102,7 +102,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
                 targets.append(problem.targets)
             return ()
 
-        passes = RowPasses(make, batches, with_targets=loss is not None, progress=progress, contribution=collect)
+        passes = OrderedPasses(make, batches, with_targets=loss is not None, progress=progress, contribution=collect)
         root = Root(None, centred)
         if loss is not None:
             whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *targets)

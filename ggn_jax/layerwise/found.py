@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
-from ggn_jax._hints import called_with
+from ggn_jax._hints import model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.options import CHOICES, Bias
@@ -206,7 +206,7 @@ def find_layers(
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
     model, coupled = Model(model_fn, has_aux), check_coupled(examples)
-    with called_with(params, example_inputs, one_example=not coupled):
+    with model_errors_explained(params, example_inputs, one_example=not coupled):
         trace = trace_model(model, params, example_inputs, coupled=coupled)
     is_known = have_values((params, example_inputs))
     if is_known and not coupled:

@@ -82,7 +82,7 @@ class Function(eqx.Module):
     """One function of a space: a problem, and the weight of its loss."""
 
     problem: Problem
-    kept: Linearised | None
+    linearisation: Linearised | None
     weight: Float[Array, ""] | None
     with_loss: bool = eqx.field(static=True)
     centred: bool = eqx.field(static=True)
@@ -96,7 +96,7 @@ class Functions(FunctionSpace):
 
     def __init__(self, functions: tuple[Function, ...]):
         self.functions = functions
-        self.linearised = tuple(f.kept or Linearised.of(f.problem) for f in functions)
+        self.linearised = tuple(f.linearisation or Linearised.of(f.problem) for f in functions)
 
     def shapes(self) -> Shapes:
         return [f.problem.outputs for f in self.functions]

@@ -34,7 +34,7 @@ from ggn_jax.operators.base import (
     check_damping,
     check_vector,
     leaf_dampings,
-    matching,
+    matching_names,
     register,
 )
 from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, map_blocks, parameters_of, solve, sum_scalars
@@ -243,7 +243,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """
         named = self._named()
         names = [spec.names for _, (spec, _) in named]
-        fitting = set(matching(path, [name for own in names for name in own]))
+        fitting = set(matching_names(path, [name for own in names for name in own]))
         found = {
             name: (block, spec.shape) for name, (spec, block) in named if name == path or fitting & set(spec.names)
         }

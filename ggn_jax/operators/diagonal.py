@@ -21,10 +21,10 @@ from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
     SymmetricLinearOperator,
     check_damping,
-    check_number,
+    check_nonnegative_number,
     check_vector,
     leaf_dampings,
-    matching,
+    matching_names,
     register,
     vectors_like,
 )
@@ -272,7 +272,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
 
         **Raises:** ValueError for a damping or a scale that is not a number, or negative.
         """
-        number = check_number("scale", scale)
+        number = check_nonnegative_number("scale", scale)
         return self._map(damping, lambda d: number.astype(d.dtype) / d)
 
     def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
@@ -316,7 +316,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         leaves = {
             jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)
         }
-        found = matching(path, list(leaves))
+        found = matching_names(path, list(leaves))
         if len(found) == 1:
             return jnp.diag(leaves[found[0]].reshape(-1))
         if found:

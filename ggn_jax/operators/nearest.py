@@ -26,7 +26,7 @@ from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.operators.batches import check_iterable, with_reduction
 from ggn_jax.operators.problem import Problem
-from ggn_jax.operators.sweeps import Sweeps
+from ggn_jax.operators.unordered_passes import UnorderedPasses
 
 
 def nearest_blocks(
@@ -38,7 +38,7 @@ def nearest_blocks(
     and `A` from `B`, as for one batch.
     """
     check_iterable(batches, "KFOC goes over the batches many times")
-    sweeps = Sweeps(make, lambda problem: problem, batches, progress, refuse=refuse_kfoc_mask)
+    passes = UnorderedPasses(make, lambda problem: problem, batches, progress, refuse=refuse_kfoc_mask)
     found: list[Any] = []
     layouts: list[Layout] = []  # of the first batch; every other is compared with it
 
@@ -51,7 +51,7 @@ def nearest_blocks(
             raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
         return totals
 
-    sums, biases = sweeps.sweep(first, "sizes")
+    sums, biases = passes.sum_over_batches(first, "sizes")
     scales = [
         safe_scales(x) for x in jax.tree.map(lambda *x: jnp.max(jnp.stack(x), axis=0), *(scales for scales, _ in found))
     ]
@@ -61,7 +61,7 @@ def nearest_blocks(
             keys = check_draws(problem, options, key, start)
             return _half_step(problem, keys, options=options, scales=scales, given=given, to_b=to_b)
 
-        stepped: list[Array] = sweeps.sweep(contribution, "outputs" if to_b else "inputs")
+        stepped: list[Array] = passes.sum_over_batches(contribution, "outputs" if to_b else "inputs")
         return stepped
 
     a = found[0][1]
@@ -69,7 +69,7 @@ def nearest_blocks(
         before, a = a, _normalise_all(step(_normalise_all(step(a, True)), False))
         if not _have_changed(a, before):
             break
-    return _finish_blocks(layouts[0], sums, biases, a, step(a, True), scales), sweeps.first
+    return _finish_blocks(layouts[0], sums, biases, a, step(a, True), scales), passes.first
 
 
 def refuse_kfoc_mask(mask: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from ggn_jax._checks import is_concrete, starts_sum
+from ggn_jax._checks import is_concrete, is_sum_start
 from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
@@ -121,7 +121,7 @@ class PartialSums(eqx.Module):
         return type(self)(*made, self.recipe, self.factors, self.bases)
 
     def __radd__(self, other: Any) -> Self:
-        return self if starts_sum(other) else NotImplemented
+        return self if is_sum_start(other) else NotImplemented
 
     @property
     def _kind(self) -> str:

@@ -29,7 +29,7 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem
-from ggn_jax.operators.sweeps import Sweeps
+from ggn_jax.operators.unordered_passes import UnorderedPasses
 from ggn_jax.operators.weighted import WeightedSumLinearOperator, of_terms
 
 
@@ -118,12 +118,12 @@ class _Products:
         def checked(inputs: PyTree, targets: Any) -> DataLinearOperator:
             operator = make(inputs, targets)
             check_unbatched(operator.problem)
-            if self._sweeps.first is None:
+            if self._passes.first is None:
                 operator.problem.check_batches()
             return operator
 
-        self._sweeps = Sweeps(checked, lambda operator: operator.problem, batches, progress)
-        self.first = self._sweeps.peek()
+        self._passes = UnorderedPasses(checked, lambda operator: operator.problem, batches, progress)
+        self.first = self._passes.peek()
         """The operator of the first batch."""
 
     def product(self, vectors: PyTree[Float[Array, "K ..."]]) -> PyTree[Float[Array, "K ..."]]:
@@ -132,7 +132,7 @@ class _Products:
         def contribution(operator: DataLinearOperator, problem: Problem, start: int) -> PyTree[Array]:
             return _contribution(operator._for_batch(problem.inputs, problem.targets, start), vectors)
 
-        total = self._sweeps.sweep(contribution, "products")
+        total = self._passes.sum_over_batches(contribution, "products")
         result: PyTree[Array] = _finish_products(self.first.problem, total, vectors)
         return result
 

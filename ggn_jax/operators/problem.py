@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import Examples, are_known, as_array, check_count, check_coupled, check_outputs
 from ggn_jax._frozen import Frozen
-from ggn_jax._fusion import largest
-from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
+from ggn_jax._fusion import max_abs
+from ggn_jax._hints import batch_hint, check_model_fn, describe_value, model_errors_explained, params_hint, tensor_hint
 from ggn_jax._model import Model
-from ggn_jax._outputs import cut as cut_outputs
+from ggn_jax._outputs import split_outputs
 from ggn_jax._repr import fields
-from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
+from ggn_jax._sharding import compiler_sharded, sharding_errors_explained, vary_alike, vary_like
 from ggn_jax._sums import sum_sequentially
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
@@ -57,7 +57,7 @@ class Problem(eqx.Module):
 
     def any_term_counts(self) -> Bool[Array, ""]:
         """Whether any term counts, and not all targets are ignored."""
-        return largest(self._terms_at_zeros().scale) != 0
+        return max_abs(self._terms_at_zeros().scale) != 0
 
     def _terms_at_zeros(self) -> Any:
         """The terms at outputs of 0, for what does not depend on the outputs."""
@@ -201,7 +201,7 @@ def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
 
 def _output(model_fn: Any, which: Frozen, params: PyTree, inputs: PyTree) -> Array:
     name, shapes = which.thaw()
-    return cut_outputs(model_fn(params, inputs), dict(shapes))[name]
+    return split_outputs(model_fn(params, inputs), dict(shapes))[name]
 
 
 @eqx.filter_jit
@@ -283,9 +283,11 @@ def _check_params(params: Any) -> None:
 def as_batch(batch: Any) -> tuple[PyTree[Array], Any, int]:
     """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)}.{batch_hint(batch)}")
+        raise TypeError(f"batch must be a pair (inputs, targets); got {describe_value(batch)}.{batch_hint(batch)}")
     if isinstance(batch[1], tuple | list) and batch_hint(batch):
-        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)} of others.{batch_hint(batch)}")
+        raise TypeError(
+            f"batch must be a pair (inputs, targets); got {describe_value(batch)} of others.{batch_hint(batch)}"
+        )
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
     if any(map(is_unbatched, jax.tree.leaves(batch[1], is_leaf=is_unbatched))):
         raise TypeError("targets must have an entry for each example; got Unbatched, which is for inputs alone.")
@@ -321,7 +323,7 @@ def unpack_batch(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
         none = "" if isinstance(batch, tuple | list) else " Targets may be None if none are needed."
-        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{none}{batch_hint(batch)}{way_out}")
+        raise TypeError(f"{name} must be {wanted}; got {describe_value(batch)}.{none}{batch_hint(batch)}{way_out}")
     return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
 
 
@@ -371,7 +373,7 @@ def make_problem(
     inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    with explained(), called_with(params, inputs):
+    with sharding_errors_explained(), model_errors_explained(params, inputs):
         model_fn, loss = flatten_problem(model_fn, loss, params, inputs, has_aux)
         jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux).at(inputs), params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):

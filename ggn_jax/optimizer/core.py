@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._eager import compiled
-from ggn_jax._hints import called_with, check_model_fn
+from ggn_jax._hints import check_model_fn, model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
@@ -195,7 +195,7 @@ class Core:
         """The loss of one array of outputs, and the layers."""
         model_fn = model_of_part(self.model_fn, params, self.full_params)
         like = structure_of(params)
-        with called_with(params, self.example_inputs, one_example=not self.coupled):
+        with model_errors_explained(params, self.example_inputs, one_example=not self.coupled):
             model_fn, loss = flatten_problem(model_fn, self.loss, like, self.example_inputs, self.has_aux)
             trace = trace_model(Model(model_fn, self.has_aux), like, self.example_inputs, coupled=self.coupled)
         return loss, trace

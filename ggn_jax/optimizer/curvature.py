@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._eager import compiled
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax._repr import fields
 from ggn_jax.kronecker.algebra import (
     Block,
@@ -239,7 +239,7 @@ def inverses_available(curvature: Curvature, stacks: tuple[Stack, ...], settings
         return x.reshape(x.shape[0], -1)[:, 0]
 
     def first_row(x: Array) -> Float[Array, " G"]:
-        return largest(x[:, 0], axis=1)
+        return max_abs(x[:, 0], axis=1)
 
     def entries(block: Any) -> list[Array]:
         if isinstance(block, Spectral):

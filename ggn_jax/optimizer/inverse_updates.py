@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import Block, Dense, Kronecker, Spectral, finite_groups, is_diagonal
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
@@ -100,7 +100,7 @@ def _invert_products(
         _shifted_inverses(x, shifts[end - len(x) : end].astype(x.dtype))
         for x, end in zip(factors.joined, ends, strict=True)
     ]
-    finite = jnp.concatenate([jnp.isfinite(largest(x, range(1, x.ndim))) for x in inverses])
+    finite = jnp.concatenate([jnp.isfinite(max_abs(x, range(1, x.ndim))) for x in inverses])
 
     found, both = factors.split(inverses), finite[of_a] & finite[of_b]
     result, start = [], 0

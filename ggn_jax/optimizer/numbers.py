@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import check_real, compute_dtype, wide_dtype
-from ggn_jax._fusion import largest, stack_scalars
+from ggn_jax._fusion import max_abs, stack_scalars
 
 Number = float | Array
 Schedule = Callable[[Any], Any]
@@ -28,7 +28,7 @@ def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether no entry is NaN or infinite."""
-    parts = [jnp.isfinite(largest(leaf)) for leaf in jax.tree.leaves(tree)]
+    parts = [jnp.isfinite(max_abs(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(stack_scalars(parts)) if parts else jnp.asarray(True)
 
 

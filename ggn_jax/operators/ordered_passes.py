@@ -24,7 +24,7 @@ from ggn_jax.operators.problem import Problem
 Contribution = Callable[[Problem, int], PyTree[Array]]
 
 
-class RowPasses:
+class OrderedPasses:
     """Passes over batches, all in the order of the first, which counts examples; the second one is compared with it."""
 
     def __init__(
@@ -43,7 +43,7 @@ class RowPasses:
         self._marks: list[Any] | None = None
         """For each batch of the first pass, a number for each example."""
         self._compared = False
-        self.sweep(contribution, "counting")
+        self.sum_over_batches(contribution, "counting")
         first = self._made.first
         self.params, self.loss = first.params, first.loss
         self.outputs = jax.ShapeDtypeStruct((self.ends[-1], *first.outputs.shape[1:]), first.outputs.dtype)
@@ -54,7 +54,7 @@ class RowPasses:
         """The number of examples up to the end of each batch."""
         return [int(end) for end in np.cumsum([len(mark) for mark in self._marks or ()])]
 
-    def sweep(self, contribution: Contribution, description: str) -> PyTree[Array]:
+    def sum_over_batches(self, contribution: Contribution, description: str) -> PyTree[Array]:
         """The sum of `contribution(problem, start)` over the batches, with the number of the first example of each."""
         found: list[Any] = []
 

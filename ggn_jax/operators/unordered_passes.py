@@ -23,7 +23,7 @@ from ggn_jax.operators.problem import Problem
 T = TypeVar("T")
 
 
-class Sweeps(Generic[T]):
+class UnorderedPasses(Generic[T]):
     """Passes over batches; `make` makes something of a batch, once for each shape."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Sweeps(Generic[T]):
         found: T = self._made.first
         return found
 
-    def sweep(self, contribution: Callable[[T, Problem, int], PyTree[Array]], description: str) -> Any:
+    def sum_over_batches(self, contribution: Callable[[T, Problem, int], PyTree[Array]], description: str) -> Any:
         """The sum over batches of `contribution(made, problem, start)`.
 
         `made` is that of the first batch of these shapes, and `problem` has this batch's data; `start` is the number of
