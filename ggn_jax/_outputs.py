@@ -12,7 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of one example's outputs, by their nam
 
 
 def flat_model(model_fn: Callable[[PyTree, PyTree], Any], has_aux: bool = False) -> Callable[[PyTree, PyTree], Any]:
-    """`model_fn` with its outputs put together, in the order of their sorted names."""
+    """`model_fn` with its outputs concatenated, in the order of their sorted names."""
     plain = not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model_fn))
     flat = _call_flat_with_aux if has_aux else _call_flat
     return jax.tree_util.Partial(flat, jax.tree_util.Partial(model_fn) if plain else model_fn)

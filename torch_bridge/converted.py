@@ -69,7 +69,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | dict):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     if isinstance(value, Tensor):
-        # A constant; what was computed from parameters, and kept, is none.
+        # A constant, unless it was computed from parameters and stored.
         return not value.requires_grad and not isinstance(value, nn.Parameter)
     function = callable(value) and not isinstance(value, nn.Module)
     return value is None or isinstance(value, bool | int | float | str) or function
@@ -153,7 +153,7 @@ class ConvertedModule:
         """The parameters' values now, as JAX arrays by name; RuntimeError where another part of the module changed."""
         if changed := self._snapshot.changed():
             raise RuntimeError(
-                f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it anew."
+                f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it again."
             )
         parameters = dict(self.module.named_parameters())
         return {name: to_jax(parameters[name]) for name in self._names}

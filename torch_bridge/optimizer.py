@@ -176,7 +176,7 @@ class KFAC(torch.optim.Optimizer):
         self._module_fn, self._run = module_fn, jax.jit(run, donate_argnums=1)
 
     def _check_targets(self, *args: Any) -> None:
-        """Refuse targets that are not of the loss's domain, where they can be looked at."""
+        """Refuse targets outside of the loss's domain, if their values are known."""
         if not bool(self._valid(*args)):
             self._value(*args)  # raises, with the first place
 
@@ -187,7 +187,7 @@ class KFAC(torch.optim.Optimizer):
         if changed:
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
-                " constants: make the optimizer anew."
+                " constants: make a new optimizer."
             )
 
     def _restored(self, saved: list[Tensor]) -> Any:

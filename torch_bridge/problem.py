@@ -90,7 +90,7 @@ class ModuleProblem:
         changed = [n for n, p, b in zip(self.names, self.params, self.before, strict=True) if not torch.equal(p, b)]
         if changed:
             raise RuntimeError(
-                f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
+                f"the parameters {', '.join(changed)} have changed since the operator was made: make a new one."
             )
 
 
@@ -133,6 +133,6 @@ def _joined(batches: list[Any]) -> Any:
 
 def _unlike(number: int, how: str) -> ValueError:
     return ValueError(
-        "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+        "the batches of data must be alike but for their sizes, since they are concatenated: pad them, or make an"
         f" operator for each. Batch {number} {how}."
     )

@@ -99,7 +99,7 @@ class ComputedLinearOperator(TorchLinearOperator):
                 like = jax.eval_shape(make, problem.values, problem.data)
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"state has options that do not fit, {state['options']}: {error}. Compute the operator anew."
+                    f"state has options that do not fit, {state['options']}: {error}. Compute the operator again."
                 ) from error
             TorchLinearOperator.__init__(made, problem, _restored(state, like, problem.device))
         return made
@@ -150,13 +150,13 @@ def _check_function(state: Mapping[str, Any], problem: ModuleProblem) -> None:
     if state["loss"] != problem.loss_text:
         raise ValueError(
             f"state is that of another loss, {state['loss']}, not {problem.loss_text}: pass the loss that it was made"
-            " with, or compute the operator anew."
+            " with, or compute the operator again."
         )
     if state["graph"] != problem.graph:
         raise ValueError(
             "state is that of another forward: the operators that torch.export finds in model_func, and their options,"
             " are not those that the state was made with (evaluation or training mode, shapes of inputs; or torch"
-            f" itself: {state['torch']} then, {torch.__version__} now). Compute the operator anew."
+            f" itself: {state['torch']} then, {torch.__version__} now). Compute the operator again."
         )
 
 
@@ -174,7 +174,7 @@ def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
             return restored
     raise ValueError(
         "state is of a module that uses its parameters otherwise, or of another version of ggn_jax: it was saved by"
-        f" {state['version']}, this is {ggn_jax.__version__}. Compute the operator anew."
+        f" {state['version']}, this is {ggn_jax.__version__}. Compute the operator again."
     )
 
 

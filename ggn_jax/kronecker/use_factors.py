@@ -26,7 +26,7 @@ class UseFactors:
 
     use: Use
     joint: bool
-    partitions: tuple[Partition, Partition]  # of what the use has for outputs, and of what it has for inputs
+    partitions: tuple[Partition, Partition]  # of the axes that are outputs and inputs for this use
     mask: Bool[Array, "N S"] | None
     options: Options
     wide: Any

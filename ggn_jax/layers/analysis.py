@@ -73,7 +73,7 @@ def analyse(
             walk = Walk(found, embeddings, commit_early)
             (result,) = walk.run(jaxpr, as_constants(consts), labels, (), (), outputs=1)
             # Rows at known indices may make up a layer's weight (a permuted matrix), or be an embedding (of all
-            # positions). Which it is shows only later, so those that are no layer's weight are embeddings next time.
+            # positions). Which one it is shows only later: those that are not a layer's weight are embeddings next time.
             more = found.row_gathers - found.weight_gathers
             if not more:
                 break
@@ -128,7 +128,7 @@ class Walk:
         has_data = any(isinstance(label, Data) for label in labels)
         has_params = any(isinstance(label, FromParameters) for label in labels)
         # The order matters: what has no derivative comes first, then calls, whose inside decides; a primitive is
-        # looked at itself only after these, since a call with parameters and data looks like one where they meet.
+        # examined itself only after these, since any call with parameters and data looks like one where they meet.
         if len(labels) == 1 and isinstance(labels[0], StoppedSlice) and name in MOVE_RULES:
             return list(map(StoppedSlice.copy, self.move(name, eqn, labels[0].of, num_loops)))
         if not has_params and not has_data:

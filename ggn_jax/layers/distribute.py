@@ -192,7 +192,7 @@ def _expand_call(eqn: Any, values: list[Any]) -> list[Any] | None:
 
 
 def _call_with_arrays(eqn: Any, values: list[Any], call: Callable[..., Any]) -> list[Any]:
-    """A call of a jaxpr as a function of arrays. Inside, weights are parameters anew: their forms stay outside.
+    """A call of a jaxpr as a function of arrays. Inside, weights count as parameters: their forms stay outside.
 
     JAX's higher-order primitives take arrays, and no record of what these are made of.
     """

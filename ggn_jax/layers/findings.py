@@ -65,7 +65,7 @@ class Findings:
         self.uses += [use for use in pending if use.path not in paths]
 
     def make_use(self, eqn: Any, path: Path, labels: list[Label], operand: int, loops: tuple[int, ...]) -> Use:
-        """The layer whose weight is this operand; raises NotALayerError if it is none."""
+        """The layer whose weight is this operand; raises NotALayerError if there is no such layer."""
         label = labels[operand]
         assert isinstance(label, ParameterSlice)
         parts = LAYER_PRIMITIVES[eqn.primitive.name](eqn, operand, label.entries, loops)

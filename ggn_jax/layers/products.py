@@ -135,7 +135,7 @@ class Dot:
         return jax.lax.dot_general(x, weight.value, numbers, **options)
 
     def _complex(self, x: Any, form: Complex, options: dict[str, Any]) -> ComplexParts:
-        """By real products: the gradient of a real weight is a real part, which is no single product of complex ones.
+        """By real products: the gradient of a real weight is a real part, which is not one product of complex numbers.
 
         Each of the four products is a use of a real weight of its own, with real inputs and output gradients.
         """

@@ -202,7 +202,7 @@ def _varies(eqn: Any, varying: list[frozenset[int]], var: Any) -> frozenset[int]
 
 
 def _terms_of(eqn: Any, sums: list[Any], depends: list[bool], varying: list[frozenset[int]]) -> tuple[Term, ...] | None:
-    """The result of an equation as a sum of terms, given those of its inputs; `()` is 0, and None is no such sum."""
+    """The result of an equation as a sum of terms, given those of its inputs; `()` is 0, None is not such a sum."""
     name = eqn.primitive.name
     if name in ZERO_KEPT and () in sums:
         return ()

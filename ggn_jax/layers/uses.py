@@ -385,7 +385,7 @@ def find_bias(use: Use, output: IndexMap, bias: IndexMap) -> ParameterView | Non
     if output.table is not None or bias.table is not None or output.size != math.prod(axes.shape):
         return None
     order = sorted(range(len(output.shape)), key=lambda a: (-output.strides[a], output.shape[a]))
-    # Undo the moves of the output: the sum is where each of the layer's outputs is, or it is no bias.
+    # Undo the moves of the output: the sum must have each of the layer's outputs once, in order.
     moved = output.transpose(tuple(order))
     if moved.reshape((moved.size,)) != IndexMap.contiguous((moved.size,)):
         return None

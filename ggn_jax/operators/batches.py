@@ -29,7 +29,7 @@ def check_iterable(batches: Any, again: str = "") -> None:
     if again and isinstance(batches, Iterator):
         raise TypeError(
             f"{again}, but {type(batches).__name__} is an iterator that is empty after one pass: pass a list, or a"
-            " loader that starts anew."
+            " loader that can be iterated again."
         )
 
 
@@ -38,7 +38,8 @@ def no_batches(batches: Any, again: bool = False) -> ValueError:
     if again:
         name = type(batches).__name__
         return ValueError(
-            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that starts anew."
+            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that can be iterated"
+            " again."
         )
     used = ", as an iterator does that was used before" if isinstance(batches, Iterator) else ""
     return ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none{used}.")

@@ -106,5 +106,5 @@ _marks = jax.jit(compiler_sharded(example_marks))
 
 OTHER_ROWS = (
     "two passes over the batches gave different data, or in another order, and rows are in the order of the batches:"
-    " switch off shuffling, and what draws data anew (random crops, sampling with replacement)"
+    " switch off shuffling, and what draws data again (random crops, sampling with replacement)"
 )

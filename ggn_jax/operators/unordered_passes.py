@@ -91,6 +91,6 @@ class UnorderedPasses(Generic[T]):
 _fingerprint = jax.jit(compiler_sharded(fingerprint))
 
 DIFFERENT_DATA = (
-    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
+    "two passes over the batches gave different data: switch off what draws data again (random crops, sampling with"
     " replacement, dropping the last batch of a shuffled loader)."
 )

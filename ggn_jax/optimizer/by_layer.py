@@ -1,4 +1,4 @@
-"""Preconditioners of one's own, written for one layer, as optax transformations."""
+"""User-defined preconditioners, written for one layer, as optax transformations."""
 
 from collections.abc import Callable
 from dataclasses import replace

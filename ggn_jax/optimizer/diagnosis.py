@@ -1,4 +1,4 @@
-"""Why a run is slow: the damping, the step and the inverses of a state, looked at on one batch."""
+"""Why a run is slow: the damping, the step and the inverses of a state, measured on one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ class Diagnoser:
         """What `optimizer.diagnose` returns."""
         found, curvature = find_state(state), self.core.curvature_in(state, params)
         if not are_known((curvature.weight, params, batch)):
-            raise TypeError("diagnose looks at values: call it outside of jit and other transformations.")
+            raise TypeError("diagnose needs values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:
             raise ValueError("diagnose needs a state that has seen a batch: take some steps first.")
         velocity = None
