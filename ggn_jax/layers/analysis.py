@@ -73,7 +73,7 @@ def analyse(
             walk = Walk(found, embeddings, commit_early)
             (result,) = walk.run(jaxpr, as_constants(consts), labels, (), (), outputs=1)
             # Rows at known indices may make up a layer's weight (a permuted matrix), or be an embedding (of all
-            # positions). Which one it is shows only later: those that are not a layer's weight are embeddings next time.
+            # positions). Which one it is shows only later: those that are no layer's weight are embeddings next time.
             more = found.row_gathers - found.weight_gathers
             if not more:
                 break
