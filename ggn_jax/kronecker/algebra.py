@@ -64,6 +64,7 @@ class Kronecker(eqx.Module):
         return sum(traces[1:], start=traces[0])
 
     def norms(self) -> Float[Array, " G"]:
+        # <B_s (x) A_s, B_t (x) A_t> = <B_s, B_t> <A_s, A_t>: no product is formed.
         (a, size_a), (b, size_b) = normalise(self.a), normalise(self.b)
         return norm_of_sum(size_a * size_b, gram_matrix(a) * gram_matrix(b))
 
@@ -113,6 +114,7 @@ class Kronecker(eqx.Module):
 
 def norm_of_sum(sizes: Float[Array, "G T"], gram_matrix: Float[Array, "G T T"]) -> Float[Array, " G"]:
     """The norm of a sum of `T` matrices from their norms, and the inner products of the matrices divided by them."""
+    # Squares of norms may leave the dtype's range, so they are divided by the largest first.
     top = safe_max_abs(sizes, (1,))
     weights = sizes / top[:, None]
     square = jnp.einsum("gs,gst,gt->g", weights, gram_matrix, weights)

@@ -77,6 +77,7 @@ class MatrixFunction(eqx.Module):
 
     def divided_difference(self, x: Array, y: Array) -> Array:
         """`(f(x) - f(y)) / (x - y)` of eigenvalues `[G, n, n]` of `B (x) A`."""
+        # The chain rule of divided differences: the product of those of each function, at the values before it.
         result = jnp.ones_like(x * y)
         for name, number in zip(self.names, self.numbers, strict=True):
             fn, number = FUNCTIONS[name], number[:, None, None]
@@ -105,6 +106,8 @@ def _matvec(f: MatrixFunction, m: Float[Array, "G out in"]) -> Float[Array, "G o
 
 @_matvec.defjvp
 def _matvec_jvp(primals: Any, tangents: Any) -> Any:
+    # In the eigenbasis, d(B (x) A) = dB (x) A + B (x) dA is zero between eigenvectors that differ in both factors. So
+    # the function's change is that of its eigenvalues, and for each factor that between eigenvectors of this factor.
     (f, m), (df, dm) = primals, tangents
     basis = Spectral(f.qa, f.qb, jnp.ones_like(f.values))
     inside = basis.rotate(m)

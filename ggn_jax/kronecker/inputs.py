@@ -82,6 +82,7 @@ class Inputs:
         diagonal = self.width(joint) > self.options.max_dense_size
         patches = self.use.patches
         several = patches is not None and math.prod(patches.kernel) > 1
+        # A convolution's factor needs patches along one axis less, but only as it is: not masked, averaged or diagonal.
         if several and self.mask is None and self.options.sharing == "expand" and not diagonal:
             return input_factor(self.use, self.captured, joint, self.wide)
         if not joint or diagonal:

@@ -147,6 +147,7 @@ class Layout:
         if not (dense and options.large == "block" and size > options.max_dense_size):
             return (EqualParts(0, size, 1),)
         parts = -(-size // min(options.block_size, options.max_dense_size))
+        # Sizes differ by at most one, so there are at most three runs of equal parts, and few blocks.
         small, more = divmod(size, parts)
         runs = [
             (small + 1, more),

@@ -64,6 +64,7 @@ class LayerGradients(NamedTuple):
 
     def weighted(self, weight: Float[Array, ""]) -> "LayerGradients":
         """The gradients of a weighted loss; with a weight of 0, they are 0 even where they were not finite."""
+        # A block is quadratic in `left right^T`: the root of the weight goes to one side, and 0 or 1 to the other.
         here, square_root = jnp.sign(weight), safe_sqrt(weight)
         sides = [GradientFactors(times(square_root, x.left), times(here, x.right)) for x in self.sides]
         return LayerGradients(sides, [times(weight, bias) for bias in self.biases])

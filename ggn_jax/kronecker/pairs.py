@@ -277,6 +277,8 @@ def _same_structure(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def _assembled(pair: Kronecker, a: _DiagonalisedPair, b: _DiagonalisedPair) -> PairInverse:
+    # Factors were divided by their scales, so the terms differ by the products of these. They are kept as square roots,
+    # and applied in two steps, since the products may leave the dtype's range.
     roots = [safe_sqrt(x) * safe_sqrt(y) for x, y in zip(a.scales, b.scales, strict=True)]
     present = [jnp.any(x > 0, axis=1) & jnp.any(y > 0, axis=1) for x, y in zip(a.values, b.values, strict=True)]
     roots = [jnp.where(here, scale, 0) for here, scale in zip(present, roots, strict=True)]

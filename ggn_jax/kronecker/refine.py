@@ -27,6 +27,7 @@ def refined(mv: Callable[[Array], Array], preconditioner: Any, m: Float[Array, "
 
 
 def _conjugate_gradients(mv: Callable[[Array], Array], precondition: Callable[[Array], Array], m: Array) -> Array:
+    # Scaled to 1, so that squares of small entries do not underflow. All groups go on until the last one is solved.
     size = safe_max_abs(m, (1, 2))[:, None, None]
     m = m / size
     least = TOLERANCE * jnp.finfo(m.dtype).eps * norm(m, (1, 2))

@@ -130,6 +130,7 @@ class _Column:
         """The entries, as a linear function of the flat and stacked parameters."""
         _, out, inputs = self.views[0].shape
         outs, ins = self.split
+        # One gather for all blocks of the stack, since their entries have the same layout within their parameters.
         whole = jax.vmap(self.entries.gather_fn(self.size))(flat)
         parts = whole.reshape(-1, outs, out // outs, ins, inputs // ins)
         return jnp.swapaxes(parts, 2, 3).reshape(-1, out // outs, inputs // ins)

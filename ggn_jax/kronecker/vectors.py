@@ -98,6 +98,7 @@ def make_vector_fn(
     else:
         seeded, signs = (num_coupled, *one.shape), jnp.ones((1,) * len(shape), dtype)
 
+    # With signs, one column is seeded at all positions at once, each with its own sign; without, at one position.
     def column(index: Array) -> Float[Array, "N *out"]:
         unit = (jnp.arange(math.prod(seeded)) == index).astype(dtype).reshape(seeded)
         return terms.product("sqrt_mv", jnp.broadcast_to(unit * signs, shape))

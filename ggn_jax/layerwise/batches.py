@@ -57,6 +57,7 @@ class BatchesSpace(FunctionSpace):
             kept: list[OutputGradients] = []
 
             def contribution(problem: Problem, start: int) -> tuple[()]:
+                # Batches before this row were multiplied with it in their own pass: the matrix is symmetric.
                 if start >= starts[row]:
                     own = _gradients(problem, damping)
                     kept.append(own) if not kept else None

@@ -94,6 +94,7 @@ def _contract(inner: Float[Array, "N G S T"], one: Float[Array, "V G S out"], gr
     if len(one) == 1 or inner.shape[-2:] == (1, 1):
         outer = jnp.einsum("vgso,nwgto->vnwgst", one, grads)  # one matrix product for all rows
         return jnp.sum(outer * inner[None, :, None], axis=(-3, -2, -1))
+    # Contract positions first: the product of matrices then has no axis of pairs of positions.
     mixed = jnp.einsum("ngst,nwgto->nwgso", inner, grads)
     return jnp.einsum("vgso,nwgso->vnw", one, mixed)
 
@@ -215,6 +216,7 @@ def inner_products(one: OutputGradients, many: OutputGradients, chunk_size: int 
     others: list[Any] = []
     for x, y in zip(one.parts, many.parts, strict=True):
         if x is not None and y is not None:
+            # Functions may use a layer differently (once, or tied); then dense gradients are the common form.
             alike = type(x) is type(y)
             mine.append(x if alike else x.densified())
             others.append(y if alike else y.densified())

@@ -228,6 +228,7 @@ def _infos(layers: Layers) -> Iterator[LayerInfo]:
             owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owning_leaves(sizes))))
         groups, out, inputs = layer.weight.shape
         name = first[number]
+        # A parameter may hold the weights of several layers, as fused queries and keys.
         if first.count(name) > 1:
             name += f"#{first[: number + 1].count(name)}"
         yield LayerInfo(

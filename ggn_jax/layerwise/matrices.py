@@ -94,6 +94,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
         leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owning_leaves(layers.sizes)]
         with jax.numpy_dtype_promotion("standard"):
             usual = jnp.result_type(*(trace.dtypes[leaf] for leaf in leaves))
+        # A matrix of the usual dtype goes back to each parameter's own; another one (momentum) keeps its dtype.
         if part.dtype != usual:
             for leaf in leaves:
                 dtypes[leaf] = part.dtype

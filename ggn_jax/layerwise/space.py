@@ -154,6 +154,7 @@ def matrix(space: FunctionSpace, damping: PyTree[Array] | None = None) -> Float[
 
 def solve(space: FunctionSpace, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
     """`(X X^T + d D)^-1 v = D^-1 (v - X (X^T D^-1 X + d I)^-1 X^T D^-1 v) / d`, with `D = I` for None."""
+    # The Woodbury identity: one factorisation of the size of the outputs, not of the parameters.
     roots, gram = space.roots(), matrix(space, damping)
     inner = _apply_roots_transposed(roots, space.jvp(_divide_by_damping(v, damping)))
     back = space.vjp(_apply_roots(roots, _solve_dual(gram, number, inner, space.shapes())))

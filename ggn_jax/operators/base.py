@@ -163,7 +163,7 @@ def map_in_batches(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Arra
     """`fn` of each of `xs`, `COLUMN_BATCH_SIZE` of them together; one by one where JAX cannot map it."""
     try:
         return jax.lax.map(fn, xs, batch_size=min(COLUMN_BATCH_SIZE, len(jax.tree.leaves(xs)[0])))
-    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+    except NotImplementedError:  # JAX cannot map `jax.lax.ragged_dot`
         return jax.lax.map(fn, xs)
 
 

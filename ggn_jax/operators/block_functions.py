@@ -92,6 +92,7 @@ def map_blocks(
     """A function of each block of `blocks + damping * I`, and for each group whether it is finite."""
     pairs = _damped_pairs(blocks, structure, damping)
 
+    # All blocks of one method are computed together, so that factorisations of one size are one operation.
     def method_for(block: AnyBlock) -> str:
         if what == HEURISTIC and isinstance(block, Kronecker):
             return "split"

@@ -305,7 +305,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         for name in ("tied", "sharing"):
             if cls._method == "kfoc" and getattr(options, name) != getattr(Options, name):
                 raise NotImplementedError(
-                    f"KFOC is nearest to the exact block, and has no use for {name}={getattr(options, name)!r}: leave"
+                    f"KFOC is nearest to the exact block, and does not use {name}={getattr(options, name)!r}: leave"
                     " it out, or use KFAC."
                 )
         if cls._method == "kfoc" and chunk_size is not None:

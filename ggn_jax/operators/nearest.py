@@ -66,6 +66,7 @@ def nearest_blocks(
 
     a = found[0][1]
     for _ in range(MAX_POWER_ITERATIONS):
+        # Both factors are normalised at each half step; only the last one has the size.
         before, a = a, _normalise_all(step(_normalise_all(step(a, True)), False))
         if not _have_changed(a, before):
             break

@@ -314,6 +314,7 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         def column(v: Array) -> Array:
             return linearised.jvp(unravel(v)).reshape(-1)
 
+        # Reverse mode makes rows, forward mode columns: whichever are fewer.
         if count <= flat.size:
             return map_in_batches(row, jnp.eye(count, dtype=outputs.dtype))
         return map_in_batches(column, jnp.eye(flat.size, dtype=flat.dtype)).T
@@ -324,7 +325,7 @@ register(BatchesJacobianLinearOperator, symmetric=False)
 
 
 def with_linearisation(operator: Any) -> Any:
-    """An operator of a problem with its linearisation kept; as it is with chunks, and on meshes with explicit axes."""
+    """An operator with its linearisation kept; without chunks only, and not on a mesh with explicit axes."""
     problem: Problem = operator.problem
     if operator.linearisation is not None or problem.chunks() is not None or explicit_mesh(problem) is not None:
         return operator

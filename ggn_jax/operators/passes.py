@@ -200,7 +200,7 @@ def _contribution(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[
     r = problem.reduction()
     try:
         products = jax.vmap(operator._mv)(vectors)
-    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+    except NotImplementedError:  # JAX cannot map `jax.lax.ragged_dot`
         products = jax.lax.map(operator._mv, vectors)
     return {
         "products": without_reduction(products, r),

@@ -69,6 +69,7 @@ def pack_triangle(x: Float[Array, "G d d"]) -> Float[Array, "G rows half"]:
     """
     size = x.shape[1]
     half, even = -(-size // 2), 1 - size % 2
+    # One row more for even sizes, so that the free triangle has a diagonal of its own.
     left, right = x[:, :, :half], jnp.swapaxes(x[:, half:, half:], 1, 2)
     rows = size + even
     left = jnp.pad(left, ((0, 0), (even, 0), (0, 0)))
