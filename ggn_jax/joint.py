@@ -123,7 +123,7 @@ class JointLoss(Loss):
                 loss.check_shapes(f, targets[name], batch)
 
     def check_values(self, outputs: Any, targets: Any, batch: bool) -> None:
-        """Refuse targets whose values a loss does not accept, if they are known."""
+        """Refuse targets whose values a loss does not accept, where they can be looked at."""
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
             with errors_name_output(name):
                 check_values(loss, f, targets[name], batch)

@@ -141,7 +141,7 @@ class Loss(eqx.Module):
         """What each term needs besides its output (a pytree), and the axes of its leaves that belong to one term."""
 
     def check_values(self, outputs: Shaped, targets: Any, batch: bool) -> None:
-        """Refuse targets outside of the loss's domain, if their values are known."""
+        """Refuse targets that are not of the loss's domain, where values can be looked at."""
         check_values_of_one_loss(self, outputs, targets, batch)
 
     @property

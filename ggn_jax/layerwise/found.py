@@ -141,8 +141,8 @@ class Layers:
     def __repr__(self) -> str:
         return f"Layers({', '.join(self.names)})"
 
-    def retraced(self, params: PyTree, inputs: PyTree) -> "Layers":
-        """The same layers, in the model's jaxpr traced with parameters and inputs of these types."""
+    def again(self, params: PyTree, inputs: PyTree) -> "Layers":
+        """The same layers, in the model's jaxpr for parameters and inputs of these types."""
         trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
         return replace(self, trace=trace, plan=make_plan(trace))
 

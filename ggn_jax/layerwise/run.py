@@ -157,7 +157,7 @@ def sum_layer_io(
 
     def run(problem: Problem, extra: Any) -> PyTree[Array]:
         # Where the compiler shards, types of arrays inside the jaxpr differ from those where layers were found.
-        own = request._replace(layers=layers.retraced(problem.params, problem.inputs)) if is_explicit else request
+        own = request._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else request
         return problem.sum_over_chunks(lambda *args: fn(_chunk_io(own, problem, *args)), extra)
 
     return (eqx.filter_jit(compiler_sharded(run)) if is_explicit else run)(problem, extra)
@@ -198,7 +198,7 @@ def _prepare(
     # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.
     varies = varying_axes((problem.params, problem.inputs))
     if varies or (layers.coupled and problem.outputs.shape[0] != layers.trace.examples):
-        layers = layers.retraced(problem.params, problem.inputs)
+        layers = layers.again(problem.params, problem.inputs)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
     return problem, extra, _PassRequest(layers, options, grads, not has_no_targets)
