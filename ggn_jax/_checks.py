@@ -12,13 +12,13 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._hints import tensor_hint
 
-Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are looked at
+Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype are needed
 Examples = Literal["independent", "coupled"]
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def as_array(name: str, value: Any) -> Array:
-    """`value` as a JAX array; only arrays and numbers are taken, so that nothing is converted by surprise."""
+    """`value` as a JAX array; only arrays and numbers are accepted, so that nothing is converted by surprise."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{name} must be an array of numbers; got a PRNG key.")
@@ -26,7 +26,7 @@ def as_array(name: str, value: Any) -> Array:
             return value
         if not is_concrete(value):
             return value
-        value = np.asarray(value)  # integers of 64 bits where JAX has none, as of torch_bridge.to_jax
+        value = np.asarray(value)  # 64-bit integers where JAX has none, as torch_bridge.to_jax makes them
     if not isinstance(value, np.ndarray | np.generic | bool | int | float):
         raise TypeError(
             f"{name} must be a JAX or NumPy array, or a number; got {type(value).__name__}.{tensor_hint(value)}"
@@ -47,7 +47,7 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def is_concrete(array: Array) -> bool:
-    """Whether the values can be looked at: false under `jit`, `vmap`, `grad`, and for arrays of other processes."""
+    """Whether the values are known: not under `jit`, `vmap`, `grad`, or for arrays of other processes."""
     try:
         return array.is_fully_addressable
     except jax.errors.ConcretizationTypeError:
@@ -55,12 +55,12 @@ def is_concrete(array: Array) -> bool:
 
 
 def are_known(tree: PyTree[Any]) -> bool:
-    """Whether the values of all JAX arrays in a pytree can be looked at; what else it holds does not matter."""
+    """Whether the values of all JAX arrays in a pytree are known; other leaves do not matter."""
     return all(is_concrete(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
 
 
 def have_values(tree: PyTree[Any]) -> bool:
-    """Whether a pytree holds nothing but arrays whose values can be looked at: no shapes, and nothing traced."""
+    """Whether a pytree holds only arrays with known values: no `jax.ShapeDtypeStruct`s, and nothing traced."""
     return are_known(tree) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(tree))
 
 
@@ -128,7 +128,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_coupled(examples: Any, chunk_size: Any = None) -> bool:
-    """Whether `examples` says that they depend on each other, so that a batch has no parts."""
+    """Whether `examples` says that they depend on each other; then a batch cannot be cut into chunks."""
     if examples not in get_args(Examples):
         raise ValueError(f"examples must be 'independent' or 'coupled'; got {examples!r}.")
     coupled: bool = examples == "coupled"
@@ -138,9 +138,9 @@ def check_coupled(examples: Any, chunk_size: Any = None) -> bool:
 
 
 def check_sampling(mc_samples: Any, key: Any, *, wanted_by: str) -> tuple[int, Array | None]:
-    """`mc_samples`, 0 for none, and the key where one is needed."""
+    """`mc_samples`, 0 for none, and the key if one is needed."""
     if isinstance(mc_samples, int | np.integer) and not isinstance(mc_samples, bool) and mc_samples == 0:
-        return 0, None  # a key is not needed, and not looked at
+        return 0, None  # a key is not needed, and not checked
     mc_samples = check_count("mc_samples", mc_samples)
     return mc_samples, check_key(key, wanted_by=f"{wanted_by} with mc_samples={mc_samples}", batch=True)
 
@@ -173,16 +173,16 @@ def check_key(key: Any, *, wanted_by: str, batch: bool) -> Array:
 
 
 @contextmanager
-def prefixed(text: str) -> Iterator[None]:
-    """Errors begin with `text`, which says what they are about."""
+def errors_prefixed(text: str) -> Iterator[None]:
+    """Prefix the messages of errors with `text`, which says what they are about."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
         if type(error) not in (TypeError, ValueError, NotImplementedError):
-            raise  # made of other things than a message
+            raise  # a subclass, which may take other arguments than a message
         raise type(error)(f"{text}{error}") from error
 
 
-def starts_sum(value: Any) -> bool:
-    """Whether it is the 0 that Python's `sum` begins with."""
+def is_sum_start(value: Any) -> bool:
+    """Whether a value is the 0 that Python's `sum` starts with."""
     return isinstance(value, int) and not isinstance(value, bool) and value == 0

@@ -19,11 +19,11 @@ LARGE, FOLDS = 256, 4  # with more classes than LARGE, FOLDS levels are skipped
 
 @partial(jax.jit, static_argnames="size")
 def example_keys(key: Array, start: int | Array, size: int) -> Array:
-    """A key for each example, of its number from `start` on alone: it does not matter how data are cut into batches."""
+    """A key for each example, which depends on its number (from `start` on) alone, and not on how batches are cut."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, start + jnp.arange(size, dtype=jnp.int32))
 
 
-def masses(p: Float[Array, "..."]) -> UInt32[Array, "..."]:
+def to_fixed_point(p: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """Probabilities in units of `1 / UNIT`."""
     return jnp.round(p * UNIT).astype(jnp.uint32)
 
@@ -38,7 +38,7 @@ def uniform_below(word: UInt32[Array, "..."], total: UInt32[Array, "..."]) -> UI
 
 def draw_bit(word: UInt32[Array, "..."], no: Float[Array, "..."], yes: Float[Array, "..."]) -> Bool[Array, "..."]:
     """True with probability `yes`, given both probabilities."""
-    return uniform_below(word, masses(no) + masses(yes)) >= masses(no)
+    return uniform_below(word, to_fixed_point(no) + to_fixed_point(yes)) >= to_fixed_point(no)
 
 
 def draw_class(
@@ -59,20 +59,20 @@ def draw_class(
         go_right = rest >= left
         rest = jnp.where(go_right, rest - left, rest)
         index = jnp.where(go_right, index + (level.shape[0] + 1) // 2, index)
-    # What remains are the classes of one entry of the first level: one of each piece.
+    # The descent ends at an entry of the first level, which stands for one class of each piece.
     offsets, counts = (jnp.asarray(x, jnp.int32).reshape(-1, *(1,) * word.ndim) for x in zip(*pieces, strict=True))
     inside = index[None] < counts
     classes = jnp.where(inside, offsets + index[None], 0)
-    ends = jnp.cumsum(jnp.where(inside, masses(_look_up(p, classes) * scale), 0), axis=0, dtype=jnp.uint32)
+    ends = jnp.cumsum(jnp.where(inside, to_fixed_point(_look_up(p, classes) * scale), 0), axis=0, dtype=jnp.uint32)
     drawn = jnp.sum(rest[None] >= ends, axis=0, keepdims=True, dtype=jnp.int32)
-    # XLA would fuse the whole descent into each entry of what is computed from the label; it never fuses a look-up so.
+    # XLA would recompute the whole descent for each entry of what uses the label; it never fuses a gather like that.
     return _look_up(classes, drawn)[0]
 
 
 def _fold(size: int, times: int) -> list[tuple[int, int]]:
-    """The pieces `[offset, offset + count)` of a level that the level `times` above is the sum of.
+    """The pieces `[offset, offset + count)` of a level whose sum is the level `times` above.
 
-    They are in the order in which a descent from there meets their entries.
+    They are in the order in which a descent from that level meets their entries.
     """
     sizes = [size]
     for _ in range(times):
@@ -90,10 +90,10 @@ def _fold(size: int, times: int) -> list[tuple[int, int]]:
 def _sum_pieces(
     p: Float[Array, "C *at"], scale: Float[Array, "1 *at"] | float, pieces: list[tuple[int, int]]
 ) -> UInt32[Array, "width *at"]:
-    """The sum of the masses in all pieces; those of one length are added first, which is one loop."""
+    """The sum of all pieces in fixed point; those of one length are added first, which is one loop."""
     width, total = pieces[0][1], jnp.zeros((), jnp.uint32)
     for length in sorted({count for _, count in pieces}):
-        parts = [masses(p[offset : offset + count] * scale) for offset, count in pieces if count == length]
+        parts = [to_fixed_point(p[offset : offset + count] * scale) for offset, count in pieces if count == length]
         total = total + _extend(sum(parts[1:], start=parts[0]), width)
     return total
 

@@ -1,4 +1,4 @@
-"""Functions of arrays with values, compiled; JAX compiles loops and branches at each call outside of `jit` anew."""
+"""Compile what is called outside of `jit`, where JAX would recompile loops and branches at each call."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def compiled(fn: Callable[..., T]) -> Callable[..., T]:
-    """`fn`, compiled where it is called outside of all transformations. What is not an array must be hashable.
+    """`fn`, compiled if it is called outside of all transformations. What is not an array must be hashable.
 
-    Inside of one it is `fn` itself, which need not be traced for a program of its own first.
+    Inside a transformation it is `fn` itself, which is not traced a second time for a program of its own.
     """
     jitted = eqx.filter_jit(fn)
 

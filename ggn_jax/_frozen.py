@@ -1,4 +1,4 @@
-"""Pytrees with leaves that are not arrays, made fit for `jax.jit`."""
+"""Pytrees with leaves that are not arrays, as arguments of `jax.jit`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 
 class Frozen(eqx.Module):
-    """A pytree of which only the arrays are leaves; the rest is static and must be hashable."""
+    """A pytree whose arrays are leaves; all else is static and must be hashable."""
 
     arrays: PyTree[Array]
     static: tuple[Any, Any] = eqx.field(static=True)
@@ -19,6 +19,6 @@ class Frozen(eqx.Module):
         self.static = tuple(leaves), structure
 
     def thaw(self) -> PyTree:
-        """The pytree."""
+        """The original pytree."""
         leaves, structure = self.static
         return eqx.combine(self.arrays, jax.tree.unflatten(structure, leaves))

@@ -28,7 +28,7 @@ def stack_scalars(parts: Sequence[Shaped[Array, ""]]) -> Shaped[Array, " n"]:
     return stacked
 
 
-def largest(x: Shaped[Array, "..."], axis: int | Sequence[int] | None = None) -> Shaped[Array, "..."]:
+def max_abs(x: Shaped[Array, "..."], axis: int | Sequence[int] | None = None) -> Shaped[Array, "..."]:
     """`max |x|`, NaN where there is one: finite if all is, 0 if all is.
 
     XLA's CPU compiler takes thirty times longer to build a reduction of truth values, which it cuts into windows.

@@ -1,4 +1,4 @@
-"""What was probably meant, where a first call goes wrong: hints for errors, each with a space before it, or empty."""
+"""Hints for errors: what was probably meant by a call that fails. Each starts with a space, or is empty."""
 
 import inspect
 import sys
@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-MOST = 300  # characters that a note has room for
+MAX_NOTE_LENGTH = 300
 OPTAX = {
     "softmax_cross_entropy": "CrossEntropyLoss(class_axis=-1)",
     "softmax_cross_entropy_with_integer_labels": "CrossEntropyLoss(class_axis=-1)",
@@ -22,12 +22,12 @@ OPTAX = {
 
 
 def is_a(value: Any, module: str, name: str) -> bool:
-    """Whether a value is of another library's class, which is imported already if so."""
+    """Whether a value is of another library's class, without importing it: if so, it is imported already."""
     cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and isinstance(value, cls)
 
 
-def kind(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -45,7 +45,7 @@ def is_array(value: Any) -> bool:
 
 
 def module_hint(value: Any) -> str:
-    """For a module of a neural-network library, in place of a function or its parameters."""
+    """For a module of a neural-network library, passed as a function or as parameters."""
     if is_a(value, "flax.nnx", "Module"):
         return " For an NNX module: model_fn, params = ggn_jax.from_nnx(module)."
     if is_a(value, "flax.linen", "Module"):
@@ -58,14 +58,14 @@ def module_hint(value: Any) -> str:
 
 
 def tensor_hint(value: Any) -> str:
-    """For a tensor or a list in place of an array."""
+    """For a tensor or a list passed as an array."""
     if is_a(value, "torch", "Tensor"):
         return " Pass torch_bridge.to_jax(tensor), or jnp.asarray(tensor.numpy())."
     return " jnp.asarray makes one." if isinstance(value, list) else ""
 
 
 def params_hint(params: Any) -> str:
-    """For something that holds parameters, or stands where they should."""
+    """For something that contains parameters, or is passed in their place."""
     if hasattr(params, "opt_state") and hasattr(params, "params"):
         return f" For a {type(params).__name__}: pass state.params."
     if callable(params) and not isinstance(params, eqx.Module) and not module_hint(params):
@@ -74,7 +74,7 @@ def params_hint(params: Any) -> str:
 
 
 def batch_hint(batch: Any) -> str:
-    """For something that holds a batch's inputs and targets, but is not a pair of them."""
+    """For something that contains a batch's inputs and targets, but is not a pair of them."""
     if isinstance(batch, dict) and len(batch) in (2, 3):
         return f" Pass ({', '.join(f'batch[{name!r}]' for name in batch)}), inputs first."
     if isinstance(batch, tuple | list) and batch and all(isinstance(b, tuple | list) and len(b) > 1 for b in batch):
@@ -86,7 +86,7 @@ def batch_hint(batch: Any) -> str:
 
 
 def unit_axis_hint(wanted: tuple[int, ...], got: tuple[int, ...]) -> str:
-    """For a last axis of length 1 too many or too few."""
+    """For an extra or a missing last axis of length 1."""
     if got == (*wanted, 1):
         return " Pass targets[..., 0]."
     return " Pass targets[..., None]." if (*got, 1) == wanted else ""
@@ -110,7 +110,7 @@ def check_model_fn(model_fn: Any) -> None:
     wanted = "model_fn must be a function of (params, inputs)"
     known = any(is_a(model_fn, library, "Module") for library in ("flax.nnx", "flax.linen", "torch.nn"))
     if known or type(model_fn).__module__.startswith("equinox.nn"):
-        raise TypeError(f"{wanted}; got {kind(model_fn)}, a module.{module_hint(model_fn)}")
+        raise TypeError(f"{wanted}; got {describe_value(model_fn)}, a module.{module_hint(model_fn)}")
     if is_a(model_fn, "ggn_jax", "Objective"):
         raise TypeError(
             f"{wanted}; got an Objective, which has one for each of its terms. kfac, scale_by_kfac and the operators'"
@@ -118,7 +118,7 @@ def check_model_fn(model_fn: Any) -> None:
         )
     if not callable(model_fn):
         order = " Arguments are model_fn, loss, params, batch, in this order." if jax.tree.leaves(model_fn) else ""
-        raise TypeError(f"{wanted}; got {kind(model_fn)}.{order}")
+        raise TypeError(f"{wanted}; got {describe_value(model_fn)}.{order}")
     try:
         signature = inspect.signature(model_fn)
     except (TypeError, ValueError):
@@ -129,13 +129,13 @@ def check_model_fn(model_fn: Any) -> None:
         way_out = (
             module_hint(model_fn) or " Parameters come first; close over anything else: lambda params, inputs: ..."
         )
-        got = f"{kind(model_fn)}{signature}"
+        got = f"{describe_value(model_fn)}{signature}"
         raise TypeError(f"{wanted}, called with both by position; got {got}.{way_out}") from None
 
 
 @contextmanager
-def called_with(params: Any, inputs: Any, *, one_example: bool = False) -> Iterator[None]:
-    """Say, with errors of a model, what it was called with."""
+def model_errors_explained(params: Any, inputs: Any, *, one_example: bool = False) -> Iterator[None]:
+    """Add a note to a model's errors that says what it was called with."""
     try:
         yield
     except Exception as error:
@@ -155,12 +155,12 @@ def _shapes(name: str, tree: Any) -> str:
         f"{name}{jax.tree_util.keystr(path)} {getattr(x, 'dtype', type(x).__name__)}{list(getattr(x, 'shape', ()))}"
         for path, x in leaves
     )
-    return text if len(text) <= MOST else f"{text[:MOST]}..."
+    return text if len(text) <= MAX_NOTE_LENGTH else f"{text[:MAX_NOTE_LENGTH]}..."
 
 
 @contextmanager
-def mapping_explained() -> Iterator[None]:
-    """What else there is, where JAX cannot map a ragged product."""
+def ragged_errors_explained() -> Iterator[None]:
+    """Explain the alternatives, if JAX cannot map a ragged product."""
     try:
         yield
     except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""What things are, in one short line: names, shapes, and options that are not the default."""
+"""Short representations in one line: names, shapes, and options that differ from the default."""
 
 import inspect
 from typing import Any
@@ -37,5 +37,5 @@ def options(value: Any) -> str:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is Python's own, to be compared with `==`."""
+    """Whether a value is of a built-in type that can be compared with `==`."""
     return isinstance(value, bool | int | float | str | tuple)

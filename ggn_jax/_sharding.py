@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 
 def run_auto(fn: Callable[..., Array], outputs: Array, *args: Any, keep: bool) -> Array:
-    """`fn(outputs, *args)`, inside of which the compiler shards, also on a mesh with explicit axes.
+    """`fn(outputs, *args)`, inside which the compiler shards, also on a mesh with explicit axes.
 
     The result is sharded like `outputs`, after one leading axis, or with `keep=False` not at all.
     """
@@ -28,10 +28,10 @@ NOT_SHARDED: Any = 0
 
 
 def compiler_sharded(fn: Callable[..., Any], like: Callable[..., PyTree] | None = None) -> Callable[..., Any]:
-    """`fn`, inside of which the compiler shards, also where arguments are on a mesh with explicit axes.
+    """`fn`, inside which the compiler shards, also if arguments are on a mesh with explicit axes.
 
-    `like` returns, for the arguments, a pytree with the results' structure: they are sharded as its arrays are, or in
-    none of their axes where that holds `NOT_SHARDED`. Without it, no result is sharded.
+    `like` returns, for the arguments, a pytree with the structure of the results: each is sharded like its array there,
+    or not at all if that is `NOT_SHARDED`. Without `like`, no result is sharded.
     """
 
     @wraps(fn)
@@ -53,7 +53,7 @@ def compiler_sharded(fn: Callable[..., Any], like: Callable[..., PyTree] | None 
 
 
 def on_mesh(fn: Callable[..., Any], like: Callable[..., PyTree]) -> Callable[..., Any]:
-    """`compiler_sharded` for functions that are called outside of `jit` too, where what they do is compiled then."""
+    """`compiler_sharded` for functions that may also be called outside of `jit`: on a mesh, they are compiled then."""
     jitted = eqx.filter_jit(compiler_sharded(fn, like))
 
     @wraps(fn)
@@ -64,8 +64,8 @@ def on_mesh(fn: Callable[..., Any], like: Callable[..., PyTree]) -> Callable[...
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Say, with errors about shardings, what a model is run in."""
+def sharding_errors_explained() -> Iterator[None]:
+    """Add a note to errors about shardings that says how models are run."""
     try:
         yield
     except Exception as error:
@@ -101,16 +101,16 @@ def _explicit(leaf: Any) -> NamedSharding | None:
 def vary_alike(*trees: PyTree) -> tuple[PyTree, ...]:
     """All arrays varying over every axis of `jax.shard_map` that one of them varies over.
 
-    Inside of it (with `check_vma=True`, the default), the derivative in what does *not* vary is summed over all
-    devices, since one value is used by all. Here each device has a problem of its own, that of its shard of the batch,
-    so what it differentiates in must be its own as well. Outside, nothing happens.
+    Inside it (with `check_vma=True`, the default), the derivative in what does *not* vary is summed over all devices,
+    since all of them use one value. Here each device has its own problem, that of its shard of the batch, so what it
+    differentiates in must be its own as well. Outside, nothing happens.
     """
     axes = varying_axes(trees)
     return tuple(jax.tree.map(lambda leaf: _vary(leaf, axes), tree) for tree in trees)
 
 
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree` varying over the axes that `like` varies over as well: zeros that a loop starts from, say."""
+    """`tree` varying over the axes that `like` varies over: for zeros that a loop starts from, say."""
     axes = varying_axes(like)
     return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
 

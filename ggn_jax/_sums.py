@@ -1,4 +1,4 @@
-"""Sums of many parts, one after the other."""
+"""Sums of many summands, computed one after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from ggn_jax._sharding import vary_like
 
 
 def sum_sequentially(fn: Callable[[Any], PyTree[Array]], parts: PyTree[Array], rest: Any = None) -> PyTree[Array]:
-    """The sum of `fn(part)` over the leading axis of `parts`, and of `fn(rest)` where there is a part of another size.
+    """The sum of `fn(part)` over the leading axis of `parts`, and of `fn(rest)`, which may have another size.
 
-    It has the dtypes of `fn`, but is added up in at least float32: 16-bit sums stop growing after a few hundred parts.
+    It has the dtypes of `fn`, but is added up in at least float32: 16-bit sums stop growing after a few hundred terms.
     """
     structure = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
 

@@ -1,4 +1,4 @@
-"""Which losses are taken, and for which vectors."""
+"""Which losses are supported, and for which vectors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ggn_jax._checks import Shaped
 from ggn_jax._hints import loss_hint
 from ggn_jax.cross_entropy import CrossEntropyLoss
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.joint import JointLoss, named
+from ggn_jax.joint import JointLoss, errors_name_output
 from ggn_jax.likelihood import LikelihoodLoss, missing_fisher_sqrt
 from ggn_jax.loss import Loss
 from ggn_jax.losses import BCEWithLogitsLoss, MSELoss
@@ -18,10 +18,10 @@ BUILT_IN: tuple[type[Loss], ...] = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss
 
 
 def check_supported(loss: Any) -> Loss:
-    """`loss`, if what is known of its class says what its curvature is."""
+    """`loss`, if its class tells its curvature; refused otherwise."""
     if isinstance(loss, JointLoss):
         for name, head in loss.losses.items():
-            with named(name):
+            with errors_name_output(name):
                 check_supported(head)
         return loss
     if not isinstance(loss, Loss):
@@ -46,10 +46,10 @@ def check_supported(loss: Any) -> Loss:
 
 
 def check_exact(loss: Loss) -> None:
-    """Refuse a loss that has no exact factor of its matrix."""
+    """Refuse a loss without an exact factor of its curvature."""
     if isinstance(loss, JointLoss):
         for name, head in loss.losses.items():
-            with named(name):
+            with errors_name_output(name):
                 check_exact(head)
     if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher" and not loss.has_fisher_sqrt():
         raise missing_fisher_sqrt(loss)

@@ -1,4 +1,4 @@
-"""Weights of at least 0: products, sums and roots; a weight of 0 leaves out what may be NaN or infinite."""
+"""Products, sums and roots of weights of at least 0; a weight of 0 gives 0, even times NaN or infinity."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 
 def times(weight: Float[Array, "*#shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`weight * x` in the dtype of `x`; 0 where the weight is."""
+    """`weight * x` in the dtype of `x`; 0 where the weight is 0."""
     return jnp.where(weight == 0, 0, weight.astype(x.dtype) * x)
 
 
@@ -23,6 +23,6 @@ def weighted_sum(trees: Sequence[PyTree[Array]], weights: Sequence[Float[Array, 
     return jax.tree.map(one, *trees)
 
 
-def root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The square root of what is positive, else 0; its derivative at 0 is 0."""
+def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The square root of positive numbers, else 0; its derivative at 0 is 0."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

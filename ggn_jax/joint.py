@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, prefixed
+from ggn_jax._checks import as_outputs, check_outputs, check_weight_number, errors_prefixed
 from ggn_jax._model import Model
-from ggn_jax._outputs import cut, flat_model, join
+from ggn_jax._outputs import flat_model, flatten_outputs, split_outputs
 from ggn_jax._repr import fields
-from ggn_jax._weights import root, times
+from ggn_jax._weights import safe_sqrt, times
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, check_values, split_terms
@@ -96,7 +96,7 @@ class JointLoss(Loss):
 
     def _values(self, outputs: Any, targets: Any) -> Iterator[tuple[str, Array]]:
         for name, loss in self.losses.items():
-            with named(name):
+            with errors_name_output(name):
                 yield name, loss(outputs[name], targets[name])
 
     def targets_valid(self, outputs: Any, targets: Any, *, batch: bool = True) -> dict[str, Bool[Array, "..."]]:  # type: ignore[override]
@@ -140,9 +140,9 @@ class JointLoss(Loss):
         """
         assert self.shapes is not None
         if isinstance(entries, jax.ShapeDtypeStruct):
-            found = jax.eval_shape(lambda x: cut(x, dict(self.shapes or ())), entries)
+            found = jax.eval_shape(lambda x: split_outputs(x, dict(self.shapes or ())), entries)
         else:
-            found = cut(entries, dict(self.shapes))
+            found = split_outputs(entries, dict(self.shapes))
         return {name: (loss, found[name]) for name, loss in self.losses.items()}
 
     def split(self, outputs: Array, targets: Any, batch: bool) -> "JointTerms":  # type: ignore[override]
@@ -163,7 +163,7 @@ class JointLoss(Loss):
     def check_shapes(self, outputs: Any, targets: Any, batch: bool) -> None:
         self.check_names("targets", targets)
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
-            with named(name):
+            with errors_name_output(name):
                 loss.check_shapes(f, targets[name], batch)
 
     def check_values(self, outputs: Any, targets: Any, batch: bool) -> None:
@@ -178,7 +178,7 @@ class JointLoss(Loss):
             ValueError: for such a target.
         """
         for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
-            with named(name):
+            with errors_name_output(name):
                 check_values(loss, f, targets[name], batch)
 
     def stand_in_targets(self, outputs: Any, batch: bool) -> Any:
@@ -216,7 +216,7 @@ class JointLoss(Loss):
         if batch and len({x.shape[0] for x in arrays.values()}) > 1:
             shapes = {k: x.shape for k, x in arrays.items()}
             raise ValueError(f"outputs must have one common batch axis; got shapes {shapes}.")
-        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), join(arrays, int(batch))
+        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), flatten_outputs(arrays, int(batch))
 
     # Its terms are of several kinds.
 
@@ -227,9 +227,9 @@ class JointLoss(Loss):
     draw = settle = sampled_gradient = operand = _refuse
 
 
-def named(name: str) -> AbstractContextManager[None]:
-    """Errors say of which output they are."""
-    return prefixed(f"of output {name!r}: ")
+def errors_name_output(name: str) -> AbstractContextManager[None]:
+    """Prefix errors with the name of the output that they are about."""
+    return errors_prefixed(f"of output {name!r}: ")
 
 
 class JointTerms(eqx.Module):
@@ -251,11 +251,11 @@ class JointTerms(eqx.Module):
 
     @property
     def scale(self) -> Float[Array, " terms"]:
-        """What a plain term's Hessian is multiplied by, of all terms."""
+        """The factors of plain terms' Hessians, for all terms."""
         return jnp.concatenate([times(self.weights[k], t.scale).reshape(-1) for k, t in self.parts.items()])
 
     @property
-    def r(self) -> Float[Array, ""]:
+    def reduction_factor(self) -> Float[Array, ""]:
         """The reduction, where all losses have the same: that of sums."""
         return jnp.ones((), self.outputs.dtype)
 
@@ -281,24 +281,24 @@ class JointTerms(eqx.Module):
         products = {k: t.empirical_product(tangents[k][1], True) for k, t in self.parts.items()}
         return self._join({k: times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
 
-    def labels(self, per_term: bool) -> tuple[Array, int]:
+    def term_indices(self, per_term: bool) -> tuple[Array, int]:
         if not per_term:
             shape = self.outputs.shape
             return jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape), shape[0]
         found: dict[str, Array] = {}
         total = 0
         for name, terms in self.parts.items():
-            numbers, count = terms.labels(True)
+            numbers, count = terms.term_indices(True)
             found[name], total = numbers + total, total + count
         return self._join(found), total
 
     def draw(self, keys: Array, num: int) -> dict[str, Array]:
         """As `Terms.draw`, for each head, with keys of its own."""
-        return {k: terms.draw(folded(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
+        return {k: terms.draw(fold_keys(keys, i), num) for i, (k, terms) in enumerate(self.parts.items())}
 
     def sampled_gradient(self, drawn: dict[str, Array]) -> Float[Array, "... entries"]:
         return self._join(
-            {k: times(root(self.weights[k]), t.sampled_gradient(drawn[k])) for k, t in self.parts.items()}
+            {k: times(safe_sqrt(self.weights[k]), t.sampled_gradient(drawn[k])) for k, t in self.parts.items()}
         )
 
     def sampled_gradients(self, keys: Array, num: int) -> Float[Array, "num ... entries"]:
@@ -307,27 +307,27 @@ class JointTerms(eqx.Module):
     def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
         vs = self.loss.heads(v)
         products = {k: terms.product(name, vs[k][1]) for k, terms in self.parts.items()}
-        scales = {k: w if name == "mv" else root(w) for k, w in self.weights.items()}
+        scales = {k: w if name == "mv" else safe_sqrt(w) for k, w in self.weights.items()}
         return self._join({k: times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
 
     def diagonal(self) -> Float[Array, "... entries"]:
         return self._join({k: times(self.weights[k], terms.diagonal()) for k, terms in self.parts.items()})
 
     def weighted(self, name: str) -> Terms:
-        """One head's terms, with its weight in what plain terms are multiplied by."""
+        """One head's terms, with its weight in their scale."""
         terms = self.parts[name]
         return replace(terms, scale=times(self.weights[name], terms.scale))
 
     def join(self, arrays: Sequence[Array], lead: int) -> Array:
         """The heads' arrays `[*lead, *out]` as one, in the order of their names."""
-        return join(dict(zip(self.parts, arrays, strict=True)), lead)
+        return flatten_outputs(dict(zip(self.parts, arrays, strict=True)), lead)
 
     def _join(self, arrays: dict[str, Array]) -> Array:
-        return join(arrays, int(self.batch))
+        return flatten_outputs(arrays, int(self.batch))
 
 
-def folded(keys: Array, number: int) -> Array:
-    """Keys for the head of this number."""
+def fold_keys(keys: Array, number: int) -> Array:
+    """Keys for the head with this number."""
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
 
     def fold(key: Array) -> Array:
@@ -366,10 +366,10 @@ def joint_vectors(
         loss.check_names("targets", targets)
         found = {}
         for i, (name, one) in enumerate(fns.items()):
-            with named(name):
-                drawn = one(outputs[name], *numbers, targets[name], None if key is None else folded(key, i))
+            with errors_name_output(name):
+                drawn = one(outputs[name], *numbers, targets[name], None if key is None else fold_keys(key, i))
             weight = loss.weights[name]
-            found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else root(weight), drawn)
+            found[name] = times(weight if fisher_type is FisherType.EMPIRICAL else safe_sqrt(weight), drawn)
         if fisher_type is not FisherType.TYPE2:
             return found
         sizes, start = [x.shape[0] for x in found.values()], 0
@@ -390,6 +390,6 @@ def check_joint_terms(loss: JointLoss, outputs: Any, targets: Any, batch: bool) 
     loss.check_names("targets", targets)
     checked = {}
     for name, (head, f) in flat.heads(joined).items():
-        with named(name):
+        with errors_name_output(name):
             checked[name] = check_terms(head, f, targets[name], batch)[1]
     return flat, joined, checked

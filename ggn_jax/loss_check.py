@@ -1,4 +1,4 @@
-"""Whether a loss of one's own is what it says: its gradient, its Hessian, the root of that and its draws agree."""
+"""Check that a user's loss is consistent: its gradient, its Hessian, the root of that and its draws agree."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.terms import Terms, check_terms, split_terms
 
-TERMS = 8  # of the batch, on which draws are looked at
+TERMS = 8  # of the batch, whose draws are checked
 DIRECTIONS = 8  # in a term's output
 DRAWS = 4096
 AT_ONCE = 64  # draws
@@ -68,7 +68,7 @@ def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None
     outputs = as_outputs("outputs", outputs, batch=True)
     key = jax.random.key(0) if key is None else check_key(key, wanted_by="check_loss", batch=True)
     if not are_known((loss, outputs, targets)):
-        raise TypeError("check_loss looks at values: call it outside of jit, vmap and grad.")
+        raise TypeError("check_loss needs values: call it outside of jit, vmap and grad.")
     first, second = jax.random.split(key)
     if targets is None:
         drawn = isinstance(loss, LikelihoodLoss)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, as_outputs, check_real
-from ggn_jax._outputs import join
+from ggn_jax._outputs import flatten_outputs
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact, check_supported, stand_in_targets
@@ -109,7 +109,7 @@ class LossHessian(eqx.Module):
         self.terms.loss.check_names(name, v)
         parts = self.terms.parts
         vs = {k: self._check(f"{name}[{k!r}]", v[k], terms.outputs.shape) for k, terms in parts.items()}
-        return self._like_outputs(_product(self.terms, join(vs, int(self.terms.batch)), what))
+        return self._like_outputs(_product(self.terms, flatten_outputs(vs, int(self.terms.batch)), what))
 
     def _like_outputs(self, x: Array) -> Any:
         """What has an entry for each output, of a `JointLoss` as a dict."""

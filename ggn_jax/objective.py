@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import check_weight_number, starts_sum
+from ggn_jax._checks import check_weight_number, is_sum_start
 from ggn_jax._hints import check_model_fn
 from ggn_jax._supported import check_supported
 from ggn_jax.loss import Loss
@@ -91,7 +91,7 @@ class Objective:
         return Objective._of((*self.terms, *other.terms)) if isinstance(other, Objective) else NotImplemented
 
     def __radd__(self, other: Any) -> "Objective":
-        return self if starts_sum(other) else NotImplemented
+        return self if is_sum_start(other) else NotImplemented
 
     def __mul__(self, number: Any) -> "Objective":
         by = _number("the factor of an objective", number)

@@ -88,12 +88,12 @@ class Softmax(TermHessian):
 
     @property
     def _rest(self) -> Float[Array, "1 *at"]:
-        """The sum of the exponentials less one largest logit's 1."""
+        """The sum of the exponentials, less the 1 of one largest logit."""
         return _sum_but_one(self.f, self.top)
 
     @property
     def scale(self) -> Float[Array, "1 *at"]:
-        """What makes probabilities of the exponentials: a factor, since quotients are not fused with what follows."""
+        """The factor from exponentials to probabilities: XLA would not fuse a quotient with what follows."""
         return 1 / (1 + self._rest)
 
     @property
@@ -172,7 +172,7 @@ def _sum(x: Array) -> Array:
 
 @jax.custom_jvp
 def _with_derivatives_of(formula: Array, value: Array) -> Array:
-    """`value`, which is what `formula` is without its rounding."""
+    """`value`, which equals `formula` but for rounding, with the derivatives of `formula`."""
     return value
 
 

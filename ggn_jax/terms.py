@@ -1,8 +1,8 @@
 """A loss at given outputs, split into its independent terms: the one place where reduction and weights are applied.
 
 A loss states the mathematics of one term (`ggn_jax.loss`). Here that is mapped over all terms of one example or of a
-batch, and scaled: with `r` the reduction and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values and
-gradients `r`.
+batch, and scaled: with `r` the reduction factor and `w` the term's weight, curvature vectors carry `sqrt(r w)`, values
+and gradients `r`.
 """
 
 import math
@@ -79,9 +79,9 @@ class Terms(eqx.Module):
 
     loss: Any
     outputs: Float[Array, "*shape"]  # in the compute dtype
-    operand: Any  # per term: the target, and whatever else the loss needs
-    scale: Float[Array, "*positions"]  # r w: what a plain term's Hessian is multiplied by
-    r: Float[Array, ""]
+    operand: Any  # for each term, its target and whatever else the loss needs
+    scale: Float[Array, "*positions"]  # r w: the factor of a plain term's Hessian
+    reduction_factor: Float[Array, ""]
     dtype: Any = eqx.field(static=True)  # of the results
     batch: bool = eqx.field(static=True)
     axes: tuple[int, ...] = eqx.field(static=True)  # of `outputs` that belong to one term
@@ -111,8 +111,8 @@ class Terms(eqx.Module):
         """The reduced loss in the compute dtype: differences of it are below the rounding of 16-bit outputs."""
         value = jnp.sum(self.map(self._weighted(self.loss.term_value)))
         # 0/0, where every term is ignored, is 0.
-        r = jnp.where(jnp.isinf(self.r) & (value == 0), 0, self.r)
-        return r * value
+        reduction_factor = jnp.where(jnp.isinf(self.reduction_factor) & (value == 0), 0, self.reduction_factor)
+        return reduction_factor * value
 
     def gradients(self) -> Float[Array, "*shape"]:
         """The gradient of the *sum-reduced* loss (weights included), in the compute dtype."""
@@ -122,7 +122,7 @@ class Terms(eqx.Module):
         """`sqrt(r)` times the gradient of the sum-reduced loss, in the compute dtype."""
         gradients = self.gradients()
         # Where everything is ignored, r is infinite and the gradient 0.
-        return jnp.where(gradients == 0, 0, jnp.sqrt(self.r) * gradients)
+        return jnp.where(gradients == 0, 0, jnp.sqrt(self.reduction_factor) * gradients)
 
     def empirical_product(self, tangent: Float[Array, "*shape"], per_term: bool) -> Float[Array, "*shape"]:
         """`g g^T tangent` with the `g` of `empirical`, of each example, or of each term, in the outputs' dtype."""
@@ -130,10 +130,10 @@ class Terms(eqx.Module):
         axes = self.axes if per_term else tuple(range(1, g.ndim))
         inner = jnp.sum(g * tangent.astype(g.dtype), axis=axes, keepdims=True)
         # Where everything is ignored, r is infinite and g is 0.
-        return jnp.where(g == 0, 0, self.r * inner * g).astype(self.dtype)
+        return jnp.where(g == 0, 0, self.reduction_factor * inner * g).astype(self.dtype)
 
-    def labels(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
-        """For each output, the number of the example, or of the term, that it is of; and how many there are."""
+    def term_indices(self, per_term: bool) -> tuple[Int[Array, "*shape"], int]:
+        """For each output, the index of its example, or of its term; and how many there are."""
         shape = self.outputs.shape
         axes = self.axes if per_term else tuple(range(1, len(shape)))
         kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
@@ -148,7 +148,9 @@ class Terms(eqx.Module):
                 f"model_fn must treat data independently to be worked on in parts: it returned outputs of shape"
                 f" {outputs.shape} for {wanted[0]} of {self.outputs.shape[0]} data; wanted {wanted}."
             )
-        return _with_scale(replace(self, outputs=outputs.astype(self.outputs.dtype), operand=operand), self.r)
+        return _with_scale(
+            replace(self, outputs=outputs.astype(self.outputs.dtype), operand=operand), self.reduction_factor
+        )
 
     def _weighted(self, fn: Callable[..., Array]) -> Callable[..., Array]:
         """`fn` where the term counts, 0 where its weight is 0, NaN where its target is not of the loss's domain."""
@@ -161,10 +163,9 @@ class Terms(eqx.Module):
         return weighted
 
     def draw(self, keys: Array, num: int) -> Array:
-        """What would-be gradients are made of (a label per term, say), for `num` samples: `[num, *positions, ...]`.
+        """The draws for would-be gradients (a label per term, say), for `num` samples: `[num, *positions, ...]`.
 
-        One example takes one key and a batch one key per example, so that what is drawn for an example depends on
-        nothing else.
+        One example takes one key, and a batch one key per example, so that an example's draws depend on nothing else.
         """
         term = jax.ShapeDtypeStruct(tuple(self.outputs.shape[a] for a in self.axes), self.outputs.dtype)
         positions = self.scale.shape[self.batch :]
@@ -238,7 +239,7 @@ class Terms(eqx.Module):
 
     @staticmethod
     def _scaled(fn: Callable[..., Array]) -> Callable[..., Array]:
-        """`fn` with a last argument that multiplies its result; zero wins over NaN, so what is ignored stays 0."""
+        """`fn` with a last argument that multiplies its result; 0 times NaN is 0, so ignored terms stay 0."""
 
         def scaled(*args: Any) -> Array:
             *rest, scale = args
@@ -250,7 +251,7 @@ class Terms(eqx.Module):
 
 
 def check_terms(loss: Any, outputs: Any, targets: Any, batch: bool) -> tuple[Array, Array]:
-    """Both as arrays, after all checks that shapes, dtypes and, outside of transformations, values allow."""
+    """Both as arrays, after all checks of shapes and dtypes and, if they are known, of values."""
     outputs, targets = check_shapes_and_dtypes(loss, outputs, targets, batch)
     check_values(loss, outputs, targets, batch)
     return outputs, targets
@@ -267,7 +268,7 @@ def check_shapes_and_dtypes(loss: Any, outputs: Any, targets: Any, batch: bool) 
 
 
 def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
-    """For a batch in place of one example, or the other way round."""
+    """A hint for a batch passed as one example, or the other way round."""
     if not batch and not outputs.ndim:
         return ""
     try:
@@ -280,7 +281,7 @@ def _batch_hint(loss: Any, outputs: Array, targets: Array, batch: bool) -> str:
 
 
 def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
-    """Refuse targets whose values the loss does not accept, where they can be looked at."""
+    """Refuse targets whose values the loss does not accept, if they are known."""
     loss.check_values(outputs, targets, batch)
 
 
@@ -289,7 +290,7 @@ def check_values_of_one_loss(loss: Any, outputs: Shaped, targets: Array, batch: 
     leaves = [leaf for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)]
     if not loss.restricts_targets or not all(is_concrete(leaf) for leaf in leaves):
         return
-    with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
+    with jax.ensure_compile_time_eval():  # constants are known under `jit` as well
         count, first = np.asarray(_find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)).tolist()
     if not count:
         return
@@ -320,11 +321,11 @@ def _find_invalid(loss: Any, targets: Array, shape: tuple[int, ...], dtype: Any,
 
 def find_valid(loss: Any, outputs: Array, targets: Array, batch: bool) -> Bool[Array, "*positions"]:
     """Whether the target of each term is of the loss's domain."""
-    terms = _lay_out(loss, outputs, targets, batch)
+    terms = _arrange_terms(loss, outputs, targets, batch)
     return terms.map(loss.term_valid)
 
 
-def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
+def _arrange_terms(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     dtype = outputs.dtype
     loss, outputs, targets = vary_alike(loss, outputs, targets)
     outputs = outputs.astype(compute_dtype(dtype))
@@ -333,42 +334,41 @@ def _lay_out(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     return Terms(loss, outputs, operand, zero, zero, dtype, batch, term_axes(loss, outputs, batch), operand_axes)
 
 
-def _with_scale(terms: Terms, r: Array | None) -> Terms:
-    """`terms` with `scale` and `r` filled in; `r` is that of these terms, if it is not given."""
+def _with_scale(terms: Terms, reduction_factor: Array | None) -> Terms:
+    """`terms` with `scale` and `reduction_factor` filled in; the latter is that of these terms if it is None."""
     loss = terms.loss
 
     def or_nan(fn: Callable[..., Array]) -> Callable[..., Array]:
         return lambda f, y: jnp.where(loss.term_valid(f, y), fn(f, y), jnp.nan)
 
     weight = terms.map(or_nan(loss.term_weight))
-    if r is None:
-        r = jnp.ones((), terms.outputs.dtype)
+    if reduction_factor is None:
+        reduction_factor = jnp.ones((), terms.outputs.dtype)
         if loss.reduction == "mean":
             count = jnp.sum(terms.map(or_nan(loss.term_count)))
-            r = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
-    scale = jnp.where(weight == 0, 0, r * weight)
-    outputs = _shield(terms.outputs, jnp.expand_dims(weight == 0, terms.axes), (loss, terms.operand))
-    return replace(terms, outputs=outputs, scale=scale, r=r)
+            reduction_factor = jnp.where(count == 0, jnp.inf, 1 / jnp.where(count == 0, 1, count))
+    scale = jnp.where(weight == 0, 0, reduction_factor * weight)
+    outputs = _shield_ignored(terms.outputs, jnp.expand_dims(weight == 0, terms.axes), (loss, terms.operand))
+    return replace(terms, outputs=outputs, scale=scale, reduction_factor=reduction_factor)
 
 
 @jax.custom_jvp
-def _shield(outputs: Array, ignored: Array, others: Any) -> Array:
-    """The outputs, which may be anything where they are ignored, NaN too; `others` is what else terms depend on.
+def _shield_ignored(outputs: Array, ignored: Array, others: Any) -> Array:
+    """The outputs, which may be anything where they are ignored, even NaN; `others` is all else that terms depend on.
 
-    Whatever is computed of an ignored term is replaced by 0, and here so are the outputs' tangents: derivatives in the
-    outputs stay clean. Those in anything that terms share, to which NaN times 0 would be added, need the outputs
-    themselves replaced. Otherwise that would cost a copy of them, since compilers for CPUs do not fuse it with the sums
-    over classes that follow.
+    Results for ignored terms are replaced by 0 later, and the outputs' tangents here, so derivatives in the outputs
+    are clean. Derivatives in what terms share would still add up NaN times 0, so for these the outputs are replaced as
+    well. Not always, since that costs a copy: XLA's CPU compiler does not fuse it with the sums over classes.
     """
     return outputs
 
 
-@partial(_shield.defjvp, symbolic_zeros=True)
+@partial(_shield_ignored.defjvp, symbolic_zeros=True)
 def _(primals: tuple[Array, Array, Any], tangents: tuple[Any, Any, Any]) -> tuple[Array, Array]:
     outputs, ignored, _ = primals
     zero = jax.custom_derivatives.SymbolicZero
     shared = any(not isinstance(leaf, zero) for leaf in jax.tree.leaves(tangents[2]))
-    result = jnp.where(ignored, 0, outputs) if shared else _shield(*primals)
+    result = jnp.where(ignored, 0, outputs) if shared else _shield_ignored(*primals)
     if isinstance(tangents[0], zero):
         return result, jnp.zeros_like(outputs)
     return result, jnp.where(ignored, 0, tangents[0])
@@ -384,4 +384,4 @@ def split_terms(loss: Any, outputs: Array, targets: Any, *, batch: bool) -> Any:
 
 def split_one_loss(loss: Any, outputs: Array, targets: Array, batch: bool) -> Terms:
     """`split_terms` of a loss whose terms are of one kind."""
-    return _with_scale(_lay_out(loss, outputs, targets, batch), None)
+    return _with_scale(_arrange_terms(loss, outputs, targets, batch), None)

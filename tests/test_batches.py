@@ -122,7 +122,7 @@ def test_errors_of_batches() -> None:
         make(iter(as_batches(3, 4)), KFOC)
     with pytest.raises(ValueError, match="at least one batch"):
         make([], KFOC)
-    with pytest.raises(NotImplementedError, match="batch 0: KFOC has no use for mask"):
+    with pytest.raises(NotImplementedError, match="batch 0: KFOC does not use a mask"):
         make([(*as_batches(7)[0], jnp.ones((7, 2), bool))], KFOC)
     with pytest.raises(ValueError, match=r"batch 1: targets must be class indices from 0 to 1"):
         make([(INPUTS, LABELS), (INPUTS, LABELS + 5)], KFOC)

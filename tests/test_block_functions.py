@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import ggn_jax
 from ggn_jax.kronecker import functions, sums
 from ggn_jax.kronecker.algebra import Kronecker, Spectral
-from ggn_jax.kronecker.linalg import norm, resolved
+from ggn_jax.kronecker.linalg import norm, zero_below_resolution
 from ggn_jax.kronecker.split import split_inverses
 from ggn_jax.operators.blocks import BlockLinearOperator
 
@@ -290,7 +290,9 @@ def test_float32_factors_of_few_data() -> None:
     assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
     logdet = jnp.sum(jnp.log(spectrum.map("shift", damping).values))
     np.testing.assert_allclose(logdet, np.linalg.slogdet(dense)[1], rtol=1e-5)
-    values = np.asarray(resolved(jnp.asarray([[-1e-9, 1e-8, 4e-7, 1e-6, 1.0], [0.0, 0, 0, 0, np.nan]], jnp.float32)))
+    values = np.asarray(
+        zero_below_resolution(jnp.asarray([[-1e-9, 1e-8, 4e-7, 1e-6, 1.0], [0.0, 0, 0, 0, np.nan]], jnp.float32))
+    )
     np.testing.assert_array_equal(values[0], np.asarray([0, 0, 0, 1e-6, 1], np.float32))
     assert np.isnan(values[1]).any()
 
@@ -367,8 +369,8 @@ def test_preconditioned_conjugate_gradients_in_float32() -> None:
 @pytest.mark.sweep
 def test_large_sums_of_kronecker_terms_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the dense matrix would be too large."""
-    monkeypatch.setattr(functions, "DENSE", 11)
-    monkeypatch.setattr(sums, "DENSE", 11)
+    monkeypatch.setattr(functions, "MAX_DENSE_ROWS", 11)
+    monkeypatch.setattr(sums, "MAX_DENSE_ROWS", 11)
     rng = np.random.default_rng(0)
     roots = rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 4, 4))
     a, b = ([r @ r.T for r in root] for root in roots)

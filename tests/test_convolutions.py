@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ggn_jax
 from ggn_jax.kronecker import convolution as factors
 from ggn_jax.kronecker.inputs import Inputs
-from ggn_jax.kronecker.layout import Run
+from ggn_jax.kronecker.layout import EqualParts
 from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import capture, trace_model
 from ggn_jax.layers.run import run_equation
@@ -101,7 +101,7 @@ def test_input_factors_are_those_of_patches(name: str, entries: int | None, monk
     @jax.jit
     def both(params: Any, x: jax.Array) -> Any:
         inputs = Inputs(use, capture(trace, params, x).inputs[0], None, Options(), jnp.float64)
-        found = [inputs.factors(joint, (Run(0, inputs.width(joint), 1),))[0] for joint in (True, False)]
+        found = [inputs.factors(joint, (EqualParts(0, inputs.width(joint), 1),))[0] for joint in (True, False)]
         return inputs.raw_rows(True), *found
 
     patches, got, without_bias = map(np.asarray, both(params, x))

@@ -81,11 +81,11 @@ for n in (1, 2, 4, 8):
     spread = Spread(mesh)
     matrices = spread.pad(jnp.eye(6) * jnp.arange(1, 13)[:, None, None])
     everywhere = jax.device_put(matrices, NamedSharding(mesh, P()))
-    compiled = jax.jit(spread.cut).lower(everywhere).compile()
+    compiled = jax.jit(spread.shard).lower(everywhere).compile()
     pieces = compiled(everywhere)
     assert np.array_equal(pieces, matrices) and pieces.addressable_shards[0].data.shape[0] == -(-12 // n)
     result["sent"][n] = [word for word in ("all-", "collective-", "reduce-scatter") if word in compiled.as_text()]
-    (found,) = jax.jit(lambda x: spread.locally(partial(batched, fn), x))([matrices])
+    (found,) = jax.jit(lambda x: spread.map_shards(partial(batched, fn), x))([matrices])
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert np.allclose(found[0][:12] * jnp.arange(1, 13)[:, None, None], np.eye(6))

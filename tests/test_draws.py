@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import ggn_jax
 from ggn_jax import BCEWithLogitsLoss, CrossEntropyLoss, make_batch_grad_output_fn, make_grad_output_fn
-from ggn_jax._draws import LARGE, draw_class, masses, uniform_below
-from ggn_jax.kronecker.vectors import vector_maker
+from ggn_jax._draws import LARGE, draw_class, to_fixed_point, uniform_below
+from ggn_jax.kronecker.vectors import make_vector_fn
 from ggn_jax.terms import split_terms
 
 
@@ -139,7 +139,7 @@ def test_levels_that_are_skipped_change_no_label(classes: int) -> None:
     rng = np.random.default_rng(classes)
     p = np.where(rng.uniform(size=classes) < 0.7, rng.exponential(size=classes), 0) + 1e-9
     p = jnp.asarray(p / p.sum(), jnp.float32)
-    units = np.asarray(masses(p)).tolist()
+    units = np.asarray(to_fixed_point(p)).tolist()
     words = np.asarray([0, 1, 2**32 - 1, *rng.integers(2**32, size=200)], np.uint32)
     rests = np.asarray(uniform_below(jnp.asarray(words), jnp.asarray(sum(units), jnp.uint32))).tolist()
     labels = jax.jit(jax.vmap(draw_class, in_axes=(0, None)))(jnp.asarray(words), p)
@@ -167,6 +167,6 @@ def test_one_sample_at_a_time(loss: ggn_jax.Loss) -> None:
     targets = jnp.zeros((4, 2), int) if isinstance(loss, CrossEntropyLoss) else jnp.zeros((4, 3, 2))
     terms = split_terms(loss, outputs, targets, batch=True)
     keys = jax.random.split(jax.random.key(5), 4)
-    make = vector_maker(terms, ggn_jax.FisherType.MC, 5, "exact", keys)
+    make = make_vector_fn(terms, ggn_jax.FisherType.MC, 5, "exact", keys)
     vectors = make_batch_grad_output_fn(loss, "mc", 5)(outputs, targets, jax.random.key(5))
     np.testing.assert_allclose(make(jnp.asarray([3, 0])), vectors[jnp.asarray([3, 0])], rtol=1e-14)

@@ -20,7 +20,7 @@ import torch
 
 import ggn_jax
 import torch_bridge
-from ggn_jax.kronecker.inverse import by_halves, by_solves
+from ggn_jax.kronecker.inverse import inverse_by_halves, inverse_by_solves
 from torch_bridge import _cuda, to_jax, to_torch
 
 needs_cuda = pytest.mark.skipif(
@@ -51,7 +51,7 @@ class FakeEvent:
 def events(monkeypatch: pytest.MonkeyPatch) -> list[FakeEvent]:
     FakeEvent.made = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(_cuda, "LENT", _cuda.Lent())
+    monkeypatch.setattr(_cuda, "PENDING_COPIES", _cuda.PendingCopies())
     return FakeEvent.made
 
 
@@ -64,16 +64,16 @@ def test_memory_is_lent_until_the_copy_has_run(events: list[FakeEvent]) -> None:
     del arrays
 
     def lent() -> list[int]:
-        return [source.data_ptr() for _, source in _cuda.LENT.copies]
+        return [source.data_ptr() for _, source in _cuda.PENDING_COPIES.copies]
 
     assert [event.recorded for event in events] == [True] * 3
     assert lent() == places
     events[1].done = True
-    _cuda.LENT.take_back()
+    _cuda.PENDING_COPIES.release_finished()
     assert lent() == [places[0], places[2]]
     for event in events:
         event.done = True
-    _cuda.LENT.take_back()
+    _cuda.PENDING_COPIES.release_finished()
     assert lent() == []
     for i, result in enumerate(results):  # memory of its own
         assert result.data_ptr() not in places
@@ -85,7 +85,7 @@ def test_a_copy_gives_back_what_earlier_ones_lent(events: list[FakeEvent]) -> No
         _cuda.copy_to_torch(jnp.zeros(3))
         for event in events:
             event.done = True
-    assert len(_cuda.LENT.copies) == 1
+    assert len(_cuda.PENDING_COPIES.copies) == 1
 
 
 def test_captures_are_refused_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_who_says_how_much_memory_jax_takes(name: str | None, monkeypatch: pytes
     if name is not None:
         monkeypatch.setenv(name, "true")
     before = dict(os.environ)
-    assert _cuda.share_memory() is (name is None)
+    assert _cuda.disable_preallocation() is (name is None)
     changed = {key: value for key, value in os.environ.items() if before.get(key) != value}
     assert changed == ({} if name else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
 
@@ -126,14 +126,16 @@ class FakeDevice:
 def test_who_started_jax_too_early_is_told() -> None:
     gib = 2**30
     with pytest.warns(UserWarning, match="holds 60 GiB of the memory of cuda:0.*import torch_bridge before"):
-        _cuda.check_shared(FakeDevice(pool_bytes=60 * gib, bytes_limit=60 * gib, peak_bytes_in_use=gib))
-    _cuda.check_shared(FakeDevice(pool_bytes=40 * gib, bytes_limit=60 * gib, peak_bytes_in_use=30 * gib))  # in use
-    _cuda.check_shared(FakeDevice(pool_bytes=2**26, bytes_limit=60 * gib, peak_bytes_in_use=2**20))
-    _cuda.check_shared(FakeDevice())
+        _cuda.warn_if_preallocated(FakeDevice(pool_bytes=60 * gib, bytes_limit=60 * gib, peak_bytes_in_use=gib))
+    _cuda.warn_if_preallocated(
+        FakeDevice(pool_bytes=40 * gib, bytes_limit=60 * gib, peak_bytes_in_use=30 * gib)
+    )  # in use
+    _cuda.warn_if_preallocated(FakeDevice(pool_bytes=2**26, bytes_limit=60 * gib, peak_bytes_in_use=2**20))
+    _cuda.warn_if_preallocated(FakeDevice())
 
 
-@pytest.mark.parametrize("invert", [by_halves, by_solves])
-@pytest.mark.by_default("by_halves")
+@pytest.mark.parametrize("invert", [inverse_by_halves, inverse_by_solves])
+@pytest.mark.by_default("inverse_by_halves")
 def test_inverses_from_triangular_factors(invert: Callable[[jax.Array], jax.Array]) -> None:
     size = 1500  # cut in halves once
     x = np.random.default_rng(0).normal(size=(size, 2 * size)) / size**0.5

@@ -7,7 +7,7 @@ import pytest
 from problems import normal
 
 import ggn_jax
-from ggn_jax.kronecker.gram import ALIGNED, gram, gram_with
+from ggn_jax.kronecker.outer_products import ALIGNED, sum_outer_products, sum_outer_products_with
 
 
 @pytest.mark.parametrize("width", [3, ALIGNED - 1, ALIGNED, ALIGNED + 5])
@@ -17,8 +17,8 @@ def test_products(width: int, shared: bool) -> None:
     last = np.asarray(normal("last", 1 if shared else 2, 7))
     whole = np.concatenate([x, np.broadcast_to(last[..., None], (2, 7, 1))], axis=-1)
     want = np.einsum("gmi,gmj->gij", whole, whole)
-    np.testing.assert_allclose(jax.jit(gram)(x), want[:, :-1, :-1], rtol=1e-13, atol=1e-13)
-    np.testing.assert_allclose(jax.jit(gram_with)(x, last), want, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(jax.jit(sum_outer_products)(x), want[:, :-1, :-1], rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(jax.jit(sum_outer_products_with)(x, last), want, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -315,7 +315,7 @@ def test_heuristic_damping_is_its_formula() -> None:
 
 
 def test_inverse_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverse, "LEAST", 2)
+    monkeypatch.setattr(inverse, "MIN_SPLIT_SIZE", 2)
     roots = [np.asarray(normal(size, size)) for size in (1, 2, 3, 4, 11)]
     matrices = [root @ root.T + np.eye(len(root)) for root in roots]
     found = jax.jit(lambda matrices: [inverse.inverse_by_cholesky(matrix) for matrix in matrices])(matrices)
@@ -578,7 +578,7 @@ def test_kfoc_is_the_nearest_kronecker_product(bias: Any) -> None:
 def names(operator: Any, name: str) -> list[str]:
     """The key of the block that holds a parameter."""
     path = f"['{name[0]}']['{name[2]}']"
-    return [spec.names[0] for spec, _ in operator.blocks.each() if path in spec.names]
+    return [spec.names[0] for spec, _ in operator.blocks.unstacked() if path in spec.names]
 
 
 def test_kfoc_of_tied_and_shared_weights() -> None:

@@ -352,7 +352,7 @@ def test_a_carry_that_is_only_added_to_is_a_shift() -> None:
 def test_indices_of_an_outer_function_are_not_known() -> None:
     def kinds(places: jax.Array) -> tuple[str, ...]:
         trace = trace_model(lambda w, x: x @ w[places], normal(4, 2), normal(5, 4))
-        return tuple(use.kind for use in trace.uses) + tuple(blocked.why for blocked in trace.blocked)
+        return tuple(use.kind for use in trace.uses) + tuple(blocked.why for blocked in trace.uncovered)
 
     found = []
     jax.jit(lambda places: found.append(kinds(places)))(jnp.asarray(PERMUTATION))
@@ -441,7 +441,7 @@ def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     @jax.jit
     def captured(params: Any, inputs: Any) -> Any:
         found = capture(trace, params, inputs)
-        grads, _ = found.pull_back(vectors)
+        grads, _ = found.vjp(vectors)
         products = [[gradient(trace.uses[i], found.inputs[i], grads[i]) for i in layer.uses] for layer in plan.layers]
         return found.outputs, products
 
@@ -459,7 +459,7 @@ def test_capture_returns_inputs_and_output_gradients(name: str) -> None:
     for layer, of_uses in zip(plan.layers, products, strict=True):
         pairs = zip(map(np.asarray, of_uses), layer.swapped, strict=True)
         total = sum(np.swapaxes(product, -1, -2) if swapped else product for product, swapped in pairs)
-        numbers = layer.weight.entries.numbers().reshape(layer.weight.shape)
+        numbers = layer.weight.entries.indices().reshape(layer.weight.shape)
         for n, want in enumerate(wanted):
             np.testing.assert_allclose(total[n], want[numbers], atol=1e-13)
 
@@ -518,14 +518,14 @@ def views(draw: st.DrawFn) -> tuple[IndexMap, np.ndarray]:
 @given(views())
 def test_index_maps_follow_numpy(view: tuple[IndexMap, np.ndarray]) -> None:
     entries, array = view
-    np.testing.assert_array_equal(entries.numbers(), array)
+    np.testing.assert_array_equal(entries.indices(), array)
     assert entries.is_injective()
 
 
 def check_reader(view: tuple[IndexMap, np.ndarray], more: int) -> None:
     entries, array = view
     flat = np.arange(int(array.max()) + 1 + more)
-    np.testing.assert_array_equal(jax.jit(entries.reader(flat.size))(flat), array)
+    np.testing.assert_array_equal(jax.jit(entries.gather_fn(flat.size))(flat), array)
 
 
 # Each is compiled anew.

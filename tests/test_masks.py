@@ -10,7 +10,7 @@ import pytest
 
 import ggn_jax
 from ggn_jax.layers import trace_model
-from ggn_jax.layers.axes import origins
+from ggn_jax.layers.provenance import position_provenance
 
 KFAC = ggn_jax.KFACLinearOperator
 MSE = ggn_jax.MSELoss()
@@ -160,8 +160,8 @@ def averages(p: Any, x: jax.Array) -> jax.Array:
 def test_where_axes_come_from(
     model_fn: Callable[..., jax.Array], params: Any, inputs: jax.Array, wanted: list[list[int | None]]
 ) -> None:
-    found = origins(trace_model(model_fn, params, inputs))
-    assert [[label for size, label in axes if size > 1] for axes in found] == wanted
+    found = position_provenance(trace_model(model_fn, params, inputs))
+    assert [[source for size, source in axes if size > 1] for axes in found] == wanted
 
 
 def test_what_the_trace_does_not_tell_is_refused() -> None:

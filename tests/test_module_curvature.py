@@ -250,7 +250,7 @@ def test_a_conversion_of_a_module_that_changed_is_refused(change: Callable[[Any]
     converted = torch_bridge.ConvertedModule(module, torch.ones(2, 4))
     assert list(converted.params()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     change(module)
-    with pytest.raises(RuntimeError, match=rf"{what}.*changed or were replaced.*convert it anew"):
+    with pytest.raises(RuntimeError, match=rf"{what}.*changed or were replaced.*convert it again"):
         converted.params()
 
 

@@ -84,7 +84,7 @@ def test_arithmetic_and_errors() -> None:
     with pytest.raises(TypeError, match=r"must be a ggn_jax\.Objective"):
         ggn_jax.GGNLinearOperator.from_objective(classes, PARAMS, BATCHES)  # type: ignore[arg-type]
     masked = [(*BATCHES[0], jnp.ones((5, 1), bool)), BATCHES[1]]
-    with pytest.raises(NotImplementedError, match="KFOC has no use for mask"):
+    with pytest.raises(NotImplementedError, match="KFOC does not use a mask"):
         ggn_jax.KFOCLinearOperator.from_objective(SUM, PARAMS, masked)
     with pytest.raises(ValueError, match=r"batches\[0\]: a mask is for Kronecker factors"):
         ggn_jax.JacobianLinearOperator.from_objective(SUM, PARAMS, masked)

@@ -32,7 +32,7 @@ from oracles import dense_ggn
 
 import ggn_jax
 from ggn_jax.kronecker.linalg import batched
-from ggn_jax.optimizer.renewal import take_turns
+from ggn_jax.optimizer.inverse_updates import balance_load
 from ggn_jax.optimizer.spread import Spread
 
 PLAIN: dict[str, Any] = {
@@ -285,7 +285,7 @@ def test_staggered_inverses_are_all_renewed_in_turn() -> None:
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(st.lists(st.integers(0, 10**6), max_size=12), st.integers(1, 6))
 def test_turns_hold_everything_once(costs: list[int], turns: int) -> None:
-    found = take_turns(costs, turns)
+    found = balance_load(costs, turns)
     assert len(found) == turns
     assert sorted(i for turn in found for i in turn) == list(range(len(costs)))
     loads = [sum(costs[i] for i in turn) for turn in found]
@@ -407,7 +407,7 @@ def test_each_device_factorises_its_share() -> None:
         jax.debug.callback(lambda _: calls.append(x.shape[-1]), x[0, 0])
         return tuple(jnp.linalg.eigh(x))
 
-    shared = jax.jit(lambda matrices: spread.locally(partial(batched, fn), matrices))(padded)
+    shared = jax.jit(lambda matrices: spread.map_shards(partial(batched, fn), matrices))(padded)
     jax.effects_barrier()
     assert sorted(calls) == [3, 3, 5, 5, 5, 5, 8, 8]  # one of each stack on each device
     for pair, wanted in zip(shared, batched(lambda x: tuple(jnp.linalg.eigh(x)), matrices), strict=True):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from optimizer_cases import normal
 
 import ggn_jax
-from ggn_jax.layers.run import mapped
+from ggn_jax.layers.run import vmap_examples
 
 Model = Callable[[Any, jax.Array], jax.Array]
 
@@ -172,13 +172,13 @@ def test_kernel_gradients_of_examples(size: int, steps: Any, groups: int, by_vec
         return jax.vjp(conv, x, kernel)[1](vector)
 
     def of_example(x: jax.Array, vectors: jax.Array) -> Any:
-        return mapped(lambda vector: gradient(x, vector))(vectors)
+        return vmap_examples(lambda vector: gradient(x, vector))(vectors)
 
     if by_vectors:
-        found = jax.jit(mapped(of_example))(x, vectors)
+        found = jax.jit(vmap_examples(of_example))(x, vectors)
         want = [[gradient(x, v) for v in vs] for x, vs in zip(x, vectors, strict=True)]
     else:
-        found = jax.jit(mapped(gradient))(x, vectors[:, 0])
+        found = jax.jit(vmap_examples(gradient))(x, vectors[:, 0])
         want = [gradient(x, v) for x, v in zip(x, vectors[:, 0], strict=True)]
     for number, part in enumerate(found):
         right = [[g[number] for g in vs] if by_vectors else vs[number] for vs in want]

@@ -11,7 +11,7 @@ from designs import covering
 
 import ggn_jax
 from ggn_jax._sums import sum_sequentially
-from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.kronecker.chunked import sum_chunked
 
 EXAMPLES = 2048
 OPERATORS: dict[str, Any] = {
@@ -49,7 +49,7 @@ def test_one_example_at_a_time(operator: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int32"])
 @pytest.mark.parametrize(("num", "at_once"), [(0, 3), (1, 1), (3, 3), (5, 3), (1000, 1), (1001, 10)])
 def test_dtypes_are_kept(num: int, at_once: int, dtype: str) -> None:
-    got = sum_in_parts(lambda i: jnp.full((2,), len(i), dtype), num, at_once)
+    got = sum_chunked(lambda i: jnp.full((2,), len(i), dtype), num, at_once)
     assert got.dtype == dtype
     np.testing.assert_array_equal(np.asarray(got, np.float64), np.full(2, float(jnp.asarray(num, dtype))))
 

@@ -148,7 +148,7 @@ def test_hessian_losses(name: str) -> None:
     plain = type(loss)(*jax.tree.leaves(loss), reduction="sum") if name == "vector" else None
     if plain is not None or loss.reduction == "sum":
         summed = jax.grad(lambda f: (plain or loss)(f, targets))(outputs)
-        r = hessian.terms.r
+        r = hessian.terms.reduction_factor
         np.testing.assert_allclose(gradient, jnp.sqrt(r) * summed, **EXACT)
     samples = 4000
     g = make_batch_grad_output_fn(loss, "mc", samples)(outputs, targets, jax.random.key(0))

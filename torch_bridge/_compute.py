@@ -16,7 +16,7 @@ from torch_bridge.losses import build_loss
 
 
 class Request(NamedTuple):
-    """What is to be computed; hashable, and of types that go through a graph."""
+    """What to compute; hashable, and of types that graphs can hold."""
 
     loss: str  # see `torch_bridge.losses`
     vectors: str  # a value of `ggn_jax.FisherType`, or "samples" for what `make_grad_output_sampler` draws
@@ -27,9 +27,9 @@ class Request(NamedTuple):
 def vectors(
     outputs: Any, targets: Any, seeds: Any, weights: Any, *, request: Request
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The vectors `[V, B, *item]` of items `[B, *item]`, and whether the targets are of the loss's domain.
+    """The vectors `[V, B, *item]` of items `[B, *item]`, and whether the targets are in the loss's domain.
 
-    The latter is None where they always are.
+    The latter is None if they always are.
 
     `seeds` are `[B]` or None. `weights`, the loss's tensors, are `[1, *shape]`, the same for all items, or
     `[B, *shape]`.
@@ -56,9 +56,9 @@ def vectors(
 
 
 def promoted(outputs: Any, targets: Any, weights: Sequence[Any]) -> Any:
-    """The outputs in the dtype in which torch computes a loss of these: float64 if anything but a scalar is.
+    """The outputs in the dtype in which torch computes the loss: float64 if anything but a scalar is.
 
-    That dtype is at least float32 in all functions of `ggn_jax`, so nothing else needs to be promoted.
+    `ggn_jax` itself computes in at least float32, so nothing else needs to be promoted.
     """
     others = [targets, *(weight for weight in weights if weight.ndim > 1)]
     return outputs.astype(np.float64) if any(other.dtype == np.float64 for other in others) else outputs
@@ -68,8 +68,8 @@ def vectors_vjp(
     cotangents: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *, request: Request
 ) -> jax.Array:
     """The vector-Jacobian product of `vectors` in `outputs`."""
-    _, pull_back = jax.vjp(lambda outputs: vectors(outputs, targets, seeds, weights, request=request)[0], outputs)
-    return pull_back(cotangents)[0]
+    _, vjp = jax.vjp(lambda outputs: vectors(outputs, targets, seeds, weights, request=request)[0], outputs)
+    return vjp(cotangents)[0]
 
 
 def _compiled(fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -86,13 +86,13 @@ VECTORS_VJP = _compiled(vectors_vjp)
 
 
 def check_weights(weights: list[Any], request: Request) -> None:
-    """Raise what the loss says of its tensors' values, which cannot be looked at in compiled functions."""
+    """Raise the loss's errors about the values of its tensors, which are unknown in compiled functions."""
     for i in range(max(weight.shape[0] for weight in weights)):
         build_loss(request.loss, [jnp.asarray(_of_item(weight, i)) for weight in weights])
 
 
 def raise_invalid(outputs: Any, targets: Any, weights: list[Any], request: Request) -> None:
-    """Raise what `ggn_jax` says of the first item with a target that is not of the loss's domain."""
+    """Raise the error of `ggn_jax` for the first item with a target outside of the loss's domain."""
     make = ggn_jax.make_batch_grad_output_fn if request.batch else ggn_jax.make_grad_output_fn
     outputs = promoted(outputs, targets, weights)
     for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):

@@ -1,11 +1,11 @@
 """CUDA: two allocators on one card, each of which frees memory in the order of its own streams.
 
-What one of them lends to the other is taken back as soon as Python drops it, although kernels that read it may still be
-queued. So nothing is lent for longer than the order of the streams is known:
+Memory that one shares with the other is freed as soon as Python drops it, although kernels that read it may still be
+queued. So memory is shared only while the order of the streams is known:
 
-* of torch's memory JAX reads only what torch's current stream waits for before anything else runs on it (`Readable`,
-  and then `order`);
-* of JAX's memory torch reads only to copy it, and JAX gets it back once that copy has run (`copy_to_torch`).
+* JAX reads torch's memory only if torch's current stream waits for that before it runs anything else
+  (`StreamOrderedTensor`, and then `wait_on_torch_stream`);
+* torch reads JAX's memory only to copy it, and JAX gets it back once that copy has run (`copy_to_torch`).
 """
 
 import functools
@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import torch
 
-HELD_IN_ADVANCE = 2**30  # bytes of JAX's; it starts with far less, or with most of the card's
+MAX_PREALLOCATED = 2**30  # bytes; JAX starts with far less, or with most of the card's memory
 
-# What says how much memory JAX takes. Where the user has set none of them, it takes what it needs.
+# The settings of how much memory JAX takes. If the user has set none of them, it takes what it needs.
 SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
@@ -28,10 +28,10 @@ SETTINGS = (
 )
 
 
-def share_memory() -> bool:
-    """Let JAX take memory as it needs it, if it is yet to start, rather than three quarters of the card's at once.
+def disable_preallocation() -> bool:
+    """Let JAX take memory as it needs it, and not three quarters of the card's in advance, if it has not started yet.
 
-    Returns whether it was for this package to say.
+    Returns whether this package made that choice, and not the user.
     """
     ours = not any(name in os.environ for name in SETTINGS)
     if ours:
@@ -39,11 +39,11 @@ def share_memory() -> bool:
     return ours
 
 
-def check_shared(device: jax.Device) -> None:
-    """Warn where JAX was started too early for `share_memory`."""
+def warn_if_preallocated(device: jax.Device) -> None:
+    """Warn if JAX was started too early for `disable_preallocation`."""
     stats = device.memory_stats() or {}
     held, limit = stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)
-    if held > max(HELD_IN_ADVANCE, limit // 2) and held > 2 * stats.get("peak_bytes_in_use", 0):
+    if held > max(MAX_PREALLOCATED, limit // 2) and held > 2 * stats.get("peak_bytes_in_use", 0):
         warnings.warn(
             f"JAX was started before torch_bridge was imported, and holds {held / 2**30:.0f} GiB of the memory of"
             f" {device}, which torch cannot have: import torch_bridge before JAX is first used, or set"
@@ -53,7 +53,7 @@ def check_shared(device: jax.Device) -> None:
 
 
 def refuse_capture() -> None:
-    """Refuse to work while torch records its current stream as a graph, which would hold nothing of what JAX does."""
+    """Refuse to work while torch captures its current stream as a graph, which would not contain what JAX does."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "torch_bridge cannot be captured into a CUDA graph (torch.cuda.graph, torch.cuda.make_graphed_callables):"
@@ -62,10 +62,10 @@ def refuse_capture() -> None:
         )
 
 
-class Readable:
-    """A tensor for `jax.dlpack.from_dlpack`, ordered after all that torch's current stream holds.
+class StreamOrderedTensor:
+    """A tensor for `jax.dlpack.from_dlpack`, ordered after all work on torch's current stream.
 
-    Strides, and lazy negation and conjugation, are to be resolved. (The tensor would do the same in twice the time.)
+    Strides, and lazy negation and conjugation, must be resolved. (The tensor itself does the same in twice the time.)
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -85,42 +85,42 @@ def _stream(number: int, device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.ExternalStream(number, device)
 
 
-class Lent:
-    """JAX's memory that torch's queued copies read, each with the event that says that its copy has run."""
+class PendingCopies:
+    """JAX's memory that is read by queued copies of torch, each with an event that says when its copy has run."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.copies: list[tuple[Any, torch.Tensor]] = []
 
-    def until_now(self, source: torch.Tensor) -> None:
-        """Keep the memory until all that torch's current stream holds now has run."""
+    def keep_until_copied(self, source: torch.Tensor) -> None:
+        """Keep the memory until all work that is now on torch's current stream has run."""
         event = torch.cuda.Event()
         event.record()
         with self._lock:
             self.copies.append((event, source))
 
-    def take_back(self) -> None:
-        """Give up what has been copied; nothing is waited for."""
+    def release_finished(self) -> None:
+        """Release the memory of copies that have run, without waiting for others."""
         with self._lock:
             self.copies = [(event, source) for event, source in self.copies if not event.query()]
 
 
-LENT = Lent()
+PENDING_COPIES = PendingCopies()
 
 
-def order(array: jax.Array) -> torch.Tensor:
-    """Have torch's current stream wait for the array to be computed, and with it for all that JAX reads for it.
+def wait_on_torch_stream(array: jax.Array) -> torch.Tensor:
+    """Make torch's current stream wait until the array is computed, and so until JAX has read all inputs of it.
 
-    Returns the array's memory as a tensor: JAX's, to be read on this stream only, and kept by the caller until then.
+    Returns the array's memory as a tensor. It is JAX's: to be read on this stream only, and kept alive until then.
     """
     # Torch passes its current stream, on which JAX then orders the computation.
     return torch.utils.dlpack.from_dlpack(array)
 
 
 def copy_to_torch(array: jax.Array) -> torch.Tensor:
-    """The array in memory of torch's own, in the order of torch's current stream."""
-    LENT.take_back()
-    source = order(array)
+    """A copy of the array in torch's memory, ordered on torch's current stream."""
+    PENDING_COPIES.release_finished()
+    source = wait_on_torch_stream(array)
     copy = source.clone(memory_format=torch.contiguous_format)
-    LENT.until_now(source)
+    PENDING_COPIES.keep_until_copied(source)
     return copy

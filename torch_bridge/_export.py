@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
-from torch_bridge._faithful import check_faithful, outputs_of
-from torch_bridge._refused import ModuleCallError, spectral_norms
+from torch_bridge._check_export import check_export, module_outputs
+from torch_bridge._check_module import ModuleCallError, spectral_norms
 from torch_bridge.batches import Call, unwrapped
 from torch_bridge.tensors import borrow, jax_on
 
-# What makes a new tensor, which a write in place right after it does not show anywhere else.
+# Operators that return a new tensor: a write in place right after one of them is seen nowhere else.
 FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
 NO_GRAD = "wrap_with_set_grad_enabled"
 AUTOCAST = "wrap_with_autocast"
@@ -39,11 +39,11 @@ class Program:
 
 
 class Flat(torch.nn.Module):
-    """A module as a function of the leaves of its inputs, that notes how its outputs are put together."""
+    """A module as a function of the leaves of its inputs, which also records the structure of its outputs."""
 
     def __init__(self, module: torch.nn.Module, structure: Any, call: Call, note: Callable[[Any], None]):
         super().__init__()
-        # What is assigned while torch.export runs the module is lost, so that the note is taken elsewhere.
+        # Attributes assigned while torch.export runs the module are lost, so the structure is recorded elsewhere.
         self.module, self.structure, self.call, self.note = module, structure, call, note
 
     def forward(self, *leaves: Any) -> Any:
@@ -74,13 +74,13 @@ def export(
 ) -> Program:
     """The module's graph for these inputs, for any size of batch if `dynamic`; if `updates`, it may change buffers.
 
-    Everything of the module is left as it was.
+    The module is left as it was.
     """
     size = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
     batched = [bool(leaf.ndim) and leaf.shape[0] == size for leaf in leaves]
     free = [b and dynamic for b in batched]
     sizes = tuple((None, *x.shape[1:]) if f else tuple(x.shape) for x, f in zip(leaves, free, strict=True))
-    if dynamic and size == 1:  # torch would take an axis of length 1 for one of that length
+    if dynamic and size == 1:  # torch.export would specialise an axis of length 1 to that length
         leaves = [torch.cat([leaf, leaf]) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
     axis = torch.export.Dim("batch")
     shapes = tuple({0: axis} if b else None for b in batched)
@@ -88,13 +88,13 @@ def export(
     flat = Flat(module, structure, call, outputs.append)
     with _quietly(), torch.enable_grad():
         try:
-            wanted = outputs_of(flat, leaves)
+            wanted = module_outputs(flat, leaves)
         except NotImplementedError:
             raise
         except Exception as error:
             raise ModuleCallError(f"module itself fails on example_inputs, called by torch: {error}") from error
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(shapes,) if dynamic else None, strict=False)
-        wide = check_faithful(flat, wanted, exported, leaves)
+        wide = check_export(flat, wanted, exported, leaves)
         if _writes(exported.graph_module):
             if paths := spectral_norms(module):
                 raise NotImplementedError(
@@ -114,7 +114,7 @@ def export(
 
 
 def _check_names(module: torch.nn.Module) -> None:
-    """Refuse buffers under two names where some are written: torch.export takes each for one of its own."""
+    """Refuse buffers with two names if some are written: torch.export treats each name as a buffer of its own."""
     once = dict(module.named_buffers())
     more = [name for name, _ in module.named_buffers(remove_duplicate=False) if name not in once]
     if more:
@@ -126,7 +126,7 @@ def _check_names(module: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without torch's warnings on its own modules, compiled parts, and operators that fuse layers of attention."""
+    """Without torch's warnings about its own modules, compiled submodules, and fused operators of whole layers."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -138,7 +138,7 @@ def _quietly() -> Iterator[None]:
 
 
 def operators(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-    """All calls, those in nested graphs as well."""
+    """All calls of operators, including those in nested graphs."""
     for part in graph.modules():
         if isinstance(part, torch.fx.GraphModule):
             yield from (node for node in part.graph.nodes if node.op == "call_function")
@@ -161,19 +161,19 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 
 
 def _writes(graph: torch.fx.GraphModule) -> bool:
-    """Whether there are writes in place that something else may see."""
+    """Whether there are writes in place that anything else may see."""
     return any((writes_in_place(node) and not _unseen(node)) or _updates_statistics(node) for node in operators(graph))
 
 
 def _updates_statistics(node: torch.fx.Node) -> bool:
-    """Whether it is a normalisation that changes its running mean, of which its name says nothing."""
+    """Whether an operator is a normalisation that updates its running mean, which its name does not tell."""
     if packet_name(node) not in ("batch_norm", "instance_norm") or len(node.args) < 6:
         return False
     return node.args[3] is not None and node.args[5] is True
 
 
 def _unseen(node: torch.fx.Node) -> bool:
-    """Whether what is written into is a new tensor that nothing else reads."""
+    """Whether the tensor that is written into is a new one that nothing else reads."""
     target = node.args[0]
     if not isinstance(target, torch.fx.Node) or target.op != "call_function" or len(target.users) != 1:
         return False
@@ -220,7 +220,7 @@ def _program(
                 buffers[name] = target
             constants[name] = as_constant(exported.constants[spec.target] if value is None else value)
         else:
-            raise NotImplementedError(f"module holds {target}, of a kind that is not known here ({spec.kind.name}).")
+            raise NotImplementedError(f"module holds {target}, of a kind that is not supported ({spec.kind.name}).")
     graph = exported.graph_module
     return Program(graph, parameters, constants, tuple(inputs), outputs, sizes, buffers, tuple(updated), wide)
 

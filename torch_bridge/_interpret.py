@@ -14,14 +14,15 @@ from torch_bridge._export import AUTOCAST, NESTED, NO_GRAD, Program, operators, 
 from torch_bridge.aten import find_operator
 from torch_bridge.aten.dropout import NoKeyError
 from torch_bridge.aten.dtypes import to_dtype
-from torch_bridge.aten.registry import NoIndices
+from torch_bridge.aten.registry import UnsupportedResult
 
+# Arguments that mean nothing in JAX, and operators that have these names for other arguments.
 IGNORED = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
-KEPT = {"_assert_tensor_metadata"}  # what has these for arguments of its own
+KEPT = {"_assert_tensor_metadata"}
 
 
 def name_of(node: torch.fx.Node) -> str:
-    """The operator's name in the table: that which returns what one in place writes."""
+    """The operator's name in the table; for one in place, that of the operator which returns the result."""
     name = str(node.target)
     if not writes_in_place(node):
         return name
@@ -88,7 +89,7 @@ def check_dtypes(program: Program) -> None:
 
 
 def _is_python(node: torch.fx.Node) -> bool:
-    """Whether it is arithmetic on sizes, which are Python numbers."""
+    """Whether a call is arithmetic on sizes, which are Python numbers."""
     return not str(node.target).startswith(("aten.", "prims.")) and getattr(node.target, "__module__", "") in (
         "_operator",
         "math",
@@ -98,7 +99,7 @@ def _is_python(node: torch.fx.Node) -> bool:
 
 
 def run(program: Program, params: Mapping[str, Any], leaves: Sequence[Any], key: jax.Array | None) -> Any:
-    """The module's outputs, and its new buffers by name; `params` may hold buffers, `key` is for what is drawn."""
+    """The module's outputs, and its new buffers by name; `params` may hold buffers, and `key` is for random numbers."""
     check_dtypes(program)
     values: dict[str, Any] = {name: jnp.asarray(array) for name, array in program.constants.items()}
     values |= {name: params[parameter] for name, parameter in program.parameters.items()}
@@ -148,9 +149,9 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[
         return _run_graph(graph, inputs, keys)
     if _is_python(node):
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # a function
-        if isinstance(result, NoIndices) and node.users:
+        if isinstance(result, UnsupportedResult) and node.users:
             raise NotImplementedError(
-                f"the indices of {result.what} are used, which are not known here: {where(node)}."
+                f"the indices of {result.what} are used, which are not computed here: {where(node)}."
             )
         return result
     function = find_operator(name_of(node))
@@ -197,7 +198,7 @@ def _check(node: torch.fx.Node, result: Any, expected: Any) -> None:
     if isinstance(expected, list | tuple):
         for part, like in zip(result, expected, strict=False):
             _check(node, part, like)
-    if not isinstance(expected, torch.Tensor) or isinstance(result, NoIndices):
+    if not isinstance(expected, torch.Tensor) or isinstance(result, UnsupportedResult):
         return
     if not isinstance(result, jax.Array):
         raise TypeError(f"the function of {node.target} must return an array; got {type(result).__name__}.")

@@ -35,13 +35,13 @@ def vectors_op(
     with jax_on(outputs.device):
         arrays = [None if t is None else borrow(t) for t in (outputs, targets, seeds)]
         borrowed = [borrow(weight) for weight in weights]
-        # To look at a GPU's values would stop its pipeline; there what is invalid gives NaN.
-        look = outputs.device.type == "cpu"
-        if look and borrowed:
+        # Reading a GPU's values would stall its pipeline; there, invalid targets give NaN.
+        values_known = outputs.device.type == "cpu"
+        if values_known and borrowed:
             check_weights(borrowed, request)
         result, valid = VECTORS[outputs.device.type](*arrays, borrowed, request=request)
         tensor = hand_over(result)
-        if look and valid is not None and not valid.item():
+        if values_known and valid is not None and not valid.item():
             raise_invalid(arrays[0], arrays[1], borrowed, request)
         return tensor
 
@@ -119,7 +119,7 @@ def _fold_all(
 def _(info: Any, in_dims: Any, outputs: Any, targets: Any, seeds: Any, weights: Any, *request: Any) -> Any:
     size, dims = info.batch_size, (*in_dims[:3], *in_dims[3])
     items, (outputs, targets, seeds, *weights) = _fold_all(size, dims, outputs, targets, seeds, *weights)
-    # Not at its own place: torch would not export that.
+    # The mapped axis comes first, not where it was: torch.export refuses that.
     return vectors_op(outputs, targets, seeds, weights, *request).unflatten(1, (size, items)).movedim(1, 0), 0
 
 
@@ -233,10 +233,10 @@ vjp_op.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, in
 def grad_output_vectors(
     request: Request, outputs: Tensor, targets: Tensor, seeds: Tensor | None, weights: list[Tensor]
 ) -> Tensor:
-    """The operator, through `GradOutputVectors` where somebody may ask for a derivative.
+    """The operator, through `GradOutputVectors` wherever a derivative may be asked for.
 
-    Compiled graphs cannot hold that class; there the operator has its own formula for the backward pass, and forward
-    mode, which `torch.compile` cannot be asked about under `vmap`, gives zeros.
+    Compiled graphs cannot hold that class. There the operator has its own formula for the backward pass, and forward
+    mode gives zeros, since it cannot be detected under `vmap` inside `torch.compile`.
     """
     tensors = [outputs, targets, *weights]
     if not torch.compiler.is_compiling() and any(map(_may_be_differentiated, tensors)):
@@ -245,7 +245,7 @@ def grad_output_vectors(
         except RuntimeError as error:
             if "Functionalize" not in str(error):
                 raise
-        # `torch.func.functionalize` does not know such classes, and wraps tensors as `grad` does, but only once.
+        # `torch.func.functionalize` does not support such classes. It wraps tensors as `grad` does, but only once.
         if any(_may_be_differentiated(tensor, functionalized=True) for tensor in tensors):
             raise NotImplementedError(
                 "gradient output vectors cannot be differentiated inside of torch.func.functionalize, nor be told apart"
@@ -256,8 +256,8 @@ def grad_output_vectors(
 
 
 def _may_be_differentiated(tensor: Tensor, functionalized: bool = False) -> bool:
-    """Whether somebody may ask for a derivative in the tensor; `functionalized` says that one wrapper does not."""
-    innocent = int(functionalized)
+    """Whether a derivative in the tensor may be asked for; `functionalized` says that one wrapper is not for that."""
+    other_wrappers = int(functionalized)
     while True:
         if tensor.requires_grad or _is_dual(tensor):
             return True
@@ -265,14 +265,14 @@ def _may_be_differentiated(tensor: Tensor, functionalized: bool = False) -> bool
         if inside is tensor:
             return False
         if inside.ndim == tensor.ndim:  # `torch.func.grad` or `jvp`; `vmap` hides an axis
-            if not innocent:
+            if not other_wrappers:
                 return True
-            innocent -= 1
+            other_wrappers -= 1
         tensor = inside
 
 
 def _is_dual(tensor: Tensor) -> bool:
     try:
         return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-    except RuntimeError:  # inside of `vmap`, which it does not know
+    except RuntimeError:  # under `vmap`, which `unpack_dual` does not support
         return False

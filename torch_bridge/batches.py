@@ -73,13 +73,13 @@ def as_pair(name: str, batch: Any) -> tuple[Any, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise TypeError(
             f"{name} must be a pair (inputs, targets) with a tensor of targets, or a mapping of tensors with"
-            f" {LABELS!r}; got a {type(batch).__name__} that is no such."
+            f" {LABELS!r}; got a {type(batch).__name__} of another form."
         )
     return batch[0], batch[1]
 
 
 def check_tensors(name: str, value: Any) -> None:
-    """Refuse leaves that are no tensors with values, by their places."""
+    """Refuse leaves that are not tensors with values, naming their paths."""
     if isinstance(value, Mapping | list | tuple):
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_tensors(f"{name}[{key!r}]", part)

@@ -7,7 +7,7 @@ import jax
 import torch
 from torch import Tensor, nn
 
-from torch_bridge._refused import hooked
+from torch_bridge._check_module import names_with_hooks
 from torch_bridge.batches import WRAPPERS, as_outputs
 from torch_bridge.losses import GLOBAL_HOOKS
 from torch_bridge.modules import convert
@@ -52,7 +52,7 @@ class Snapshot:
         values = self._attributes()
         values = {n: x for n, x in values.items() if n in self._values or not isinstance(x, Tensor)}  # calls keep some
         names += [n for n in {**self._values, **values} if not _equal(values.get(n, ()), self._values.get(n, ()))]
-        names += [f"hooks of {name}" for name in hooked(dict(self._module.named_parameters()))]
+        names += [f"hooks of {name}" for name in names_with_hooks(dict(self._module.named_parameters()))]
         names += ["hooks of all modules"] if any(map(len, GLOBAL_HOOKS)) else []
         paths = sorted(parts.keys() | self._parts.keys())
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
@@ -69,7 +69,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | dict):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     if isinstance(value, Tensor):
-        # A constant; what was computed from parameters, and kept, is none.
+        # A constant, unless it was computed from parameters and stored.
         return not value.requires_grad and not isinstance(value, nn.Parameter)
     function = callable(value) and not isinstance(value, nn.Module)
     return value is None or isinstance(value, bool | int | float | str) or function
@@ -167,7 +167,7 @@ class ConvertedModule:
         """
         if changed := self._snapshot.changed():
             raise RuntimeError(
-                f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it anew."
+                f"{', '.join(changed)} of the module changed or were replaced since it was converted: convert it again."
             )
         parameters = dict(self.module.named_parameters())
         return {name: to_jax(parameters[name]) for name in self._names}

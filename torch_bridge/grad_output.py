@@ -271,7 +271,7 @@ def _vectors(
         )
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}.")
-    loss, weights = fn.entry.take_apart(fn.loss_func)
+    loss, weights = fn.entry.serialise(fn.loss_func)
     for what, weight in weights.items():
         check_tensor(f"loss_func.{what}", weight)
     for what, other in [(target_name, target), *[(f"loss_func.{what}", weight) for what, weight in weights.items()]]:

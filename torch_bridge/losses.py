@@ -1,6 +1,6 @@
 """Loss modules of PyTorch as losses of `ggn_jax`.
 
-A loss is taken apart into options, which are Python literals, and tensors: so it passes through compiled and exported
+A loss is serialised as options, which are Python literals, and tensors: so it passes through compiled and exported
 graphs, in which the options are text and the tensors are inputs.
 """
 
@@ -18,12 +18,12 @@ import ggn_jax
 from torch_bridge.tensors import check_tensor, jax_dtype
 from torch_bridge.unsupported import way_out
 
-# What `torch.nn.Module` has no public names for; without them nothing is refused.
+# `torch.nn.Module` has no public names for these; if they are renamed, nothing is refused.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _hooks_of_all_modules() -> list[Any]:
-    """The dictionaries that `torch` keeps them in, which the handle of a hook refers to."""
+    """The dictionaries in which torch keeps hooks for all modules; a hook's handle refers to its own."""
     module = torch.nn.modules.module
     registers = (
         module.register_module_forward_hook,
@@ -35,7 +35,7 @@ def _hooks_of_all_modules() -> list[Any]:
         handle = register(lambda *_: None)
         found.append(handle.hooks_dict_ref())
         handle.remove()
-    # To register one of these would forbid those of the older kind from then on.
+    # Registering a hook of this kind would forbid those of the older kind from then on.
     return [*found, getattr(module, "_global_backward_hooks", {})]
 
 
@@ -51,9 +51,9 @@ class LossEntry:
     tensors: tuple[str, ...]
     options: tuple[str, ...]
     floating_targets: bool
-    forward: Any  # of the class when it was registered
+    forward: Any  # the class's forward when it was registered
 
-    def take_apart(self, module: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
+    def serialise(self, module: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
         """The module's options as text, and its tensors by name."""
         self._check_unchanged(module)
         names = [name for name in self.tensors if getattr(module, name) is not None]
@@ -83,12 +83,12 @@ class LossEntry:
 
 
 def _literal(value: Any) -> Any:
-    """Numbers of NumPy, and those that `torch.compile` has made symbolic, as Python's."""
+    """NumPy's numbers, and those that `torch.compile` made symbolic, as Python's."""
     if isinstance(value, bool | str) or value is None:
         return value
     if isinstance(value, int | np.integer):
         return int(value)
-    # By way of its hexadecimal text, which makes a number of a symbolic one under every version of Python.
+    # Through hexadecimal text, which makes a symbolic number concrete in every version of Python.
     return float.fromhex(float(value).hex()) if isinstance(value, float | np.floating) else value
 
 
@@ -170,16 +170,16 @@ def register_loss(
 
 
 def _own_forward(cls: type[torch.nn.Module]) -> Any:
-    """The forward of `cls`, and of one of torch's own classes only torch's: None if it was replaced before."""
+    """The forward of `cls`; None if `cls` is one of torch's, and its forward was replaced before."""
     forward = cls.forward
     is_torchs = cls.__module__.startswith("torch.")
     return None if is_torchs and forward.__module__ != cls.__module__ else forward
 
 
 def _new_name(cls: type) -> str:
-    """A name for an entry that no other has, for graphs and compiled functions to know it by.
+    """A unique name for an entry, by which graphs and compiled functions refer to it.
 
-    Classes made inside of functions share theirs, and a class may be registered again.
+    Classes made inside functions share their qualified name, and a class may be registered again.
     """
     name = qualified = f"{cls.__module__}.{cls.__qualname__}"
     number = 2
@@ -204,7 +204,7 @@ def find_loss(module: Any) -> LossEntry:
 
 
 def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
-    """The `ggn_jax` loss of what `LossEntry.take_apart` returned, the tensors as JAX arrays."""
+    """The `ggn_jax` loss of what `LossEntry.serialise` returned, with tensors as JAX arrays."""
     entry, options, names = _parse(text)
     loss = entry.convert(**dict(zip(names, tensors, strict=True)), **options)
     if not isinstance(loss, ggn_jax.Loss):
@@ -213,8 +213,8 @@ def build_loss(text: str, tensors: Sequence[Any]) -> ggn_jax.Loss:
 
 
 def check_loss(entry: LossEntry, module: torch.nn.Module, fisher_type: str) -> None:
-    """Refuse what can be refused without looking at values: options, and shapes and dtypes of tensors."""
-    text, tensors = entry.take_apart(module)
+    """Refuse invalid options, and shapes and dtypes of tensors: all that can be checked without values."""
+    text, tensors = entry.serialise(module)
     for name, tensor in tensors.items():
         check_tensor(f"loss_func.{name}", tensor)
     with jax.enable_x64(True):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from torch_bridge._check_module import ModuleCallError, check_examples, check_module, explain_export_error
 from torch_bridge._export import Program, export
 from torch_bridge._graph_text import graph_hash
 from torch_bridge._interpret import check_dtypes, check_operators, run
-from torch_bridge._refused import ModuleCallError, check_examples, check_module, of_export
 from torch_bridge.aten.dropout import NoKeyError
 from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.batches import Call, as_inputs, check_tensors, how_to_call
@@ -209,7 +209,7 @@ def _export(
         except (NotImplementedError, ModuleCallError):
             raise
         except Exception as error:
-            raise of_export(error, dynamic) from error
+            raise explain_export_error(error, dynamic) from error
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge.setting import Params, Setting
-from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.problem import ModuleProblem, Params
+from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 
 SEED = 2147483647
 # How many columns are multiplied at once, where there are more than so many left: each is a program of its own, so that
@@ -48,25 +48,25 @@ def sampling(mc_samples: int, seed: int) -> dict[str, Any]:
 
 
 class TorchLinearOperator:
-    """A symmetric linear operator on lists of tensors like the parameters; what all operators here share."""
+    """A symmetric linear operator on lists of tensors like the parameters: the base class of all operators here."""
 
-    def __init__(self, setting: Setting, operator: Any, *, follows: bool = False):
-        self._setting, self._operator, self._follows = setting, operator, follows
-        self._shapes = [parameter.shape for parameter in setting.params]
-        self._sizes = [parameter.numel() for parameter in setting.params]
+    def __init__(self, problem: ModuleProblem, operator: Any, *, checks_params: bool = False):
+        self._problem, self._operator, self._checks_params = problem, operator, checks_params
+        self._shapes = [parameter.shape for parameter in problem.params]
+        self._sizes = [parameter.numel() for parameter in problem.params]
         self.shape = (sum(self._sizes), sum(self._sizes))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        return self._setting.dtype
+        return self._problem.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self._setting.device
+        return self._problem.device
 
-    @no_graph
+    @outside_graphs
     def __matmul__(self, other: Any) -> Any:
         """Compute the product with tensors like the parameters, or with a flat vector or matrix.
 
@@ -85,10 +85,10 @@ class TorchLinearOperator:
             RuntimeError: where a product takes derivatives of the module, whose parameters have changed since the
                 operator was made.
         """
-        if self._follows:
-            self._setting.check_unchanged()
-        many = None if self._follows and self._setting.progress else partial(_products, self._operator)
-        return self._applied(self._operator.mv, other, many)
+        if self._checks_params:
+            self._problem.check_unchanged()
+        many = None if self._checks_params and self._problem.progress else partial(_products, self._operator)
+        return self._apply(self._operator.mv, other, many)
 
     def damped(self, damping: Damping) -> "TorchLinearOperator":
         """Add damping: `self + damping * I`, with all methods of this operator, except `state_dict`.
@@ -103,19 +103,19 @@ class TorchLinearOperator:
         Raises:
             ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
         """
-        return self._made(self._operator.damped, damping)
+        return self._with_damping(self._operator.damped, damping)
 
-    @no_graph
-    def _made(self, make: Callable[..., Any], damping: Damping, *args: Any) -> Any:
-        """An operator like this one, of what `ggn_jax` makes of a damping."""
+    @outside_graphs
+    def _with_damping(self, make: Callable[..., Any], damping: Damping, *args: Any) -> Any:
+        """An operator like this one, from a function of `ggn_jax` that takes a damping."""
         with jax_on(self.device):
-            return self._like(make(as_damping(damping, self._setting.names), *args))
+            return self._like(make(as_damping(damping, self._problem.names), *args))
 
     def _like(self, operator: Any) -> "TorchLinearOperator":
-        return TorchLinearOperator(self._setting, operator, follows=self._follows)
+        return TorchLinearOperator(self._problem, operator, checks_params=self._checks_params)
 
-    def _applied(self, one: Any, other: Any, many: Any = None) -> Any:
-        """What a function of a vector in JAX, and perhaps one of several vectors, makes of tensors."""
+    def _apply(self, one: Any, other: Any, many: Any = None) -> Any:
+        """Apply a function of a vector in JAX (and perhaps one of several vectors) to tensors."""
         if isinstance(other, Tensor):
             if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
                 raise ValueError(
@@ -146,7 +146,7 @@ class TorchLinearOperator:
             raise TypeError("the operator is real; got a complex tensor: multiply its real and imaginary parts.")
         tensors = [tensor.to(self.device, self.dtype) for tensor in tensors]
         if not columns:
-            return self._times(one, tensors)
+            return self._apply_columns(one, tensors)
         number, start, results = tensors[0].shape[-1], 0, []
         if not number:
             return tensors
@@ -159,19 +159,19 @@ class TorchLinearOperator:
                 filled = [
                     torch.cat([p, p.new_zeros(width - len(p), *p.shape[1:])]) if left < width else p for p in parts
                 ]
-                results.append([result[:left] for result in self._times(many, filled)])
+                results.append([result[:left] for result in self._apply_columns(many, filled)])
             else:
-                results.append([result[None] for result in self._times(one, [part[0] for part in parts])])
+                results.append([result[None] for result in self._apply_columns(one, [part[0] for part in parts])])
             start += width
         return [torch.cat(parts).movedim(0, -1) for parts in zip(*results, strict=True)]
 
-    def _times(self, product: Callable[[Any], Any], tensors: list[Tensor]) -> list[Tensor]:
+    def _apply_columns(self, product: Callable[[Any], Any], tensors: list[Tensor]) -> list[Tensor]:
         with jax_on(self.device):
-            names = self._setting.names
+            names = self._problem.names
             results = product({name: to_jax(tensor) for name, tensor in zip(names, tensors, strict=True)})
             return [to_torch(results[name]) for name in names]
 
-    @no_graph
+    @outside_graphs
     def to_scipy(self, dtype: Any = None) -> Any:
         """Make a SciPy operator with the same products: for its solvers, with `damped` operators.
 
@@ -194,7 +194,7 @@ class TorchLinearOperator:
 
 @jax.jit
 def _products(operator: Any, vectors: Any) -> Any:
-    """Of vectors that follow each other on a first axis: the model runs once for all of them."""
+    """Products with vectors stacked on a first axis: the model runs once for all of them."""
     return jax.vmap(operator.mv)(vectors)
 
 
@@ -240,7 +240,7 @@ class GGNLinearOperator(TorchLinearOperator):
         torch.Size([9])
     """
 
-    @no_graph
+    @outside_graphs
     def __init__(
         self,
         model_func: Any,
@@ -252,10 +252,10 @@ class GGNLinearOperator(TorchLinearOperator):
         seed: int = SEED,
         progress: bool = False,
     ):
-        setting = Setting(model_func, loss_func, params, data, progress=progress)
-        with jax_on(setting.device):
-            operator = setting.operator(ggn_jax.GGNLinearOperator, sampling(mc_samples, seed))
-        super().__init__(setting, operator, follows=True)
+        problem = ModuleProblem(model_func, loss_func, params, data, progress=progress)
+        with jax_on(problem.device):
+            operator = problem.operator(ggn_jax.GGNLinearOperator, sampling(mc_samples, seed))
+        super().__init__(problem, operator, checks_params=True)
 
 
 class DerivativeLinearOperator(TorchLinearOperator):
@@ -263,12 +263,12 @@ class DerivativeLinearOperator(TorchLinearOperator):
 
     _kind: Any
 
-    @no_graph
+    @outside_graphs
     def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
-        setting = Setting(model_func, loss_func, params, data, progress=progress)
-        with jax_on(setting.device):
-            operator = setting.operator(self._kind, {})
-        super().__init__(setting, operator, follows=True)
+        problem = ModuleProblem(model_func, loss_func, params, data, progress=progress)
+        with jax_on(problem.device):
+            operator = problem.operator(self._kind, {})
+        super().__init__(problem, operator, checks_params=True)
 
 
 class EFLinearOperator(DerivativeLinearOperator):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge._refused import check_initialised
+from torch_bridge._check_module import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.losses import build_loss, find_loss
-from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 from torch_bridge.trained import TrainedModule
 
 RULES: dict[str, list[type]] = {
@@ -104,7 +104,7 @@ class KFAC(torch.optim.Optimizer):
         if "lr" in numbers and given["damping"] == "auto":
             numbers["damping"] = USUAL_DAMPING
         self._rules = {name: value for name, value in given.items() if name not in numbers}
-        self._text, self._loss_tensors = find_loss(loss_func).take_apart(loss_func)
+        self._text, self._loss_tensors = find_loss(loss_func).serialise(loss_func)
         self._module, self._seed, self._options = module, seed, options
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         kinds = {(p.dtype, p.device) for p in self._trained.values()}
@@ -133,7 +133,7 @@ class KFAC(torch.optim.Optimizer):
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
         super().add_param_group(param_group)
 
-    @no_graph
+    @outside_graphs
     @torch.no_grad()
     def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.
@@ -192,7 +192,7 @@ class KFAC(torch.optim.Optimizer):
         with jax_on(self._device):
             return {name: to_torch(x) for name, x in self._statistics(self._kfac_state).items()}
 
-    @no_graph
+    @outside_graphs
     @torch.no_grad()
     def diagnose(self, batch: Any) -> ggn_jax.Diagnosis:
         """Why a run is slow: a report to print, with findings and advice, as `optimizer.diagnose` of `ggn_jax.kfac`.
@@ -281,7 +281,7 @@ class KFAC(torch.optim.Optimizer):
         self._statistics, self._run = kfac.statistics, jax.jit(run, donate_argnums=1)
 
     def _check_targets(self, *args: Any) -> None:
-        """Refuse targets that are not of the loss's domain, where they can be looked at."""
+        """Refuse targets outside of the loss's domain, if their values are known."""
         if not bool(self._valid(*args)):
             self._value(*args)  # raises, with the first place
 
@@ -292,7 +292,7 @@ class KFAC(torch.optim.Optimizer):
         if changed:
             raise RuntimeError(
                 f"{', '.join(changed)} of the module changed or were replaced since the first step, which made them"
-                " constants: make the optimizer anew."
+                " constants: make a new optimizer."
             )
 
     def _restored(self, saved: list[Tensor]) -> Any:

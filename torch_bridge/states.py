@@ -12,8 +12,8 @@ from torch import Tensor
 
 import ggn_jax
 from torch_bridge.operators import TorchLinearOperator
-from torch_bridge.setting import Params, Setting
-from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.problem import ModuleProblem, Params
+from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 
 KEYS = {"kind", "version", "torch", "parameters", "graph", "loss", "options", "layout", "leaves", "product"}
 PLAIN = (str, int, float, bool, type(None))
@@ -24,18 +24,18 @@ class ComputedLinearOperator(TorchLinearOperator):
 
     _kind: ClassVar[Any]
 
-    def __init__(self, setting: Setting, given: dict[str, Any]):
+    def __init__(self, problem: ModuleProblem, given: dict[str, Any]):
         """Compute it; `given` are the constructor's options."""
         self._given = given
-        with jax_on(setting.device):
-            super().__init__(setting, setting.operator(self._kind, self._options(given)))
+        with jax_on(problem.device):
+            super().__init__(problem, problem.operator(self._kind, self._options(given)))
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:
         """The options as `ggn_jax` calls them."""
         raise NotImplementedError
 
-    @no_graph
+    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """Return the operator as tensors, strings and numbers: for `torch.save`, and `from_state_dict`.
 
@@ -60,9 +60,9 @@ class ComputedLinearOperator(TorchLinearOperator):
                 "kind": type(self).__name__,
                 "version": ggn_jax.__version__,
                 "torch": str(torch.__version__),
-                "parameters": _parameters(self._setting),
-                "graph": self._setting.graph,
-                "loss": self._setting.loss_text,
+                "parameters": _parameters(self._problem),
+                "graph": self._problem.graph,
+                "loss": self._problem.loss_text,
                 "options": _plain(self._given),
                 "layout": str(structure),
                 "leaves": [to_torch(leaf) for leaf in leaves],
@@ -70,7 +70,7 @@ class ComputedLinearOperator(TorchLinearOperator):
             }
 
     @classmethod
-    @no_graph
+    @outside_graphs
     def from_state_dict(
         cls, state: Mapping[str, Any], model_func: Any, loss_func: Any, params: Params, data: Iterable[Any]
     ) -> Self:
@@ -93,23 +93,23 @@ class ComputedLinearOperator(TorchLinearOperator):
                 forward, or of another loss.
         """
         _check_kind(state, cls)
-        setting = Setting(model_func, loss_func, params, itertools.islice(data, 1))
-        _check_parameters(state["parameters"], _parameters(setting))
-        _check_function(state, setting)
+        problem = ModuleProblem(model_func, loss_func, params, itertools.islice(data, 1))
+        _check_parameters(state["parameters"], _parameters(problem))
+        _check_function(state, problem)
         made = cls.__new__(cls)
         made._given = state["options"]
 
         def make(values: Any, batch: Any) -> Any:
-            return cls._kind(setting.model_fn, setting.loss, values, batch, **cls._options(made._given))
+            return cls._kind(problem.model_fn, problem.loss, values, batch, **cls._options(made._given))
 
-        with jax_on(setting.device):
+        with jax_on(problem.device):
             try:
-                like = jax.eval_shape(make, setting.values, setting.data)
+                like = jax.eval_shape(make, problem.values, problem.data)
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"state has options that do not fit, {state['options']}: {error}. Compute the operator anew."
+                    f"state has options that do not fit, {state['options']}: {error}. Compute the operator again."
                 ) from error
-            TorchLinearOperator.__init__(made, setting, _restored(state, like, setting.device))
+            TorchLinearOperator.__init__(made, problem, _restored(state, like, problem.device))
         return made
 
 
@@ -119,9 +119,9 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in items.items() if type(value) in PLAIN}
 
 
-def _parameters(setting: Setting) -> dict[str, Any]:
+def _parameters(problem: ModuleProblem) -> dict[str, Any]:
     """What parameters there are, in a form that torch loads with its defaults."""
-    pairs = zip(setting.names, setting.params, strict=True)
+    pairs = zip(problem.names, problem.params, strict=True)
     return {name: [str(parameter.dtype), *parameter.shape] for name, parameter in pairs}
 
 
@@ -154,17 +154,17 @@ def _check_parameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
         raise ValueError(f"state must be of the same parameters as params, but {'; '.join(differ)}.")
 
 
-def _check_function(state: Mapping[str, Any], setting: Setting) -> None:
-    if state["loss"] != setting.loss_text:
+def _check_function(state: Mapping[str, Any], problem: ModuleProblem) -> None:
+    if state["loss"] != problem.loss_text:
         raise ValueError(
-            f"state is that of another loss, {state['loss']}, not {setting.loss_text}: pass the loss that it was made"
-            " with, or compute the operator anew."
+            f"state is that of another loss, {state['loss']}, not {problem.loss_text}: pass the loss that it was made"
+            " with, or compute the operator again."
         )
-    if state["graph"] != setting.graph:
+    if state["graph"] != problem.graph:
         raise ValueError(
             "state is that of another forward: the operators that torch.export finds in model_func, and their options,"
             " are not those that the state was made with (evaluation or training mode, shapes of inputs; or torch"
-            f" itself: {state['torch']} then, {torch.__version__} now). Compute the operator anew."
+            f" itself: {state['torch']} then, {torch.__version__} now). Compute the operator again."
         )
 
 
@@ -182,7 +182,7 @@ def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
             return restored
     raise ValueError(
         "state is of a module that uses its parameters otherwise, or of another version of ggn_jax: it was saved by"
-        f" {state['version']}, this is {ggn_jax.__version__}. Compute the operator anew."
+        f" {state['version']}, this is {ggn_jax.__version__}. Compute the operator again."
     )
 
 

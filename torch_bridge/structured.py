@@ -10,9 +10,9 @@ from torch import Tensor
 
 import ggn_jax
 from torch_bridge.operators import SEED, Damping, TorchLinearOperator, as_damping, as_key, sampling
-from torch_bridge.setting import Params, Setting
+from torch_bridge.problem import ModuleProblem, Params
 from torch_bridge.states import ComputedLinearOperator
-from torch_bridge.tensors import jax_on, no_graph, to_jax, to_torch
+from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 
 # What `ggn_jax.KFACLinearOperator` or curvlinops call otherwise, and where it is given here.
 ELSEWHERE = {
@@ -29,7 +29,7 @@ ELSEWHERE = {
 class BlockTorchLinearOperator(TorchLinearOperator):
     """A block-diagonal operator: what KFAC, EKFAC and their inverses share."""
 
-    @no_graph
+    @outside_graphs
     def _number(self, name: str) -> Tensor:
         with jax_on(self.device):
             return to_torch(getattr(self._operator, name)())
@@ -65,10 +65,10 @@ class BlockTorchLinearOperator(TorchLinearOperator):
         Raises:
             ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
         """
-        made: BlockTorchLinearOperator = self._made(self._operator.inverse, damping, _method(heuristic))
+        made: BlockTorchLinearOperator = self._with_damping(self._operator.inverse, damping, _method(heuristic))
         return made
 
-    @no_graph
+    @outside_graphs
     def solve(self, other: Any, damping: Damping = 0.0, *, heuristic: bool = False) -> Any:
         """Compute `inverse(damping) @ other`, refined by conjugate gradients where the inverse of a block is not exact.
 
@@ -87,11 +87,11 @@ class BlockTorchLinearOperator(TorchLinearOperator):
         """
         if heuristic or self._operator.is_exact("inverse"):
             return self.inverse(damping, heuristic=heuristic) @ other
-        number = as_damping(damping, self._setting.names)
-        return self._applied(lambda vector: self._operator.solve(vector, number), other)
+        number = as_damping(damping, self._problem.names)
+        return self._apply(lambda vector: self._operator.solve(vector, number), other)
 
     def _like(self, operator: Any) -> "BlockTorchLinearOperator":
-        return BlockTorchLinearOperator(self._setting, operator)
+        return BlockTorchLinearOperator(self._problem, operator)
 
 
 def _method(heuristic: bool) -> str:
@@ -145,7 +145,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
 
     _kind: ClassVar[Any] = ggn_jax.KFACLinearOperator
 
-    @no_graph
+    @outside_graphs
     def __init__(
         self,
         model_func: Any,
@@ -170,7 +170,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
             raise NotImplementedError("mask is of all data as one batch: leave progress out, or mask.")
         options |= {"seed": seed, "fisher_type": ggn_jax.FisherType(fisher_type).value, "mc_samples": mc_samples}
         options |= {"kfac_approx": kfac_approx, "separate_weight_and_bias": separate_weight_and_bias}
-        super().__init__(Setting(model_func, loss_func, params, data, progress=progress), options)
+        super().__init__(ModuleProblem(model_func, loss_func, params, data, progress=progress), options)
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         options["bias"] = "separate" if options.pop("separate_weight_and_bias") else "joint"
         return options | {"key": as_key(seed) if drawn else None}
 
-    @no_graph
+    @outside_graphs
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """Return what each parameter's block is made of, by torch's names.
 
@@ -199,7 +199,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         """
         with jax_on(self.device):
             found = self._operator.factors()
-            named = dict(zip(self._setting.names, self._setting.params, strict=True))
+            named = dict(zip(self._problem.names, self._problem.params, strict=True))
             return {name: _factors(name, p.shape, found, self._operator) for name, p in named.items()}
 
 
@@ -277,11 +277,11 @@ class EKFACLinearOperator(KFACLinearOperator):
 class DiagonalTorchLinearOperator(TorchLinearOperator):
     """A diagonal operator: what the GGN's diagonal, damped ones and their inverses share."""
 
-    @no_graph
+    @outside_graphs
     def diagonal(self) -> list[Tensor]:
         """Return the diagonal, as tensors like the parameters."""
         with jax_on(self.device):
-            return [to_torch(self._operator.entries[name]) for name in self._setting.names]
+            return [to_torch(self._operator.entries[name]) for name in self._problem.names]
 
     def trace(self) -> Tensor:
         """Return the trace, a scalar tensor."""
@@ -312,7 +312,7 @@ class DiagonalTorchLinearOperator(TorchLinearOperator):
         Raises:
             ValueError: for numbers below 0, and for a number of them that differs from that of the parameters.
         """
-        made: DiagonalTorchLinearOperator = self._made(self._operator.inverse, damping)
+        made: DiagonalTorchLinearOperator = self._with_damping(self._operator.inverse, damping)
         return made
 
     def solve(self, other: Any, damping: Damping = 0.0) -> Any:
@@ -330,7 +330,7 @@ class DiagonalTorchLinearOperator(TorchLinearOperator):
         return self.inverse(damping) @ other
 
     def _like(self, operator: Any) -> "DiagonalTorchLinearOperator":
-        return DiagonalTorchLinearOperator(self._setting, operator)
+        return DiagonalTorchLinearOperator(self._problem, operator)
 
 
 class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOperator):
@@ -371,7 +371,7 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOpera
 
     _kind = ggn_jax.GGNDiagonalLinearOperator
 
-    @no_graph
+    @outside_graphs
     def __init__(
         self,
         model_func: Any,
@@ -383,8 +383,8 @@ class GGNDiagonalLinearOperator(ComputedLinearOperator, DiagonalTorchLinearOpera
         seed: int = SEED,
         progress: bool = False,
     ):
-        setting = Setting(model_func, loss_func, params, data, progress=progress)
-        super().__init__(setting, {"mc_samples": mc_samples, "seed": seed})
+        problem = ModuleProblem(model_func, loss_func, params, data, progress=progress)
+        super().__init__(problem, {"mc_samples": mc_samples, "seed": seed})
 
     @staticmethod
     def _options(given: dict[str, Any]) -> dict[str, Any]:

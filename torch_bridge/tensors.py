@@ -22,14 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torch_bridge._cuda import Readable, check_shared, copy_to_torch, order, refuse_capture, share_memory
+from torch_bridge._cuda import (
+    StreamOrderedTensor,
+    copy_to_torch,
+    disable_preallocation,
+    refuse_capture,
+    wait_on_torch_stream,
+    warn_if_preallocated,
+)
 from torch_bridge._fork import check_not_forked
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 SPINS = 1000  # some hundred microseconds
-OUR_MEMORY = share_memory()
+OUR_MEMORY = disable_preallocation()
 
 DTYPES = {
     torch.bool: np.dtype(bool),
@@ -88,7 +95,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             # It copies, where device_put may take CPU memory over as it is, and takes half of the time of both.
             return jnp.array(view, copy=True).block_until_ready()
         copy = jnp.copy(view)
-        order(copy)
+        wait_on_torch_stream(copy)
         return copy
 
 
@@ -186,7 +193,7 @@ def borrow(tensor: torch.Tensor) -> np.ndarray | jax.Array:
     jax_dtype("tensor", tensor)
     if tensor.device.type == "cuda":
         # DLPack refuses strides, and drops the bits of lazy negation and conjugation.
-        return jax.dlpack.from_dlpack(Readable(tensor.detach().resolve_conj().resolve_neg().contiguous()))
+        return jax.dlpack.from_dlpack(StreamOrderedTensor(tensor.detach().resolve_conj().resolve_neg().contiguous()))
     try:
         # Through NumPy this is a quarter of the time that DLPack takes.
         if tensor.dtype == torch.bfloat16:
@@ -222,7 +229,7 @@ def wait_for(array: jax.Array) -> None:
     array.block_until_ready()
 
 
-def no_graph(fn: Callable[P, R]) -> Callable[P, R]:
+def outside_graphs(fn: Callable[P, R]) -> Callable[P, R]:
     """A function that `torch.compile` leaves out of its graphs: JAX compiles it."""
 
     @functools.wraps(fn)
@@ -267,7 +274,7 @@ def _jax_device(kind: str, index: int) -> jax.Device:
             f"a tensor is on {kind}:{index}, which this JAX does not have: {_way_to_device(kind)}."
         ) from None
     if kind == "cuda" and OUR_MEMORY:
-        check_shared(device)
+        warn_if_preallocated(device)
     return device
 
 

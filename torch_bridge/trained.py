@@ -1,4 +1,4 @@
-"""A module as `ggn_jax.kfac` trains it: what a call changes in it comes out, what it draws has keys."""
+"""A module as `ggn_jax.kfac` trains it: a function that returns the buffers it changes, and draws with keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +19,9 @@ from torch_bridge.tensors import to_jax, to_torch
 class TrainedModule:
     """A module in the mode that it is in, as a function of its trained parameters.
 
-    Inputs of the function are a triple: those of the module, the buffers that a call changes, and keys for dropout.
-    Independent examples have a key each, coupled ones one for all. Where a call changes buffers, new ones come out
-    beside the outputs, of the whole batch. All else in the module is constant.
+    The function's inputs are a triple: those of the module, the buffers that a call changes, and keys for dropout.
+    Independent examples have a key each, coupled ones share one. If a call changes buffers, the new ones are returned
+    beside the outputs, for the whole batch. All else in the module is constant.
     """
 
     def __init__(self, module: nn.Module, example: Any, trained: Mapping[str, Tensor], examples: str | None):
@@ -32,7 +32,7 @@ class TrainedModule:
         self._snapshot = Snapshot(module, {**trained, **self._buffers})
         self._device = next(iter(trained.values())).device
         self.random, self.has_aux = converted.random, bool(converted.updated)
-        # Statistics are of the batch; whether other buffers are cannot be known.
+        # Batch statistics couple examples; whether other buffers do is unknown.
         self.examples = examples or ("coupled" if self.has_aux else "independent")
         self._one_by_one = self.random and self.examples == "independent"
         if self._one_by_one and self.has_aux:
@@ -42,11 +42,11 @@ class TrainedModule:
             )
 
     def changed(self) -> list[str]:
-        """The names of what changed, or was replaced, that is constant here."""
+        """The names of constants that changed or were replaced since."""
         return self._snapshot.changed()
 
     def buffers(self) -> dict[str, jax.Array]:
-        """Those that a call changes, as they are now."""
+        """The buffers that a call changes, as they are now."""
         return {name: to_jax(buffer) for name, buffer in self._buffers.items()}
 
     def draw_seed(self) -> jax.Array | None:
@@ -74,12 +74,12 @@ class TrainedModule:
         if self._one_by_one:
             if len(keys) > 1:
                 return jax.vmap(one)(inputs, keys)
-            keys = keys[0]  # as the module is, for those who look for layers
+            keys = keys[0]  # one example is not mapped, so that its layers are found
         outputs, new = self._run(values, inputs, key=keys)
         return (as_outputs(outputs), new) if self.has_aux else as_outputs(outputs)
 
     def like_outputs(self, params: dict[str, jax.Array], inputs: Any) -> jax.Array:
-        """An array like the outputs, of which only the shape counts."""
+        """An array with the shape and dtype of the outputs."""
 
         def outputs(params: Any, inputs: Any) -> Any:
             return as_outputs(self._run({**self._fixed, **params}, inputs, key=jax.random.key(0))[0])

@@ -1,4 +1,4 @@
-"""Blocks of a curvature matrix: Kronecker products, their eigendecompositions, and small dense or diagonal ones.
+"""Blocks of a curvature matrix: Kronecker products, their eigendecompositions, and dense or diagonal matrices.
 
 A block acts on matrices `[G, out, in]` of parameter entries. Factors are symmetric, `[G, d, d]`, or diagonal, `[G, d]`.
 """
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ggn_jax._fusion import largest
-from ggn_jax.kronecker.linalg import eigh, norm, resolved, scale_of
+from ggn_jax._fusion import max_abs
+from ggn_jax.kronecker.linalg import eigh, norm, safe_max_abs, zero_below_resolution
 
 Factor = Float[Array, "G d *d"]
 
@@ -28,20 +28,20 @@ def dense(factor: Factor) -> Float[Array, "G d d"]:
     return jax.vmap(jnp.diag)(factor) if is_diagonal(factor) else factor
 
 
-def multiply(b: Factor, m: Float[Array, "G out in"], a: Factor) -> Float[Array, "G out in"]:
-    """`B M A` for each group."""
+def kronecker_mv(b: Factor, m: Float[Array, "G out in"], a: Factor) -> Float[Array, "G out in"]:
+    """`(B (x) A) vec(M)` as a matrix, `B M A`, for each group."""
     m = b[:, :, None] * m if is_diagonal(b) else jnp.einsum("gop,gpi->goi", b, m)
     return m * a[:, None, :] if is_diagonal(a) else jnp.einsum("goj,gji->goi", m, a)
 
 
 def inner(x: Factor, y: Factor) -> Float[Array, " G"]:
-    """The sum of the entries' products, of each group."""
+    """The inner product `tr(X Y)` for each group."""
     if is_diagonal(x) or is_diagonal(y):
         return jnp.sum(diagonal_of(x) * diagonal_of(y), axis=1)
     return jnp.sum(x * y, axis=(1, 2))
 
 
-def combine(factors: Sequence[Factor], weights: Array) -> Factor:
+def weighted_factor_sum(factors: Sequence[Factor], weights: Array) -> Factor:
     """`sum_i weights[i] factors[i]`."""
     if not all(map(is_diagonal, factors)):
         factors = [dense(factor) for factor in factors]
@@ -55,7 +55,7 @@ class Kronecker(eqx.Module):
     b: tuple[Factor, ...]
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        products = [multiply(b, m, a) for a, b in zip(self.a, self.b, strict=True)]
+        products = [kronecker_mv(b, m, a) for a, b in zip(self.a, self.b, strict=True)]
         return sum(products[1:], start=products[0])
 
     def traces(self) -> Float[Array, " G"]:
@@ -64,8 +64,9 @@ class Kronecker(eqx.Module):
         return sum(traces[1:], start=traces[0])
 
     def norms(self) -> Float[Array, " G"]:
-        (a, size_a), (b, size_b) = units(self.a), units(self.b)
-        return norm_of_sum(size_a * size_b, gram(a) * gram(b))
+        # <B_s (x) A_s, B_t (x) A_t> = <B_s, B_t> <A_s, A_t>: no product is formed.
+        (a, size_a), (b, size_b) = normalise(self.a), normalise(self.b)
+        return norm_of_sum(size_a * size_b, gram_matrix(a) * gram_matrix(b))
 
     def diagonal(self) -> Float[Array, "G out in"]:
         terms = zip(self.a, self.b, strict=True)
@@ -91,42 +92,48 @@ class Kronecker(eqx.Module):
         """
         if len(self.a) == 1:
             return self
-        (a, size_a), (b, size_b) = units(self.a), units(self.b)
-        top_a, top_b = scale_of(size_a, (1,)), scale_of(size_b, (1,))
+        (a, size_a), (b, size_b) = normalise(self.a), normalise(self.b)
+        top_a, top_b = safe_max_abs(size_a, (1,)), safe_max_abs(size_b, (1,))
         weights = (size_a / top_a[:, None]) * (size_b / top_b[:, None])
-        top = scale_of(weights, (1,))
+        top = safe_max_abs(weights, (1,))
         weights = weights / top[:, None]
-        # With weights in them, B = sum_i p_i B_i is the leading left singular vector of sum_i vec(B_i) vec(A_i)^T, so p
-        # that of a matrix without negative entries, whose powers become p times a row; for this B, that A is best.
-        gram_b = gram(b) * weights[:, None, :] * weights[:, :, None]
-        powers = jax.lax.fori_loop(0, SQUARINGS, lambda _, x: _squared(x), gram(a) @ gram_b)
+        # The rearranged block is R = sum_i w_i vec(B_i) vec(A_i)^T, of rank T, and the nearest product is its leading
+        # singular pair. Its left vector is B = sum_i p_i w_i B_i with p the leading eigenvector of gram(A) gram(B), a
+        # matrix of size T without negative entries. So p has none (Perron-Frobenius), and repeated squaring finds it:
+        # each row sum of a high power is a multiple of p. Given B, the best A is a least squares solution.
+        gram_b = gram_matrix(b) * weights[:, None, :] * weights[:, :, None]
+        powers = jax.lax.fori_loop(0, SQUARINGS, lambda _, x: _square_and_rescale(x), gram_matrix(a) @ gram_b)
         p = jnp.sum(powers, axis=2)
-        p = p / scale_of(p, (1,))[:, None]
+        p = p / safe_max_abs(p, (1,))[:, None]
         q = jnp.einsum("gst,gt->gs", gram_b, p)
         square = jnp.sum(p * q, axis=1, keepdims=True)
         q = jnp.where(square > 0, q / jnp.where(square > 0, square, 1), 0)
-        near_a, near_b = _weighted(a, q * top_a[:, None]), _weighted(b, p * weights * (top_b * top)[:, None])
+        near_a, near_b = _combine(a, q * top_a[:, None]), _combine(b, p * weights * (top_b * top)[:, None])
         return Kronecker((near_a,), (near_b,))
 
 
-def norm_of_sum(sizes: Float[Array, "G T"], gram: Float[Array, "G T T"]) -> Float[Array, " G"]:
+def norm_of_sum(sizes: Float[Array, "G T"], gram_matrix: Float[Array, "G T T"]) -> Float[Array, " G"]:
     """The norm of a sum of `T` matrices from their norms, and the inner products of the matrices divided by them."""
-    top = scale_of(sizes, (1,))
+    # Squares of norms may leave the dtype's range, so they are divided by the largest first.
+    top = safe_max_abs(sizes, (1,))
     weights = sizes / top[:, None]
-    square = jnp.einsum("gs,gst,gt->g", weights, gram, weights)
+    square = jnp.einsum("gs,gst,gt->g", weights, gram_matrix, weights)
     return top * jnp.sqrt(jnp.where(square > 0, square, 1)) * jnp.where(square > 0, 1, square)
 
 
-SQUARINGS = 40  # 2^40 power iterations
+SQUARINGS = 40  # as many as 2^40 power iterations, since leading eigenvalues may be close together
 
 
-def _squared(x: Float[Array, "G T T"]) -> Float[Array, "G T T"]:
+def _square_and_rescale(x: Float[Array, "G T T"]) -> Float[Array, "G T T"]:
     x = x @ x
-    return x / scale_of(x, (1, 2))[:, None, None]
+    return x / safe_max_abs(x, (1, 2))[:, None, None]
 
 
-def units(factors: Sequence[Factor]) -> tuple[list[Factor], Float[Array, "G T"]]:
-    """The factors divided by their norms, and these; symmetric ones alike, so that they can be added."""
+def normalise(factors: Sequence[Factor]) -> tuple[list[Factor], Float[Array, "G T"]]:
+    """The factors divided by their norms, and the norms. All are dense unless all are diagonal, so that they add up.
+
+    Products of norms may leave the dtype's range, and sums of squares even earlier: weights are rescaled separately.
+    """
     if not all(map(is_diagonal, factors)):
         factors = [dense(factor) for factor in factors]
     sizes = [norm(factor, tuple(range(1, factor.ndim))) for factor in factors]
@@ -134,13 +141,13 @@ def units(factors: Sequence[Factor]) -> tuple[list[Factor], Float[Array, "G T"]]
     return [factor / size for factor, size in zip(factors, safe, strict=True)], jnp.stack(sizes, axis=1)
 
 
-def gram(factors: Sequence[Factor]) -> Float[Array, "G T T"]:
-    """The inner products of a group's factors."""
+def gram_matrix(factors: Sequence[Factor]) -> Float[Array, "G T T"]:
+    """The inner products of the factors with each other, for each group."""
     flat = jnp.stack([factor.reshape(factor.shape[0], -1) for factor in factors], axis=1)
     return jnp.einsum("gsi,gti->gst", flat, flat)
 
 
-def _weighted(factors: Sequence[Factor], weights: Float[Array, "G T"]) -> Factor:
+def _combine(factors: Sequence[Factor], weights: Float[Array, "G T"]) -> Factor:
     return jnp.einsum("gt...,gt->g...", jnp.stack(factors, axis=1), weights)
 
 
@@ -165,7 +172,7 @@ class Spectral(eqx.Module):
         return m if self.qa is None else jnp.einsum("goj,gij->goi", m, self.qa)
 
     def map(self, fn: Callable[[Array], Array]) -> "Spectral":
-        """The same function of all eigenvalues; negative ones, which rounding gives, count as 0."""
+        """A function of all eigenvalues; negative ones, which are rounding, count as 0."""
         return self.replace_values(fn(jnp.maximum(self.values, 0)))
 
     def replace_values(self, values: Float[Array, "G out in"]) -> "Spectral":
@@ -256,13 +263,13 @@ Block = Kronecker | Spectral | Dense | DenseSpectral | Diagonal
 def finite_groups(block: PyTree[Array]) -> Bool[Array, " G"]:
     """For each group, whether there is no NaN and no infinity."""
     leaves = jax.tree.leaves(block)
-    return jnp.all(jnp.stack([jnp.isfinite(largest(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
+    return jnp.all(jnp.stack([jnp.isfinite(max_abs(leaf, range(1, leaf.ndim))) for leaf in leaves]), axis=0)
 
 
 def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagonal]:
-    """All blocks by their eigendecompositions, eigenvalues below the resolution as 0.
+    """The eigendecompositions of all blocks, with eigenvalues below the resolution set to 0.
 
-    Sums of Kronecker terms by the nearest single one's.
+    Of a sum of Kronecker terms, that of the nearest single term. All matrices of one size are decomposed together.
     """
     nearest = [block.nearest() if isinstance(block, Kronecker) else block for block in blocks]
     wanted = []
@@ -271,7 +278,7 @@ def decompose(blocks: Sequence[Block]) -> list[Spectral | DenseSpectral | Diagon
             wanted += [factor for factor in (block.a[0], block.b[0]) if not is_diagonal(factor)]
         elif isinstance(block, Dense):
             wanted.append(block.matrix)
-    found = ((resolved(values), q) for values, q in eigh(wanted))
+    found = ((zero_below_resolution(values), q) for values, q in eigh(wanted))
 
     def one(block: Block) -> Spectral | DenseSpectral | Diagonal:
         if isinstance(block, Kronecker):

@@ -1,4 +1,4 @@
-"""Checks of what the Kronecker family is asked for."""
+"""Checks of arguments of the Kronecker operators."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from ggn_jax._checks import as_array, check_key, is_concrete
 from ggn_jax._draws import example_keys
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.options import Options
-from ggn_jax.kronecker.vectors import draws_signs
+from ggn_jax.kronecker.vectors import uses_random_signs
 from ggn_jax.operators.problem import Problem
 
 
 def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
-    """A key per example, where something is drawn: it depends on the example's number alone, from `start` on."""
+    """A key per example if anything is drawn: it depends only on the key and the example's number, from `start` on."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
-    signs = draws_signs(problem.loss, output, options.fisher_type, options.positions, problem.together)
+    signs = uses_random_signs(problem.loss, output, options.fisher_type, options.positions, problem.num_coupled)
     if options.fisher_type is not FisherType.MC and not signs:
-        return None  # a loop over Fisher types may pass a key to all of them
+        return None  # a key is accepted anyway: a loop over Fisher types may pass it to all of them
     wanted_by = "fisher_type 'mc'"
     if signs:
         several = "coupled examples" if problem.coupled else "several loss positions"
@@ -28,7 +28,7 @@ def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Arr
 
 
 def check_mask(mask: Any, problem: Problem) -> Array | None:
-    """`mask` as an array `[N, *positions]`; None where it is known to leave nothing out."""
+    """`mask` as an array `[N, *positions]`; None if it is known to leave nothing out."""
     if mask is None:
         return None
     mask = as_array("mask", mask)
@@ -43,5 +43,5 @@ def check_mask(mask: Any, problem: Problem) -> Array | None:
             f"mask must be boolean, of shape [N, *positions] with N = {size}; got {mask.dtype} of shape"
             f" {mask.shape}.{way_out}"
         )
-    single = mask.size == size  # one position for each example: layers that have it look like layers that have none
+    single = mask.size == size  # with one position per example, a layer that has it looks like one that has none
     return None if single and is_concrete(mask) and np.asarray(mask).all() else mask

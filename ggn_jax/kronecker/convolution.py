@@ -1,9 +1,9 @@
-"""The input factor of a convolution, with patches along all but one axis of its kernel.
+"""The input factor of a convolution, from patches along all but one axis of its kernel.
 
 Along that axis, entry `(i, j)` of the factor sums products of the rows `d i + s p` and `d j + s p` of the padded input
-over the output's places `p` (stride `s`, dilation `d`). Entries with one `j - i` (and one `i` modulo the stride) sum
-the same products, but for strips at the borders: for a kernel of size `k` and stride 1, `k` products of matrices are
-enough, not `k^2`, and what they multiply is `k` times smaller than patches are.
+over the output's positions `p` (stride `s`, dilation `d`). Entries with the same `j - i` (and the same `i` modulo the
+stride) sum the same products, but for strips at the borders. So for a kernel of size `k` and stride 1, `k` products of
+matrices are enough instead of `k^2`, and the matrices are `k` times smaller than those of patches.
 """
 
 import math
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ggn_jax.kronecker.parts import sum_in_parts
+from ggn_jax.kronecker.chunked import sum_chunked
 from ggn_jax.layers.uses import Patches, Use, all_indices
 
-AT_ONCE = {"cpu": 2**18, "default": 2**27}  # entries of rows; on a CPU they are to stay in its cache
+CHUNK_ENTRIES = {"cpu": 2**18, "default": 2**27}  # entries of rows; on a CPU they should stay in its cache
 
 
 def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G in in"]:
@@ -26,30 +26,30 @@ def input_factor(use: Use, x: Array, joint: bool, wide: Any) -> Float[Array, "G 
     patches = use.patches
     assert patches is not None
     loops = len(use.loops)
-    own = tuple(axis + 1 for axis in use.input_axes.groups if axis < loops)  # loops with a weight for each turn
+    own = tuple(axis + 1 for axis in use.input_axes.groups if axis < loops)  # loops with a weight for each step
     x = jnp.moveaxis(x.astype(wide), own, range(len(own)))
-    turns = math.prod(x.shape[: len(own)])
-    x = x.reshape(turns, -1, *x.shape[1 + loops :])
-    factors = jax.vmap(lambda x: _platform_factor(patches, patches.spread(x), joint))(x)
+    steps = math.prod(x.shape[: len(own)])
+    x = x.reshape(steps, -1, *x.shape[1 + loops :])
+    factors = jax.vmap(lambda x: _platform_factor(patches, patches.pad_and_dilate(x), joint))(x)
     return factors.reshape(-1, *factors.shape[2:])
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _platform_factor(patches: Patches, x: Array, joint: bool) -> Float[Array, "G in in"]:
-    """Of a spread input `[B, *spatial, channels]`; by `jit`, so that equal layers are traced once."""
+    """The factor of a padded input `[B, *spatial, channels]`; under `jit`, so that equal layers are traced once."""
 
     def in_chunks(entries: int) -> Callable[[Array], Array]:
         return lambda x: _factor_in_chunks(patches, x, joint, entries)
 
-    small, large = (in_chunks(AT_ONCE[where]) for where in ("cpu", "default"))
+    small, large = (in_chunks(CHUNK_ENTRIES[where]) for where in ("cpu", "default"))
     return jax.lax.platform_dependent(x, cpu=small, default=large)
 
 
 def _factor_in_chunks(patches: Patches, x: Array, joint: bool, entries: int) -> Float[Array, "G in in"]:
     size = x.shape[0]
     one = jax.eval_shape(lambda x: _rows(patches, x, _main_axis(patches)), x[:1])
-    # A batch that is sharded stays where it is: the first axis is that of devices (as many as may share the batch out),
-    # and each works on some of its own images at a time.
+    # A sharded batch stays where it is: the first axis is that of devices (as many as can share the batch evenly), and
+    # each works on a few of its own images at a time.
     devices = math.gcd(size, jax.device_count())
     images = x.reshape(devices, size // devices, *x.shape[1:])
 
@@ -57,7 +57,7 @@ def _factor_in_chunks(patches: Patches, x: Array, joint: bool, entries: int) -> 
         some = jax.lax.dynamic_slice_in_dim(images, indices[0], len(indices), axis=1)
         return _sums(patches, some.reshape(-1, *x.shape[1:]), joint)
 
-    total, first = sum_in_parts(part, size // devices, max(1, entries // (one.size * devices)))
+    total, first = sum_chunked(part, size // devices, max(1, entries // (one.size * devices)))
     if not joint:
         return total
     count = size * math.prod(patches.count(x, axis) for axis in range(len(patches.kernel)))
@@ -71,11 +71,13 @@ def _main_axis(patches: Patches) -> int:
 
 
 def _rows(patches: Patches, x: Array, axis: int) -> Float[Array, "L M G D"]:
-    """A spread input by its rows across `axis`; the rows' entries are patches along all other axes."""
-    places = [None if a == axis else k for a, k in enumerate(patches.kernel)]
-    offsets = all_indices(tuple(1 if k is None else k for k in places))
-    shifted = [patches.shifted(x, tuple(None if a == axis else o for a, o in enumerate(offset))) for offset in offsets]
-    rows = jnp.stack(shifted, axis=-2)  # [B, *positions and the axis, kernel, channels]
+    """A padded input by its rows across `axis`; the entries of rows are patches along all other axes."""
+    kernel = [None if a == axis else k for a, k in enumerate(patches.kernel)]
+    offsets = all_indices(tuple(1 if k is None else k for k in kernel))
+    windows = [
+        patches.window_slice(x, tuple(None if a == axis else o for a, o in enumerate(offset))) for offset in offsets
+    ]
+    rows = jnp.stack(windows, axis=-2)  # [B, *positions and the axis, kernel, channels]
     rows = jnp.moveaxis(rows, axis + 1, 0)
     rows = rows.reshape(*rows.shape[:-1], patches.groups, -1)
     rows = jnp.moveaxis(rows, -2, -3)
@@ -86,12 +88,12 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     """`sum a a^T` and, for a joint bias, `sum a`."""
     axis = _main_axis(patches)
     size, stride, dilation = patches.kernel[axis], patches.strides[axis], patches.kernel_dilation[axis]
-    rows, places = _rows(patches, x, axis), patches.count(x, axis)
+    rows, positions = _rows(patches, x, axis), patches.count(x, axis)
     step = math.gcd(stride, dilation)
-    turns, shift = stride // step, dilation // step  # `i` and `i + turns` see the same rows, `shift` of them later
+    period, shift = stride // step, dilation // step  # `i` and `i + period` see the same rows, `shift` positions later
 
     def window(x: Float[Array, "L ..."], begin: int, start: int, stop: int) -> Float[Array, "l ..."]:
-        """Of what there is from `begin` on, by strides: from number `start` to number `stop`."""
+        """The rows from `begin` on, in strides: from number `start` to number `stop`."""
         return jax.lax.slice_in_dim(x, begin + stride * start, begin + stride * (stop - 1) + 1, stride)
 
     def gram(first: int, second: int, start: int, stop: int) -> Float[Array, "G D D"]:
@@ -100,17 +102,19 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
 
     blocks: dict[tuple[int, int], Array] = {}
     for difference in range(size):
-        for i in range(min(turns, size - difference)):
-            members = range(i, size - difference, turns)
+        for i in range(min(period, size - difference)):
+            members = range(i, size - difference, period)
             begin = dilation * i, dilation * (i + difference)
-            last = shift * (len(members) - 1)  # windows are [shift * t, shift * t + places)
-            if places <= last:
-                sums = [gram(*begin, shift * t, shift * t + places) for t in range(len(members))]
+            last = shift * (len(members) - 1)  # windows are [shift * t, shift * t + positions)
+            if positions <= last:
+                sums = [gram(*begin, shift * t, shift * t + positions) for t in range(len(members))]
             else:
+                # Windows overlap in a core, which is summed once. The next window drops a strip in front of the core,
+                # and takes one in behind it.
                 strips = [(shift * t, shift * (t + 1)) for t in range(len(members) - 1)]
                 before = [gram(*begin, *strip) for strip in strips]
-                after = [gram(*begin, places + start, places + stop) for start, stop in strips]
-                core = gram(*begin, last, places)
+                after = [gram(*begin, positions + start, positions + stop) for start, stop in strips]
+                core = gram(*begin, last, positions)
                 sums = [sum([*before[t:], *after[:t]], start=core) for t in range(len(members))]
             for member, total in zip(members, sums, strict=True):
                 blocks[member, member + difference] = total
@@ -121,14 +125,14 @@ def _sums(patches: Patches, x: Array, joint: bool) -> tuple[Float[Array, "G in i
     first = jnp.zeros((groups, size * width), rows.dtype)
     if joint:
         by_row = jnp.sum(rows, axis=1)  # [L, G, D]: rows are read once, whatever the number of windows
-        windows = [window(by_row, dilation * i, 0, places) for i in range(size)]
+        windows = [window(by_row, dilation * i, 0, positions) for i in range(size)]
         first = jnp.stack([jnp.sum(w, axis=0) for w in windows], axis=1).reshape(groups, -1)
     order = _order(patches, axis, width)
     return total[:, order][:, :, order], first[:, order]
 
 
 def _order(patches: Patches, axis: int, width: int) -> Array:
-    """Where the weight's entries, in their own order, are among the rows' of `_sums`."""
+    """For each of the weight's entries in order, its index among the entries that `_sums` has."""
     kernel = patches.kernel
     others = [a for a in range(len(kernel)) if a != axis]
     channels = width // math.prod(kernel[a] for a in others)

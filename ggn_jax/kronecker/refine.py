@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ggn_jax.kronecker.linalg import norm, scale_of
+from ggn_jax.kronecker.linalg import norm, safe_max_abs
 
 STEPS = 100
 TOLERANCE = 100  # times the dtype's resolution
 
 
 def refined(mv: Callable[[Array], Array], preconditioner: Any, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-    """`K^-1 M` of a positive definite `K`, where `preconditioner.mv` is near its inverse.
+    """`K^-1 M` for a positive definite `K`, with a preconditioner whose `mv` is close to its inverse.
 
-    At most `STEPS` steps, or until each group's residual is below `TOLERANCE * eps` times its vector. Derivatives are
-    those of the solution: they are solved for in the same way.
+    At most `STEPS` steps, or until each group's residual is below `TOLERANCE * eps` times the norm of its vector.
+    Derivatives are those of the solution, and not of the iterations: they are solved for in the same way.
     """
     precondition = jax.lax.stop_gradient(preconditioner).mv
     solved: Array = jax.lax.custom_linear_solve(
@@ -27,7 +27,8 @@ def refined(mv: Callable[[Array], Array], preconditioner: Any, m: Float[Array, "
 
 
 def _conjugate_gradients(mv: Callable[[Array], Array], precondition: Callable[[Array], Array], m: Array) -> Array:
-    size = scale_of(m, (1, 2))[:, None, None]
+    # Scaled to 1, so that squares of small entries do not underflow. All groups go on until the last one is solved.
+    size = safe_max_abs(m, (1, 2))[:, None, None]
     m = m / size
     least = TOLERANCE * jnp.finfo(m.dtype).eps * norm(m, (1, 2))
 

@@ -1,4 +1,4 @@
-"""Inverses with the damping split over the factors: of one Kronecker product, or of a sum of two."""
+"""Inverses with the damping split between the factors: of one Kronecker product, or of a sum of two."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from ggn_jax.kronecker.pairs import PairInverse, damp_factors, invert_pairs
 
 
 def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""]) -> list[Block]:
-    """Inverses with the damping split over the factors; blocks without factors are inverted exactly."""
+    """Inverses with the damping split between the factors; blocks without factors are inverted exactly."""
     rest = decompose([block for block in blocks if not isinstance(block, Kronecker)])
     products = [block for block in blocks if isinstance(block, Kronecker)]
     inverted = iter(split_inverses(products, [damping] * len(products)))
@@ -26,7 +26,7 @@ def invert_heuristically(blocks: Sequence[Block], damping: Float[Array, ""]) -> 
 def split_inverses(
     blocks: Sequence[Kronecker], dampings: Sequence[Float[Array, "*#G"]]
 ) -> list[Kronecker | PairInverse]:
-    """The inverses of blocks with `damp_factors`; of sums of several terms, see `invert_pairs`."""
+    """The inverses of blocks, damped by `damp_factors`; of sums of several terms, by `invert_pairs`."""
     several = [pair for pair in zip(blocks, dampings, strict=True) if len(pair[0].a) > 1]
     sums = iter(invert_pairs([block for block, _ in several], [damping for _, damping in several]))
     damped = [damp_factors(*pair) for pair in zip(blocks, dampings, strict=True) if len(pair[0].a) == 1]

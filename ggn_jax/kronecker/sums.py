@@ -1,4 +1,4 @@
-"""Sums and multiples of blocks, and blocks with damping: blocks again."""
+"""Sums, multiples and damping of blocks, which are blocks again."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,65 +19,65 @@ from ggn_jax.kronecker.algebra import (
     inner,
     is_diagonal,
     norm_of_sum,
-    units,
+    normalise,
 )
-from ggn_jax.kronecker.functions import DENSE, MatrixFunction, Spectrum, apply, spectra
+from ggn_jax.kronecker.functions import MAX_DENSE_ROWS, MatrixFunction, Spectrum, apply_function, spectra
 from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.pairs import PairInverse, invert_pairs
 
-Part = Block | MatrixFunction | PairInverse
+Summand = Block | MatrixFunction | PairInverse
 Function = Literal["inverse", "solve", "root"]
 
 
 class Sum(eqx.Module):
     """`sum_i part_i + damping I`."""
 
-    parts: tuple[Part, ...]
+    summands: tuple[Summand, ...]
     damping: Float[Array, " G"]
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        products = [part.mv(m) for part in self.parts]
+        products = [part.mv(m) for part in self.summands]
         return sum(products, start=self.damping[:, None, None] * m)
 
     def diagonal(self) -> Float[Array, "G d"]:
-        diagonals = [part.diagonal().reshape(len(self.damping), -1) for part in self.parts]
+        diagonals = [part.diagonal().reshape(len(self.damping), -1) for part in self.summands]
         return sum(diagonals, start=jnp.broadcast_to(self.damping[:, None], diagonals[0].shape))
 
     def traces(self) -> Float[Array, " G"]:
-        traces = [part.traces() for part in self.parts]
-        return sum(traces, start=self.damping * size_of(self.parts[0]))
+        traces = [part.traces() for part in self.summands]
+        return sum(traces, start=self.damping * size_of(self.summands[0]))
 
     def norms(self) -> Float[Array, " G"]:
-        if len({shape_of(part) for part in self.parts}) > 1:
+        if len({shape_of(part) for part in self.summands}) > 1:
             return norm(matrix_of(self), (1, 2))
-        groups, out, inputs = shape_of(self.parts[0])
+        groups, out, inputs = shape_of(self.summands[0])
         ones = jnp.ones((groups, inputs), self.damping.dtype)
         identity = Kronecker((ones,), (jnp.broadcast_to(self.damping[:, None], (groups, out)),))
-        forms = [form for part in (*self.parts, identity) for form in _forms(part)]
+        forms = [form for part in (*self.summands, identity) for form in _forms(part)]
         sizes = jnp.stack([form.norms() for form in forms], axis=1)
         forms = [_unit(form) for form in forms]
         products = [jnp.stack([_inner(x, y) for y in forms], axis=1) for x in forms]
         return norm_of_sum(sizes, jnp.stack(products, axis=1))
 
 
-AnyBlock = Part | Sum
+AnyBlock = Summand | Sum
 
 
 def add(x: AnyBlock, y: AnyBlock) -> AnyBlock:
     """The sum of two blocks of the same entries."""
     if isinstance(x, Diagonal) and isinstance(y, Diagonal):
         return Diagonal(x.values + y.values)
-    parts, total = list(_parts(x)), _damping(x) + _damping(y)
-    for part in _parts(y):
-        for i, own in enumerate(parts):
-            joined = _join(own, part)
+    summands, total = list(_summands(x)), _damping(x) + _damping(y)
+    for part in _summands(y):
+        for i, own in enumerate(summands):
+            joined = _merge(own, part)
             if joined is not None:
-                parts[i] = joined
+                summands[i] = joined
                 break
         else:
-            parts.append(part)
+            summands.append(part)
     is_damped = isinstance(x, Sum) or isinstance(y, Sum)
-    return parts[0] if len(parts) == 1 and not is_damped else Sum(tuple(parts), total)
+    return summands[0] if len(summands) == 1 and not is_damped else Sum(tuple(summands), total)
 
 
 def damp(block: AnyBlock, damping: Float[Array, "G *d"]) -> AnyBlock:
@@ -85,18 +85,18 @@ def damp(block: AnyBlock, damping: Float[Array, "G *d"]) -> AnyBlock:
     damping = damping.astype(_damping(block).dtype)
     if isinstance(block, Diagonal):
         return Diagonal(block.values + (damping if damping.ndim == 2 else damping[:, None]))
-    return Sum(_parts(block), _damping(block) + damping)
+    return Sum(_summands(block), _damping(block) + damping)
 
 
 def scale(block: AnyBlock, by: Float[Array, ""]) -> AnyBlock:
     """`by * block` for a number of at least 0."""
     by = by.astype(_damping(block).dtype)
     if isinstance(block, Sum):
-        return Sum(tuple(_scale(part, by) for part in block.parts), by * block.damping)
+        return Sum(tuple(_scale(part, by) for part in block.summands), by * block.damping)
     return _scale(block, by)
 
 
-def _scale(block: Part, by: Float[Array, ""]) -> Part:
+def _scale(block: Summand, by: Float[Array, ""]) -> Summand:
     if isinstance(block, Kronecker):
         return Kronecker(block.a, tuple(by * b for b in block.b))
     if isinstance(block, Dense):
@@ -108,8 +108,8 @@ def _scale(block: Part, by: Float[Array, ""]) -> Part:
     return block.replace_values(by * block.values)
 
 
-def _join(x: Part, y: Part) -> Part | None:
-    """The sum as one block of their kind, if there is one."""
+def _merge(x: Summand, y: Summand) -> Summand | None:
+    """The sum as one block of the same kind, if there is one."""
     if isinstance(x, Kronecker) and isinstance(y, Kronecker):
         return Kronecker(x.a + y.a, x.b + y.b)
     if isinstance(x, Dense) and isinstance(y, Dense):
@@ -117,8 +117,8 @@ def _join(x: Part, y: Part) -> Part | None:
     return None
 
 
-def _parts(block: AnyBlock) -> tuple[Part, ...]:
-    return block.parts if isinstance(block, Sum) else (block,)
+def _summands(block: AnyBlock) -> tuple[Summand, ...]:
+    return block.summands if isinstance(block, Sum) else (block,)
 
 
 def _damping(block: AnyBlock) -> Float[Array, " G"]:
@@ -129,15 +129,15 @@ def _damping(block: AnyBlock) -> Float[Array, " G"]:
 
 
 def shape_of(block: AnyBlock) -> tuple[int, int, int]:
-    """`[G, out, in]` of the matrices that it acts on, or `[G, 1, d]` where these are only flattened."""
+    """`[G, out, in]` of the matrices that it acts on, or `[G, 1, d]` if it only knows them flattened."""
     if isinstance(block, Sum):
-        return shape_of(block.parts[0])
+        return shape_of(block.summands[0])
     if isinstance(block, Kronecker):
         return len(block.a[0]), block.b[0].shape[1], block.a[0].shape[1]
     if isinstance(block, MatrixFunction):
         return len(block.la), block.lb.shape[1], block.la.shape[1]
     if isinstance(block, Spectral | PairInverse):
-        groups, out, inputs = (block.found if isinstance(block, PairInverse) else block).values.shape
+        groups, out, inputs = (block.congruence if isinstance(block, PairInverse) else block).values.shape
         return groups, out, inputs
     groups, size = block.diagonal().shape
     return groups, 1, size
@@ -162,43 +162,45 @@ def matrix_of(block: AnyBlock) -> Float[Array, "G d d"]:
 
 
 def is_representable(block: AnyBlock) -> bool:
-    """Whether functions of the block can be taken."""
-    return size_of(block) <= DENSE or not (len(_parts(block)) > 1 or isinstance(_parts(block)[0], PairInverse))
+    """Whether functions of the block can be computed."""
+    return size_of(block) <= MAX_DENSE_ROWS or not (
+        len(_summands(block)) > 1 or isinstance(_summands(block)[0], PairInverse)
+    )
 
 
-def terms_of(block: AnyBlock) -> Kronecker | None:
-    """The Kronecker terms of a sum of several (and damping) that has too many rows to be decomposed as a matrix."""
-    parts = _parts(block)
-    several = len(parts) == 1 and isinstance(parts[0], Kronecker) and len(parts[0].a) > 1
-    return parts[0] if several and size_of(block) > DENSE else None  # type: ignore[return-value]
+def kronecker_terms(block: AnyBlock) -> Kronecker | None:
+    """The Kronecker terms of a sum of several (and damping), if it has too many rows to be decomposed as a matrix."""
+    summands = _summands(block)
+    several = len(summands) == 1 and isinstance(summands[0], Kronecker) and len(summands[0].a) > 1
+    return summands[0] if several and size_of(block) > MAX_DENSE_ROWS else None  # type: ignore[return-value]
 
 
 def is_exact(block: AnyBlock, function: Function, damped: bool) -> bool:
-    """Whether a function of it is that of the block, and not of another that is near it."""
-    terms = terms_of(block)
+    """Whether a function of the block is exact, and not that of a nearby block."""
+    terms = kronecker_terms(block)
     pair = terms is not None and len(terms.a) == 2 and not damped and not isinstance(block, Sum)
     return terms is None or function == "solve" or (function == "inverse" and pair)
 
 
 def pair_inverses(blocks: Sequence[AnyBlock], dampings: Sequence[Float[Array, " G"]]) -> list[PairInverse]:
-    """The inverses of blocks that have `terms_of`, with their damping and this in the factors."""
-    terms = [terms_of(block) for block in blocks]
+    """The inverses of blocks that have `kronecker_terms`, with their own and this damping in the factors."""
+    terms = [kronecker_terms(block) for block in blocks]
     totals = [_damping(block) + d.astype(_damping(block).dtype) for block, d in zip(blocks, dampings, strict=True)]
     return invert_pairs([found for found in terms if found is not None], totals)
 
 
 def spectra_of(blocks: Sequence[AnyBlock]) -> list[Spectrum]:
-    """`spectra` of sums, too."""
+    """`spectra`, also of sums. Damping shifts eigenvalues, so it is applied to the spectrum of the undamped block."""
 
     def undamped(block: AnyBlock) -> Any:
-        parts = _parts(block)
-        if len(parts) > 1 or isinstance(parts[0], PairInverse):
-            return Dense(matrix_of(Sum(parts, 0 * _damping(block))))
-        return parts[0]
+        summands = _summands(block)
+        if len(summands) > 1 or isinstance(summands[0], PairInverse):
+            return Dense(matrix_of(Sum(summands, 0 * _damping(block))))
+        return summands[0]
 
     found = spectra([undamped(block) for block in blocks])
     return [
-        apply(spectrum, block.damping, "shift") if isinstance(block, Sum) else spectrum
+        apply_function(spectrum, block.damping, "shift") if isinstance(block, Sum) else spectrum
         for block, spectrum in zip(blocks, found, strict=True)
     ]
 
@@ -206,8 +208,8 @@ def spectra_of(blocks: Sequence[AnyBlock]) -> list[Spectrum]:
 # Inner products.
 
 
-def _forms(part: Part) -> list[Kronecker | Spectral]:
-    """The part as a sum of Kronecker products and such with other eigenvalues."""
+def _forms(part: Summand) -> list[Kronecker | Spectral]:
+    """The summand as a sum of forms whose inner products are cheap: Kronecker products and eigendecompositions."""
     if isinstance(part, Kronecker):
         return [Kronecker((a,), (b,)) for a, b in zip(part.a, part.b, strict=True)]
     if isinstance(part, MatrixFunction):
@@ -219,9 +221,9 @@ def _forms(part: Part) -> list[Kronecker | Spectral]:
 
 
 def _unit(form: Kronecker | Spectral) -> Any:
-    """Divided by its norm."""
+    """The form divided by its norm."""
     if isinstance(form, Kronecker):
-        return Kronecker(tuple(units(form.a)[0]), tuple(units(form.b)[0]))
+        return Kronecker(tuple(normalise(form.a)[0]), tuple(normalise(form.b)[0]))
     size = form.norms()
     return form.replace_values(form.values / jnp.where(size > 0, size, 1)[:, None, None])
 

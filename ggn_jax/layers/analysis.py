@@ -1,16 +1,23 @@
-"""One walk over a jaxpr: follow each parameter until it first meets data."""
+"""One walk over a jaxpr: follow each parameter until it first meets data.
 
-import math
+An abstract interpretation: every value has a label (`labels`) that says which parameters it holds, and how. Decisions
+depend on primitives alone, never on names, so it does not matter how a model is written. What is not understood
+(a primitive, a combination) is recorded as uncovered and never guessed, since a wrong layer gives a wrong curvature,
+and a missed one only a block without Kronecker form.
+"""
+
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import compress
+from math import prod
 from typing import Any
 
 import jax
 
-from ggn_jax.layers.index_map import MOVES, IndexMap, concatenate, gather
+from ggn_jax.layers.findings import Findings
+from ggn_jax.layers.index_map import MOVE_RULES, IndexMap, concatenate, gather
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
     CUSTOM_JVP,
@@ -18,128 +25,96 @@ from ggn_jax.layers.jaxprs import (
     INLINED,
     REMAT,
     SCAN,
+    Path,
     has_complex,
     inner_jaxpr,
     is_floating,
     is_literal,
     live_equations,
-    module_of,
+    location_of,
     open_jaxpr,
     scan_sizes,
-    source_of,
 )
-from ggn_jax.layers.labels import Data, Derived, Entries, Known, Stopped, Value, constants, join, known, scale_of
+from ggn_jax.layers.labels import (
+    Constant,
+    Data,
+    Derived,
+    FromParameters,
+    Label,
+    ParameterSlice,
+    StoppedSlice,
+    as_constants,
+    fold_constants,
+    join,
+    scalar_factor,
+)
 from ggn_jax.layers.ragged import RAGGED
-from ggn_jax.layers.uses import LAYERS, Blocked, NotALayerError, SmallUse, Use, attach_bias
+from ggn_jax.layers.uses import LAYER_PRIMITIVES, ElementwiseUse, NotALayerError
 from ggn_jax.layers.weights import ADDITIONS, GATHERS, SELECTS, WITHOUT_DERIVATIVE
 
-ELEMENTWISE = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
+ELEMENTWISE_KINDS = {"mul": "scale", "add": "shift", "add_any": "shift", "sub": "shift"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 SCALES = frozenset({"mul", "div", "neg"})
-PLACES = frozenset({*JOINS, "select_n", "pad", "dynamic_update_slice"})
+INSERTIONS = frozenset({*JOINS, "select_n", "pad", "dynamic_update_slice"})
 
 
 def analyse(
-    closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool], commits: bool = False
-) -> tuple["Analysis", Data]:
-    """What there is in a jaxpr of parameters, then inputs; and the label of its first result."""
+    closed: Any, shapes: list[tuple[int, ...]], batched: Sequence[bool], commit_early: bool = False
+) -> tuple[Findings, Data]:
+    """The uses of parameters in a jaxpr of parameters, then inputs; and the label of its first result."""
     jaxpr, consts = open_jaxpr(closed)
-    embeddings: frozenset[tuple[int, ...]] = frozenset()
+    embeddings: frozenset[Path] = frozenset()
+    # Constants are folded on the way, and must have values even inside an outer `jax.jit`.
     with jax.ensure_compile_time_eval():
         while True:
-            analysis = Analysis(shapes, embeddings, commits)
-            labels: list[Value] = [Entries(entries) for entries in analysis.maps]
+            found = Findings(shapes)
+            labels: list[Label] = [ParameterSlice(entries) for entries in found.maps]
             labels += [Data() if is_batched else None for is_batched in batched]
-            (result,) = analysis.run(jaxpr, known(consts), labels, (), (), outputs=1)
-            # Rows at known places may make up a layer's weight. If they do not, they are an embedding as well.
-            more = analysis.rows - analysis.weights
+            walk = Walk(found, embeddings, commit_early)
+            (result,) = walk.run(jaxpr, as_constants(consts), labels, (), (), outputs=1)
+            # Rows at known indices may make up a layer's weight (a permuted matrix), or be an embedding (of all
+            # positions). Which one it is shows only later: those that are no layer's weight are embeddings next time.
+            more = found.row_gathers - found.weight_gathers
             if not more:
                 break
             embeddings |= more
-    if isinstance(result, Entries | Derived):
-        analysis.block([result], "it is an output of the model without having met data", "", "")
-    return analysis, result if isinstance(result, Data) else Data()
+    if isinstance(result, FromParameters):
+        found.add_uncovered([result], "it is an output of the model without having met data", ("", ""))
+    return found, result if isinstance(result, Data) else Data()
 
 
-class Analysis:
-    """One walk over a jaxpr with labels in place of values.
+class Walk:
+    """One walk over a jaxpr with labels in place of values, which adds to `found`.
 
-    `embeddings` are the paths of gathers at known places that count as embeddings; `commits` is whether what weights
-    make of computed parameters is data to whatever it meets, also where it may be the weight of a layer.
+    `embeddings` are the paths of the gathers at known indices that count as embeddings. With `commit_early`, the
+    product of a weight and computed parameters counts as data for all that follows, even where it may be a weight.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], embeddings: frozenset[tuple[int, ...]], commits: bool):
-        self.sizes = [math.prod(shape) for shape in shapes]
-        self.maps = [IndexMap.contiguous(shape, sum(self.sizes[:i])) for i, shape in enumerate(shapes)]
-        self.uses: list[Use] = []
-        self.small: list[SmallUse] = []
-        self.blocked: list[Blocked] = []
-        self.computed = False  # whether a computed weight met data in a layer's equation
-        self.unmapped = False  # whether JAX cannot map an equation over examples
-        self.embeddings, self.commits = embeddings, commits
-        self.rows: set[tuple[int, ...]] = set()  # the paths of the other gathers of rows at known places
-        self.weights: set[tuple[int, ...]] = set()  # of those, the ones that make up the weight of a layer
-
-    def uncovered(self) -> frozenset[int]:
-        """The numbers of the parameters with a use that has no Kronecker form."""
-        return frozenset[int]().union(*(blocked.leaves for blocked in self.blocked))
-
-    def leaves_of(self, label: Value) -> frozenset[int]:
-        """The numbers of the parameters that a value holds."""
-        if isinstance(label, Derived):
-            return label.leaves.union(*(use.weight.entries.owners(self.sizes) for use in label.pending))
-        return frozenset(label.entries.owners(self.sizes) if isinstance(label, Entries) else ())
-
-    def block(self, labels: list[Value], why: str, source: str, module: str) -> None:
-        for label in labels:
-            if isinstance(label, Derived):
-                self.commit(label)
-                if label.leaves:
-                    why = f"it goes through {label.how} first, then {why}"
-                    self.blocked.append(Blocked(label.leaves, why, source, module))
-            elif isinstance(label, Entries):
-                self.blocked.append(Blocked(self.leaves_of(label), why, source, module))
-
-    def commit(self, label: Value) -> None:
-        """Make layers of products with constants: what becomes of their results is for automatic differentiation."""
-        pending = label.pending if isinstance(label, Derived) else ()
-        paths = {use.path for use in self.uses} if pending else set()
-        self.uses += [use for use in pending if use.path not in paths]
-
-    def layer(self, eqn: Any, path: tuple[int, ...], labels: list[Value], operand: int, loops: tuple[int, ...]) -> Use:
-        """The layer whose weight is this operand; raises NotALayerError if it is none."""
-        label = labels[operand]
-        assert isinstance(label, Entries)
-        parts = LAYERS[eqn.primitive.name](eqn, operand, label.entries, loops)
-        if parts["kind"] == "embedding" and label.factor != 1:
-            raise NotALayerError("its rows are scaled before they are read")
-        rest = {"bias": None, "patches": None, "lookup": (), "fills": False, "loops": loops, "path": path, **parts}
-        shape, dtype = (*loops, *eqn.outvars[0].aval.shape), eqn.outvars[0].aval.dtype
-        rest |= {"constant": not isinstance(labels[parts["operand"]], Data)}
-        rest |= {"factor": label.factor, "source": source_of(eqn), "module": module_of(eqn)}
-        return Use(**rest, output_shape=shape, output_dtype=dtype)
+    def __init__(self, found: Findings, embeddings: frozenset[Path], commit_early: bool):
+        self.found, self.embeddings, self.commit_early = found, embeddings, commit_early
 
     def run(
         self,
         jaxpr: Any,
-        consts: list[Value],
-        labels: list[Value],
-        path: tuple[int, ...],
+        consts: list[Label],
+        labels: list[Label],
+        path: Path,
         loops: tuple[int, ...],
         outputs: int | None = None,
-    ) -> list[Value]:
-        """The labels of a jaxpr's results, or of the first few; what these do not depend on is not looked at."""
+    ) -> list[Label]:
+        """The labels of a jaxpr's results, or of the first few; equations that these do not depend on are skipped."""
         wanted = jaxpr.outvars[:outputs]
         live = live_equations(jaxpr, wanted)
         atoms = [atom for eqn in compress(jaxpr.eqns, live) for atom in eqn.invars] + list(wanted)
         reads = Counter(atom for atom in atoms if not is_literal(atom))
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *labels], strict=True))
 
-        def read(atom: Any) -> Value:
+        def read(atom: Any) -> Label:
             if is_literal(atom):
-                return Known(lambda: atom.val)
+                return Constant(lambda: atom.val)
             label = env[atom]
-            # What is read twice has two gradients: a bias added to one of the copies sees only its own.
+            # What is read twice has two cotangents, which JAX adds up: the output gradient of a bias added to one of
+            # the readers is only a part of its layer's. So it no longer counts as the layer's output.
             return Data() if isinstance(label, Data) and reads[atom] > 1 else label
 
         for index, eqn in compress(enumerate(jaxpr.eqns), live):
@@ -147,24 +122,28 @@ class Analysis:
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in wanted]
 
-    def step(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+    def step(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> list[Label]:
         """The labels of an equation's results."""
-        name, count, lead = eqn.primitive.name, len(eqn.outvars), len(loops)
+        name, count, num_loops = eqn.primitive.name, len(eqn.outvars), len(loops)
         has_data = any(isinstance(label, Data) for label in labels)
-        has_params = any(isinstance(label, Entries | Derived) for label in labels)
-        if len(labels) == 1 and isinstance(labels[0], Stopped) and name in MOVES:
-            return list(map(Stopped.copy, self.move(name, eqn, labels[0].of, lead)))
+        has_params = any(isinstance(label, FromParameters) for label in labels)
+        # The order matters: what has no derivative comes first, then calls, whose inside decides; a primitive is
+        # examined itself only after these, since any call with parameters and data looks like one where they meet.
+        if len(labels) == 1 and isinstance(labels[0], StoppedSlice) and name in MOVE_RULES:
+            return list(map(StoppedSlice.copy, self.move(name, eqn, labels[0].of, num_loops)))
         if not has_params and not has_data:
-            return constants(eqn, labels)
+            return fold_constants(eqn, labels)
         if name in WITHOUT_DERIVATIVE:
-            return [Data() if isinstance(label, Data) else Stopped.copy(label) for label in labels]
-        self.unmapped |= name in RAGGED
+            return [Data() if isinstance(label, Data) else StoppedSlice.copy(label) for label in labels]
+        self.found.has_unmappable |= name in RAGGED
+        # Calls without parameters are walked only for a layer's output, whose bias may be added inside (as by `jit`).
         followed = has_params or any(isinstance(label, Data) and label.use is not None for label in labels)
         if name in CUSTOM_JVP | CUSTOM_VJP and has_data:
-            # The function inside says nothing of it; products in the rule are layers, once they are in the open.
-            self.computed |= has_params
+            # The function inside says nothing about its gradients, which its rule makes. `distribute` expands rules
+            # whose gradients are products; what is still a call has none.
+            self.found.has_computed_weight |= has_params
             why = f"it meets data in {name}, whose derivative rule has no product of an input with it"
-            self.block(labels, why, source_of(eqn), module_of(eqn))
+            self.found.add_uncovered(labels, why, location_of(eqn))
             return [Data()] * count
         if name in CUSTOM_JVP and has_params:
             return [self.derive(eqn, path, labels, loops)] * count
@@ -174,225 +153,230 @@ class Analysis:
             return self.scan(eqn, path, labels, loops)
         if has_params and has_data and name in BRANCHES and not isinstance(labels[0], Data):
             return self.branches(eqn, path, labels, loops)
-        if len(labels) == 1 and name in MOVES and is_floating(eqn.outvars[0]):
-            return self.move(name, eqn, labels[0], lead)
+        if len(labels) == 1 and name in MOVE_RULES and is_floating(eqn.outvars[0]):
+            return self.move(name, eqn, labels[0], num_loops)
         if has_data and not has_params:
             return [Data()] * count
         if not has_data and path not in self.embeddings:
             result = self.gather(eqn, path, labels, loops) if name in GATHERS else self.derive(eqn, path, labels, loops)
             return [result] * count
-        return self.meet(eqn, path, labels, loops)
+        return self.meet_data(eqn, path, labels, loops)
 
-    def call(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
-        """A call of another jaxpr, which is walked in place."""
+    def call(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> list[Label]:
+        """A call of another jaxpr, which is walked as if it were inlined."""
         jaxpr, consts = open_jaxpr(inner_jaxpr(eqn))
-        return self.run(jaxpr, known(consts), labels, path, loops)
+        return self.run(jaxpr, as_constants(consts), labels, path, loops)
 
-    def branches(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
-        """One of several calls, the same for all examples: a walk over each."""
-        saved, where = (len(self.uses), len(self.small), len(self.blocked)), (source_of(eqn), module_of(eqn))
-        # A layer's output may be another one's in each branch: no bias is added to all of them.
+    def branches(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> list[Label]:
+        """One of several calls, chosen by something that is the same for all examples: a walk over each.
+
+        Each branch's layers are layers: `capture` gives those of a branch that is not taken zeros.
+        """
+        before, where = self.found.checkpoint(), location_of(eqn)
+        # Outside, a result may be one layer's output or another's. A bias inside of one branch is not added to the
+        # layer whenever that is used, so none is attached to layers before the branches.
         inputs = [Data() if isinstance(label, Data) else label for label in labels[1:]]
-        ways = [
-            self.run(jaxpr, known(consts), list(inputs), (*path, number), loops)
+        outcomes = [
+            self.run(jaxpr, as_constants(consts), list(inputs), (*path, number), loops)
             for number, (jaxpr, consts) in enumerate(map(open_jaxpr, eqn.params["branches"]))
         ]
-        if any(use.input_axes.groups[: len(loops)] != tuple(range(len(loops))) for use in self.uses[saved[0] :]):
-            # Steps are positions, some of which do not occur.
-            del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
-            self.block(labels, f"only some steps of a loop take the branch of {eqn.primitive.name} it is in", *where)
+        if any(use.input_axes.groups[: len(loops)] != tuple(range(len(loops))) for use in self.found.uses[before[0] :]):
+            # Where steps of a loop share a weight, they are sharing positions, which are counted. Steps that do not
+            # take this branch are none of them, but how many there are is unknown here.
+            self.found.rollback(before)
+            self.found.add_uncovered(
+                labels, f"only some steps of a loop take the branch of {eqn.primitive.name} it is in", where
+            )
             return [Data()] * len(eqn.outvars)
 
-        def leave(way: Sequence[Value]) -> Value:
-            if any(isinstance(label, Data) for label in way):
-                self.put(way, where)
+        def leave(labels: Sequence[Label]) -> Label:
+            if any(isinstance(label, Data) for label in labels):
+                self.found.add_inserted(labels, where)
                 return Data()
-            if all(label == way[0] for label in way):
-                return way[0]
-            return self.derive(eqn, path, list(way), loops) if any(map(self.leaves_of, way)) else None
+            if all(label == labels[0] for label in labels):
+                return labels[0]
+            return self.derive(eqn, path, list(labels), loops) if any(map(self.found.leaves_of, labels)) else None
 
-        return [leave(way) for way in zip(*ways, strict=True)]
+        return [leave(labels) for labels in zip(*outcomes, strict=True)]
 
-    def move(self, name: str, eqn: Any, label: Value, lead: int) -> list[Value]:
+    def move(self, name: str, eqn: Any, label: Label, num_loops: int) -> list[Label]:
+        """The labels of the results of an equation that moves the entries of its one input."""
         if isinstance(label, Derived):
             return [label] * len(eqn.outvars)
-        entries = label.entries if isinstance(label, Entries | Data) else None
+        entries = label.entries if isinstance(label, ParameterSlice | Data) else None
         if entries is None:
             return [label] * len(eqn.outvars)
-        moved = MOVES[name](entries, lead, eqn.params)
+        moved = MOVE_RULES[name](entries, num_loops, eqn.params)
         maps = moved if isinstance(moved, list) else [moved]
-        if isinstance(label, Entries):
+        if isinstance(label, ParameterSlice):
             return [replace(label, entries=m) for m in maps]
-        # A table for every output entry would be large, and a part of an output is none of the forms a bias has.
+        # A layer's output is followed only while strides describe it: a table with a number for each of its entries
+        # would be large. A part of it is not followed either, since a bias is added to all of an output.
         whole = len(maps) == 1 and maps[0].table is None and maps[0].size == entries.size
         return [replace(label, entries=maps[0])] if whole else [Data()] * len(maps)  # type: ignore[type-var]
 
-    def gather(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> Value:
-        """Parameters read at places that do not depend on data, such as a permutation, or all positions."""
-        label, places = labels
-        if not isinstance(label, Entries):
+    def gather(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> Label:
+        """Parameters read at indices that do not depend on data, such as a permutation, or all positions."""
+        label, indices = labels
+        if not isinstance(label, ParameterSlice):
             return self.derive(eqn, path, labels, loops)
-        rows = label.rows
+        row_gathers = label.row_gathers
         try:
-            if LAYERS[eqn.primitive.name](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
-                rows |= {path}
-                self.rows.add(path)
+            if LAYER_PRIMITIVES[eqn.primitive.name](eqn, 0, label.entries, loops)["weight"].shape[1] > 1:
+                row_gathers |= {path}
+                self.found.row_gathers.add(path)
         except NotALayerError:
             pass
-        entries = gather(label.entries, len(loops), eqn.params, places.value) if isinstance(places, Known) else None
-        if entries is not None:
-            return replace(label, entries=entries, rows=rows)
-        return Derived(self.leaves_of(label), f"{eqn.primitive.name} at indices known only when the program runs", rows)
+        if isinstance(indices, Constant):
+            entries = gather(label.entries, len(loops), eqn.params, indices.value)
+            if entries is not None:
+                return replace(label, entries=entries, row_gathers=row_gathers)
+        why = f"{eqn.primitive.name} at indices known only when the program runs"
+        return Derived(self.found.leaves_of(label), why, row_gathers)
 
-    def derive(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> Value:
+    def derive(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> Label:
         """Parameters combined with each other or with constants."""
         if not any(is_floating(var) for var in eqn.outvars):
-            return None
-        entries = [label for label in labels if isinstance(label, Entries)]
-        name, lead = eqn.primitive.name, len(loops)
-        # Multiplied with a weight, they are what meets it.
-        params = [label for label in labels if isinstance(label, Entries | Derived)]
-        rows = frozenset() if name in LAYERS else frozenset().union(*(label.rows for label in params))
+            return None  # comparisons and the like have no derivative
+        entries = [label for label in labels if isinstance(label, ParameterSlice)]
+        name, num_loops = eqn.primitive.name, len(loops)
+        # Gathered rows that are multiplied with a weight (all positions' embeddings, projected) are its inputs, not a
+        # part of a weight: they stay candidates for an embedding.
+        params = [label for label in labels if isinstance(label, FromParameters)]
+        row_gathers = (
+            frozenset() if name in LAYER_PRIMITIVES else frozenset().union(*(label.row_gathers for label in params))
+        )
         factors = {label.factor for label in entries}
         if name in JOINS and len(entries) == len(labels) and len(factors) == 1:
-            axis, maps = eqn.params[JOINS[name]] + lead, [label.entries for label in entries]
+            axis, maps = eqn.params[JOINS[name]] + num_loops, [label.entries for label in entries]
             if name == "stack":
                 maps = [m.reshape((*m.shape[:axis], 1, *m.shape[axis:])) for m in maps]
-            return Entries(concatenate(maps, axis), rows, *factors)
+            return ParameterSlice(concatenate(maps, axis), row_gathers, *factors)
         if name in SCALES and len(params) == len(entries) == 1:
-            factor = scale_of(eqn, labels)
+            factor = scalar_factor(eqn, labels)
             if factor:
                 return replace(entries[0], factor=entries[0].factor * factor)
         computed = [label for label in labels if isinstance(label, Derived)]
         pending = {use.path: use for label in computed for use in label.pending}
-        if name in LAYERS and not has_complex(eqn) and len(entries) <= 1 + (not self.commits):
-            # Of two parameters, the smaller one is what meets the other.
-            operands = [i for i, label in enumerate(labels) if isinstance(label, Entries)]
-            for i in sorted(operands, key=lambda i: -math.prod(eqn.invars[i].aval.shape)):
+        if name in LAYER_PRIMITIVES and not has_complex(eqn) and len(entries) <= 1 + (not self.commit_early):
+            # A product with a constant, or with another parameter, is pending: if data enter it later other than as a
+            # weight, it is a layer with constant inputs. Of two parameters, the larger one is taken as the weight.
+            operands = [i for i, label in enumerate(labels) if isinstance(label, ParameterSlice)]
+            for i in sorted(operands, key=lambda i: -prod(eqn.invars[i].aval.shape)):
                 with suppress(NotALayerError):
-                    pending[path] = self.layer(eqn, path, labels, i, loops)
-                    params = [label for label in labels[:i] + labels[i + 1 :] if isinstance(label, Entries | Derived)]
+                    pending[path] = self.found.make_use(eqn, path, labels, i, loops)
+                    params = [label for label in labels[:i] + labels[i + 1 :] if isinstance(label, FromParameters)]
                     break
-        bare = [label.leaves if isinstance(label, Derived) else self.leaves_of(label) for label in params]
-        how = next((label.how for label in computed), f"{name} ({source_of(eqn)})")
-        return Derived(frozenset().union(*bare), how, rows, tuple(pending.values()))
+        bare = [label.leaves if isinstance(label, Derived) else self.found.leaves_of(label) for label in params]
+        computed_by = next((label.computed_by for label in computed), f"{name} ({location_of(eqn)[0]})")
+        return Derived(frozenset().union(*bare), computed_by, row_gathers, tuple(pending.values()))
 
-    def meet(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
+    def meet_data(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> list[Label]:
         """A parameter meets data: a layer, a scale or shift, or something without a Kronecker form."""
-        name, where = eqn.primitive.name, (source_of(eqn), module_of(eqn))
-        params = [i for i, label in enumerate(labels) if isinstance(label, Entries | Derived)]
+        name, where = eqn.primitive.name, location_of(eqn)
+        params = [i for i, label in enumerate(labels) if isinstance(label, FromParameters)]
         label = labels[params[0]]
-        if name in LAYERS and isinstance(label, Derived):
-            self.weights |= label.rows
+        if name in LAYER_PRIMITIVES and isinstance(label, Derived):
+            self.found.weight_gathers |= label.row_gathers
+        # First, what to make of pending products. In a layer's equation their result is a weight, so the products are
+        # no layers: all their parameters are in that weight. Elsewhere, and with `commit_early`, they are layers, and
+        # their result is data unless other parameters went into it.
         for i in params:
             label = labels[i]
-            if isinstance(label, Derived) and name in LAYERS:
-                self.computed = True
+            if isinstance(label, Derived) and name in LAYER_PRIMITIVES:
+                self.found.has_computed_weight = True
             if isinstance(label, Derived) and label.pending:
-                if name in LAYERS and not (self.commits and label.leaves):  # a weight that was computed
-                    labels[i] = replace(label, leaves=self.leaves_of(label), pending=())
+                if name in LAYER_PRIMITIVES and not (self.commit_early and label.leaves):
+                    labels[i] = replace(label, leaves=self.found.leaves_of(label), pending=())
                 else:
-                    self.commit(label)
+                    self.found.commit(label)
                     labels[i] = replace(label, pending=()) if label.leaves else Data()
         params = [i for i in params if not isinstance(labels[i], Data)]
         if not params:
             return [Data()] * len(eqn.outvars)
         label = labels[params[0]]
-        if name in LAYERS and has_complex(eqn):
-            # The gradient of a real weight is the real part of complex ones': two products, not one.
-            self.computed = True
-            self.block([labels[i] for i in params], f"it meets complex data in {name}", *where)
+        if name in LAYER_PRIMITIVES and has_complex(eqn):
+            # The gradient of a real weight is the real part of that of a complex one: two products instead of one.
+            # `distribute` takes them apart.
+            self.found.has_computed_weight = True
+            self.found.add_uncovered([labels[i] for i in params], f"it meets complex data in {name}", where)
             return [Data()] * len(eqn.outvars)
-        if len(params) == 1 and len(labels) == 2 and isinstance(label, Entries) and name in LAYERS:
+        if len(params) == 1 and len(labels) == 2 and isinstance(label, ParameterSlice) and name in LAYER_PRIMITIVES:
             try:
-                use = self.layer(eqn, path, labels, params[0], loops)
+                use = self.found.make_use(eqn, path, labels, params[0], loops)
             except NotALayerError as error:
-                self.block([label], str(error), *where)
+                self.found.add_uncovered([label], str(error), where)
                 return [Data()] * len(eqn.outvars)
-            self.weights |= label.rows
-            self.uses.append(use)
-            return [Data(len(self.uses) - 1, IndexMap.contiguous(use.output_shape))]
-        if len(params) == 1 and name in ELEMENTWISE:
-            owner = self.attach(label, labels[1 - params[0]]) if name in ADDITIONS else None
-            self.small.append(SmallUse(ELEMENTWISE[name], self.leaves_of(label), *where, bias_of=owner))
-            # With its bias, it is the layer's output still: the gradient is that of the sum.
+            self.found.weight_gathers |= label.row_gathers
+            self.found.uses.append(use)
+            return [Data(len(self.found.uses) - 1, IndexMap.contiguous(use.output_shape))]
+        if len(params) == 1 and name in ELEMENTWISE_KINDS:
+            owner = self.found.attach_bias(label, labels[1 - params[0]]) if name in ADDITIONS else None
+            self.found.elementwise.append(
+                ElementwiseUse(ELEMENTWISE_KINDS[name], self.found.leaves_of(label), *where, bias_of=owner)
+            )
+            # With its bias, it still counts as the layer's output: both have the cotangent of the sum.
             return [Data() if owner is None else labels[1 - params[0]]]
-        if name in SELECTS and any(isinstance(other, Stopped) and other.of == label for other in labels):
-            self.computed = True
-            self.block([label], "data choose whether it has a derivative", *where)
+        if name in SELECTS and any(isinstance(other, StoppedSlice) and other.of == label for other in labels):
+            self.found.has_computed_weight = True
+            self.found.add_uncovered([label], "data choose whether it has a derivative", where)
             return [Data()]
-        if name in PLACES:
-            self.put(labels, where)
+        if name in INSERTIONS:
+            self.found.add_inserted(labels, where)
             return [Data()] * len(eqn.outvars)
         why = f"it meets data in {name}"
-        if len(params) > 1 and name in LAYERS | ELEMENTWISE:
+        if len(params) > 1 and name in LAYER_PRIMITIVES | ELEMENTWISE_KINDS:
             why += " together with another parameter"
-        self.block([labels[i] for i in params], why, *where)
+        self.found.add_uncovered([labels[i] for i in params], why, where)
         return [Data()] * len(eqn.outvars)
 
-    def put(self, labels: Sequence[Value], where: tuple[str, str]) -> None:
-        """Parameters put beside data or in the place of some: they are added to zeros there."""
-        for label in labels:
-            self.commit(label)
-            leaves = label.leaves if isinstance(label, Derived) else self.leaves_of(label)
-            self.small += [SmallUse("shift", leaves, *where)] if leaves else []
+    def scan(self, eqn: Any, path: Path, labels: list[Label], loops: tuple[int, ...]) -> list[Label]:
+        """A loop of known length: walk over its body, with a loop axis in front of all entries.
 
-    def attach(self, label: Value, other: Value) -> int | None:
-        """Make what is added to a layer's output that layer's bias, if it is one; the number of the layer."""
-        if not isinstance(label, Entries) or label.factor != 1 or not isinstance(other, Data):
-            return None
-        if other.use is None or other.entries is None:
-            return None
-        use, added, shape = self.uses[other.use], label.entries, other.entries.shape
-        if len(added.shape) == len(shape):  # primitives broadcast axes of length 1 themselves
-            added = added.broadcast_in_dim(shape, tuple(range(len(shape))))
-        bias = attach_bias(use, other.entries, added) if added.shape == shape and use.bias is None else None
-        if bias is None:
-            return None
-        self.uses[other.use] = replace(use, bias=bias)
-        return other.use
-
-    def scan(self, eqn: Any, path: tuple[int, ...], labels: list[Value], loops: tuple[int, ...]) -> list[Value]:
-        """A loop of known length: one walk over its body, with a loop axis in front of all entries."""
+        What a step carries to the next is unknown before the body was walked. So the walk is repeated with the join of
+        what comes in and what comes out, until that stays the same: labels only go up (towards `Data`), so it ends.
+        """
         params = eqn.params
         (num_consts, num_carry), length = scan_sizes(eqn), params["length"]
         jaxpr, consts = open_jaxpr(params["jaxpr"])
-        lead, where = len(loops), (source_of(eqn), module_of(eqn))
+        num_loops, where = len(loops), location_of(eqn)
 
-        def enter(label: Value, changes: bool, sliced: bool) -> Value:
-            if isinstance(label, Entries):
-                if sliced:  # the axis after the loops is the one that is looped over
+        def enter(label: Label, changes: bool, sliced: bool) -> Label:
+            if isinstance(label, ParameterSlice):
+                if sliced:  # its first axis after the loops' is the new loop's axis already
                     return label
-                shape = (*loops, length, *label.entries.shape[lead:])
-                axes = (*range(lead), *range(lead + 1, len(shape)))
+                shape = (*loops, length, *label.entries.shape[num_loops:])
+                axes = (*range(num_loops), *range(num_loops + 1, len(shape)))
                 return replace(label, entries=label.entries.broadcast_in_dim(shape, axes))
-            if isinstance(label, Known) and changes:
+            if isinstance(label, Constant) and changes:
                 return None
+            # An output of a layer outside: added to in each step, so no bias is attached to it inside.
             return Data() if isinstance(label, Data) else label
 
         inner = [enter(label, i >= num_consts, i >= num_consts + num_carry) for i, label in enumerate(labels)]
         carried = slice(num_consts, num_consts + num_carry)
-        saved = len(self.uses), len(self.small), len(self.blocked)
+        checkpoint = self.found.checkpoint()
         while True:
-            results = self.run(jaxpr, known(consts), list(inner), path, (*loops, length))
+            results = self.run(jaxpr, as_constants(consts), list(inner), path, (*loops, length))
             joined = [join(a, b) for a, b in zip(inner[carried], results[:num_carry], strict=True)]
             if joined == inner[carried]:
                 break
             inner[carried] = joined
-            del self.uses[saved[0] :], self.small[saved[1] :], self.blocked[saved[2] :]
+            self.found.rollback(checkpoint)
         for before, after in zip(labels[carried], inner[carried], strict=True):
-            if isinstance(after, Data) and isinstance(before, Entries | Derived):
-                self.put([before], where)  # a state that data are added to
-        for after, result in zip(inner[carried], results[:num_carry], strict=True):
-            if isinstance(after, Data) and isinstance(result, Entries | Derived):
-                self.block([result], "it is the value of a loop's carry", *where)
+            if isinstance(after, Data) and isinstance(before, FromParameters):
+                self.found.add_inserted([before], where)  # an initial state, to which data are added
 
-        def leave(label: Value, carry: bool, before: Value) -> Value:
-            if isinstance(label, Entries):
+        for after, result in zip(inner[carried], results[:num_carry], strict=True):
+            if isinstance(after, Data) and isinstance(result, FromParameters):
+                self.found.add_uncovered([result], "it is the value of a loop's carry", where)
+
+        def leave(label: Label, carry: bool, before: Label) -> Label:
+            if isinstance(label, ParameterSlice):
                 if carry:  # passed through as it came
                     return before
-                return Derived(self.leaves_of(label), f"the results of a loop ({where[0]})")
-            return Data() if isinstance(label, Data) else None if isinstance(label, Known | Stopped) else label
+                return Derived(self.found.leaves_of(label), f"the results of a loop ({where[0]})")
+            return Data() if isinstance(label, Data) else None if isinstance(label, Constant | StoppedSlice) else label
 
         outer = labels[carried] + [None] * (len(results) - num_carry)
         final = [*joined, *results[num_carry:]]

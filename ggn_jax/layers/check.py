@@ -1,4 +1,4 @@
-"""Checks that need no oracle: do examples depend on each other, and do the layers found explain the gradient?"""
+"""Checks without an oracle: do examples depend on each other, and do the layers found explain the gradient?"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
 
-EXAMPLES = 4  # that the checks are made on
+NUM_CHECKED_EXAMPLES = 4
 
 
 def check_independent(
@@ -32,12 +32,12 @@ def check_independent(
     dtype: Any,
     way_out: str = "",
     *,
-    examples: int = EXAMPLES,
+    examples: int = NUM_CHECKED_EXAMPLES,
     allow_nan: bool = False,
 ) -> None:
-    """Refuse a model whose examples depend on each other, where values can be looked at; `dtype` is its outputs'.
+    """Refuse a model whose examples depend on each other, if values are known; `dtype` is that of its outputs.
 
-    `way_out` is what can be done about one that is meant to, if something can.
+    `way_out` says what to do if they are meant to, where that is possible.
     """
     if not batched_leaves(inputs):
         raise ValueError("inputs must hold an array, since model_fn is called on parts of the batch; got none.")
@@ -45,32 +45,33 @@ def check_independent(
         return
 
     def measure(given: bool) -> tuple[float, bool, bool]:
-        *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
+        *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
         if is_concrete(alike):
-            return *_coupling(*passes), bool(alike)
-        with jax.ensure_compile_time_eval():  # constants are known inside of `jit`, too
-            *passes, alike = _both_ways(model_fn, params, inputs, examples, jnp.asarray(given))
-            return *_coupling(*passes), bool(alike)
+            return *_coupling_gap(*passes), bool(alike)
+        with jax.ensure_compile_time_eval():  # constants are known under `jit` as well
+            *passes, alike = _batched_and_single(model_fn, params, inputs, examples, jnp.asarray(given))
+            return *_coupling_gap(*passes), bool(alike)
 
     gap, is_nan, alike = measure(True)
     if alike:
-        # Equal values in two examples may hide that they depend on each other, and be what they depend on each other
-        # by, as numbers of groups are. Other values may be outside of the model's domain.
+        # Two equal examples may hide that they depend on each other. But equal values may also be how they do (group
+        # numbers), and other values may be outside of the model's domain: so the check is made with both.
         other_gap, other_is_nan, _ = measure(False)
         if not other_is_nan:
             gap = float(np.nanmax([gap, other_gap]))
         is_nan &= other_is_nan
-    # The root: accelerators may multiply a batch in lower precision, and batch statistics change outputs by far more.
+    # The square root, since accelerators may multiply a batch in lower precision; batch statistics change outputs by
+    # far more.
     if gap > tolerance(dtype, *(leaf.dtype for leaf in jax.tree.leaves(params))) ** 0.5:
         raise ValueError(coupling_message(gap, way_out))
     if is_nan and not allow_nan:
         raise ValueError(
-            "the outputs of model_fn are NaN for the first examples, or their gradients: look at params and inputs."
+            "the outputs of model_fn are NaN for the first examples, or their gradients: check params and inputs."
         )
 
 
 class _Pass(NamedTuple):
-    """The outputs of a batch, and the parameters' gradient for a random cotangent."""
+    """The outputs of a batch, and the parameters' gradient for a random cotangent of them."""
 
     outputs: Any
     gradient: Any
@@ -83,20 +84,20 @@ def _as_parameters(model_fn: Any, params: PyTree, *_: Any) -> tuple[_Pass, _Pass
 
 @eqx.filter_jit
 @partial(compiler_sharded, like=_as_parameters)
-def _both_ways(
+def _batched_and_single(
     model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], examples: int, given: Array
 ) -> tuple[_Pass, _Pass, Bool[Array, ""]]:
-    """A few examples as a batch, and one by one; whether some are alike, so that other values would be different.
+    """A few examples as a batch, and mapped; and whether some of them are alike, so that other values are of use.
 
-    `given` asks for the examples as they are, also where they are alike.
+    With `given`, the examples are taken as they are; else with other values where they are alike.
     """
     few = first_examples(inputs, examples)
-    others = different(few)
+    others = with_distinct_values(few)
     pairs = list(zip(jax.tree.leaves(few), jax.tree.leaves(others), strict=True))
     alike = jnp.any(jnp.stack([jnp.any(x != other) for x, other in pairs]))
     few = jax.tree.map(lambda x, other: jnp.where(given, x, other), few, others)
 
-    def one_by_one(params: PyTree, inputs: PyTree) -> Array:
+    def per_example(params: PyTree, inputs: PyTree) -> Array:
         def one(x: PyTree) -> Array:
             return model_fn(params, map_batched(lambda leaf: leaf[None], x))[0]
 
@@ -108,13 +109,13 @@ def _both_ways(
 
     def run(fn: Callable[[PyTree, PyTree], Array]) -> _Pass:
         outputs, vjp = jax.vjp(lambda params: fn(params, few), params)
-        return _Pass(outputs, vjp(_cotangent(outputs))[0])
+        return _Pass(outputs, vjp(_random_cotangent(outputs))[0])
 
-    return run(model_fn), run(one_by_one), alike
+    return run(model_fn), run(per_example), alike
 
 
-def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:
-    """How far examples depend on each other, as far as it is told, and whether something is NaN.
+def _coupling_gap(together: _Pass, apart: _Pass) -> tuple[float, bool]:
+    """How far examples depend on each other, as far as can be told, and whether something is NaN.
 
     The largest of all parameters' gaps also tells what does not show in the outputs, such as batch statistics before a
     head that starts at 0. Arrays are compared one by one: in one program, the comparisons of a deep model's parameters
@@ -128,7 +129,7 @@ def _coupling(together: _Pass, apart: _Pass) -> tuple[float, bool]:
         least = eps**0.5 * np.linalg.norm(sizes[0])
         sizes = np.maximum(np.maximum(*sizes), least)
         gap_of_gradient = np.max(np.where(sizes == 0, 0, gaps / sizes), initial=0)
-    found = [float(_gap_or_lost(together.outputs, apart.outputs)), float(gap_of_gradient)]
+    found = [float(_output_gap_or_inf(together.outputs, apart.outputs)), float(gap_of_gradient)]
     known = [gap for gap in found if not np.isnan(gap)]
     return max(known, default=np.nan), len(known) < len(found)
 
@@ -144,7 +145,7 @@ def _compare(a: Array, b: Array) -> Float[Array, "3"]:
 
 @jax.jit
 @compiler_sharded
-def _gap_or_lost(together: Array, apart: Array) -> Float[Array, ""]:
+def _output_gap_or_inf(together: Array, apart: Array) -> Float[Array, ""]:
     gap = output_gap(together, apart)
     # As with batch statistics of one example: only the batch has values.
     lost = jnp.isnan(gap) & jnp.all(jnp.isfinite(together))
@@ -152,7 +153,7 @@ def _gap_or_lost(together: Array, apart: Array) -> Float[Array, ""]:
 
 
 def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
-    """So many examples, repeated where there are fewer."""
+    """The first `count` examples, repeated if there are fewer."""
 
     def first(x: Array) -> Array:
         few = jnp.asarray(x[:count])
@@ -161,17 +162,17 @@ def first_examples(inputs: PyTree[Array], count: int) -> PyTree[Array]:
     return map_batched(first, inputs)
 
 
-def different(inputs: PyTree[Array]) -> PyTree[Array]:
-    """The examples, other values in place of arrays in which two of them are equal.
+def with_distinct_values(inputs: PyTree[Array]) -> PyTree[Array]:
+    """The examples, with other values in arrays in which two of them are equal.
 
-    Equal examples hide that they depend on each other. Numbers get positive noise of their own size; integers are drawn
-    from those that are there and 0, or of 0 and 1 where all are 0; truth values are drawn, and keys split.
+    Equal examples hide that they depend on each other. Floating numbers get positive noise of their own size; integers
+    are drawn from those present and 0 (from 0 and 1 if all are 0); truth values are drawn, and keys folded.
     """
     numbers = count(1)
-    return map_batched(lambda x: _varied(x, next(numbers)), inputs)
+    return map_batched(lambda x: _with_distinct_values(x, next(numbers)), inputs)
 
 
-def _varied(x: Array, number: int) -> Array:
+def _with_distinct_values(x: Array, number: int) -> Array:
     if not x.size:
         return x
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -193,7 +194,7 @@ def _varied(x: Array, number: int) -> Array:
     return jnp.where(alike, other, x)
 
 
-MAY_BE_COUPLED = "pass examples='coupled'"
+COUPLED_WAY_OUT = "pass examples='coupled'"
 
 
 def coupling_message(gap: float, way_out: str) -> str:
@@ -206,7 +207,7 @@ def coupling_message(gap: float, way_out: str) -> str:
     )
 
 
-def _cotangent(outputs: Array) -> Array:
+def _random_cotangent(outputs: Array) -> Array:
     return noise(outputs.shape, compute_dtype(outputs.dtype)).astype(outputs.dtype)
 
 
@@ -233,13 +234,13 @@ def _distances(a: Sequence[Array], b: Sequence[Array], least: Array) -> Float[Ar
 
 
 def tolerance(*dtypes: jnp.dtype) -> float:
-    """What rounding may amount to, with the coarsest of these dtypes."""
+    """What rounding may amount to, in the coarsest of these dtypes."""
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     return min(1000 * eps, 0.1)
 
 
 def dtypes_of(trace: Trace) -> set[Any]:
-    """The dtypes that a model computes in, and those that it rounds to on the way."""
+    """The dtypes that a model computes in, and those that it rounds to in between."""
     computed = {*trace.dtypes, trace.outputs.dtype, *(use.output_dtype for use in trace.uses)}
     return computed | narrowed_dtypes(trace.closed)
 
@@ -250,9 +251,9 @@ class _Pair(NamedTuple):
     found: Array
     wanted: Array
     squares: Array
-    """The squares of what was added up."""
+    """The sum of the squares of what was added up: the gap's unit where the sum cancels."""
     leaves: tuple[int, ...]
-    """The parameters that they are of."""
+    """The indices of the parameters."""
 
 
 class _LayerGradient(NamedTuple):
@@ -264,7 +265,7 @@ class _LayerGradient(NamedTuple):
     bias_squares: Float[Array, ""]
 
 
-def explain(
+def compare_gradients(
     trace: Trace,
     plan: Plan,
     model_fn: Callable[[PyTree, PyTree], Array],
@@ -272,18 +273,18 @@ def explain(
     inputs: PyTree,
     tolerance: float,
 ) -> tuple[Array, Float[Array, " 1+leaves"]]:
-    """The outputs of a batch; how far those of its examples one by one are; and, for each parameter, how far the
-    gradient put together from layers is from automatic differentiation's of the batch.
+    """The outputs of a batch; their gap to those of its examples one by one; and, for each parameter, the gap between
+    the gradient made from layers and that of the batch by automatic differentiation.
 
-    The gradient is that of the outputs times a random cotangent. Gaps are relative to its size, or to what its parts
-    would amount to if they did not cancel, as those of a bias before a normalisation do; and to a size for which
-    `tolerance` is nothing but rounding of the whole gradient.
+    The gradient is that of the outputs times a random cotangent. Gaps are relative to its size; or to what its parts
+    would amount to if they did not cancel, as those of a bias before a normalisation do; or to the size at which a gap
+    of `tolerance` is no more than rounding of the whole gradient.
     """
-    leftovers = [left.leaf for left in plan.leftovers]
-    captured = capture(trace, params, inputs, leftovers)
+    unassigned = [parameter.leaf for parameter in plan.unassigned]
+    captured = capture(trace, params, inputs, unassigned)
     together, vjp = jax.vjp(lambda params: model_fn(params, inputs), params)
-    vector = _cotangent(together)
-    output_grads, per_example = captured.pull_back(vector)
+    vector = _random_cotangent(together)
+    output_grads, per_example = captured.vjp(vector)
     wide = compute_dtype(together.dtype)
     wanted = [leaf.reshape(-1).astype(wide) for leaf in jax.tree.leaves(vjp(vector)[0])]
     sizes = [leaf.size for leaf in wanted]
@@ -300,12 +301,12 @@ def explain(
         if layer.bias is not None:
             found.append((layer.bias, [part.bias for part in parts], [part.bias_squares for part in parts]))
         for view, gradients, squares in found:
-            owners = view.entries.owners(sizes)
+            owners = view.entries.owning_leaves(sizes)
             flat = jnp.concatenate(wanted[owners[0] : owners[-1] + 1])
-            read = view.entries.shifted(-sum(sizes[: owners[0]])).reader(flat.size)
+            read = view.entries.shifted(-sum(sizes[: owners[0]])).gather_fn(flat.size)
             mine = sum(gradients[1:], gradients[0]).reshape(view.entries.shape)
             pairs.append(_Pair(mine, read(flat), sum(squares[1:], squares[0]), owners))
-    for leaf, gradient in zip(leftovers, per_example, strict=True):
+    for leaf, gradient in zip(unassigned, per_example, strict=True):
         gradient = gradient.reshape(len(gradient), -1).astype(wide)
         pairs.append(_Pair(jnp.sum(gradient, axis=0), wanted[leaf], jnp.sum(jnp.square(gradient)), (leaf,)))
     size = jnp.maximum(least, jnp.sqrt(stack_scalars([pair.squares for pair in pairs])))

@@ -1,12 +1,12 @@
-"""Convolutions in forms that XLA is good at.
+"""Convolutions in forms that XLA computes fast, and correctly.
 
 Its CPU compiler has fast code for one layout. Outside of loops it finds that layout by itself. Inside, as when many
-vectors are pulled back one after the other, it does not, and JAX's derivative of a convolution has another one: that
-takes four times as long.
+vectors are back-propagated one after the other, it does not, and JAX's derivative of a convolution has another one,
+which takes four times as long.
 
 Where each example has a kernel of its own, or a gradient in one, JAX makes one convolution of all, with a group for
-each example. Of a batch that is sharded, XLA (JAX 0.10) computes such gradients wrongly, and gathers the batch for
-other groups; products of matrices it leaves where the examples are. On one CPU they are four times as fast.
+each example. If the batch is sharded, XLA (JAX 0.10) computes such gradients wrongly, and gathers the batch for other
+groups; products of matrices stay where the examples are. On one CPU they are four times as fast.
 """
 
 from functools import partial

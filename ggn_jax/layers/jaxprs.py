@@ -1,4 +1,4 @@
-"""Everything that handles JAX's intermediate representation: the one module to mend when it changes."""
+"""Everything that handles JAX's intermediate representation: the one module to repair when it changes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,14 +18,19 @@ SCAN = frozenset({"scan"})
 CUSTOM_VJP = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 BRANCHES = frozenset({"cond"})
 
+Path = tuple[int, ...]
+"""Which equation of a jaxpr: its index, after those of the equations (and branches) that it is nested in."""
+Location = tuple[str, str]
+"""A line of the user's, and a path of modules."""
+
 
 def is_literal(atom: Any) -> bool:
-    """Whether an input of an equation is a constant written in place."""
+    """Whether an input of an equation is a literal, a constant without a variable."""
     return isinstance(atom, Literal)
 
 
 def is_floating(var: Any) -> bool:
-    """Whether a variable has derivatives."""
+    """Whether a variable has derivatives, by its dtype."""
     return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
 
 
@@ -40,7 +45,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def live_equations(jaxpr: Any, outvars: Sequence[Any]) -> list[bool]:
-    """Whether each equation has a part in one of these values."""
+    """For each equation, whether one of these values depends on it."""
     needed = {atom for atom in outvars if not is_literal(atom)}
     live = []
     for eqn in reversed(jaxpr.eqns):
@@ -51,7 +56,7 @@ def live_equations(jaxpr: Any, outvars: Sequence[Any]) -> list[bool]:
 
 
 def varying_axes(jaxpr: Any, atom: Any) -> frozenset[int]:
-    """The axes along which a value of a jaxpr may differ, as far as the equation that makes it tells."""
+    """The axes along which the entries of a value may differ, as far as the equation that makes it tells."""
     shape, axes = atom.aval.shape, range(len(atom.aval.shape))
     made = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
     if made is not None and made.primitive.name == "broadcast_in_dim":
@@ -72,7 +77,7 @@ def called_by(eqn: Any) -> list[Any]:
 
 
 def holds(eqn: Any, names: frozenset[str]) -> bool:
-    """Whether an equation, or one in what it calls, is of a primitive with one of these names."""
+    """Whether an equation, or one inside of it, is of a primitive with one of these names."""
     return eqn.primitive.name in names or any(holds(inner, names) for jaxpr in called_by(eqn) for inner in jaxpr.eqns)
 
 
@@ -90,9 +95,9 @@ def narrowed_dtypes(jaxpr: Any) -> set[Any]:
 
 
 def is_reverse_only(jaxpr: Any) -> bool:
-    """Whether a function has derivatives of its own in reverse mode, and none in forward mode.
+    """Whether a function has a custom derivative rule for reverse mode only (`jax.custom_vjp`).
 
-    JAX says so only when it compiles a forward-mode derivative.
+    JAX itself says so only when a forward-mode derivative is compiled, too late for a helpful message.
     """
     opened, _ = open_jaxpr(jaxpr)
     return any(holds(eqn, CUSTOM_VJP) for eqn in compress(opened.eqns, live_equations(opened, opened.outvars)))
@@ -104,7 +109,7 @@ def source_of(eqn: Any) -> str:
 
 
 def as_written(eqn: Any) -> AbstractContextManager[None]:
-    """What is traced inside is said to be of the equation's line and module."""
+    """Inside, what is traced gets the equation's line and module, so that messages point into the user's code."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
 
@@ -114,8 +119,13 @@ def module_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def location_of(eqn: Any) -> Location:
+    """The user's line and module, for messages."""
+    return source_of(eqn), module_of(eqn)
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The equation itself, custom derivative rules included."""
+    """The results of the equation itself, with its custom derivative rules."""
     params = eqn.primitive.get_bind_params(eqn.params)
     # JAX before 0.10 returned the functions to call apart.
     functions, params = params if isinstance(params, tuple) else ((), params)
@@ -124,11 +134,15 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-Step = Callable[[Any, tuple[int, ...], list[Any]], list[Any]]
+Step = Callable[[Any, Path, list[Any]], list[Any]]
 
 
-def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tuple[int, ...], step: Step) -> list[Any]:
-    """Evaluate a jaxpr, each equation by `step(eqn, path, inputs)`; a path is the equations' indices down to it."""
+def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: Path, step: Step) -> list[Any]:
+    """Evaluate a jaxpr, each equation by `step(eqn, path, inputs)`.
+
+    A path is how all of `layers` names an equation: found in one walk over a jaxpr, it is found again in another, which
+    opens the same calls or fewer.
+    """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def read(atom: Any) -> Any:
@@ -143,7 +157,8 @@ def run_jaxpr(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], path: tu
 def scan_sizes(eqn: Any) -> tuple[int, int]:
     """How many inputs of a loop are constants, and how many are carried; the rest is looped over.
 
-    From the shapes, which say it under every version of JAX: what is looped over has one axis more outside.
+    From the shapes, which are the same under every version of JAX, as the equation's parameters are not: what is
+    looped over has one more axis outside.
     """
     inner, _ = open_jaxpr(eqn.params["jaxpr"])
     num_carry = sum(o.aval.shape == i.aval.shape for o, i in zip(eqn.outvars, inner.outvars, strict=True))
@@ -157,7 +172,10 @@ def run_remat(eqn: Any, fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) -> tuple[list[Any], Any]:
-    """The equation's loop around `fn(inputs, extra) -> (results, more)`: its results, and what more was stacked."""
+    """The equation's loop, with `fn(inputs, extra) -> (results, more)` for its body.
+
+    `extra` is looped over as well, beside the equation's own arrays. Returns the results, and `more` stacked.
+    """
     params = eqn.params
     num_consts, num_carry = scan_sizes(eqn)
     consts, carry, xs = (
@@ -177,7 +195,7 @@ def run_scan(eqn: Any, fn: Callable[..., Any], values: list[Any], extra: Any) ->
 
 
 def run_branches(eqn: Any, fn: Callable[[int, Any, list[Any]], Any], values: list[Any]) -> Any:
-    """The one of the equation's branches that is wanted, each run by `fn(number, jaxpr, inputs)`."""
+    """The equation's choice among its branches, each run by `fn(number, jaxpr, inputs)`."""
     numbered = enumerate(eqn.params["branches"])
     branches = [lambda *inputs, i=i, jaxpr=jaxpr: fn(i, jaxpr, list(inputs)) for i, jaxpr in numbered]
     platforms = eqn.params.get("branches_platforms")

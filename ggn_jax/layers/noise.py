@@ -1,4 +1,4 @@
-"""Numbers without a pattern, for checks: the same at each call, and twenty times quicker to build than a PRNG's."""
+"""Pseudo-random numbers for checks: the same at each call, and twenty times faster to compile than those of a PRNG."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt32
 
 
 def words(shape: tuple[int, ...], number: int = 0) -> UInt32[Array, "..."]:
-    """32 bits for each entry, others for each `number`: its place, mixed by multiplications and shifts."""
+    """32 bits for each entry, different for each `number`: a hash of its index, by multiplications and shifts."""
     x = jax.lax.iota(np.uint32, math.prod(shape)) + np.uint32((number * 0x9E3779B9 + 1) % 2**32)
     for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
         x = x * np.uint32(factor)
@@ -19,5 +19,5 @@ def words(shape: tuple[int, ...], number: int = 0) -> UInt32[Array, "..."]:
 
 
 def noise(shape: tuple[int, ...], dtype: Any, number: int = 0) -> Float[Array, "..."]:
-    """Evenly spread between -1 and 1."""
+    """Uniform between -1 and 1."""
     return words(shape, number).astype(dtype) * jnp.asarray(2.0**-31, dtype) - jnp.ones((), dtype)

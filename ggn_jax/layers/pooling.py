@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 MAX_POOL = frozenset({"reduce_window_max"})
-LARGEST = 32  # windows of more entries would make large programs
+MAX_WINDOW_SIZE = 32  # a window of more entries would make a large program
 
 
 def is_max_pool(eqn: Any) -> bool:
@@ -18,7 +18,7 @@ def is_max_pool(eqn: Any) -> bool:
     if eqn.primitive.name not in MAX_POOL or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return False
     dilations = (*eqn.params["base_dilation"], *eqn.params["window_dilation"])
-    return all(d == 1 for d in dilations) and 1 < math.prod(eqn.params["window_dimensions"]) <= LARGEST
+    return all(d == 1 for d in dilations) and 1 < math.prod(eqn.params["window_dimensions"]) <= MAX_WINDOW_SIZE
 
 
 def max_pool(eqn: Any, x: Array) -> Array:
@@ -32,26 +32,26 @@ def max_pool(eqn: Any, x: Array) -> Array:
     def padded(x: Array, value: float) -> Array:
         return jax.lax.pad(x, jnp.asarray(value, x.dtype), [(low, high, 0) for low, high in padding])
 
-    def marks(x: Array) -> Array:
-        """Where the first largest entries are: of the windows, place by place; or of all entries, if none overlap."""
+    def argmax_masks(x: Array) -> Array:
+        """Masks of the first largest entries: of the windows, offset by offset; or of all entries, if none overlap."""
         x, y = padded(x, -jnp.inf), native(x)
-        found, places = jnp.zeros(y.shape, bool), []
-        for start, end in _places(window, strides, y.shape):
-            places.append((jax.lax.slice(x, start, end, strides) == y) & ~found)
-            found = found | places[-1]
-        return jnp.stack(places) if overlap else _spread(places, window, strides, x.shape)
+        found, masks = jnp.zeros(y.shape, bool), []
+        for start, end in _window_slices(window, strides, y.shape):
+            masks.append((jax.lax.slice(x, start, end, strides) == y) & ~found)
+            found = found | masks[-1]
+        return jnp.stack(masks) if overlap else _pad_and_dilate(masks, window, strides, x.shape)
 
-    def push(marks: Array, dx: Array) -> Array:
-        """The tangents at the marks, window by window. What counts for speed is this linear map's transpose."""
+    def push_at(masks: Array, dx: Array) -> Array:
+        """The tangents at the masks, window by window. What matters for speed is the transpose of this linear map."""
         dx, shape = padded(dx, 0), jax.eval_shape(native, dx).shape
         if overlap:
-            places = _places(window, strides, shape)
+            slices = _window_slices(window, strides, shape)
             parts = [
-                jnp.where(mark, jax.lax.slice(dx, *ends, strides), 0) for mark, ends in zip(marks, places, strict=True)
+                jnp.where(mask, jax.lax.slice(dx, *ends, strides), 0) for mask, ends in zip(masks, slices, strict=True)
             ]
             return sum(parts[1:], parts[0])
         blocks = [(0, n * stride - size, 0) for n, stride, size in zip(shape, strides, dx.shape, strict=True)]
-        dx = jax.lax.pad(jnp.where(marks, dx, 0), jnp.zeros((), dx.dtype), blocks)
+        dx = jax.lax.pad(jnp.where(masks, dx, 0), jnp.zeros((), dx.dtype), blocks)
         dx = dx.reshape([size for pair in zip(shape, strides, strict=True) for size in pair])
         return dx.sum(range(1, dx.ndim, 2))
 
@@ -60,23 +60,25 @@ def max_pool(eqn: Any, x: Array) -> Array:
     @pool.defjvp
     def push_forward(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
         (x,), (dx,) = primals, tangents
-        return pool(x), push(marks(x), dx)  # the marks are made once, for any number of vectors
+        return pool(x), push_at(argmax_masks(x), dx)  # the masks are made once, for any number of vectors
 
     return pool(x)
 
 
-def _places(
+def _window_slices(
     window: Sequence[int], strides: Sequence[int], shape: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """For each place in the window, the slice of the padded input that all windows have there."""
+    """For each offset in the window, the slice of the padded input that all windows have there."""
     for start in itertools.product(*map(range, window)):
         yield start, [a + stride * (n - 1) + 1 for a, stride, n in zip(start, strides, shape, strict=True)]
 
 
-def _spread(places: Sequence[Array], window: Sequence[int], strides: Sequence[int], shape: Sequence[int]) -> Array:
-    """One mask per place in the window, each put where it belongs in the padded input."""
+def _pad_and_dilate(
+    masks: Sequence[Array], window: Sequence[int], strides: Sequence[int], shape: Sequence[int]
+) -> Array:
+    """One mask per offset in the window, each put where it belongs in the padded input."""
     total = jnp.zeros(shape, bool)
-    for place, (start, end) in zip(places, _places(window, strides, places[0].shape), strict=True):
+    for mask, (start, end) in zip(masks, _window_slices(window, strides, masks[0].shape), strict=True):
         config = [(a, n - b, stride - 1) for a, b, stride, n in zip(start, end, strides, shape, strict=True)]
-        total = total | jax.lax.pad(place, jnp.zeros((), bool), config)
+        total = total | jax.lax.pad(mask, jnp.zeros((), bool), config)
     return total

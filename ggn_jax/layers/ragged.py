@@ -1,7 +1,7 @@
 """Products of rows with the matrix of their group (`jax.lax.ragged_dot`), as products of all rows with all matrices.
 
-JAX cannot map the former over examples where they share the matrices. Each matrix meets all rows, of which those of
-other groups are left out afterwards.
+JAX cannot map the former over examples that share the matrices. Each matrix meets all rows, and those of other groups
+are left out afterwards.
 """
 
 from collections.abc import Callable

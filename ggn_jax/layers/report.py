@@ -12,12 +12,19 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
-from ggn_jax._hints import called_with, check_model_fn, is_array, params_hint, tensor_hint
+from ggn_jax._hints import check_model_fn, is_array, model_errors_explained, params_hint, tensor_hint
 from ggn_jax._model import Model
 from ggn_jax._outputs import flat_model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._unbatched import batched_leaves, map_batched
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, coupling_message, dtypes_of, explain, tolerance
+from ggn_jax.layers.check import (
+    COUPLED_WAY_OUT,
+    NUM_CHECKED_EXAMPLES,
+    compare_gradients,
+    coupling_message,
+    dtypes_of,
+    tolerance,
+)
 from ggn_jax.layers.index_map import IndexMap
 from ggn_jax.layers.plan import Plan, is_dense, make_plan
 from ggn_jax.layers.table import dimensions, table
@@ -120,7 +127,7 @@ class Report:
         lines = table(head, cells)
         lines += [f"{row.parameter}: {row.why}" for row in self.rows if row.why]
         if self.coupled is not None and self.coupled > self.tolerance:
-            lines.append(f"Self-check FAILED: {coupling_message(self.coupled, MAY_BE_COUPLED)}")
+            lines.append(f"Self-check FAILED: {coupling_message(self.coupled, COUPLED_WAY_OUT)}")
         elif self.passed is None:
             lines.append("Self-check: not made, since parameters or inputs have no values here.")
         elif self.passed:
@@ -177,15 +184,15 @@ def report(
         True
     """
     check_model(model_fn, params, inputs)
-    together, model_fn = check_coupled(examples), Model(model_fn, has_aux)
+    coupled_examples, model_fn = check_coupled(examples), Model(model_fn, has_aux)
     size = batched_leaves(inputs)[0].shape[0]
-    with called_with(params, inputs):
+    with model_errors_explained(params, inputs):
         whole = jax.eval_shape(model_fn, params, inputs)
         if isinstance(whole, Mapping):  # as for a JointLoss
             model_fn = Model(flat_model(model_fn))
             whole = jax.eval_shape(model_fn, params, inputs)
-    with called_with(params, inputs, one_example=not together):
-        trace = trace_model(model_fn, params, inputs, coupled=together)
+    with model_errors_explained(params, inputs, one_example=not coupled_examples):
+        trace = trace_model(model_fn, params, inputs, coupled=coupled_examples)
     if whole.shape != (size, *trace.outputs.shape):
         raise ValueError(
             f"model_fn must return an array [N, *out]; it returned shape {whole.shape} for a batch of {size}, and"
@@ -195,17 +202,17 @@ def report(
     gaps: list[float | None] = [None] * len(trace.shapes)
     coupled = None
     if have_values((params, inputs)):
-        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, together)).tolist()
+        coupled, *gaps = np.asarray(_measure(model_fn, params, inputs, coupled_examples)).tolist()
     rows = tuple(_row(trace, plan, leaf, gap) for leaf, gap in enumerate(gaps))
     return Report(rows, most, coupled)
 
 
 @eqx.filter_jit
 @compiler_sharded
-def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], together: bool) -> Array:
-    few = map_batched(lambda x: jnp.asarray(x if together else x[:EXAMPLES]), inputs)
-    trace = trace_model(model_fn, params, few, coupled=together)
-    return explain(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
+def _measure(model_fn: Any, params: PyTree[Array], inputs: PyTree[Array], coupled_examples: bool) -> Array:
+    few = map_batched(lambda x: jnp.asarray(x if coupled_examples else x[:NUM_CHECKED_EXAMPLES]), inputs)
+    trace = trace_model(model_fn, params, few, coupled=coupled_examples)
+    return compare_gradients(trace, make_plan(trace), model_fn, params, few, tolerance(*dtypes_of(trace)))[1]
 
 
 def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
@@ -242,20 +249,20 @@ def check_model(model_fn: Any, params: Any, inputs: Any) -> None:
 
 def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     name, shape = trace.names[leaf], trace.shapes[leaf]
-    for left in plan.leftovers:
-        if left.leaf == leaf:
+    for parameter in plan.unassigned:
+        if parameter.leaf == leaf:
             entries, total = math.prod(shape), sum(map(math.prod, trace.shapes))
-            curvature = "block" if is_dense(left.kind, entries, total) else "diagonal"
-            curvature = "none" if left.kind == "unused" else curvature
-            why = left.why
-            if left.kind != "unused" and why:
-                why += f" at {left.source}" + (f" in {left.module}" if left.module else "")
-            uses = sum(1 for small in trace.small if leaf in small.leaves)
-            return ReportRow(name, shape, left.kind, "", (), uses, curvature, why, gap)
+            curvature = "block" if is_dense(parameter.kind, entries, total) else "diagonal"
+            curvature = "none" if parameter.kind == "unused" else curvature
+            why = parameter.why
+            if parameter.kind != "unused" and why:
+                why += f" at {parameter.source}" + (f" in {parameter.module}" if parameter.module else "")
+            uses = sum(1 for use in trace.elementwise if leaf in use.leaves)
+            return ReportRow(name, shape, parameter.kind, "", (), uses, curvature, why, gap)
     layers = [layer for layer in plan.layers if leaf in layer.leaves]
     kinds, positions, sizes, uses = [], [], [], 0
     for layer in layers:
-        is_weight = _touches(trace, layer.weight.entries, leaf)
+        is_weight = _has_entries_of(trace, layer.weight.entries, leaf)
         kinds += [trace.uses[n].kind if is_weight else "bias" for n in layer.uses]
         positions += [trace.uses[n].num_positions for n in layer.uses]
         sizes += [dimensions(trace.uses[n].weight.shape) for n in layer.uses]
@@ -264,5 +271,5 @@ def _row(trace: Trace, plan: Plan, leaf: int, gap: float | None) -> ReportRow:
     return ReportRow(name, shape, kind, size, tuple(positions), uses, "Kronecker", "", gap)
 
 
-def _touches(trace: Trace, entries: IndexMap, leaf: int) -> bool:
-    return leaf in entries.owners([math.prod(shape) for shape in trace.shapes])
+def _has_entries_of(trace: Trace, entries: IndexMap, leaf: int) -> bool:
+    return leaf in entries.owning_leaves([math.prod(shape) for shape in trace.shapes])

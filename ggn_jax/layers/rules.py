@@ -1,4 +1,8 @@
-"""Derivative rules of a call (`jax.custom_vjp`, `jax.custom_jvp`), and the products that gradients in them are."""
+"""Derivative rules of a call (`jax.custom_vjp`, `jax.custom_jvp`), and the products that are the gradients in them.
+
+A rule is traced as the call's VJP. Each gradient is then written as a sum of terms, if possible: a product of something
+that depends on cotangents (`b`) with something that does not (`a`), rescaled and moved.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +24,15 @@ from ggn_jax.layers.jaxprs import (
     open_jaxpr,
     run_jaxpr,
 )
-from ggn_jax.layers.weights import ADDITIONS, ELEMENTWISE
+from ggn_jax.layers.weights import ADDITIONS, CASTS, ELEMENTWISE
 
-CASTS = frozenset({"convert_element_type", "copy", "copy_p", "pvary"})
 BIJECTIONS = frozenset({"reshape", "squeeze", "transpose"})
 ZERO_KEPT = CASTS | BIJECTIONS | {"broadcast_in_dim", "reduce_sum", "mul", "neg"}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor of a term: an atom with an axis for each of these labels, along some of which it varies."""
+    """A factor of a term: an atom with an axis for each of these labels, which varies along some; -1 if it is None."""
 
     atom: Any
     axes: tuple[int, ...]
@@ -64,14 +67,17 @@ class Term:
 
     @property
     def side(self) -> Any:
-        """Equal for terms with the same factor of cotangents."""
+        """Equal for terms whose `b` and scales are the same, and so their layer's output gradients."""
         scales = [(id(x.atom), x.inverted, *sorted(x.axes[axis] for axis in x.varies)) for x in self.scales]
         return self.b, tuple(scales)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A call's results, then the gradients that its rule gives, as a jaxpr of its inputs, then cotangents."""
+    """A call's results, then the gradients that its rule gives, as a jaxpr of its inputs, then cotangents.
+
+    Forward and backward pass are both parts of this one jaxpr: what depends on cotangents, and what does not.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -81,13 +87,14 @@ class Rule:
     gradients: tuple[tuple[Term, ...] | None, ...]  # for each input, as a sum of terms if it is one; () is 0
 
     def forward(self, values: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
-        """What does not depend on cotangents."""
+        """These atoms, which do not depend on cotangents."""
         env = dict(
             zip([*self.jaxpr.constvars, *self.jaxpr.invars[: len(values)]], [*self.consts, *values], strict=True)
         )
         return self._run(env, wanted)
 
     def _run(self, env: dict[Any, Any], wanted: Sequence[Any]) -> list[Any]:
+        # Backwards for what is needed, then forwards: what is given in `env` is not computed again.
         missing, equations = {atom for atom in wanted if not is_literal(atom)} - env.keys(), []
         for eqn in reversed(self.jaxpr.eqns):
             if not missing.isdisjoint(eqn.outvars):
@@ -127,20 +134,20 @@ def rule_of(eqn: Any, values: Sequence[Any]) -> Rule | None:
             given = dict(zip(numbers, floating, strict=True))
             return bind(eqn, [given.get(i, value) for i, value in enumerate(values)])
 
-        results, pull_back = jax.vjp(call, *(values[i] for i in numbers))
-        return [*results, *pull_back(cotangents)]
+        results, vjp = jax.vjp(call, *(values[i] for i in numbers))
+        return [*results, *vjp(cotangents)]
 
     cotangents = jax.eval_shape(lambda values: bind(eqn, values), list(values))
-    closed = _flat(jax.make_jaxpr(run)(list(values), cotangents), [*values, *cotangents])
+    closed = _inline_calls(jax.make_jaxpr(run)(list(values), cotangents), [*values, *cotangents])
     jaxpr, consts = open_jaxpr(closed)
     count = len(cotangents)
-    terms, dependent = _walk(jaxpr, count)
+    terms, dependent = _find_terms(jaxpr, count)
     gradients = tuple(terms.get(atom) if not is_literal(atom) else _zero(atom) for atom in jaxpr.outvars[count:])
     return Rule(jaxpr, consts, numbers, count, dependent, gradients)
 
 
-def _flat(closed: Any, args: Sequence[Any]) -> Any:
-    """A jaxpr without calls in it."""
+def _inline_calls(closed: Any, args: Sequence[Any]) -> Any:
+    """A jaxpr with its calls inlined: terms are looked for in a flat list of equations."""
 
     def step(eqn: Any, path: tuple[int, ...], values: list[Any]) -> list[Any]:
         if eqn.primitive.name in INLINED - CUSTOM_JVP:
@@ -157,26 +164,26 @@ def _zero(atom: Any) -> tuple[Term, ...] | None:
     return () if not jnp.ndim(atom.val) and atom.val == 0 else None
 
 
-def _walk(jaxpr: Any, results: int) -> tuple[dict[Any, tuple[Term, ...]], frozenset[Any]]:
-    """The variables that are sums of terms, and those that depend on cotangents."""
+def _find_terms(jaxpr: Any, results: int) -> tuple[dict[Any, tuple[Term, ...]], frozenset[Any]]:
+    """The variables that are sums of terms, each with its terms, and those that depend on cotangents."""
     dependent = set(jaxpr.invars[-results:])
-    terms: dict[Any, tuple[Term, ...]] = {var: (_whole(var),) for var in dependent}
+    terms: dict[Any, tuple[Term, ...]] = {var: (_whole_term(var),) for var in dependent}
     varies = {var: _long_axes(var) for var in (*jaxpr.constvars, *jaxpr.invars)}
     for eqn in jaxpr.eqns:
         varying = [frozenset() if is_literal(atom) else varies[atom] for atom in eqn.invars]
         varies |= {var: _varies(eqn, varying, var) for var in eqn.outvars}
         sums = [_zero(atom) if is_literal(atom) else terms.get(atom) for atom in eqn.invars]
         depends = [not is_literal(atom) and atom in dependent for atom in eqn.invars]
-        found = _terms(eqn, sums, depends, varying) if len(eqn.outvars) == 1 else None
+        found = _terms_of(eqn, sums, depends, varying) if len(eqn.outvars) == 1 else None
         if any(depends):
             dependent |= set(eqn.outvars)
-            found = found or (_whole(eqn.outvars[0]),)  # at least, it may be the `b` of another one
+            found = found or (_whole_term(eqn.outvars[0]),)  # whatever it is, it may be the `b` of a later product
         if found is not None:
             terms[eqn.outvars[0]] = found
     return terms, frozenset(dependent)
 
 
-def _whole(var: Any) -> Term:
+def _whole_term(var: Any) -> Term:
     return Term(None, var, (), tuple(range(len(var.aval.shape))), var.aval)
 
 
@@ -185,7 +192,7 @@ def _long_axes(var: Any) -> frozenset[int]:
 
 
 def _varies(eqn: Any, varying: list[frozenset[int]], var: Any) -> frozenset[int]:
-    """Along which axes a result may differ."""
+    """The axes along which the entries of a result may differ; all of them where the equation does not tell."""
     name = eqn.primitive.name
     if name == "broadcast_in_dim":
         return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in varying[0])
@@ -194,40 +201,40 @@ def _varies(eqn: Any, varying: list[frozenset[int]], var: Any) -> frozenset[int]
     return _long_axes(var)
 
 
-def _terms(eqn: Any, sums: list[Any], depends: list[bool], varying: list[frozenset[int]]) -> tuple[Term, ...] | None:
-    """The result of an equation as a sum of terms, given those of its inputs."""
+def _terms_of(eqn: Any, sums: list[Any], depends: list[bool], varying: list[frozenset[int]]) -> tuple[Term, ...] | None:
+    """The result of an equation as a sum of terms, given those of its inputs; `()` is 0, None is not such a sum."""
     name = eqn.primitive.name
     if name in ZERO_KEPT and () in sums:
         return ()
     if name in ADDITIONS | {"sub"} and None not in sums and all(term.a is not None for terms in sums for term in terms):
-        second = sums[1] if name != "sub" else _times(sums[1], Scale(None, (), frozenset(), False))
+        second = sums[1] if name != "sub" else _scaled_terms(sums[1], Scale(None, (), frozenset(), False))
         return None if second is None else (*sums[0], *second)
     if name == "dot_general" and sum(depends) == 1:
         number = depends.index(True)
-        return (_product(eqn, number, sums[number]),)
+        return (_product_term(eqn, number, sums[number]),)
     if name == "neg" and sums[0] is not None:
-        return _times(sums[0], Scale(None, (), frozenset(), False))
+        return _scaled_terms(sums[0], Scale(None, (), frozenset(), False))
     if name in ("mul", "div"):
         for i in (0, 1) if name == "mul" else (0,):
             if depends[i] and sums[i] and (not depends[1 - i] or not varying[1 - i]):
-                scaled = _times(sums[i], Scale(eqn.invars[1 - i], (), varying[1 - i], name == "div"))
+                scaled = _scaled_terms(sums[i], Scale(eqn.invars[1 - i], (), varying[1 - i], name == "div"))
                 if scaled is not None:
                     return scaled
         return None
     if len(sums) == 1 and depends[0] and sums[0]:
-        moved = [_moved(eqn, term) for term in sums[0]]
+        moved = [_moved_term(eqn, term) for term in sums[0]]
         return None if None in moved else tuple(moved)  # type: ignore[arg-type]  # none is None
     return None
 
 
-def _product(eqn: Any, number: int, terms: Any) -> Term:
+def _product_term(eqn: Any, number: int, terms: Any) -> Term:
     """A product of what depends on cotangents, operand `number`, and what does not."""
     (contract, batch) = eqn.params["dimension_numbers"]
     b, a = eqn.invars[number], eqn.invars[1 - number]
     rank = len(b.aval.shape)
     own = tuple(range(rank))
     if terms and len(terms) == 1 and terms[0].a is None and terms[0].is_whole:
-        b, own = terms[0].b, terms[0].axes  # transposed
+        b, own = terms[0].b, terms[0].axes  # a transposed one: terms of one `b` must have the same labels
     pairs = zip((*batch[1 - number], *contract[1 - number]), (*batch[number], *contract[number]), strict=True)
     shared = {i: own[j] for i, j in pairs}
     labels = {number: own, 1 - number: tuple(shared.get(i, rank + i) for i in range(len(a.aval.shape)))}
@@ -236,8 +243,8 @@ def _product(eqn: Any, number: int, terms: Any) -> Term:
     return Term(a, b, labels[1 - number], axes, eqn.outvars[0].aval, precision=eqn.params["precision"])
 
 
-def _times(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
-    """Terms times what varies along axes of `b` alone, if it does; None is -1."""
+def _scaled_terms(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
+    """Terms times a scale that varies along axes of `b` alone, so that it can be applied to `b`; else None."""
     scaled = []
     for term in terms:
         if term.a is None:
@@ -249,19 +256,20 @@ def _times(terms: tuple[Term, ...], scale: Scale) -> tuple[Term, ...] | None:
     return tuple(scaled)
 
 
-def _moved(eqn: Any, term: Term) -> Term | None:
+def _moved_term(eqn: Any, term: Term) -> Term | None:
+    """The term of the result of an equation of one input; None if it does more than move, sum or cast."""
     name = eqn.primitive.name
     if name in CASTS:
         before, after = (var.aval.dtype for var in (eqn.invars[0], eqn.outvars[0]))
         if not is_floating(eqn.outvars[0]):
             return None
-        # What is rounded is something else.
+        # A rounded `b` is another value. A rounded product is not: its layer's product is rounded the same way.
         return term if term.a is not None or jnp.finfo(before).bits <= jnp.finfo(after).bits else None
     if not term.moves:
         if name == "transpose":
             return replace(term, axes=tuple(term.axes[i] for i in eqn.params["permutation"]))
         if name == "reduce_sum":
             return replace(term, axes=tuple(x for i, x in enumerate(term.axes) if i not in eqn.params["axes"]))
-    # Of `b` alone, what is in other shape is another `b`, of which there may be products as well.
+    # `b` alone in another shape is a new `b`: a product with it may contract axes that the old one does not have.
     is_kept = name in BIJECTIONS and not (term.a is None and term.is_whole)
     return replace(term, moves=(*term.moves, eqn)) if is_kept else None

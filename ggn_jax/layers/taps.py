@@ -1,8 +1,8 @@
-"""Sums over examples that are made where a layer is, in a loop, so that its inputs and output gradients stay inside.
+"""Sums over examples made inside of a loop, where a layer is, so that its inputs and output gradients stay inside.
 
-The model is mapped over examples. What is wanted of all of them at once, such as a sum of outer products, is a function
-that takes the place of the mapped one (`jax.custom_batching.custom_vmap`), and whose result is not mapped. What it
-makes of output gradients leaves the backward pass as the cotangent of an argument that nothing depends on.
+The model is mapped over examples. A function of all of them at once, such as a sum of outer products, takes the place
+of the mapped one by `jax.custom_batching.custom_vmap`, and its result is not mapped. What it makes of output gradients
+leaves the backward pass as the cotangent of an argument that nothing depends on, since that is all that JAX lets out.
 """
 
 from collections.abc import Callable
@@ -13,44 +13,44 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-Summary = Callable[[PyTree[Array], Array], PyTree[Array]]
+BatchFn = Callable[[PyTree[Array], Array], PyTree[Array]]
 
 
 class Tap(NamedTuple):
-    """What leaves the loops around a use in place of its arrays, for each step: functions of those of a batch."""
+    """Functions of the arrays of a batch at one use: what leaves the loops around it, for each step, in their place."""
 
-    inputs: Summary  # of `given` and [N, *operand]
-    output_grads: Summary  # of `given` and [N, *output]
-    given: PyTree[Array]
+    inputs: BatchFn  # of `args` and [N, *operand]
+    output_grads: BatchFn  # of `args` and [N, *output]
+    args: PyTree[Array]
 
 
-def of_batch(fn: Summary, given: PyTree[Array], size: int, x: Array) -> PyTree[Array]:
-    """`fn` of the `x` of all examples, called on that of one while so many are mapped over."""
+def apply_to_batch(fn: BatchFn, args: PyTree[Array], size: int, x: Array) -> PyTree[Array]:
+    """`fn` of the `x` of all `size` examples, called on that of one example while they are mapped over."""
 
     @custom_vmap
-    def summary(given: PyTree[Array], x: Array) -> PyTree[Array]:
-        return fn(given, jnp.broadcast_to(x, (size, *x.shape)))
+    def summary(args: PyTree[Array], x: Array) -> PyTree[Array]:
+        return fn(args, jnp.broadcast_to(x, (size, *x.shape)))
 
     @summary.def_vmap
-    def of_all(size: int, mapped: Any, given: PyTree[Array], x: Array) -> tuple[PyTree[Array], PyTree[bool]]:
-        result = fn(given, x)
+    def of_all(size: int, mapped: Any, args: PyTree[Array], x: Array) -> tuple[PyTree[Array], PyTree[bool]]:
+        result = fn(args, x)
         return result, jax.tree.map(lambda _: False, result)
 
-    return summary(given, jax.lax.stop_gradient(x))
+    return summary(args, jax.lax.stop_gradient(x))
 
 
-def give_grads(fn: Summary, given: PyTree[Array], size: int, y: Array, receiver: PyTree[Array]) -> Array:
-    """`y` itself; `fn` of its cotangents of all examples is the cotangent of `receiver`."""
+def tap_cotangents(fn: BatchFn, args: PyTree[Array], size: int, y: Array, perturbation: PyTree[Array]) -> Array:
+    """`y` itself; the cotangent of `perturbation` is `fn` of all examples' cotangents of `y`."""
 
     @jax.custom_vjp
-    def same(given: PyTree[Array], y: Array, receiver: PyTree[Array]) -> Array:
+    def same(args: PyTree[Array], y: Array, perturbation: PyTree[Array]) -> Array:
         return y
 
-    def forward(given: PyTree[Array], y: Array, receiver: PyTree[Array]) -> tuple[Array, PyTree[Array]]:
-        return y, given
+    def forward(args: PyTree[Array], y: Array, perturbation: PyTree[Array]) -> tuple[Array, PyTree[Array]]:
+        return y, args
 
-    def backward(given: PyTree[Array], g: Array) -> tuple[None, Array, PyTree[Array]]:
-        return None, g, of_batch(fn, given, size, g)
+    def backward(args: PyTree[Array], g: Array) -> tuple[None, Array, PyTree[Array]]:
+        return None, g, apply_to_batch(fn, args, size, g)
 
     same.defvjp(forward, backward)
-    return same(given, y, receiver)
+    return same(args, y, perturbation)

@@ -1,4 +1,4 @@
-"""Find the layers of a model: its jaxpr for one example, and what was found in it."""
+"""Find the layers of a model: trace it on one example, and walk over its jaxpr."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,31 +9,31 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import check_outputs
 from ggn_jax._model import Model
-from ggn_jax._sharding import explained, explicit_mesh
+from ggn_jax._sharding import explicit_mesh, sharding_errors_explained
 from ggn_jax._unbatched import are_batched, batched_leaves, map_batched
 from ggn_jax.layers.analysis import analyse
 from ggn_jax.layers.distribute import distribute
 from ggn_jax.layers.labels import Data
-from ggn_jax.layers.uses import Blocked, SmallUse, Use
+from ggn_jax.layers.uses import ElementwiseUse, UncoveredUse, Use
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """A model's jaxpr for one example, or for a batch whose examples are coupled, and what was found in it."""
 
-    closed: Any  # of the outputs, and of what a coupled model returns besides
+    closed: Any  # a jaxpr of parameters, then inputs; its results are outputs, then what a coupled model also returns
     structure: Any  # of the parameters
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
     names: tuple[str, ...]
     uses: tuple[Use, ...]
-    small: tuple[SmallUse, ...]
-    blocked: tuple[Blocked, ...]
+    elementwise: tuple[ElementwiseUse, ...]
+    uncovered: tuple[UncoveredUse, ...]
     outputs: jax.ShapeDtypeStruct  # of one example, without batch axis
-    head: Data  # the model's output: of a layer, and which of its entries, if it is that layer's output moved about
+    head: Data  # of the model's output: if it is a layer's output, moved or not, which layer's, and which entries
     batched: tuple[bool, ...]  # whether each leaf of the inputs has a batch axis
     examples: int  # that the model was traced on together: 1 where they are independent
-    aux: Any  # the structure of what a coupled model returns besides
+    aux: Any  # the structure of what a coupled model returns as well
 
 
 def trace_model(
@@ -45,7 +45,8 @@ def trace_model(
     Arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
 
-    # Not of shapes and dtypes alone: inside `jax.shard_map`, types say over which axes values vary.
+    # `eval_shape` of the arrays, and not of their shapes and dtypes: inside `jax.shard_map`, types also say over which
+    # axes of the mesh values vary.
     def cut(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         return params, inputs if coupled else map_batched(lambda x: x[:1], inputs)
 
@@ -56,7 +57,7 @@ def trace_model(
 
     if explicit_mesh((params, inputs)) is not None:
         params, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, inputs))
-    with explained():
+    with sharding_errors_explained():
         like, one = jax.eval_shape(cut, params, inputs)
         closed, (outputs, aux) = jax.make_jaxpr(run, return_shape=True)(like, one)
     examples = batched_leaves(one)[0].shape[0] if coupled else 1
@@ -72,17 +73,20 @@ def trace_model(
     shapes = [leaf.shape for _, leaf in leaves]
     batched = tuple(are_batched(one))
     analysis, head = analyse(closed, shapes, batched)
-    if analysis.computed or analysis.unmapped:
-        # Products with computed weights may be products with parameters, in another order.
+    if analysis.has_computed_weight or analysis.has_unmappable:
+        # Products with computed weights may be products with parameters, in another order. The distributed jaxpr is
+        # taken only if it leaves fewer parameters without a Kronecker form, or if JAX cannot map the first one.
         fn = distribute(closed, len(leaves), [not is_batched for is_batched in batched])
-        with explained():
+        with sharding_errors_explained():
             other = jax.make_jaxpr(fn)(*jax.tree.leaves((like, one)))
         found = analyse(other, shapes, batched)
-        if analysis.unmapped or found[0].uncovered() < analysis.uncovered():
+        if analysis.has_unmappable or found[0].uncovered_leaves() < analysis.uncovered_leaves():
             closed, (analysis, head) = other, found
-        if analysis.uncovered():
-            found = analyse(closed, shapes, batched, commits=True)
-            analysis, head = found if found[0].uncovered() < analysis.uncovered() else (analysis, head)
+        # Last, what a weight makes of computed parameters (a normalised query, projected) as data for what comes next.
+        # Not before: a product of two parameters is a weight first.
+        if analysis.uncovered_leaves():
+            found = analyse(closed, shapes, batched, commit_early=True)
+            analysis, head = found if found[0].uncovered_leaves() < analysis.uncovered_leaves() else (analysis, head)
     return Trace(
         closed,
         jax.tree.structure(like),
@@ -90,8 +94,8 @@ def trace_model(
         tuple(leaf.dtype for _, leaf in leaves),
         tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tuple(analysis.uses),
-        tuple(analysis.small),
-        tuple(analysis.blocked),
+        tuple(analysis.elementwise),
+        tuple(analysis.uncovered),
         jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype),
         head,
         batched,

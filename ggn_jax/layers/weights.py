@@ -17,23 +17,23 @@ SELECTS = frozenset({"select_n"})
 UNSTACKS = frozenset({"unstack"})
 WITHOUT_DERIVATIVE = frozenset({"stop_gradient"})
 CASTS = frozenset({"convert_element_type", "pvary", "copy", "copy_p"})
-# Moves that act on the factors of an elementwise product alike.
+# Moves that can be applied to the factors of an elementwise product one by one.
 MOVES = frozenset({"transpose", "reshape", "broadcast_in_dim", "squeeze", "slice", "rev"}) | CASTS
 ELEMENTWISE = CASTS | {"add", "sub", "mul", "div", "neg", "abs", "max", "min", "square", "integer_pow", "pow"}
 ELEMENTWISE |= {"exp", "exp2", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt"}
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """Some entries of an array of a parameter's: all of it, or a box."""
+class ParameterBox:
+    """Entries of a parameter: all of an array that it came in as, or a box of it."""
 
     leaf: int
     array: object
     box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """Where it starts and stops."""
+    """Its first indices, and those it stops before."""
 
-    def is_apart(self, other: "Piece") -> bool:
-        """Whether it is known to share no entry with another one."""
+    def is_disjoint(self, other: "ParameterBox") -> bool:
+        """Whether it is known to share no entry with another box."""
         if self.leaf != other.leaf:
             return True
         if self.array is not other.array or self.box is None or other.box is None:
@@ -47,24 +47,24 @@ class Weight:
     """A value that depends on parameters and constants alone, and what it was made of."""
 
     value: Any
-    leaves: frozenset[Piece]
+    boxes: frozenset[ParameterBox]
     varies: frozenset[int]
-    """The axes along which it may differ."""
+    """The axes along which its entries may differ; along the others it is constant."""
     form: "Form | None" = None
-    origin: tuple[Any, ...] = field(default_factory=lambda: (object(),))
-    """Equal for equal values: where it is from, and how it was moved about since."""
+    provenance: tuple[Any, ...] = field(default_factory=lambda: (object(),))
+    """Equal for equal values: the array it comes from, and the moves since. JAX arrays cannot be compared for this."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """`sum_i part_i`, of parameters of their own."""
+    """`sum_i part_i`, no two of which share a parameter."""
 
     parts: tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """`of * by`, entry by entry; `by` has the rank of `of`, or none."""
+    """`of * by`, entry by entry; `by` is a scalar, or has the rank of `of`."""
 
     of: Weight
     by: Weight
@@ -72,15 +72,15 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Gated:
-    """`of`, with a derivative only where `by`, of its shape, is true: weights of a branch that data choose."""
+    """`of`, with a derivative only where `by`, of its shape, is true: the weight of a branch that data choose."""
 
     of: Weight
     by: Weight
 
 
 @dataclass(frozen=True)
-class Straight:
-    """Any value, with the derivative of `of`, of its shape: what a rule of one's own makes of a weight."""
+class StraightThrough:
+    """Any value, with the derivative of `of`, which has its shape: a straight-through estimator."""
 
     of: Weight
 
@@ -95,40 +95,41 @@ class Complex:
 
 @dataclass(frozen=True)
 class Product:
-    """The contraction of two weights over axes of each, with the free axes of the first one in front, then permuted."""
+    """The contraction of two weights: the free axes of the first, then those of the second, then permuted."""
 
     first: Weight
     second: Weight
     axes: tuple[tuple[int, ...], tuple[int, ...]]
     order: tuple[int, ...]
 
-    def origins(self) -> list[tuple[int, int]]:
-        """For each axis of the result, which factor has it, and where."""
+    def factor_axes(self) -> list[tuple[int, int]]:
+        """For each axis of the result, which factor it comes from, and which axis of that it is."""
         factors = self.first, self.second
         free = [(i, a) for i in (0, 1) for a in range(rank_of(factors[i])) if a not in self.axes[i]]
         return [free[axis] for axis in self.order]
 
 
-Form = Sum | Scaled | Gated | Straight | Complex | Product
+Form = Sum | Scaled | Gated | StraightThrough | Complex | Product
 
 
-def of_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
+def evaluate_weights(eqn: Any, values: list[Weight]) -> list[Weight]:
     """The results of an equation of weights, with their forms where there are any."""
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] == 1:
         return values
     results = bind(eqn, [value.value for value in values])
     if eqn.primitive.name in WITHOUT_DERIVATIVE:
-        return [Weight(results[0], frozenset(), values[0].varies, origin=values[0].origin)]
-    leaves = frozenset[Piece]().union(*(value.leaves for value in values))
+        return [Weight(results[0], frozenset(), values[0].varies, provenance=values[0].provenance)]
+    boxes = frozenset[ParameterBox]().union(*(value.boxes for value in values))
+    # Slices of one array are compared by their boxes, so that `w[:2]` and `w[2:]` count as disjoint.
     if eqn.primitive.name == "slice":
         box = tuple(eqn.params["start_indices"]), tuple(eqn.params["limit_indices"])
-        whole = [values[0].origin == (piece.array,) for piece in leaves]
-        leaves = frozenset(replace(p, box=box) if is_whole else p for p, is_whole in zip(leaves, whole, strict=True))
+        whole = [values[0].provenance == (piece.array,) for piece in boxes]
+        boxes = frozenset(replace(p, box=box) if is_whole else p for p, is_whole in zip(boxes, whole, strict=True))
     if len(results) > 1:
-        return [as_weight(result, leaves) for result in results]
-    result = Weight(results[0], leaves, _varies(eqn, values, results[0]), _form(eqn, values) if leaves else None)
+        return [as_weight(result, boxes) for result in results]
+    result = Weight(results[0], boxes, _varies(eqn, values, results[0]), _form(eqn, values) if boxes else None)
     if len(values) == 1 and eqn.primitive.name in MOVES:
-        result = replace(result, origin=(*values[0].origin, eqn.primitive.name, str(eqn.params)))
+        result = replace(result, provenance=(*values[0].provenance, eqn.primitive.name, str(eqn.params)))
     return [result]
 
 
@@ -137,28 +138,32 @@ def _form(eqn: Any, values: list[Weight]) -> Form | None:
     if name == "neg":
         return Scaled(values[0], _number(-1, values[0]))
     if len(values) == 1:
-        return _moved(eqn, values[0]) if name in MOVES else None
-    if len(values) != 2 or not are_apart(*values):
-        return None  # uses of one parameter that see the same data are no layers of their own
+        return _moved_form(eqn, values[0]) if name in MOVES else None
+    if len(values) != 2 or not are_disjoint(*values):
+        # `x (W + W V)` would make two uses of W whose inputs are the same data: two Kronecker terms, whose cross terms
+        # are lost. As one computed weight, it gets an exact block or diagonal instead.
+        return None
     first, second = values
     if name == "complex":
         return Complex(first, second)
     if name in ADDITIONS | {"sub"}:
         shape = eqn.outvars[0].aval.shape
         if isinstance(first.form, Complex) and isinstance(second.form, Complex) and name != "sub":
-            return Complex(_added(first.form.real, second.form.real), _added(first.form.imag, second.form.imag))
-        return Sum((_repeated(first, shape), _repeated(_negative(second) if name == "sub" else second, shape)))
-    if name == "div" and first.leaves and _fits(second, first):
-        return Scaled(first, Weight(1 / second.value, second.leaves, second.varies))
+            return Complex(
+                _sum_of_parts(first.form.real, second.form.real), _sum_of_parts(first.form.imag, second.form.imag)
+            )
+        return Sum((_broadcast(first, shape), _broadcast(_negative(second) if name == "sub" else second, shape)))
+    if name == "div" and first.boxes and _broadcasts_to(second, first):
+        return Scaled(first, Weight(1 / second.value, second.boxes, second.varies))
     if name == "mul":
         for number, weight in (values, values[::-1]):
-            # As in `a + 1j * b`: a number in the program, without a real part.
+            # As in `a + 1j * b`: a literal without a real part.
             is_number = not isinstance(number.value, jax.Array) and not jnp.shape(number.value)
             if isinstance(weight.form, Complex) and is_number and complex(number.value).real == 0:
                 by, parts = complex(number.value).imag, weight.form
-                return Complex(parts.imag and _times(parts.imag, -by), parts.real and _times(parts.real, by))
-        # What varies along fewer axes is the scale.
-        pairs = [(x, y) for x, y in ((first, second), (second, first)) if x.leaves and _fits(y, x)]
+                return Complex(parts.imag and _scaled_by(parts.imag, -by), parts.real and _scaled_by(parts.real, by))
+        # Either may be the scale. The one that varies along fewer axes can be moved out of more products.
+        pairs = [(x, y) for x, y in ((first, second), (second, first)) if x.boxes and _broadcasts_to(y, x)]
         return Scaled(*min(pairs, key=lambda pair: len(pair[1].varies))) if pairs else None
     if name in DOTS and eqn.params["dimension_numbers"][1] == ((), ()):
         axes = tuple(map(tuple, eqn.params["dimension_numbers"][0]))
@@ -167,48 +172,48 @@ def _form(eqn: Any, values: list[Weight]) -> Form | None:
     return None
 
 
-def _added(a: Weight | None, b: Weight | None) -> Weight | None:
+def _sum_of_parts(a: Weight | None, b: Weight | None) -> Weight | None:
     if a is None or b is None:
         return b if a is None else a
-    parts = _repeated(a, shape := jnp.shape(a.value + b.value)), _repeated(b, shape)
-    return Weight(a.value + b.value, a.leaves | b.leaves, a.varies | b.varies, Sum(parts))
+    parts = _broadcast(a, shape := jnp.shape(a.value + b.value)), _broadcast(b, shape)
+    return Weight(a.value + b.value, a.boxes | b.boxes, a.varies | b.varies, Sum(parts))
 
 
-def _times(weight: Weight, number: float) -> Weight:
+def _scaled_by(weight: Weight, number: float) -> Weight:
     by = _number(number, weight)
-    return Weight(weight.value * by.value, weight.leaves, weight.varies, Scaled(weight, by)) if number != 1 else weight
+    return Weight(weight.value * by.value, weight.boxes, weight.varies, Scaled(weight, by)) if number != 1 else weight
 
 
-def gated(which: Any, cases: list[Weight], varies: frozenset[int]) -> Weight | None:
+def gate(which: Any, cases: list[Weight], varies: frozenset[int]) -> Weight | None:
     """The choice, by data, of a weight or constant copies of it; None if it is another choice.
 
-    `vmap` makes them where it turns branches chosen by data into selections. `varies` are the axes along which the
-    choice may differ.
+    `vmap` makes them where it turns branches chosen by data into selections: the branch with the weight, and those that
+    pass on a copy behind `stop_gradient`. `varies` are the axes along which the choice may differ.
     """
-    live = [number for number, case in enumerate(cases) if case.leaves]
-    if len(live) != 1 or any(case.origin != cases[live[0]].origin for case in cases):
+    live = [number for number, case in enumerate(cases) if case.boxes]
+    if len(live) != 1 or any(case.provenance != cases[live[0]].provenance for case in cases):
         return None
     weight = cases[live[0]]
     value = jax.lax.select_n(which, *(case.value for case in cases))
     chosen = jnp.broadcast_to(which == jnp.asarray(live[0]).astype(which.dtype), jnp.shape(value))
-    return Weight(value, weight.leaves, weight.varies, Gated(weight, Weight(chosen, frozenset(), varies)))
+    return Weight(value, weight.boxes, weight.varies, Gated(weight, Weight(chosen, frozenset(), varies)))
 
 
-def _fits(by: Weight, weight: Weight) -> bool:
-    """Whether `by` has an entry, or a repeated one, for each of the weight's."""
+def _broadcasts_to(by: Weight, weight: Weight) -> bool:
+    """Whether `by` is a scalar, or has axes that are equal to the weight's or of length 1."""
     small, large = jnp.shape(by.value), jnp.shape(weight.value)
     return not small or (len(small) == len(large) and all(m in (1, n) for m, n in zip(small, large, strict=True)))
 
 
-def _repeated(weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """A weight along axes along which it repeats."""
+def _broadcast(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """A weight, broadcast; its own form is of another shape, and is dropped."""
     if jnp.shape(weight.value) == shape:
         return weight
-    return Weight(jnp.broadcast_to(weight.value, shape), weight.leaves, weight.varies)
+    return Weight(jnp.broadcast_to(weight.value, shape), weight.boxes, weight.varies)
 
 
-def _moved(eqn: Any, value: Weight) -> Form | None:
-    """The form of a weight that is moved about, or cast to a type that is no narrower."""
+def _moved_form(eqn: Any, value: Weight) -> Form | None:
+    """The form of a weight that is moved, or cast to a type that is no narrower."""
     form, name = value.form, eqn.primitive.name
     before, after = (jnp.dtype(var.aval.dtype) for var in (eqn.invars[0], eqn.outvars[0]))
     if before != after and not (
@@ -221,20 +226,20 @@ def _moved(eqn: Any, value: Weight) -> Form | None:
         return None
 
     def move(part: Weight) -> Weight:
-        return of_weights(eqn, [part])[0]
+        return evaluate_weights(eqn, [part])[0]
 
     if isinstance(form, Sum):
         return Sum(tuple(map(move, form.parts)))
     if isinstance(form, Scaled):
         if not jnp.shape(form.by.value) and name not in CASTS:
             return Scaled(move(form.of), form.by)
-        # Only where `by` has an entry for each of the weight's are both moved alike.
-        return Scaled(move(form.of), move(_repeated(form.by, jnp.shape(form.of.value))))
+        # A reshape may merge axes along which `by` has length 1, so it is broadcast before it is moved.
+        return Scaled(move(form.of), move(_broadcast(form.by, jnp.shape(form.of.value))))
     if isinstance(form, Complex):
         parts = [part and move(part) for part in (form.real, form.imag)]
         return Complex(*parts) if before == after else None
-    if isinstance(form, Straight):
-        return Straight(move(form.of))
+    if isinstance(form, StraightThrough):
+        return StraightThrough(move(form.of))
     if isinstance(form, Gated):
         return Gated(move(form.of), form.by if name in CASTS else move(form.by))
     if name in CASTS:
@@ -245,7 +250,7 @@ def _moved(eqn: Any, value: Weight) -> Form | None:
 
 
 def _varies(eqn: Any, values: list[Weight], result: Any) -> frozenset[int]:
-    """Along which axes the result of an equation may differ."""
+    """The axes along which the result of an equation may differ; all of them where the equation does not tell."""
     name, shape = eqn.primitive.name, jnp.shape(result)
     if name in ELEMENTWISE and all(jnp.ndim(value.value) in (0, len(shape)) for value in values):
         return frozenset[int]().union(*(value.varies for value in values))
@@ -266,38 +271,38 @@ def are_weights(values: Sequence[Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Complex data, and their parts; without imaginary part, it is 0."""
+class ComplexParts:
+    """Complex data, and their real and imaginary parts; None is 0."""
 
     value: Any
     real: Any
     imag: Any
 
 
-def of_each_part(fn: Callable[[Any], Any], x: Any) -> Any:
+def map_complex_parts(fn: Callable[[Any], Any], x: Any) -> Any:
     """A function of data that acts on real and imaginary parts alike."""
-    if not isinstance(x, Parts):
+    if not isinstance(x, ComplexParts):
         return fn(x)
-    return Parts(fn(x.value), fn(x.real), None if x.imag is None else fn(x.imag))
+    return ComplexParts(fn(x.value), fn(x.real), None if x.imag is None else fn(x.imag))
 
 
-def plain(value: Any) -> Any:
-    return value.value if isinstance(value, Weight | Parts) else value
+def array_of(value: Any) -> Any:
+    return value.value if isinstance(value, Weight | ComplexParts) else value
 
 
-def as_weight(value: Any, leaves: frozenset[Piece] = frozenset()) -> Weight:
-    return Weight(value, leaves, _all_axes(value))
+def as_weight(value: Any, boxes: frozenset[ParameterBox] = frozenset()) -> Weight:
+    return Weight(value, boxes, _all_axes(value))
 
 
-def of_leaves(value: Any, leaves: Iterable[int]) -> Weight:
-    """A value of these parameters, as it comes in."""
+def parameter_weight(value: Any, leaves: Iterable[int]) -> Weight:
+    """The value of these parameters as it enters a jaxpr: a new array, in which boxes can be compared."""
     array = object()
-    return replace(as_weight(value, frozenset(Piece(leaf, array) for leaf in leaves)), origin=(array,))
+    return replace(as_weight(value, frozenset(ParameterBox(leaf, array) for leaf in leaves)), provenance=(array,))
 
 
-def are_apart(a: Weight, b: Weight) -> bool:
-    """Whether two weights share no parameter's entry."""
-    return all(p.is_apart(q) for p in a.leaves for q in b.leaves)
+def are_disjoint(a: Weight, b: Weight) -> bool:
+    """Whether two weights share no entry of a parameter."""
+    return all(p.is_disjoint(q) for p in a.boxes for q in b.boxes)
 
 
 def _number(number: float, like: Weight) -> Weight:
@@ -305,8 +310,8 @@ def _number(number: float, like: Weight) -> Weight:
 
 
 def _negative(weight: Weight) -> Weight:
-    form = Scaled(weight, _number(-1, weight)) if weight.leaves else None
-    return Weight(-weight.value, weight.leaves, weight.varies, form)
+    form = Scaled(weight, _number(-1, weight)) if weight.boxes else None
+    return Weight(-weight.value, weight.boxes, weight.varies, form)
 
 
 def is_complex(weight: Weight) -> bool:
@@ -321,13 +326,13 @@ def rank_of(weight: Weight) -> int:
     return jnp.ndim(weight.value)
 
 
-def spread(by: Weight, places: dict[int, int], rank: int) -> Array:
-    """A scale as an array of this rank, with its axes that vary at these places."""
+def broadcast_scale(by: Weight, target_axes: dict[int, int], rank: int) -> Array:
+    """A scale as an array of this rank, whose varying axes are these axes of the result; the others have length 1."""
     value = jnp.asarray(by.value)
     axes = sorted(by.varies)
     value = value[tuple(slice(None) if a in by.varies else 0 for a in range(value.ndim))]
-    order = sorted(range(len(axes)), key=lambda i: places[axes[i]])
+    order = sorted(range(len(axes)), key=lambda i: target_axes[axes[i]])
     shape = [1] * rank
     for i in order:
-        shape[places[axes[i]]] = value.shape[i]
+        shape[target_axes[axes[i]]] = value.shape[i]
     return jnp.transpose(value, order).reshape(shape)

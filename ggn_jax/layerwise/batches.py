@@ -1,4 +1,4 @@
-"""Function space of an iterable of batches: one of them is held at a time, and what has the outputs' size."""
+"""Function space of an iterable of batches: only one batch is held at a time, and arrays of the size of the outputs."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.layerwise.dots import Gradients, gradients, products
+from ggn_jax.layerwise.dots import OutputGradients, gradients, inner_products
 from ggn_jax.layerwise.space import (
+    FunctionSpace,
     FunctionSpaceLinearOperator,
     Outputs,
     Root,
     Shapes,
-    Space,
     inverse_roots,
     matrix,
     product,
@@ -24,12 +24,12 @@ from ggn_jax.layerwise.space import (
 )
 from ggn_jax.operators.base import check_vector, register
 from ggn_jax.operators.batches import check_on_host
+from ggn_jax.operators.ordered_passes import OrderedPasses
 from ggn_jax.operators.outputs import BatchesJacobianLinearOperator, map_over_chunks
 from ggn_jax.operators.problem import Problem
-from ggn_jax.operators.rows import RowPasses
 
 
-class Batches(Space):
+class BatchesSpace(FunctionSpace):
     """The outputs of all data of an iterable of batches."""
 
     jacobian: BatchesJacobianLinearOperator
@@ -48,26 +48,27 @@ class Batches(Space):
         return self.jacobian.vjp(us[0])
 
     def gram(self, damping: PyTree[Array] | None) -> Float[Array, "K K"]:
-        """In a pass for each batch: its gradients are kept, and multiplied with those of each that follows."""
+        """One pass for each batch: its gradients are kept, and multiplied with those of each batch after it."""
         passes = self.jacobian.passes
         starts = [0, *passes.ends[:-1]]
         found: dict[tuple[int, int], Array] = {}
 
         def blocks(row: int) -> Callable[[Problem, int], tuple[()]]:
-            kept: list[Gradients] = []
+            kept: list[OutputGradients] = []
 
-            def share(problem: Problem, start: int) -> tuple[()]:
+            def contribution(problem: Problem, start: int) -> tuple[()]:
+                # Batches before this row were multiplied with it in their own pass: the matrix is symmetric.
                 if start >= starts[row]:
                     own = _gradients(problem, damping)
                     kept.append(own) if not kept else None
-                    found[row, starts.index(start)] = _products(kept[0], own, problem.chunk_size)
+                    found[row, starts.index(start)] = _inner_products(kept[0], own, problem.chunk_size)
                 return ()
 
-            return share
+            return contribution
 
         numbers = range(len(starts))
         for row in numbers:
-            passes.sweep(blocks(row), f"rows of batch {row}")
+            passes.sum_over_batches(blocks(row), f"rows of batch {row}")
         return jnp.block([[found[k, m] if k <= m else found[m, k].T for m in numbers] for k in numbers])
 
 
@@ -84,7 +85,7 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
         ('BatchesGramLinearOperator', (13, 3))
     """
 
-    space: Batches
+    space: BatchesSpace
 
     def __init__(
         self,
@@ -103,12 +104,12 @@ class BatchesGramLinearOperator(FunctionSpaceLinearOperator):
                 targets.append(problem.targets)
             return ()
 
-        passes = RowPasses(make, batches, with_targets=loss is not None, progress=progress, share=collect)
+        passes = OrderedPasses(make, batches, with_targets=loss is not None, progress=progress, contribution=collect)
         root = Root(None, centred)
         if loss is not None:
             whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *targets)
             root = _root(passes.loss, jnp.concatenate(outputs), whole, centred)
-        self.space = Batches(BatchesJacobianLinearOperator(passes), root)
+        self.space = BatchesSpace(BatchesJacobianLinearOperator(passes), root)
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
         """Return the shape and dtype of the outputs of all batches, `[N, *out]`."""
@@ -164,11 +165,11 @@ def _root(loss: Any, outputs: Array, targets: Any, centred: bool) -> Root:
 
 @jax.jit
 @compiler_sharded
-def _gradients(problem: Problem, damping: PyTree[Array] | None) -> Gradients:
+def _gradients(problem: Problem, damping: PyTree[Array] | None) -> OutputGradients:
     return gradients([problem], inverse_roots(damping, problem.params))[0]
 
 
-@partial(jax.jit, static_argnames="at_once")
+@partial(jax.jit, static_argnames="chunk_size")
 @compiler_sharded
-def _products(one: Gradients, many: Gradients, at_once: int | None) -> Float[Array, "K L"]:
-    return products(one, many, at_once)
+def _inner_products(one: OutputGradients, many: OutputGradients, chunk_size: int | None) -> Float[Array, "K L"]:
+    return inner_products(one, many, chunk_size)

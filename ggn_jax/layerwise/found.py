@@ -10,18 +10,16 @@ import jax
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
-from ggn_jax._hints import called_with
+from ggn_jax._hints import model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.options import CHOICES, Bias
 from ggn_jax.kronecker.stacks import BlockSpec, Stack
 from ggn_jax.layers import Layer, Plan, Trace, make_plan, trace_model
-from ggn_jax.layers.check import check_independent
+from ggn_jax.layers.check import COUPLED_WAY_OUT, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.layers.table import dimensions, table
 from ggn_jax.operators.base import simple_path, structure_of
-
-COUPLED_WAY_OUT = "pass examples='coupled'"
 
 
 @dataclass(frozen=True)
@@ -138,14 +136,14 @@ class Layers:
             for layer in self.all
         ]
         names = self.trace.names
-        left = [f"{names[left.leaf]} ({left.kind})" for left in self.plan.leftovers]
-        left += [
+        rest = [f"{names[parameter.leaf]} ({parameter.kind})" for parameter in self.plan.unassigned]
+        rest += [
             f"{names[leaf]} (bias)"
             for layer, info in zip(self.plan.layers, self.all, strict=True)
             if layer.bias is not None and not info.has_bias
-            for leaf in layer.bias.entries.owners(self.sizes)
+            for leaf in layer.bias.entries.owning_leaves(self.sizes)
         ]
-        return "\n".join(table(head, rows) + ([f"rest: {', '.join(left)}"] if left else []))
+        return "\n".join(table(head, rows) + ([f"rest: {', '.join(rest)}"] if rest else []))
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(self.names)})"
@@ -225,7 +223,7 @@ def find_layers(
         raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
     check_model(model_fn, params, example_inputs)
     model, coupled = Model(model_fn, has_aux), check_coupled(examples)
-    with called_with(params, example_inputs, one_example=not coupled):
+    with model_errors_explained(params, example_inputs, one_example=not coupled):
         trace = trace_model(model, params, example_inputs, coupled=coupled)
     is_known = have_values((params, example_inputs))
     if is_known and not coupled:
@@ -242,11 +240,12 @@ def _infos(layers: Layers) -> Iterator[LayerInfo]:
         uses = [trace.uses[n] for n in layer.uses]
         kinds = tuple(dict.fromkeys(use.kind for use in uses))
         has_bias = layer.bias is not None and layers.bias == "joint" and "embedding" not in kinds
-        owned = layer.weight.entries.owners(sizes)
+        owned = layer.weight.entries.owning_leaves(sizes)
         if has_bias and layer.bias is not None:
-            owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owners(sizes))))
+            owned = tuple(dict.fromkeys((*owned, *layer.bias.entries.owning_leaves(sizes))))
         groups, out, inputs = layer.weight.shape
         name = first[number]
+        # A parameter may hold the weights of several layers, as fused queries and keys.
         if first.count(name) > 1:
             name += f"#{first[: number + 1].count(name)}"
         yield LayerInfo(

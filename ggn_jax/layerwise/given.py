@@ -12,9 +12,9 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import as_array, check_real, compute_dtype, is_concrete
 from ggn_jax.kronecker.algebra import Block, Diagonal, Factor, Kronecker
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, layout_of
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Stack, entry_layout
 from ggn_jax.layers.index_map import IndexMap
-from ggn_jax.layers.uses import View
+from ggn_jax.layers.uses import ParameterView
 from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.matrices import free_entries, rest_leaves
 from ggn_jax.operators.blocks import BlockLinearOperator
@@ -65,7 +65,7 @@ def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: P
     groups: dict[Any, list[tuple[BlockSpec, Block]]] = {}
     for spec, block in pairs:
         kinds = [(x.ndim, x.dtype) for x in jax.tree.leaves(block)]
-        groups.setdefault((type(block), layout_of(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
+        groups.setdefault((type(block), entry_layout(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
             (spec, block)
         )
     stacks = tuple(Stack(tuple(spec for spec, _ in group)) for group in groups.values())
@@ -100,14 +100,14 @@ def _factor(name: str, value: Any, diagonal: tuple[int, int]) -> Factor:
 
 
 def _wide(name: str, value: Any) -> Array:
-    """A real array, in the dtype that blocks are computed in."""
+    """A real array, in the dtype in which blocks are computed."""
     array = as_array(name, value)
     check_real(name, array)
     return array.astype(compute_dtype(array.dtype))
 
 
 def _check_values(name: str, factor: np.ndarray, is_dense: bool) -> None:
-    """Refuse what no positive semi-definite matrix is, as far as a look at its entries tells."""
+    """Refuse entries that are not finite or not symmetric, and negative ones on the diagonal."""
     if not np.all(np.isfinite(factor)):
         raise ValueError(f"{name} must be finite; it holds NaN or infinities.")
     transposed = np.swapaxes(factor, 1, 2) if is_dense else factor
@@ -133,7 +133,7 @@ def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
 
 
 def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
-    """Diagonal blocks of what no layer owns; zeros without `rest`."""
+    """Diagonal blocks of the entries that no layer owns; zeros without `rest`."""
     trace, sizes = layers.trace, layers.sizes
     given = [optax.MaskedNode()] * len(sizes) if rest is None else rest_leaves(layers, rest)
     pairs: list[tuple[BlockSpec, Block]] = []
@@ -152,6 +152,6 @@ def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
             (numbers,) = np.nonzero(free.reshape(-1))
             entries = IndexMap.explicit((start + numbers).reshape(1, 1, -1))
             flat = values.reshape(-1)[numbers][None]
-        view = View(entries, (1, 1, flat.shape[1]))
+        view = ParameterView(entries, (1, 1, flat.shape[1]))
         pairs.append((BlockSpec((trace.names[leaf],), "rest", (view,)), Diagonal(flat)))
     return pairs

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import prefixed
+from ggn_jax._checks import errors_prefixed
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
@@ -211,7 +211,7 @@ class GramLinearOperator(FunctionSpaceLinearOperator):
         functions = []
         weights = array_weights(objective) if isinstance(objective, Objective) else []
         for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
-            with prefixed(f"batches[{i}]: "):
+            with errors_prefixed(f"batches[{i}]: "):
                 args = term.model_fn, term.loss, params, tuple(batch) if isinstance(batch, list) else batch
                 functions.append(_function(*args, weights[i], centred, chunk_size, has_aux))
         made = object.__new__(cls)

@@ -80,6 +80,7 @@ class UseIO(eqx.Module):
             def scatter(g: Float[Array, "S out"], rows: Int[Array, " S"]) -> Float[Array, "rows out"]:
                 return jnp.zeros((count, g.shape[-1]), g.dtype).at[rows].add(g, mode="drop")
 
+            # Adding rows up, instead of multiplying with one-hot inputs, which would have the size of the table.
             over_examples = jax.vmap(jax.vmap(scatter), out_axes=1)  # of [G, N, ...]
             gradient = jnp.swapaxes(jax.vmap(over_examples, (0, None))(g, rows), -1, -2)
         else:

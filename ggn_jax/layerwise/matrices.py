@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax.kronecker.stacks import read, write
+from ggn_jax.kronecker.stacks import read_entries, write_entries
 from ggn_jax.layerwise.found import Layers
 
 Matrices = dict[str, Float[Array, "G out in"]]
@@ -49,7 +49,7 @@ def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
         {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
     """
     leaves = _leaves(layers, tree)
-    matrices = dict(zip(layers.names, read(layers.stacks, tree), strict=True))
+    matrices = dict(zip(layers.names, read_entries(layers.stacks, tree), strict=True))
     owned = free_entries(layers)
     rest: list[Any] = [
         leaf if free is None else optax.MaskedNode() if not free.any() else jnp.where(jnp.asarray(free), leaf, 0)
@@ -97,15 +97,16 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
     parts = [jnp.asarray(matrices[name]) for name in layers.names]
     dtypes: list[Any] = list(trace.dtypes)
     for stack, part in zip(layers.stacks, parts, strict=True):
-        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owners(layers.sizes)]
+        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owning_leaves(layers.sizes)]
         with jax.numpy_dtype_promotion("standard"):
             usual = jnp.result_type(*(trace.dtypes[leaf] for leaf in leaves))
+        # A matrix of the usual dtype goes back to each parameter's own; another one (momentum) keeps its dtype.
         if part.dtype != usual:
             for leaf in leaves:
                 dtypes[leaf] = part.dtype
     given = rest_leaves(layers, rest)
     shapes = trace.shapes
-    written = jax.tree.leaves(write(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
+    written = jax.tree.leaves(write_entries(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
     result = []
     for leaf, free in enumerate(owned):
         if free is not None and not free.any():
@@ -133,7 +134,7 @@ def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
 
 
 def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
-    """What `rest` has in place of each parameter."""
+    """What `rest` has in the place of each parameter."""
     try:
         return layers.trace.structure.flatten_up_to(rest)
     except ValueError as error:
@@ -141,15 +142,15 @@ def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
 
 
 def free_entries(layers: Layers) -> list[np.ndarray | None]:
-    """For each parameter, which of its entries no layer owns; None where layers own none."""
+    """For each parameter, a mask of the entries that no layer owns; None if no layer owns any."""
     sizes = layers.sizes
     views = [view for stack in layers.stacks for view in stack.specs[0].views]
-    owners = {leaf for view in views for leaf in view.entries.owners(sizes)}
+    owners = {leaf for view in views for leaf in view.entries.owning_leaves(sizes)}
     counts = dict.fromkeys(owners, 0)
-    whole = all(len(view.entries.owners(sizes)) == 1 for view in views)
-    if whole:  # without looking at entries one by one
+    whole = all(len(view.entries.owning_leaves(sizes)) == 1 for view in views)
+    if whole:  # sizes are enough, without arrays of indices
         for view in views:
-            counts[view.entries.owners(sizes)[0]] += view.entries.size
+            counts[view.entries.owning_leaves(sizes)[0]] += view.entries.size
     free: list[np.ndarray | None] = [None] * len(sizes)
     for leaf in owners:
         if whole and counts[leaf] == sizes[leaf]:
@@ -158,7 +159,7 @@ def free_entries(layers: Layers) -> list[np.ndarray | None]:
         start = sum(sizes[:leaf])
         mine = np.ones(math.prod(layers.trace.shapes[leaf]), bool)
         for view in views:
-            numbers = view.entries.numbers().reshape(-1) - start
+            numbers = view.entries.indices().reshape(-1) - start
             mine[numbers[(numbers >= 0) & (numbers < sizes[leaf])]] = False
         free[leaf] = mine.reshape(layers.trace.shapes[leaf])
     return free

@@ -19,10 +19,10 @@ from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import check_mask_fits
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.options import Options
-from ggn_jax.kronecker.vectors import Positions, count_vectors, vector_maker
+from ggn_jax.kronecker.vectors import Positions, count_vectors, make_vector_fn
 from ggn_jax.layers import Captured, Trace, capture
-from ggn_jax.layers.check import check_independent
-from ggn_jax.layerwise.found import COUPLED_WAY_OUT, LayerInfo, Layers
+from ggn_jax.layers.check import COUPLED_WAY_OUT, check_independent
+from ggn_jax.layerwise.found import LayerInfo, Layers
 from ggn_jax.layerwise.io import LayerIO, LayersIO, UseIO
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
@@ -101,12 +101,12 @@ def layer_io(
             " sums, or a mesh with axes of AxisType.Auto."
         )
     given = _prepare(layers, loss, params, batch, None, fisher_type, mc_samples, key, positions, mask, grads)
-    return _whole(*given)
+    return _whole_io(*given)
 
 
 @compiled
-def _whole(problem: Problem, extra: dict[str, Any], view: "_View") -> LayersIO:
-    io: LayersIO = problem.sum_over_chunks(partial(_look, view, problem), extra)
+def _whole_io(problem: Problem, extra: dict[str, Any], request: "_PassRequest") -> LayersIO:
+    io: LayersIO = problem.sum_over_chunks(partial(_chunk_io, request, problem), extra)
     return io
 
 
@@ -168,7 +168,7 @@ def sum_layer_io(
          [5. 5. 5.]
          [5. 5. 5.]]
     """
-    problem, extra, view = _prepare(
+    problem, extra, request = _prepare(
         layers, loss, params, batch, chunk_size, fisher_type, mc_samples, key, positions, mask, grads
     )
 
@@ -176,19 +176,19 @@ def sum_layer_io(
 
     def run(problem: Problem, extra: Any) -> PyTree[Array]:
         # Where the compiler shards, types of arrays inside the jaxpr differ from those where layers were found.
-        own = view._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else view
-        return problem.sum_over_chunks(lambda *args: fn(_look(own, problem, *args)), extra)
+        own = request._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else request
+        return problem.sum_over_chunks(lambda *args: fn(_chunk_io(own, problem, *args)), extra)
 
     return (eqx.filter_jit(compiler_sharded(run)) if is_explicit else run)(problem, extra)
 
 
-class _View(NamedTuple):
-    """What is wanted of a pass: static."""
+class _PassRequest(NamedTuple):
+    """The static options of a pass."""
 
     layers: Layers
     options: Options
     grads: bool
-    valued: bool
+    with_value: bool
 
 
 def _prepare(
@@ -203,14 +203,14 @@ def _prepare(
     positions: Positions,
     mask: Any,
     grads: bool,
-) -> tuple[Problem, dict[str, Any], _View]:
-    """The checked batch, what belongs to its examples, and what is wanted."""
+) -> tuple[Problem, dict[str, Any], _PassRequest]:
+    """The checked batch, what else has an entry for each example, and the options of the pass."""
     if not isinstance(layers, Layers):
         raise TypeError(f"layers must be what find_layers returned; got {type(layers).__name__}.")
     options = Options(fisher_type=fisher_type, mc_samples=mc_samples, positions=positions)  # type: ignore[arg-type]
     if options.fisher_type is FisherType.TYPE2:
         check_exact(loss)
-    without = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
+    has_no_targets = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
     args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
     problem = make_problem(*args, has_aux=layers.has_aux, examples="coupled" if layers.coupled else "independent")
     check_fits(layers, problem)
@@ -220,7 +220,7 @@ def _prepare(
         layers = layers.again(problem.params, problem.inputs)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
     check_mask_fits(layers.trace, extra["mask"])
-    return problem, extra, _View(layers, options, grads, not without)
+    return problem, extra, _PassRequest(layers, options, grads, not has_no_targets)
 
 
 def check_fits(layers: Layers, problem: Problem) -> None:
@@ -252,21 +252,23 @@ def check_fits(layers: Layers, problem: Problem) -> None:
         check_independent(problem.model_fn, problem.params, problem.inputs, problem.outputs.dtype, COUPLED_WAY_OUT)
 
 
-def _look(
-    view: _View, problem: Problem, terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]
+def _chunk_io(
+    request: _PassRequest, problem: Problem, terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]
 ) -> LayersIO:
-    """`layer_io` of a chunk."""
-    layers, options, grads, valued = view
+    """The results of `layer_io` for a chunk."""
+    layers, options, grads, with_value = request
     captured = capture(layers.trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
     kind = options.fisher_type, options.mc_samples, options.positions
-    together = layers.trace.examples
-    num = count_vectors(problem.loss, layers.trace.outputs, *kind, together)
+    num_coupled = layers.trace.examples
+    num = count_vectors(problem.loss, layers.trace.outputs, *kind, num_coupled)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:
-        vectors = vector_maker(terms, *kind, extra["keys"], together)(jnp.arange(num)).astype(captured.outputs.dtype)
+        vectors = make_vector_fn(terms, *kind, extra["keys"], num_coupled)(jnp.arange(num)).astype(
+            captured.outputs.dtype
+        )
     value = gradient = None
-    if valued:
+    if with_value:
         value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(captured.outputs)
         if grads:
             gradient = captured.gradient(vector)
@@ -274,17 +276,17 @@ def _look(
     return LayersIO(
         value,
         gradient,
-        jnp.where(jnp.isinf(terms.r), 0, terms.r),
-        pulled_back(layers.trace, layers, captured, vectors, extra["mask"])[0],
+        jnp.where(jnp.isinf(terms.reduction_factor), 0, terms.reduction_factor),
+        back_propagated(layers.trace, layers, captured, vectors, extra["mask"])[0],
     )
 
 
-def pulled_back(
+def back_propagated(
     trace: Trace, layers: Iterable[LayerInfo], captured: Captured, vectors: Float[Array, "V N *out"], mask: Array | None
 ) -> tuple[dict[str, LayerIO], Sequence[Array]]:
-    """What these vectors give at each layer, and the gradients `[V, N, *shape]` of the parameters asked for."""
+    """Each layer's inputs and output gradients for these vectors, and gradients `[V, N, *shape]` of some parameters."""
     if len(vectors):
-        found, own = jax.vmap(captured.pull_back)(vectors)
+        found, own = jax.vmap(captured.vjp)(vectors)
     else:
         size = captured.outputs.shape[0] // trace.examples
         found = tuple(jnp.zeros((0, size, *use.output_shape), use.output_dtype) for use in trace.uses)

@@ -1,4 +1,4 @@
-"""Curvature in function space: products with `X^T X`, `X = J^T S`, and solves with `X X^T` by factorising that."""
+"""Curvature in function space: products with `X^T X`, `X = J^T S`, and solves with `X X^T` by factorising `X^T X`."""
 
 import abc
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import is_concrete
 from ggn_jax._eager import compiled
-from ggn_jax._weights import root, times, weighted_sum
-from ggn_jax.layerwise.dots import gradients, products
+from ggn_jax._weights import safe_sqrt, times, weighted_sum
+from ggn_jax.layerwise.dots import gradients, inner_products
 from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, leaf_dampings
 from ggn_jax.operators.outputs import Linearised
 from ggn_jax.operators.problem import Problem
@@ -27,10 +27,10 @@ Shapes = Sequence[jax.ShapeDtypeStruct]
 
 
 class Root(eqx.Module):
-    """`C S` at some outputs: the loss's square root `S`, and `C`, which subtracts the mean over examples."""
+    """`C S` at some outputs: the loss Hessian's square root `S`, and `C`, which subtracts the mean over examples."""
 
     terms: Any
-    """Of the loss; None for `S = I`."""
+    """The loss's terms; None for `S = I`."""
     centred: bool = eqx.field(static=True)
 
     @classmethod
@@ -41,11 +41,11 @@ class Root(eqx.Module):
     def is_identity(self) -> bool:
         return self.terms is None and not self.centred
 
-    def right(self, u: Array) -> Array:
+    def mv(self, u: Array) -> Array:
         """`C S u`."""
         return self._centre(u if self.terms is None else self.terms.product("sqrt_mv", u))
 
-    def left(self, u: Array) -> Array:
+    def rmv(self, u: Array) -> Array:
         """`S^T C u`."""
         u = self._centre(u)
         return u if self.terms is None else self.terms.product("sqrt_rmv", u)
@@ -54,16 +54,16 @@ class Root(eqx.Module):
         return u - jnp.mean(u, axis=0, keepdims=True) if self.centred else u
 
 
-class Space(eqx.Module):
+class FunctionSpace(eqx.Module):
     """The outputs of one or several functions, with the Jacobian of all of them."""
 
     @abc.abstractmethod
     def shapes(self) -> Shapes:
-        """Of each function's outputs."""
+        """The shapes of each function's outputs."""
 
     @abc.abstractmethod
     def roots(self) -> Sequence[Root]:
-        """Of each function."""
+        """The root of each function's loss."""
 
     @abc.abstractmethod
     def jvp(self, v: PyTree[Array]) -> Outputs:
@@ -82,21 +82,21 @@ class Function(eqx.Module):
     """One function of a space: a problem, and the weight of its loss."""
 
     problem: Problem
-    kept: Linearised | None
+    linearisation: Linearised | None
     weight: Float[Array, ""] | None
     with_loss: bool = eqx.field(static=True)
     centred: bool = eqx.field(static=True)
 
 
-class Functions(Space):
-    """Functions of the same parameters, whose batches are in memory; the Jacobian has the roots of their weights."""
+class Functions(FunctionSpace):
+    """Functions of the same parameters, whose batches are in memory; the roots of weights are in the Jacobian."""
 
     functions: tuple[Function, ...]
     linearised: tuple[Linearised, ...]
 
     def __init__(self, functions: tuple[Function, ...]):
         self.functions = functions
-        self.linearised = tuple(f.kept or Linearised.of(f.problem) for f in functions)
+        self.linearised = tuple(f.linearisation or Linearised.of(f.problem) for f in functions)
 
     def shapes(self) -> Shapes:
         return [f.problem.outputs for f in self.functions]
@@ -122,17 +122,17 @@ class Functions(Space):
         weights = self._weights()
 
         def block(k: int, m: int) -> Float[Array, "K L"]:
-            return times(weights[k] * weights[m], products(parts[k], parts[m], problems[k].chunk_size))
+            return times(weights[k] * weights[m], inner_products(parts[k], parts[m], problems[k].chunk_size))
 
         numbers = range(len(parts))
         return jnp.block([[block(k, m) for m in numbers] for k in numbers])
 
     def _weights(self) -> list[Array]:
-        return [jnp.ones(()) if f.weight is None else root(f.weight) for f in self.functions]
+        return [jnp.ones(()) if f.weight is None else safe_sqrt(f.weight) for f in self.functions]
 
 
 def inverse_roots(damping: PyTree[Array] | None, params: PyTree[Array]) -> list[Array] | None:
-    """`D^-1/2` of each parameter; equal ones are one array where the damping has one number for them."""
+    """`D^-1/2` for each parameter; those with one number in the damping share one array, which `dots` looks for."""
     if damping is None:
         return None
     numbers = leaf_dampings(damping, params)
@@ -140,51 +140,52 @@ def inverse_roots(damping: PyTree[Array] | None, params: PyTree[Array]) -> list[
     return [made[id(number)] for number in numbers]
 
 
-def product(space: Space, us: Outputs) -> Outputs:
+def product(space: FunctionSpace, us: Outputs) -> Outputs:
     """`X^T X u`."""
     roots = space.roots()
-    return _left(roots, space.jvp(space.vjp(_right(roots, us))))
+    return _apply_roots_transposed(roots, space.jvp(space.vjp(_apply_roots(roots, us))))
 
 
-def matrix(space: Space, damping: PyTree[Array] | None = None) -> Float[Array, "K K"]:
+def matrix(space: FunctionSpace, damping: PyTree[Array] | None = None) -> Float[Array, "K K"]:
     """`X^T D^-1 X`, in at least float32; rows and columns are the outputs' entries, one function after the other."""
     roots, gram = space.roots(), space.gram(damping)
     return gram if all(r.is_identity for r in roots) else _from_both_sides(roots, space.shapes(), gram)
 
 
-def solve(space: Space, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
+def solve(space: FunctionSpace, v: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
     """`(X X^T + d D)^-1 v = D^-1 (v - X (X^T D^-1 X + d I)^-1 X^T D^-1 v) / d`, with `D = I` for None."""
+    # The Woodbury identity: one factorisation of the size of the outputs, not of the parameters.
     roots, gram = space.roots(), matrix(space, damping)
-    inner = _left(roots, space.jvp(_divided(v, damping)))
-    back = space.vjp(_right(roots, _dual(gram, number, inner, space.shapes())))
-    return _rest(v, back, number, damping)
+    inner = _apply_roots_transposed(roots, space.jvp(_divide_by_damping(v, damping)))
+    back = space.vjp(_apply_roots(roots, _solve_dual(gram, number, inner, space.shapes())))
+    return _finish_solve(v, back, number, damping)
 
 
-# Each is one program where it is called outside of `jit`.
-
-
-@compiled
-def _left(roots: Sequence[Root], us: Outputs) -> Outputs:
-    return [r.left(u) for r, u in zip(roots, us, strict=True)]
+# Each of these is one program, if it is called outside of `jit`.
 
 
 @compiled
-def _right(roots: Sequence[Root], us: Outputs) -> Outputs:
-    return [r.right(u) for r, u in zip(roots, us, strict=True)]
+def _apply_roots_transposed(roots: Sequence[Root], us: Outputs) -> Outputs:
+    return [r.rmv(u) for r, u in zip(roots, us, strict=True)]
+
+
+@compiled
+def _apply_roots(roots: Sequence[Root], us: Outputs) -> Outputs:
+    return [r.mv(u) for r, u in zip(roots, us, strict=True)]
 
 
 @compiled
 def _from_both_sides(roots: Sequence[Root], shapes: Shapes, gram: Float[Array, "K K"]) -> Float[Array, "K K"]:
     def left(row: Float[Array, " K"]) -> Float[Array, " K"]:
-        return _join([r.left(u) for r, u in zip(roots, _split(row, shapes), strict=True)], row.dtype)
+        return _join([r.rmv(u) for r, u in zip(roots, _split(row, shapes), strict=True)], row.dtype)
 
-    for _ in range(2):  # it is symmetric
+    for _ in range(2):  # from both sides, since the matrix is symmetric
         gram = jax.vmap(left)(gram).T
     return gram
 
 
 @compiled
-def _dual(gram: Float[Array, "K K"], number: Array, inner: Outputs, shapes: Shapes) -> Outputs:
+def _solve_dual(gram: Float[Array, "K K"], number: Array, inner: Outputs, shapes: Shapes) -> Outputs:
     """`(gram + number I)^-1 inner`."""
     wide = gram.dtype
     damped = gram + number.astype(wide) * jnp.eye(len(gram), dtype=wide)
@@ -194,7 +195,7 @@ def _dual(gram: Float[Array, "K K"], number: Array, inner: Outputs, shapes: Shap
 
 
 @compiled
-def _divided(v: PyTree[Array], damping: PyTree[Array] | None) -> PyTree[Array]:
+def _divide_by_damping(v: PyTree[Array], damping: PyTree[Array] | None) -> PyTree[Array]:
     """`D^-1 v`."""
     if damping is None:
         return v
@@ -204,12 +205,12 @@ def _divided(v: PyTree[Array], damping: PyTree[Array] | None) -> PyTree[Array]:
 
 
 @compiled
-def _rest(v: PyTree[Array], back: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
-    return _divided(jax.tree.map(lambda x, y: (x - y) / number.astype(x.dtype), v, back), damping)
+def _finish_solve(v: PyTree[Array], back: PyTree[Array], number: Array, damping: PyTree[Array] | None) -> PyTree[Array]:
+    return _divide_by_damping(jax.tree.map(lambda x, y: (x - y) / number.astype(x.dtype), v, back), damping)
 
 
 def _split(row: Float[Array, " K"], shapes: Shapes) -> Outputs:
-    """A vector as an array for each function."""
+    """A vector as one array for each function."""
     ends = list(accumulate(prod(s.shape) for s in shapes))
     return [part.reshape(s.shape) for part, s in zip(jnp.split(row, ends[:-1]), shapes, strict=True)]
 

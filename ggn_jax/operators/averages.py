@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ggn_jax._checks import as_array, check_real, is_concrete
 from ggn_jax.kronecker.algebra import Dense, Diagonal, Kronecker
-from ggn_jax.operators.blocks import BlockLinearOperator, added, are_alike
+from ggn_jax.operators.blocks import BlockLinearOperator, add_operators, are_alike
 
 
 def average_operators(operators: Sequence[BlockLinearOperator], weights: Any = None) -> BlockLinearOperator:
@@ -43,8 +43,8 @@ def average_operators(operators: Sequence[BlockLinearOperator], weights: Any = N
         >>> bool(jnp.allclose(mean.as_matrix(), (first.as_matrix() + second.as_matrix()) / 2))
         True
     """
-    operators, shares = _check("average_operators", operators, weights)
-    return added(operators, tuple(shares))
+    operators, normalised_weights = _check("average_operators", operators, weights)
+    return add_operators(operators, tuple(normalised_weights))
 
 
 def average_factors(operators: Sequence[BlockLinearOperator], weights: Any = None) -> BlockLinearOperator:
@@ -82,7 +82,7 @@ def average_factors(operators: Sequence[BlockLinearOperator], weights: Any = Non
         - Martens and Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*:
           https://arxiv.org/abs/1503.05671
     """
-    operators, shares = _check("average_factors", operators, weights)
+    operators, normalised_weights = _check("average_factors", operators, weights)
     for operator in operators:
         for stack, block in zip(operator.blocks.stacks, operator.blocks.blocks, strict=True):
             if not isinstance(block, Kronecker | Dense | Diagonal):
@@ -92,13 +92,15 @@ def average_factors(operators: Sequence[BlockLinearOperator], weights: Any = Non
                 )
     if len({jax.tree.structure(operator.blocks) for operator in operators}) > 1:
         raise ValueError("average_factors needs operators with as many Kronecker terms each: use average_operators.")
-    return _mean(operators, shares)
+    return _mean_blocks(operators, normalised_weights)
 
 
 @jax.jit
-def _mean(operators: Sequence[BlockLinearOperator], shares: Float[Array, " n"]) -> BlockLinearOperator:
+def _mean_blocks(
+    operators: Sequence[BlockLinearOperator], normalised_weights: Float[Array, " n"]
+) -> BlockLinearOperator:
     def mean(*leaves: Array) -> Array:
-        weighted = [share.astype(leaf.dtype) * leaf for share, leaf in zip(shares, leaves, strict=True)]
+        weighted = [weight.astype(leaf.dtype) * leaf for weight, leaf in zip(normalised_weights, leaves, strict=True)]
         return sum(weighted[1:], start=weighted[0])
 
     blocks = jax.tree.map(mean, *(operator.blocks for operator in operators))

@@ -16,12 +16,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import as_array, check_real, is_concrete, starts_sum
+from ggn_jax._checks import as_array, check_real, is_concrete, is_sum_start
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.flat import scipy_operator
 
-COLUMNS_AT_ONCE = 32  # of a dense matrix; bounds the memory of `as_matrix`
+COLUMN_BATCH_SIZE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
 
 class SymmetricLinearOperator(lx.AbstractLinearOperator):
@@ -127,7 +127,7 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         return DampedLinearOperator(self, damping)
 
     def __radd__(self, other: Any) -> Self:
-        return self if starts_sum(other) else NotImplemented
+        return self if is_sum_start(other) else NotImplemented
 
     def __mul__(self, other: Any) -> lx.AbstractLinearOperator:
         """`other * self`: positive semi-definite where `self` is, and `other` is known and at least 0."""
@@ -191,14 +191,14 @@ def _submatrix(operator: SymmetricLinearOperator, leaves: tuple[int, ...]) -> Fl
             product = jax.tree.leaves(operator.mv(jax.tree.unflatten(tree, given)))
             return ravel_pytree([product[leaf] for leaf in leaves])[0]
 
-        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype))
+        return map_in_batches(column, jnp.eye(flat.size, dtype=flat.dtype))
 
 
-def map_some_at_once(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Array]) -> PyTree[Array]:
-    """`fn` of each of `xs`, `COLUMNS_AT_ONCE` of them together; one by one where JAX cannot map it."""
+def map_in_batches(fn: Callable[[PyTree[Array]], PyTree[Array]], xs: PyTree[Array]) -> PyTree[Array]:
+    """`fn` of each of `xs`, `COLUMN_BATCH_SIZE` of them together; one by one where JAX cannot map it."""
     try:
-        return jax.lax.map(fn, xs, batch_size=min(COLUMNS_AT_ONCE, len(jax.tree.leaves(xs)[0])))
-    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+        return jax.lax.map(fn, xs, batch_size=min(COLUMN_BATCH_SIZE, len(jax.tree.leaves(xs)[0])))
+    except NotImplementedError:  # JAX cannot map `jax.lax.ragged_dot`
         return jax.lax.map(fn, xs)
 
 
@@ -208,7 +208,7 @@ def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) 
     names = ", ".join(map(simple_path, whole)) if any(whole) else "one array, whose path is ''"
     found: set[int] = set()
     for path in paths:
-        fits = matching(path, whole)
+        fits = matching_names(path, whole)
         if not fits:
             raise KeyError(f"no parameter {path!r}; there are {names}.")
         found.update(map(whole.index, fits))
@@ -217,7 +217,7 @@ def _leaves_at(paths: tuple[str, ...], structure: PyTree[jax.ShapeDtypeStruct]) 
     return tuple(sorted(found))
 
 
-def matching(path: str, names: Sequence[str]) -> list[str]:
+def matching_names(path: str, names: Sequence[str]) -> list[str]:
     """Those of `names`, as `jax.tree_util.keystr` writes them, that a path is, or that it fits as a pattern."""
     if not isinstance(path, str):
         got = type(path).__name__
@@ -241,7 +241,7 @@ def vectors_like(params: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.eval_shape(lambda params: params, params)
 
 
-def check_number(name: str, value: Any) -> Array:
+def check_nonnegative_number(name: str, value: Any) -> Array:
     """`value` as a floating array: one number of at least 0."""
     if isinstance(value, np.generic | np.ndarray) and not np.ndim(value):
         value = value.item()  # narrowed where Python's numbers are
@@ -257,7 +257,7 @@ def check_number(name: str, value: Any) -> Array:
 
 
 def _check_finite(name: str, value: Any) -> Array:
-    number = check_number(name, value)
+    number = check_nonnegative_number(name, value)
     if is_concrete(number) and np.isinf(np.asarray(number)):
         raise ValueError(f"{name} must be finite; got {number}.")
     return number
@@ -292,21 +292,21 @@ def leaf_dampings(damping: PyTree[Array], structure: PyTree[jax.ShapeDtypeStruct
         spread = jax.tree.map(lambda number, tree: [number] * len(jax.tree.leaves(tree)), damping, structure)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{_misfit(damping, structure)}. damping is a number, or a pytree of numbers that is a prefix of the"
-            " parameters."
+            f"{_damping_mismatch(damping, structure)}. damping is a number, or a pytree of numbers that is a prefix of"
+            " the parameters."
         ) from error
     return jax.tree.leaves(spread)
 
 
-def _misfit(damping: PyTree[Array], structure: PyTree, name: str = "damping") -> str:
+def _damping_mismatch(damping: PyTree[Array], structure: PyTree, name: str = "damping") -> str:
     """Where a pytree is not a prefix of another, and what is there in both; empty if it is one."""
     if jax.tree_util.all_leaves([damping]):
         return ""
     (own, kind), (wanted, wanted_kind) = _children(damping), _children(structure)
     if kind != wanted_kind:
-        one = "one number" if jax.tree_util.all_leaves([structure]) else f"a number, or {_described(structure)}"
-        return f"{name} must be {one}, as the parameters are; got {_described(damping)}"
-    found = (_misfit(x, wanted[key], name + key) for key, x in own.items())
+        one = "one number" if jax.tree_util.all_leaves([structure]) else f"a number, or {_describe_pytree(structure)}"
+        return f"{name} must be {one}, as the parameters are; got {_describe_pytree(damping)}"
+    found = (_damping_mismatch(x, wanted[key], name + key) for key, x in own.items())
     return next(filter(None, found), "")
 
 
@@ -317,7 +317,7 @@ def _children(tree: PyTree) -> tuple[dict[str, PyTree], Any]:
     return {jax.tree_util.keystr(path): x for path, x in pairs}, jax.tree.structure(tree, is_leaf=here)
 
 
-def _described(tree: PyTree) -> str:
+def _describe_pytree(tree: PyTree) -> str:
     kind = type(tree).__name__
     names = list(_children(tree)[0])
     return f"a {kind} of {', '.join(names)}" if names else "None" if tree is None else f"an empty {kind}"

@@ -1,4 +1,4 @@
-"""Sums over an iterable of batches, each checked against the first."""
+"""Sums over an iterable of batches, each checked against the first one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,40 +18,41 @@ from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
 from ggn_jax.terms import check_values
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]
-"""Of a batch's inputs, targets and mask, and the number of data before it: the problem, and what is added up."""
+"""From a batch's inputs, targets and mask, and the number of examples before it, to its problem and its summands."""
 
 
 def check_iterable(batches: Any, again: str = "") -> None:
-    """Refuse what yields no batches; and what does so only once, if `again` says who goes over them several times."""
+    """Refuse what is not an iterable; and an iterator, if `again` says what goes over the batches several times."""
     if not isinstance(batches, Iterable):
         way_out = ": pass what it returns, as a list or a loader" if callable(batches) else ""
         raise TypeError(f"batches must be an iterable of (inputs, targets); got {type(batches).__name__}{way_out}.")
     if again and isinstance(batches, Iterator):
         raise TypeError(
             f"{again}, but {type(batches).__name__} is an iterator that is empty after one pass: pass a list, or a"
-            " loader that starts anew."
+            " loader that can be iterated again."
         )
 
 
 def no_batches(batches: Any, again: bool = False) -> ValueError:
-    """The error for an iterable that yielded none; `again` if it did before."""
+    """The error for an iterable that yielded no batch; `again` if it did in an earlier pass."""
     if again:
         name = type(batches).__name__
         return ValueError(
-            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that starts anew."
+            f"batches yielded none in a later pass; {name} is empty then: pass a list, or a loader that can be iterated"
+            " again."
         )
     used = ", as an iterator does that was used before" if isinstance(batches, Iterator) else ""
     return ValueError(f"batches must yield at least one batch; {type(batches).__name__} yielded none{used}.")
 
 
 def refuse_mask(mask: Any) -> None:
-    """Refuse a mask, for what has no factors."""
+    """Refuse a mask, where there are no Kronecker factors."""
     if mask is not None:
-        raise ValueError("a mask is for Kronecker factors, and has no use here: leave it out.")
+        raise ValueError("a mask is for Kronecker factors, and is not used here: leave it out.")
 
 
 def check_on_host(vectors: PyTree[Any]) -> None:
-    """Refuse vectors without values, as inside of `jit`, for products that go over batches."""
+    """Refuse vectors without values, as under `jit`, for products that go over batches."""
     if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
         raise NotImplementedError(
             "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
@@ -59,17 +60,17 @@ def check_on_host(vectors: PyTree[Any]) -> None:
         )
 
 
-class MadeByShapes:
-    """What `make` makes of batches, once for each of their shapes, so that it is compiled once for them."""
+class CachedByShapes:
+    """A cache of `make(inputs, targets)` by the batch's shapes: what it makes is compiled once for each of these."""
 
     def __init__(self, make: Callable[[PyTree, Any], Any]):
         self._make = make
         self._made: dict[Any, Any] = {}
         self.first: Any = None
-        """What it made of the first batch."""
+        """The result for the first batch."""
 
     def of(self, inputs: PyTree[Array], targets: Any) -> Any:
-        """What was made of the first batch of these shapes."""
+        """The result for the first batch of these shapes."""
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves((inputs, targets)))
         key = jax.tree.structure((inputs, targets)), shapes
         if key not in self._made:
@@ -78,18 +79,18 @@ class MadeByShapes:
         return self._made[key]
 
 
-def with_data(made: Problem, inputs: PyTree[Array], targets: Any, *, check: bool) -> Problem:
-    """The problem of another batch of the same shapes; `check` looks at the values of its targets."""
+def with_batch(made: Problem, inputs: PyTree[Array], targets: Any, *, check: bool) -> Problem:
+    """The problem with another batch of the same shapes; `check` checks the values of its targets."""
     if targets is None:
-        targets = made.targets  # of no meaning
+        targets = made.targets  # stand-ins, which have no meaning
     elif check:
         check_values(made.loss, made.outputs, targets, True)
     found: Problem = eqx.tree_at(lambda p: (p.inputs, p.targets), made, (inputs, targets))
     return found
 
 
-def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arrays"]:
-    """Numbers that tell examples apart: a sum over each array's entries."""
+def example_marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arrays"]:
+    """Numbers that tell examples apart: for each array, a weighted sum over an example's entries."""
     arrays = batched_leaves(inputs) + jax.tree.leaves(targets)
 
     def per_example(x: Array) -> Array:
@@ -102,22 +103,19 @@ def marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, "N arra
 
 
 def fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
-    """Sums that tell data apart: of how many examples, of their marks, and of something of all of an example's."""
-    found = marks(inputs, targets)
+    """Sums over examples that tell data apart, in any order: their number, their marks, and a function of all marks."""
+    found = example_marks(inputs, targets)
     sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
     return jnp.stack([jnp.asarray(len(found), jnp.float32), *sums[0], sums[1]])
 
 
 def same_data(one: np.ndarray, two: np.ndarray) -> bool:
-    """Whether sums of marks, which differ by rounding in another order, are those of the same data."""
+    """Whether sums of marks are those of the same data; in another order, they differ by rounding."""
     return one.shape == two.shape and np.allclose(one, two, rtol=1e-3, equal_nan=True)
 
 
-def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:
-    """The first batch's problem, the sums of all, and the number of data.
-
-    Errors name the batch.
-    """
+def sum_batches(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:
+    """The first batch's problem, the sums over all, and the number of examples. Errors name the batch."""
     first: Problem | None = None
     total, count = None, 0
     for number, batch in enumerate(batches):
@@ -134,7 +132,7 @@ def add_up(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[A
                 raise ValueError("the model's layers differ from those of batch 0.")
         except (TypeError, ValueError, NotImplementedError) as error:
             if type(error) not in (TypeError, ValueError, NotImplementedError):
-                raise  # made of other things than a message
+                raise  # a subclass, which may take other arguments than a message
             raise type(error)(f"batch {number}: {error}{_sizes(inputs, first)}") from error
         first = first or problem
         total = more if total is None else jax.tree.map(jnp.add, total, more)
@@ -158,7 +156,7 @@ def _check_like(inputs: PyTree[Array], first: PyTree[Array]) -> None:
 
 
 def _sizes(inputs: PyTree[Array] | None, first: Problem | None) -> str:
-    """What to look at, where sizes differ from the first batch's."""
+    """A hint for errors, if sizes differ from those of the first batch."""
     if inputs is None or first is None:
         return ""
     pairs = zip(jax.tree_util.tree_leaves_with_path(inputs), jax.tree.leaves(first.inputs), strict=False)
@@ -171,7 +169,7 @@ def _sizes(inputs: PyTree[Array] | None, first: Problem | None) -> str:
 
 
 def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterable[Any]:
-    """`batches`, with a bar where one is wanted."""
+    """`batches`, with a progress bar if one is asked for."""
     if not progress:
         return batches
     try:
@@ -182,7 +180,7 @@ def with_progress(batches: Iterable[Any], progress: bool, description: str) -> I
 
 
 def check_unbatched(problem: Problem) -> None:
-    """Refuse a loss that holds something for each example, where it is to be used for several batches."""
+    """Refuse a loss with options for each example, which cannot be used for several batches."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     # Not the first one: JAX refuses to slice an axis that is sharded explicitly.
     target = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), problem.targets)
@@ -202,17 +200,17 @@ def check_unbatched(problem: Problem) -> None:
 
 
 def without_reduction(tree: PyTree[Array], r: Array) -> PyTree[Array]:
-    """What is proportional to a batch's reduction, without it, to be added up in at least float32."""
+    """Divide by a batch's reduction what is proportional to it, in at least float32: then it can be added up."""
 
     def divided(x: Array) -> Array:
         x = x.astype(compute_dtype(x.dtype))
-        return jnp.where(jnp.isinf(r), 0, x / r.astype(x.dtype))  # where nothing counts, r is infinite and x is 0
+        return jnp.where(jnp.isinf(r), 0, x / r.astype(x.dtype))  # if no term counts, r is infinite and x is 0
 
     return jax.tree.map(divided, tree)
 
 
 def with_reduction(reduction: str, total: PyTree[Array], divisor: Array, dtypes: PyTree[Any]) -> PyTree[Array]:
-    """That of all batches, of which `divisor` is the sum of `1 / r`."""
+    """Apply the reduction of all batches; `divisor` is the sum of their `1 / r`."""
     if reduction == "mean":
         total = jax.tree.map(lambda x: jnp.where(divisor == 0, 0, x / divisor.astype(x.dtype)), total)
     return jax.tree.map(lambda x, dtype: x.astype(dtype), total, dtypes)

@@ -16,9 +16,9 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.algebra import Block, Diagonal
-from ggn_jax.kronecker.functions import DENSE
+from ggn_jax.kronecker.functions import MAX_DENSE_ROWS
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, Structure, multiply, write
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, ParamsStructure, blocks_mv, write_entries
 from ggn_jax.kronecker.sums import (
     AnyBlock,
     Function,
@@ -29,15 +29,15 @@ from ggn_jax.kronecker.sums import (
     size_of,
 )
 from ggn_jax.operators.base import (
-    COLUMNS_AT_ONCE,
+    COLUMN_BATCH_SIZE,
     SymmetricLinearOperator,
     check_damping,
     check_vector,
     leaf_dampings,
-    matching,
+    matching_names,
     register,
 )
-from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, mapped, parameters_of, solve, total_of
+from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, map_blocks, parameters_of, solve, sum_scalars
 
 
 class BlockLinearOperator(SymmetricLinearOperator):
@@ -55,10 +55,10 @@ class BlockLinearOperator(SymmetricLinearOperator):
     """
 
     blocks: Blocks
-    structure: Structure = eqx.field(static=True)
+    structure: ParamsStructure = eqx.field(static=True)
 
     @classmethod
-    def _of(cls, blocks: Blocks, structure: Structure) -> Self:
+    def _of(cls, blocks: Blocks, structure: ParamsStructure) -> Self:
         """An operator with these blocks, which constructors of subclasses compute from data."""
         operator = object.__new__(cls)
         object.__setattr__(operator, "blocks", blocks)
@@ -73,7 +73,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         return parameters_of(self.structure)
 
     def _details(self) -> dict[str, Any]:
-        return {"blocks": len(self.blocks.each())}
+        return {"blocks": len(self.blocks.unstacked())}
 
     def mv(self, vector: PyTree[Any]) -> PyTree[Array]:
         """Compute the product with a vector.
@@ -202,7 +202,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """
         if method not in ("exact", "heuristic"):
             raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
-        return _mapped(self, damping, "inverse" if method == "exact" else HEURISTIC)
+        return _map_blocks(self, damping, "inverse" if method == "exact" else HEURISTIC)
 
     def solve(
         self, vector: PyTree[Any], damping: Any = 0.0, method: Literal["exact", "heuristic"] = "exact"
@@ -252,7 +252,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
             ValueError, TypeError: for a damping that does not fit, as in `damped`.
             NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
         """
-        return _mapped(self, damping, "square root")
+        return _map_blocks(self, damping, "square root")
 
     def inverse_sqrt(self, damping: Any = 0.0) -> "BlockLinearOperator":
         """Compute the inverse of `sqrt(damping)`: applied to white noise, it samples the Laplace approximation.
@@ -269,7 +269,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
             NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
             FloatingPointError: naming the parameters, where a block is singular or not finite (outside of `jit`).
         """
-        return _mapped(self, damping, "inverse square root")
+        return _map_blocks(self, damping, "inverse square root")
 
     def is_exact(self, function: Function | None = None, *, damped: bool = True) -> bool:
         """Tell whether functions of the operator are exact, and not those of a nearby operator.
@@ -295,11 +295,11 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def __add__(self, other: Any) -> lx.AbstractLinearOperator:
         """The sum; of two operators with the same blocks, an operator with blocks."""
         if isinstance(other, BlockLinearOperator) and are_alike(self, other):
-            return added((self, other), (None, None))
+            return add_operators((self, other), (None, None))
         return super().__add__(other)
 
     def _scaled(self, number: float) -> "BlockLinearOperator":
-        return added((self,), (jnp.asarray(number),))
+        return add_operators((self,), (jnp.asarray(number),))
 
     def _check_damping(self, damping: Any) -> PyTree[Array]:
         """The damping, which must be one number for all of a block."""
@@ -309,12 +309,13 @@ class BlockLinearOperator(SymmetricLinearOperator):
             sizes = [math.prod(shape) for shape in self.structure[0]]
             for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
                 for spec in () if isinstance(block, Diagonal) else stack.specs:
-                    own = [numbers[n] for view in spec.views for n in view.entries.owners(sizes)]
+                    own = [numbers[n] for view in spec.views for n in view.entries.owning_leaves(sizes)]
                     if not _are_equal(own):
                         raise ValueError(
                             f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"
-                            f" one, with damping {', '.join(map(_text, own))}: give them the same number (under jit, as"
-                            " one leaf of damping), or give the bias a block of its own with bias='separate'."
+                            f" one, with damping {', '.join(map(_format_number, own))}: give them the same number"
+                            " (under jit, as one leaf of damping), or give the bias a block of its own with"
+                            " bias='separate'."
                         )
         return checked
 
@@ -324,8 +325,9 @@ class BlockLinearOperator(SymmetricLinearOperator):
             if not is_representable(block):
                 raise NotImplementedError(
                     f"the block of {', '.join(stack.specs[0].names)} is a sum of blocks with different eigenvectors"
-                    f" and has {size_of(block)} rows, more than {DENSE}: it has no inverse, root or determinant here."
-                    " Use lineax.linear_solve with lineax.CG, and the inverse of one of them as preconditioner."
+                    f" and has {size_of(block)} rows, more than {MAX_DENSE_ROWS}: it has no inverse, root or"
+                    " determinant here. Use lineax.linear_solve with lineax.CG, and the inverse of one of them as"
+                    " preconditioner."
                 )
         return self._check_damping(damping)
 
@@ -346,7 +348,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         """
         named = self._named()
         names = [spec.names for _, (spec, _) in named]
-        fitting = set(matching(path, [name for own in names for name in own]))
+        fitting = set(matching_names(path, [name for own in names for name in own]))
         found = {
             name: (block, spec.shape) for name, (spec, block) in named if name == path or fitting & set(spec.names)
         }
@@ -373,7 +375,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
 
     def _named(self) -> list[tuple[str, tuple[BlockSpec, Block]]]:
         """The blocks, each with the path of its first parameter, and `#1`, `#2`, ... where that has several."""
-        pairs = self.blocks.each()
+        pairs = self.blocks.unstacked()
         firsts = [spec.names[0] for spec, _ in pairs]
         names = [
             f"{name}#{firsts[: i + 1].count(name)}" if firsts.count(name) > 1 else name for i, name in enumerate(firsts)
@@ -385,13 +387,13 @@ register(BlockLinearOperator, positive_semidefinite=True)
 
 
 def _are_equal(numbers: list[Array]) -> bool:
-    """Whether they are known to be."""
+    """Whether the numbers are known to be equal."""
     if all(number is numbers[0] for number in numbers):
         return True
     return all(map(is_concrete, numbers)) and len({float(number) for number in numbers}) == 1
 
 
-def _text(number: Array) -> str:
+def _format_number(number: Array) -> str:
     return str(number) if is_concrete(number) else "(unknown under jit)"
 
 
@@ -403,20 +405,20 @@ def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, vector: vector)
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
-    return multiply(operator.blocks, operator.structure, vector)
+    return blocks_mv(operator.blocks, operator.structure, vector)
 
 
 @jax.jit
 @compiler_sharded
 def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
     parts = [block.diagonal() for block in operator.blocks.blocks]
-    return write(operator.blocks.stacks, operator.structure, parts)
+    return write_entries(operator.blocks.stacks, operator.structure, parts)
 
 
 @jax.jit
 @compiler_sharded
 def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
-    return total_of([jnp.sum(block.traces()) for block in operator.blocks.blocks])
+    return sum_scalars([jnp.sum(block.traces()) for block in operator.blocks.blocks])
 
 
 @jax.jit
@@ -427,7 +429,9 @@ def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
 
 
 @jax.jit
-def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]) -> BlockLinearOperator:
+def add_operators(
+    operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Array, ""] | None]
+) -> BlockLinearOperator:
     """`sum_i weights[i] operators[i]`, of operators with the same blocks."""
 
     def weighted(operator: BlockLinearOperator, weight: Float[Array, ""] | None) -> Sequence[AnyBlock]:
@@ -439,26 +443,26 @@ def added(operators: Sequence[BlockLinearOperator], weights: Sequence[Float[Arra
     return operators[0]._replace(Blocks(blocks, operators[0].blocks.stacks))
 
 
-def _mapped(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
-    """A function of `operator + damping * I`; refused where it is not finite and that can be looked at."""
+def _map_blocks(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
+    """A function of `operator + damping * I`; refused if it is known not to be finite."""
     damping = operator._check_functions(damping)
-    result, finite = mapped(operator.blocks, operator.structure, damping, what)
+    result, finite = map_blocks(operator.blocks, operator.structure, damping, what)
     for stack, flags in zip(result.stacks, finite, strict=True):
         if is_concrete(flags) and not np.asarray(flags).all():
             bad = int(np.searchsorted(stack.starts, np.argmin(flags), side="right")) - 1
             raise FloatingPointError(
-                f"the {what} with damping {_shown(damping)} of the block of {', '.join(stack.specs[bad].names)} is not"
-                " finite: it is singular, or holds NaN. Use a larger damping, or look at the model's outputs, and at a"
-                " loss of your own with ggn_jax.check_loss."
+                f"the {what} with damping {_format_damping(damping)} of the block of"
+                f" {', '.join(stack.specs[bad].names)} is not finite: it is singular, or holds NaN. Use a larger"
+                " damping, or look at the model's outputs, and at a loss of your own with ggn_jax.check_loss."
             )
     return operator._replace(result)
 
 
-def _shown(damping: PyTree[Array]) -> str:
-    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_text, damping))
+def _format_damping(damping: PyTree[Array]) -> str:
+    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_format_number, damping))
 
 
 @partial(jax.jit, static_argnames="shape")
 def _dense(block: AnyBlock, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
     eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
-    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMNS_AT_ONCE)
+    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMN_BATCH_SIZE)

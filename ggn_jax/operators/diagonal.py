@@ -15,31 +15,31 @@ from ggn_jax._checks import Examples, as_array, check_count, is_concrete, wide_d
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._weights import weighted_sum
 from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.stacks import structure
+from ggn_jax.kronecker.stacks import params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
     SymmetricLinearOperator,
     check_damping,
-    check_number,
+    check_nonnegative_number,
     check_vector,
     leaf_dampings,
-    matching,
+    matching_names,
     register,
     vectors_like,
 )
 from ggn_jax.operators.batches import (
-    add_up,
     check_iterable,
     check_unbatched,
     no_batches,
     refuse_mask,
+    sum_batches,
     with_progress,
     with_reduction,
 )
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key
 from ggn_jax.operators.problem import Problem, make_problem
-from ggn_jax.operators.squares import Squares, unreduced
+from ggn_jax.operators.squares import DiagonalMaker, unreduced
 from ggn_jax.operators.weighted import of_terms
 
 
@@ -110,7 +110,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         has_aux: bool = False,
         examples: Examples = "independent",
     ):
-        compute = Squares(mc_samples, key, vector_chunk_size, method)
+        compute = DiagonalMaker(mc_samples, key, vector_chunk_size, method)
         kind = compute.fisher_type
         problem = make_problem(model_fn, loss, params, batch, chunk_size, kind, has_aux=has_aux, examples=examples)
         compute.check(problem)
@@ -274,7 +274,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
             >>> ggn_jax.GGNDiagonalLinearOperator.finish(first + second).mv(params)["w"].shape
             (2, 3)
         """
-        compute = Squares(mc_samples, key, vector_chunk_size, method)
+        compute = DiagonalMaker(mc_samples, key, vector_chunk_size, method)
         check_iterable(batches)
         start = check_count("start", start, 0)
 
@@ -287,10 +287,10 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
                 check_unbatched(problem)
             return problem, unreduced(problem, compute(problem, start + seen))
 
-        problem, totals, seen = add_up(with_progress(batches, progress, "diagonal"), sums)
+        problem, totals, seen = sum_batches(with_progress(batches, progress, "diagonal"), sums)
         if problem is None:
             raise no_batches(batches)
-        made_of, options = (problem.loss.reduction, structure(params)), (loss_key(loss), mc_samples)
+        made_of, options = (problem.loss.reduction, params_structure(params)), (loss_key(loss), mc_samples)
         drawn = (key, start) if compute.draws else None
         return PartialSums.of(Recipe(cls, (made_of, *options), made_of), problem.params, totals, seen, drawn)
 
@@ -366,7 +366,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         Raises:
             ValueError, TypeError: for a damping or a scale that is not a number, or is negative.
         """
-        number = check_number("scale", scale)
+        number = check_nonnegative_number("scale", scale)
         return self._map(damping, lambda d: number.astype(d.dtype) / d)
 
     def solve(self, vector: PyTree[Any], damping: Any = 0.0) -> PyTree[Array]:
@@ -459,7 +459,7 @@ class GGNDiagonalLinearOperator(SymmetricLinearOperator):
         leaves = {
             jax.tree_util.keystr(names): leaf for names, leaf in jax.tree_util.tree_leaves_with_path(self.entries)
         }
-        found = matching(path, list(leaves))
+        found = matching_names(path, list(leaves))
         if len(found) == 1:
             return jnp.diag(leaves[found[0]].reshape(-1))
         if found:

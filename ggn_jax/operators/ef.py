@@ -98,19 +98,19 @@ class EFLinearOperator(DataLinearOperator):
             try:
                 tangent = fusion_boundary(jacobian.jvp(v))
             except NotImplementedError:  # reverse mode only, and once only
-                return _one_by_one(jacobian, terms, self.per == "term", v)
+                return _map_sequential(jacobian, terms, self.per == "term", v)
             return jacobian.vjp(terms.empirical_product(tangent, self.per == "term"))
 
         return problem.sum_over_chunks(product)
 
 
-def _one_by_one(jacobian: Jacobian, terms: Terms, per_term: bool, v: PyTree[Array]) -> PyTree[Array]:
-    """`sum_t g_t (g_t^T v)` by the gradient of one term or example after the other."""
+def _map_sequential(jacobian: Jacobian, terms: Terms, per_term: bool, v: PyTree[Array]) -> PyTree[Array]:
+    """`sum_t g_t (g_t^T v)` with the gradient of one term or example at a time, for models without forward mode."""
     g, wide = terms.empirical(), wide_dtype(v)
-    number, count = terms.labels(per_term)
+    index_of, count = terms.term_indices(per_term)
 
     def outer(index: Array) -> PyTree[Array]:
-        gradient = jacobian.vjp(jnp.where(number == index, g, 0).astype(terms.dtype))
+        gradient = jacobian.vjp(jnp.where(index_of == index, g, 0).astype(terms.dtype))
         pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
         inner = jnp.stack([jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in pairs]).sum()
         return jax.tree.map(lambda x: inner.astype(x.dtype) * x, gradient)

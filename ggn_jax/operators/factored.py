@@ -18,10 +18,10 @@ from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
 from ggn_jax.kronecker.layout import Layout, find_layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
 from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
-from ggn_jax.kronecker.stacks import Blocks, structure
+from ggn_jax.kronecker.stacks import Blocks, params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
-from ggn_jax.operators.batches import add_up, check_iterable, check_unbatched, no_batches, with_progress
+from ggn_jax.operators.batches import check_iterable, check_unbatched, no_batches, sum_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
@@ -60,7 +60,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         mask = check_mask(mask, problem)
         problem.check_examples()
         self.blocks = _compute(problem, keys, mask, made, self._method)
-        self.structure = structure(problem.params)
+        self.structure = params_structure(problem.params)
 
     @classmethod
     @takes(DEFAULTS, MASKS)
@@ -122,7 +122,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))
         blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
-        return cls._of(blocks, structure(problems[0].params))
+        return cls._of(blocks, params_structure(problems[0].params))
 
     @classmethod
     @takes(DEFAULTS, MASKS)
@@ -192,7 +192,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 return cls._checked(make_problem(*args, has_aux=has_aux, examples=examples), made, chunk_size)
 
             blocks, problem = nearest_blocks(make, batches, made, key, progress)
-            return cls._of(blocks, structure(problem.params))
+            return cls._of(blocks, params_structure(problem.params))
         args = model_fn, loss, params, batches
         given: dict[str, Any] = {
             **options,
@@ -293,7 +293,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             problem = make_problem(*args, has_aux=has_aux, examples=examples)
             if not recipes and factors is None:
                 cls._checked(problem, made, chunk_size)
-            kind = made, key_of_loss, structure(problem.params)
+            kind = made, key_of_loss, params_structure(problem.params)
             if not recipes:
                 layout = find_layout(problem, made)
                 recipes.add(Recipe(cls, (layout.signature(), *kind), (layout, kind[2])))
@@ -306,7 +306,9 @@ class FactoredLinearOperator(BlockLinearOperator):
                 raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
             return problem, found
 
-        problem, totals, seen = add_up(with_progress(batches, progress, "corrections" if factors else "factors"), sums)
+        problem, totals, seen = sum_batches(
+            with_progress(batches, progress, "corrections" if factors else "factors"), sums
+        )
         if problem is None:
             raise no_batches(batches, again=factors is not None)
         made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
@@ -357,7 +359,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         for name in ("tied", "sharing"):
             if cls._method == "kfoc" and getattr(options, name) != getattr(Options, name):
                 raise NotImplementedError(
-                    f"KFOC is nearest to the exact block, and has no use for {name}={getattr(options, name)!r}: leave"
+                    f"KFOC is nearest to the exact block, and does not use {name}={getattr(options, name)!r}: leave"
                     " it out, or use KFAC."
                 )
         if cls._method == "kfoc" and chunk_size is not None:
@@ -389,7 +391,7 @@ def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options:
     if method == "kfac":
         return assemble_blocks(layout, sums)
     bases = eigenbases(layout, sums)
-    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, leftovers=False))
+    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, unassigned=False))
 
 
 @eqx.filter_jit
@@ -397,7 +399,7 @@ def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options:
 def _batch_sums(
     problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
 ) -> tuple[dict[str, Any], Frozen]:
-    """What a batch adds, and what it is of: the parameters' entries in each block, in the order of the sums."""
+    """A batch's summands, and their layout: the parameters' entries in each block, in the order of the sums."""
     layout = Layout.of(problem, options)
     return batch_sums(problem, layout, keys, mask, bases), layout.signature()
 

@@ -142,11 +142,12 @@ class GGNLinearOperator(DataLinearOperator):
 
     def _curve(self, terms: Terms, keys: tuple[Array, ...], tangent: Array) -> Array:
         """The loss Hessian times `tangent`."""
+        # Else XLA fuses the model's last matrix product with the loss's reductions, which is slow on CPUs.
         tangent = fusion_boundary(tangent)
         if not keys:
             return terms.product("mv", tangent)
         vectors = terms.sampled_gradients(keys[0], self.mc_samples)
-        # An example's vectors see that example's outputs only.
+        # Each example has its own vectors, of its outputs: the inner products are for each example.
         axes = tuple(range(2, vectors.ndim))
         inner = jnp.sum(vectors * tangent.astype(vectors.dtype)[None], axis=axes, keepdims=True)
         return jnp.mean(inner * vectors, axis=0).astype(terms.dtype)
@@ -190,8 +191,8 @@ register(LinearisedGGNLinearOperator, positive_semidefinite=True)
 def _linearise(operator: GGNLinearOperator) -> lx.AbstractLinearOperator:
     """The same products from one linearisation.
 
-    With chunks, which are there to save memory, the operator itself; so on a mesh with explicit axes, where the model
-    runs in `mv` only.
+    With chunks, which are for saving memory, the operator itself; and so on a mesh with explicit axes, on which the
+    model can only run inside `mv`.
     """
     as_it_is = operator.problem.chunk_size is not None or explicit_mesh(operator.problem) is not None
     return operator if as_it_is else LinearisedGGNLinearOperator(operator)

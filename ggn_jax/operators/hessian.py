@@ -10,7 +10,7 @@ from ggn_jax._sharding import vary_like
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import register, vectors_like
-from ggn_jax.operators.jacobian import differentiated_twice
+from ggn_jax.operators.jacobian import double_vjp_errors_explained
 from ggn_jax.operators.passes import DataLinearOperator
 from ggn_jax.operators.problem import Problem, make_problem
 
@@ -82,8 +82,8 @@ class HessianLinearOperator(DataLinearOperator):
             gradient = jax.grad(value)
             if not problem.reverse_only:
                 return jax.jvp(gradient, (problem.params,), (v,))[1]
-            with differentiated_twice():
-                # A rule may call the function that it belongs to.
+            with double_vjp_errors_explained():
+                # The gradient may have reverse-only rules as well, if a rule calls the function that it belongs to.
                 if not is_reverse_only(jax.make_jaxpr(gradient)(problem.params)):
                     return jax.jvp(gradient, (problem.params,), (v,))[1]
                 return jax.vjp(gradient, problem.params)[1](v)[0]

@@ -29,14 +29,13 @@ class Jacobian(eqx.Module):
         return cls(outputs, problem.params, linear, problem.reverse_only)
 
     def jvp(self, v: PyTree[Array]) -> Array:
-        """`J v`; `v -> J v` is the derivative of the linear map `u -> J^T u`, transposed.
-
-        That of a rule written by hand need not be known at 0, where it may skip a division.
-        """
+        """`J v`."""
         if not self.reverse_only:
             return self.linear(v)
+        # Two VJPs: `v -> J v` is the transpose of the derivative of the linear map `u -> J^T u`. That is the same at
+        # every `u`, but for 0, where a rule written by hand may skip a division.
         somewhere = vary_like(jnp.ones_like(self.outputs), self.outputs)
-        with differentiated_twice():
+        with double_vjp_errors_explained():
             return jax.vjp(self.vjp, somewhere)[1](v)[0]
 
     def vjp(self, u: Array) -> PyTree[Array]:
@@ -46,8 +45,8 @@ class Jacobian(eqx.Module):
 
 
 @contextmanager
-def differentiated_twice() -> Iterator[None]:
-    """Say what to use where the derivative rule that a user wrote has no derivatives itself."""
+def double_vjp_errors_explained() -> Iterator[None]:
+    """Explain the alternatives, if a user's derivative rule cannot be differentiated itself."""
     try:
         yield
     except Exception as error:

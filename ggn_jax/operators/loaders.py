@@ -36,7 +36,7 @@ class MappedBatches(Generic[T]):
         return map(self._fn, self._batches)
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]  # of what has a length
+        return len(self._batches)  # type: ignore[arg-type]  # if they have a length
 
 
 def map_batches(fn: Callable[[Any], T], batches: Iterable[Any]) -> "MappedBatches[T]":

@@ -12,64 +12,64 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype, prefixed
+from ggn_jax._checks import compute_dtype, errors_prefixed
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, vary_like
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.losses import MSELoss
 from ggn_jax.objective import Objective, parts_of
-from ggn_jax.operators.base import check_vector, map_some_at_once, register, vectors_like
+from ggn_jax.operators.base import check_vector, map_in_batches, register, vectors_like
 from ggn_jax.operators.batches import check_on_host, refuse_mask
 from ggn_jax.operators.jacobian import Jacobian
+from ggn_jax.operators.ordered_passes import OrderedPasses
 from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
 from ggn_jax.operators.rectangular import AbstractJacobian, StackedJacobianLinearOperator
-from ggn_jax.operators.rows import RowPasses
 
 
 class Linearised(eqx.Module):
     """A model at a problem's parameters and inputs: its outputs, and products with its Jacobian, chunk by chunk."""
 
     problem: Problem
-    kept: Jacobian | None
-    """The linearisation, where there are no chunks, which are there to save memory."""
+    jacobian: Jacobian | None
+    """The linearisation, kept unless there are chunks: these are for saving memory, which it would take."""
 
     @classmethod
     def of(cls, problem: Problem) -> "Linearised":
         return cls(problem, Jacobian.of(problem, problem.inputs) if problem.chunks() is None else None)
 
     def outputs(self) -> Float[Array, "N *out"]:
-        if self.kept is not None:
-            return self.kept.outputs
+        if self.jacobian is not None:
+            return self.jacobian.outputs
         return map_over_chunks(self.problem, partial(self.problem.model_fn, self.problem.params))
 
     def jvp(self, v: PyTree[Array]) -> Float[Array, "N *out"]:
         """`J v`."""
         problem = self.problem
         v = vary_like(v, problem.params)
-        if self.kept is not None:
-            return self.kept.jvp(v)
+        if self.jacobian is not None:
+            return self.jacobian.jvp(v)
         return map_over_chunks(problem, lambda inputs: Jacobian.of(problem, inputs).jvp(v))
 
     def vjp(self, u: Float[Array, "N *out"]) -> PyTree[Array]:
         """`J^T u`."""
-        if self.kept is not None:
-            return self.kept.vjp(u)
+        if self.jacobian is not None:
+            return self.jacobian.vjp(u)
 
-        def share(terms_at: Any, inputs: PyTree, operand: Any, u: Array) -> PyTree[Array]:
+        def contribution(terms_at: Any, inputs: PyTree, operand: Any, u: Array) -> PyTree[Array]:
             return Jacobian.of(self.problem, inputs).vjp(u)
 
-        return self.problem.sum_over_chunks(share, u)
+        return self.problem.sum_over_chunks(contribution, u)
 
 
 def map_over_chunks(problem: Problem, fn: Callable[[PyTree], PyTree[Array]]) -> PyTree[Array]:
-    """`fn(inputs)` of chunks of the batch, whose arrays have examples as first axis, for the whole batch."""
+    """`fn(inputs)` for the whole batch, chunk by chunk; its results have examples as first axis."""
     chunks = problem.chunks()
     if chunks is None:
         return fn(problem.inputs)
 
-    take = chunks.taker(problem.inputs)
+    take = chunks.take_fn(problem.inputs)
     parts = jax.lax.map(lambda places: fn(take(places)), chunks.even)
-    return chunks.put_together(parts, None if chunks.rest is None else fn(take(chunks.rest)))
+    return chunks.concatenate(parts, None if chunks.rest is None else fn(take(chunks.rest)))
 
 
 class JacobianLinearOperator(AbstractJacobian):
@@ -100,7 +100,7 @@ class JacobianLinearOperator(AbstractJacobian):
     """
 
     problem: Problem
-    kept: Linearised | None
+    linearisation: Linearised | None
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class JacobianLinearOperator(AbstractJacobian):
         args = model_fn, MSELoss(), params, (inputs, None), chunk_size, FisherType.TYPE2
         self.problem = make_problem(*args, has_aux=has_aux)
         self.problem.check_chunks()
-        self.kept = None
+        self.linearisation = None
 
     @classmethod
     def from_batches(
@@ -161,7 +161,7 @@ class JacobianLinearOperator(AbstractJacobian):
         def make(inputs: PyTree, targets: Any) -> Problem:
             return cls(model_fn, params, inputs, chunk_size=chunk_size, has_aux=has_aux).problem
 
-        return BatchesJacobianLinearOperator(RowPasses(make, batches, with_targets=False, progress=progress))
+        return BatchesJacobianLinearOperator(OrderedPasses(make, batches, with_targets=False, progress=progress))
 
     @classmethod
     def from_objective(
@@ -206,7 +206,7 @@ class JacobianLinearOperator(AbstractJacobian):
         made = []
         for i, (term, batch, _) in enumerate(parts_of(objective, batches, None)):
             (inputs, _), mask = unpack_batch(f"batches[{i}]", batch)
-            with prefixed(f"batches[{i}]: "):
+            with errors_prefixed(f"batches[{i}]: "):
                 refuse_mask(mask)
                 made.append(cls(term.model_fn, params, inputs, chunk_size=chunk_size, has_aux=has_aux))
         return StackedJacobianLinearOperator(tuple(made))
@@ -263,7 +263,7 @@ class JacobianLinearOperator(AbstractJacobian):
 
     def linearised(self) -> Linearised:
         """Return the model's linearisation, kept by `lineax.linearise` or made now."""
-        return Linearised.of(self.problem) if self.kept is None else self.kept
+        return Linearised.of(self.problem) if self.linearisation is None else self.linearisation
 
 
 class BatchesJacobianLinearOperator(AbstractJacobian):
@@ -279,7 +279,7 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         ('BatchesJacobianLinearOperator', (39, 6))
     """
 
-    passes: RowPasses = eqx.field(static=True)
+    passes: OrderedPasses = eqx.field(static=True)
 
     def __repr__(self) -> str:
         return fields(self, params=self.passes.params, outputs=self.passes.outputs)
@@ -317,11 +317,11 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         check_on_host(u)
         u = jnp.asarray(u)
 
-        def share(problem: Problem, start: int) -> PyTree[Array]:
+        def contribution(problem: Problem, start: int) -> PyTree[Array]:
             found = JacobianLinearOperator.of_problem(problem).vjp(u[start : start + problem.outputs.shape[0]])
             return jax.tree.map(lambda x: x.astype(compute_dtype(x.dtype)), found)
 
-        total = self.passes.sweep(share, "products")
+        total = self.passes.sum_over_batches(contribution, "products")
         return jax.tree.map(lambda x, like: x.astype(like.dtype), total, self.passes.params)
 
     def as_matrix(self) -> Float[Array, "K P"]:
@@ -335,7 +335,9 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
 
     def _rows(self, rows: Callable[[JacobianLinearOperator], Array]) -> list[Array]:
         parts: list[Array] = []
-        self.passes.sweep(lambda problem, start: parts.append(rows(JacobianLinearOperator.of_problem(problem))), "rows")
+        self.passes.sum_over_batches(
+            lambda problem, start: parts.append(rows(JacobianLinearOperator.of_problem(problem))), "rows"
+        )
         return parts
 
 
@@ -366,9 +368,10 @@ def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
         def column(v: Array) -> Array:
             return linearised.jvp(unravel(v)).reshape(-1)
 
+        # Reverse mode makes rows, forward mode columns: whichever are fewer.
         if count <= flat.size:
-            return map_some_at_once(row, jnp.eye(count, dtype=outputs.dtype))
-        return map_some_at_once(column, jnp.eye(flat.size, dtype=flat.dtype)).T
+            return map_in_batches(row, jnp.eye(count, dtype=outputs.dtype))
+        return map_in_batches(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
 register(JacobianLinearOperator, symmetric=False)
@@ -376,11 +379,11 @@ register(BatchesJacobianLinearOperator, symmetric=False)
 
 
 def with_linearisation(operator: Any) -> Any:
-    """An operator of a problem with its linearisation kept; as it is with chunks, and on meshes with explicit axes."""
+    """An operator with its linearisation kept; without chunks only, and not on a mesh with explicit axes."""
     problem: Problem = operator.problem
-    if operator.kept is not None or problem.chunks() is not None or explicit_mesh(problem) is not None:
+    if operator.linearisation is not None or problem.chunks() is not None or explicit_mesh(problem) is not None:
         return operator
-    return eqx.tree_at(lambda op: op.kept, operator, Linearised.of(problem), is_leaf=lambda leaf: leaf is None)
+    return eqx.tree_at(lambda op: op.linearisation, operator, Linearised.of(problem), is_leaf=lambda leaf: leaf is None)
 
 
 lx.linearise.register(JacobianLinearOperator, with_linearisation)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from ggn_jax._checks import is_concrete, starts_sum
+from ggn_jax._checks import is_concrete, is_sum_start
 from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
@@ -17,7 +17,7 @@ from ggn_jax.loss import Loss
 
 
 class Recipe:
-    """How an operator is made of sums: equal for sums that may be added."""
+    """How an operator is made from sums: equal for sums that can be added."""
 
     def __init__(self, operator: type, key: Any, made_of: Any = None):
         self.operator, self.made_of, self._key = operator, made_of, (operator, key)
@@ -30,7 +30,7 @@ class Recipe:
 
 
 def loss_key(loss: Loss) -> Any:
-    """Equal for losses with the same options, as far as their values are known."""
+    """Equal for losses with the same options, as far as these have known values."""
     frozen = Frozen(loss)
     arrays = [np.asarray(x).tobytes() if is_concrete(x) else None for x in jax.tree.leaves(frozen.arrays)]
     return frozen.static, tuple(arrays)
@@ -99,8 +99,8 @@ class PartialSums(eqx.Module):
         """
         ranges = np.zeros((0, 3), np.uint32)
         if drawn is not None and _is_known(drawn[0]):
-            ranges = np.asarray([[_key_mark(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)
-        made = totals, jnp.asarray(seen, jnp.int32), _params_mark(params), jnp.asarray(ranges)
+            ranges = np.asarray([[_key_hash(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)
+        made = totals, jnp.asarray(seen, jnp.int32), _params_hash(params), jnp.asarray(ranges)
         return cls(*made, recipe, **passes)
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ class PartialSums(eqx.Module):
         return type(self)(*made, self.recipe, self.factors, self.bases)
 
     def __radd__(self, other: Any) -> Self:
-        return self if starts_sum(other) else NotImplemented
+        return self if is_sum_start(other) else NotImplemented
 
     @property
     def _kind(self) -> str:
@@ -144,18 +144,18 @@ class PartialSums(eqx.Module):
 
 
 def same_examples(what: str, one: Array, two: Array) -> None:
-    """Refuse counts of examples that differ, where they are known."""
+    """Refuse numbers of examples that differ, if they are known."""
     if _is_known(one) and _is_known(two) and int(one) != int(two):
         raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
 
 
 def _is_known(x: Any) -> bool:
-    """Whether an array, perhaps of a file, has values to look at."""
+    """Whether an array, perhaps one read from a file, has values."""
     return isinstance(x, np.ndarray | np.generic) or is_concrete(x)
 
 
 def same_params(what: str, one: Array, two: Array) -> None:
-    """Refuse marks of parameters that differ, where they are known."""
+    """Refuse hashes of parameters that differ, if they are known."""
     if _is_known(one) and _is_known(two) and int(one) != int(two):
         raise ValueError(
             f"{what} must be of the same parameters' values; got those of others, as after a step of training: make all"
@@ -182,30 +182,30 @@ def _union(one: Array, two: Array) -> Array:
     return jnp.asarray(np.asarray(merged, np.uint32).reshape(-1, 3))
 
 
-def _key_mark(key: Array) -> int:
-    """A number made of a key's words."""
+def _key_hash(key: Array) -> int:
+    """A hash of a key."""
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return reduce(lambda mark, word: (mark * ODD + word) % 2**32, np.asarray(words).reshape(-1).tolist(), 1)
+    return reduce(lambda mark, word: (mark * HASH_FACTOR + word) % 2**32, np.asarray(words).reshape(-1).tolist(), 1)
 
 
-ODD = 2654435761  # 2^32 divided by the golden ratio
+HASH_FACTOR = 2654435761  # 2^32 divided by the golden ratio
 
 
 @jax.jit
 @compiler_sharded
-def _params_mark(params: PyTree[Array]) -> UInt32[Array, ""]:
-    """Sums of integers, which are the same in any order, and so on all machines."""
+def _params_hash(params: PyTree[Array]) -> UInt32[Array, ""]:
+    """A hash of the parameters: sums of integers, which do not depend on their order, and so not on the machine."""
     mark = jnp.ones((), jnp.uint32)
     for leaf in jax.tree.leaves(params):
         width = min(leaf.dtype.itemsize, 4)
         words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32).reshape(-1)
-        weights = jnp.uint32(ODD) * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)
-        mark = jnp.uint32(ODD) * mark + jnp.sum(words * weights, dtype=jnp.uint32)
+        weights = jnp.uint32(HASH_FACTOR) * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)
+        mark = jnp.uint32(HASH_FACTOR) * mark + jnp.sum(words * weights, dtype=jnp.uint32)
     return mark
 
 
 def check_sums(name: str, sums: Any, operator: type) -> None:
-    """Refuse what are no sums for this operator."""
+    """Refuse anything but partial sums for this operator."""
     found = sums.recipe.operator if isinstance(sums, PartialSums) else None
     if found is not operator:
         got = type(sums).__name__ if found is None else f"those of {found.__name__}"

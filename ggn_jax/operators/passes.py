@@ -14,7 +14,7 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
 from ggn_jax.operators.base import (
-    COLUMNS_AT_ONCE,
+    COLUMN_BATCH_SIZE,
     CurvatureLinearOperator,
     SymmetricLinearOperator,
     check_vector,
@@ -29,17 +29,17 @@ from ggn_jax.operators.batches import (
     without_reduction,
 )
 from ggn_jax.operators.problem import Problem
-from ggn_jax.operators.sweeps import Sweeps
+from ggn_jax.operators.unordered_passes import UnorderedPasses
 from ggn_jax.operators.weighted import WeightedSumLinearOperator, of_terms
 
 
 class DataLinearOperator(CurvatureLinearOperator):
-    """An operator whose products are sums over data, of one batch; `from_batches` makes that of many."""
+    """An operator of one batch, whose products are sums over examples; `from_batches` makes one of many batches."""
 
     problem: eqx.AbstractVar[Problem]
 
     def _for_batch(self, inputs: PyTree[Array], targets: Array, start: int) -> Self:
-        """The same operator of a batch of the same shapes, of which the first example is number `start` of all."""
+        """The operator for another batch of the same shapes, whose first example is number `start` of all."""
         return eqx.tree_at(lambda op: (op.problem.inputs, op.problem.targets), self, (inputs, targets))
 
     @classmethod
@@ -123,28 +123,28 @@ class DataLinearOperator(CurvatureLinearOperator):
 
 
 class _Products:
-    """Products that go over batches."""
+    """Products that go over batches, and add up what each contributes."""
 
     def __init__(self, make: Callable[[PyTree, Any], DataLinearOperator], batches: Iterable[Any], progress: bool):
         def checked(inputs: PyTree, targets: Any) -> DataLinearOperator:
             operator = make(inputs, targets)
             check_unbatched(operator.problem)
-            if self._sweeps.first is None:
-                operator.problem.check_parts()
+            if self._passes.first is None:
+                operator.problem.check_batches()
             return operator
 
-        self._sweeps = Sweeps(checked, lambda operator: operator.problem, batches, progress)
-        self.first = self._sweeps.peek()
+        self._passes = UnorderedPasses(checked, lambda operator: operator.problem, batches, progress)
+        self.first = self._passes.peek()
         """The operator of the first batch."""
 
     def product(self, vectors: PyTree[Float[Array, "K ..."]]) -> PyTree[Float[Array, "K ..."]]:
-        """The products of all data's operator with these vectors, in one pass."""
+        """The products of the operator of all batches with these vectors, in one pass."""
 
-        def share(operator: DataLinearOperator, problem: Problem, start: int) -> PyTree[Array]:
-            return _share(operator._for_batch(problem.inputs, problem.targets, start), vectors)
+        def contribution(operator: DataLinearOperator, problem: Problem, start: int) -> PyTree[Array]:
+            return _contribution(operator._for_batch(problem.inputs, problem.targets, start), vectors)
 
-        total = self._sweeps.sweep(share, "products")
-        result: PyTree[Array] = _whole(self.first.problem, total, vectors)
+        total = self._passes.sum_over_batches(contribution, "products")
+        result: PyTree[Array] = _finish_products(self.first.problem, total, vectors)
         return result
 
 
@@ -202,8 +202,8 @@ class BatchesLinearOperator(SymmetricLinearOperator):
                 return ravel_pytree([found[leaf] for leaf in leaves])[0]
 
             unit = jnp.eye(flat.size, dtype=flat.dtype)
-            starts = range(0, flat.size, COLUMNS_AT_ONCE)
-            parts = [self._products(jax.vmap(given)(unit[start : start + COLUMNS_AT_ONCE])) for start in starts]
+            starts = range(0, flat.size, COLUMN_BATCH_SIZE)
+            parts = [self._products(jax.vmap(given)(unit[start : start + COLUMN_BATCH_SIZE])) for start in starts]
             return jnp.concatenate([jax.vmap(wanted)(part) for part in parts])
 
     def _products(self, vectors: PyTree[Array]) -> PyTree[Array]:
@@ -217,13 +217,13 @@ lx.is_positive_semidefinite.register(BatchesLinearOperator, lambda operator: ope
 
 @jax.jit
 @compiler_sharded
-def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, Any]:
-    """What a batch adds to the products, without the reduction."""
+def _contribution(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, Any]:
+    """What a batch contributes to the products, without the reduction."""
     problem = operator.problem
     r = problem.reduction()
     try:
         products = jax.vmap(operator._mv)(vectors)
-    except NotImplementedError:  # of JAX, for `jax.lax.ragged_dot`
+    except NotImplementedError:  # JAX cannot map `jax.lax.ragged_dot`
         products = jax.lax.map(operator._mv, vectors)
     return {
         "products": without_reduction(products, r),
@@ -232,6 +232,6 @@ def _share(operator: DataLinearOperator, vectors: PyTree[Array]) -> dict[str, An
 
 
 @jax.jit
-def _whole(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
+def _finish_products(problem: Problem, total: dict[str, Any], like: PyTree[Array]) -> PyTree[Array]:
     dtypes = jax.tree.map(lambda x: x.dtype, like)
     return with_reduction(problem.loss.reduction, total["products"], total["divisor"], dtypes)

@@ -13,18 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import Examples, are_known, as_array, check_count, check_coupled, check_outputs
 from ggn_jax._frozen import Frozen
-from ggn_jax._fusion import largest
-from ggn_jax._hints import batch_hint, called_with, check_model_fn, kind, params_hint, tensor_hint
+from ggn_jax._fusion import max_abs
+from ggn_jax._hints import batch_hint, check_model_fn, describe_value, model_errors_explained, params_hint, tensor_hint
 from ggn_jax._model import Model
-from ggn_jax._outputs import cut as cut_outputs
+from ggn_jax._outputs import split_outputs
 from ggn_jax._repr import fields
-from ggn_jax._sharding import compiler_sharded, explained, vary_alike, vary_like
+from ggn_jax._sharding import compiler_sharded, sharding_errors_explained, vary_alike, vary_like
 from ggn_jax._sums import sum_sequentially
 from ggn_jax._supported import check_supported, stand_in_targets
 from ggn_jax._unbatched import batched_leaves, is_unbatched, map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
-from ggn_jax.joint import JointLoss, flatten_problem, named
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
+from ggn_jax.joint import JointLoss, errors_name_output, flatten_problem
+from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
 from ggn_jax.layers.jaxprs import is_reverse_only
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -33,7 +33,7 @@ from ggn_jax.terms import check_values, split_terms, term_positions
 
 
 class Problem(eqx.Module):
-    """`loss(model_fn(params, inputs), targets)`, as a pytree; made by `make_problem`."""
+    """`loss(model_fn(params, inputs), targets)`, checked, as a pytree; made by `make_problem`."""
 
     model_fn: Model
     loss: Loss
@@ -52,15 +52,15 @@ class Problem(eqx.Module):
         return fields(self, params=self.params, loss=self.loss, inputs=self.inputs, outputs=self.outputs)
 
     def reduction(self) -> Float[Array, ""]:
-        """The `r` that the terms' sum is multiplied by; infinite where a mean is over nothing."""
-        return self._terms_at_zeros().r
+        """The factor `r` of the terms' sum; infinite for the mean of no term."""
+        return self._terms_at_zeros().reduction_factor
 
-    def counts(self) -> Bool[Array, ""]:
-        """Whether some term counts: not where every target is ignored."""
-        return largest(self._terms_at_zeros().scale) != 0
+    def any_term_counts(self) -> Bool[Array, ""]:
+        """Whether any term counts, and not all targets are ignored."""
+        return max_abs(self._terms_at_zeros().scale) != 0
 
     def _terms_at_zeros(self) -> Any:
-        """For what no output changes."""
+        """The terms at outputs of 0, for what does not depend on the outputs."""
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
         return split_terms(self.loss, zeros, self.targets, batch=True)
 
@@ -70,8 +70,8 @@ class Problem(eqx.Module):
         `terms_at(outputs, operand)` are the loss's terms for the chunk's outputs; the reduction is that of the whole
         batch, and whatever the loss holds per example is cut along with the data.
 
-        A chunk has some examples of each of the batch's runs, which are on devices of their own if it is sharded: so
-        they all work on what they have.
+        A chunk has a few examples of each segment of the batch. If the batch is sharded, each segment is on one device,
+        so that all devices work on every chunk, and nothing is sent.
         """
         # The reduction does not depend on the outputs' values.
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
@@ -81,44 +81,44 @@ class Problem(eqx.Module):
         chunks = self.chunks()
         if chunks is None:
             return fn(*data)
-        take = chunks.taker(data)
-        return sum_sequentially(lambda places: fn(*take(places)), chunks.even, chunks.rest)
+        take = chunks.take_fn(data)
+        return sum_sequentially(lambda indices: fn(*take(indices)), chunks.even, chunks.rest)
 
     def chunks(self) -> "Chunks | None":
-        """How the batch is cut into chunks; None where it is one."""
+        """How the batch is cut into chunks; None if it is one chunk."""
         size = self.outputs.shape[0]
         if self.chunk_size is None or self.chunk_size >= size:
             return None
-        return Chunks(size, *_runs_of(size, self.chunk_size))
+        return Chunks(size, *_segments_of(size, self.chunk_size))
 
     @property
-    def together(self) -> int:
+    def num_coupled(self) -> int:
         """How many examples share a backward pass."""
         return self.outputs.shape[0] if self.coupled else 1
 
     def check_chunks(self) -> None:
         """Refuse a model whose examples depend on each other, if the batch is cut into chunks."""
         if self.chunk_size is not None and self.chunks() is not None:
-            # What is ignored may be NaN; more examples than a chunk has might not fit into memory.
+            # Ignored outputs may be NaN, and more examples than a chunk might not fit in memory.
             args = self.model_fn, self.params, self.inputs, self.outputs.dtype
-            few = min(EXAMPLES, max(2, self.chunk_size))
+            few = min(NUM_CHECKED_EXAMPLES, max(2, self.chunk_size))
             check_independent(*args, "leave chunk_size out", examples=few, allow_nan=True)
 
-    def check_parts(self) -> None:
-        """Refuse a model whose examples depend on each other, for data that come in several batches."""
+    def check_batches(self) -> None:
+        """Refuse a model whose examples depend on each other, for several batches."""
         args = self.model_fn, self.params, self.inputs, self.outputs.dtype
         check_independent(*args, "pass all data as one batch", allow_nan=True)
 
     def check_examples(self) -> None:
         """Refuse a model whose examples depend on each other, unless they may."""
         if not self.coupled:
-            check_independent(self.model_fn, self.params, self.inputs, self.outputs.dtype, MAY_BE_COUPLED)
+            check_independent(self.model_fn, self.params, self.inputs, self.outputs.dtype, COUPLED_WAY_OUT)
 
     def check_curvature(self) -> None:
-        """Refuse a loss of one's own with Hessians that are not what it declares, where values are known."""
+        """Refuse a user's loss whose Hessians are indefinite, though it declares otherwise, if values are known."""
         if isinstance(self.loss, JointLoss):
             for name, problem in _problems_of_heads(self).items():
-                with named(name):
+                with errors_name_output(name):
                     problem.check_curvature()
         if not isinstance(self.loss, LikelihoodLoss) or self.loss.curvature != "hessian":
             return
@@ -131,45 +131,45 @@ class Problem(eqx.Module):
 
 
 class Chunks(NamedTuple):
-    """A batch of `runs` runs, cut into chunks of `each` examples of each run."""
+    """A batch of `segments` equal parts, cut into chunks of `per_segment` examples of each segment."""
 
     size: int
-    runs: int
-    each: int
+    segments: int
+    per_segment: int
 
     @property
     def length(self) -> int:
-        """Of a run."""
-        return self.size // self.runs
+        """The length of a segment."""
+        return self.size // self.segments
 
     @property
     def even(self) -> Int[Array, "chunks each"]:
-        """The places in a run that whole chunks have."""
-        return jnp.arange(self.length - self.length % self.each).reshape(-1, self.each)
+        """The indices within a segment of each chunk, but for a smaller last one."""
+        return jnp.arange(self.length - self.length % self.per_segment).reshape(-1, self.per_segment)
 
     @property
     def rest(self) -> Int[Array, " few"] | None:
-        """Those of the last one, if it is smaller."""
-        left = self.length % self.each
+        """The indices of the last chunk, if it is smaller."""
+        left = self.length % self.per_segment
         return jnp.arange(self.length - left, self.length) if left else None
 
-    def taker(self, data: PyTree[Array]) -> Callable[[Int[Array, " each"]], PyTree[Array]]:
-        """A function of places that returns the examples at these of each run."""
-        runs = map_batched(lambda x: x.reshape(self.runs, self.length, *x.shape[1:]), data)
+    def take_fn(self, data: PyTree[Array]) -> Callable[[Int[Array, " each"]], PyTree[Array]]:
+        """A function from indices to the examples at these indices of each segment."""
+        segments = map_batched(lambda x: x.reshape(self.segments, self.length, *x.shape[1:]), data)
 
-        def take(places: Array) -> PyTree[Array]:
-            chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, places[0], len(places), axis=1), runs)
+        def take(indices: Array) -> PyTree[Array]:
+            chunk = map_batched(lambda x: jax.lax.dynamic_slice_in_dim(x, indices[0], len(indices), axis=1), segments)
             return map_batched(lambda x: x.reshape(-1, *x.shape[2:]), chunk)
 
         return take
 
-    def put_together(self, parts: PyTree[Array], rest: PyTree[Array] | None) -> PyTree[Array]:
-        """What has an example as each row, of all even chunks `[chunks, rows, ...]` and of the rest, in their order."""
+    def concatenate(self, parts: PyTree[Array], rest: PyTree[Array] | None) -> PyTree[Array]:
+        """Rows for examples, from all chunks `[chunks, rows, ...]` and the rest, in the order of the batch."""
 
         def whole(x: Array, *rest: Array) -> Array:
-            runs = jnp.moveaxis(x.reshape(len(x), self.runs, self.each, *x.shape[2:]), 0, 1)
-            pieces = [runs.reshape(self.runs, -1, *x.shape[2:])]
-            pieces += [y.reshape(self.runs, -1, *y.shape[1:]) for y in rest]
+            segments = jnp.moveaxis(x.reshape(len(x), self.segments, self.per_segment, *x.shape[2:]), 0, 1)
+            pieces = [segments.reshape(self.segments, -1, *x.shape[2:])]
+            pieces += [y.reshape(self.segments, -1, *y.shape[1:]) for y in rest]
             return jnp.concatenate(pieces, axis=1).reshape(self.size, *x.shape[2:])
 
         return jax.tree.map(whole, parts, *(() if rest is None else (rest,)))
@@ -187,7 +187,7 @@ class WeightedProblems(eqx.Module):
 
 
 def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
-    """Of a `JointLoss`: each output on its own."""
+    """For a `JointLoss`, a problem for each output."""
     loss: Any = problem.loss
     heads = loss.heads(jax.ShapeDtypeStruct(problem.outputs.shape, problem.outputs.dtype))
 
@@ -201,7 +201,7 @@ def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
 
 def _output(model_fn: Any, which: Frozen, params: PyTree, inputs: PyTree) -> Array:
     name, shapes = which.thaw()
-    return cut_outputs(model_fn(params, inputs), dict(shapes))[name]
+    return split_outputs(model_fn(params, inputs), dict(shapes))[name]
 
 
 @eqx.filter_jit
@@ -217,23 +217,23 @@ def _count_indefinite(problem: Problem) -> Array:
     return problem.sum_over_chunks(count)
 
 
-def _runs_of(size: int, chunk_size: int) -> tuple[int, int]:
-    """Of how many runs a batch is made, and how many examples of each are in a chunk.
+def _segments_of(size: int, chunk_size: int) -> tuple[int, int]:
+    """The number of segments of a batch, and how many examples of each are in a chunk.
 
-    Tracing does not tell how a batch is sharded. Each run is on one device if the batch is cut along its examples, over
-    a number of devices that divides the number of all, and chunks are not smaller than that.
+    Tracing does not tell how a batch is sharded. This number suits all cases in which its examples are sharded over a
+    divisor of the number of devices, and chunks are not smaller than that.
     """
     common = math.gcd(size, jax.device_count())
-    runs = max(number for number in range(1, min(common, chunk_size) + 1) if common % number == 0)
-    return runs, chunk_size // runs
+    segments = max(number for number in range(1, min(common, chunk_size) + 1) if common % number == 0)
+    return segments, chunk_size // segments
 
 
 def _chunk_sizes(size: int, chunk_size: int | None) -> set[int]:
     """The sizes of the chunks of a batch."""
     if chunk_size is None or chunk_size >= size:
         return {size}
-    runs, each = _runs_of(size, chunk_size)
-    return {runs * each, size % (runs * each)} - {0}
+    segments, per_segment = _segments_of(size, chunk_size)
+    return {segments * per_segment, size % (segments * per_segment)} - {0}
 
 
 class _ClosedOver(eqx.Module):
@@ -258,7 +258,7 @@ def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:
 
 
 class _Traced(eqx.Module):
-    value: Any = eqx.field(static=True)  # no array, and nothing to be sharded
+    value: Any = eqx.field(static=True)  # not an array, and so not sharded
 
 
 def _trace(model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree) -> _Traced:
@@ -283,9 +283,11 @@ def _check_params(params: Any) -> None:
 def as_batch(batch: Any) -> tuple[PyTree[Array], Any, int]:
     """Inputs, and targets where there are any, as arrays with one common leading axis, and its length."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)}.{batch_hint(batch)}")
+        raise TypeError(f"batch must be a pair (inputs, targets); got {describe_value(batch)}.{batch_hint(batch)}")
     if isinstance(batch[1], tuple | list) and batch_hint(batch):
-        raise TypeError(f"batch must be a pair (inputs, targets); got {kind(batch)} of others.{batch_hint(batch)}")
+        raise TypeError(
+            f"batch must be a pair (inputs, targets); got {describe_value(batch)} of others.{batch_hint(batch)}"
+        )
     inputs = jax.tree_util.tree_map_with_path(_as_input, batch[0])
     if any(map(is_unbatched, jax.tree.leaves(batch[1], is_leaf=is_unbatched))):
         raise TypeError("targets must have an entry for each example; got Unbatched, which is for inputs alone.")
@@ -320,8 +322,8 @@ def unpack_batch(name: str, batch: Any, way_out: str = "") -> tuple[Any, Any]:
     """The pair of inputs and targets, and the mask or None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         wanted = "(inputs, targets) or (inputs, targets, mask)"
-        none = "" if isinstance(batch, tuple | list) else " Targets may be None where none are looked at."
-        raise TypeError(f"{name} must be {wanted}; got {kind(batch)}.{none}{batch_hint(batch)}{way_out}")
+        none = "" if isinstance(batch, tuple | list) else " Targets may be None if none are needed."
+        raise TypeError(f"{name} must be {wanted}; got {describe_value(batch)}.{none}{batch_hint(batch)}{way_out}")
     return tuple(batch[:2]), batch[2] if len(batch) == 3 else None
 
 
@@ -338,7 +340,7 @@ def is_key(leaf: Any) -> bool:
 def _without_targets(loss: Loss, outputs: jax.ShapeDtypeStruct, fisher_type: FisherType | None) -> tuple[Loss, Any]:
     """A loss and targets for a batch that has none."""
     if fisher_type is FisherType.FORWARD_ONLY:
-        # It looks at neither, but at whether there is something to count.
+        # Forward-only uses neither, but needs to know whether any term counts.
         loss, fisher_type = MSELoss(reduction=loss.reduction), FisherType.TYPE2
     return loss, stand_in_targets(loss, outputs, fisher_type, batch=True)
 
@@ -356,7 +358,7 @@ def make_problem(
 ) -> Problem:
     """Check everything that an operator is made of.
 
-    Targets may be None where vectors of `fisher_type` do not depend on them; it is None for what needs their values.
+    Targets may be None if vectors of `fisher_type` do not depend on them; that is None for what needs targets anyway.
 
     Raises TypeError or ValueError, naming the argument, for parameters that are not floating arrays, a batch that is
     not `(inputs, targets)` with one common leading axis, model outputs that are not one array `[N, *out]`, and targets
@@ -371,7 +373,7 @@ def make_problem(
     inputs, targets, size = as_batch(batch)
     params, inputs, targets, loss, model_fn = vary_alike(params, inputs, targets, loss, model_fn)
 
-    with explained(), called_with(params, inputs):
+    with sharding_errors_explained(), model_errors_explained(params, inputs):
         model_fn, loss = flatten_problem(model_fn, loss, params, inputs, has_aux)
         jaxpr, outputs = compiler_sharded(_trace)(Model(model_fn, has_aux).at(inputs), params, inputs).value
     if not isinstance(outputs, jax.ShapeDtypeStruct):
@@ -391,7 +393,8 @@ def make_problem(
     loss.check_shapes(outputs, targets, True)
     check_values(loss, outputs, targets, True)
     if not are_known(list(jaxpr.consts)):
-        # Solvers keep the operator beyond the trace that these values belong to: they must be visible as leaves.
+        # model_fn closes over tracers. Solvers keep the operator beyond the trace that these belong to, so they must be
+        # visible as leaves.
         parts = _chunk_sizes(size, chunk_size) | (set() if coupled else {1})  # layers are found on one example
         cut = [map_batched(partial(_first, n), inputs) for n in parts]
         model_fn = _ClosedOver.of(model_fn, params, map(unwrap, cut))

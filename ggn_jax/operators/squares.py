@@ -14,31 +14,31 @@ from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax._unbatched import batch_axes, map_batched
 from ggn_jax.fisher_type import FisherType
+from ggn_jax.kronecker.chunked import sum_chunked
 from ggn_jax.kronecker.diagonal import compute_diagonal
-from ggn_jax.kronecker.parts import sum_in_parts
-from ggn_jax.layers.run import mapped
+from ggn_jax.layers.run import vmap_examples
 from ggn_jax.operators.batches import without_reduction
 from ggn_jax.operators.problem import Problem
 
 
-class Squares:
-    """The GGN's diagonal of a batch: how it is made."""
+class DiagonalMaker:
+    """How the GGN's diagonal of a batch is computed, with checked options."""
 
     def __init__(self, mc_samples: Any, key: Any, vector_chunk_size: Any, method: Any):
         if method not in ("layers", "data"):
             raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
-        self._compute = _by_layers if method == "layers" else _by_data
+        self._compute = _by_layers if method == "layers" else _by_examples
         self._chunk_size = check_count("vector_chunk_size", vector_chunk_size)
         self._mc_samples, self._key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")
         self.fisher_type = FisherType.MC if self._mc_samples else FisherType.TYPE2
 
     @property
     def draws(self) -> bool:
-        """Whether labels are drawn, with the key."""
+        """Whether targets are drawn."""
         return self._key is not None
 
     def check(self, problem: Problem) -> None:
-        """Refuse what has no such diagonal."""
+        """Refuse a loss or model that this cannot be computed for."""
         if not self._mc_samples:
             check_exact(problem.loss)
         problem.check_examples()
@@ -53,7 +53,7 @@ class Squares:
 
 @jax.jit
 def unreduced(problem: Problem, entries: PyTree[Array]) -> tuple[PyTree[Array], Array]:
-    """The entries without the loss's reduction, to be added up, and what its mean divides by."""
+    """The entries without the loss's reduction, so that they can be added up, and the divisor of its mean."""
     r = problem.reduction()
     return without_reduction(entries, r), 1 / r
 
@@ -64,9 +64,9 @@ _by_layers = jax.jit(_like_parameters(compute_diagonal), static_argnames=("mc_sa
 
 @partial(jax.jit, static_argnames=("mc_samples", "vector_chunk_size"))
 @_like_parameters
-def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
-    together = problem.together
-    num = mc_samples or together * math.prod(problem.outputs.shape[1:])
+def _by_examples(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk_size: int) -> PyTree[Array]:
+    num_coupled = problem.num_coupled
+    num = mc_samples or num_coupled * math.prod(problem.outputs.shape[1:])
 
     def example(terms_at: Any, inputs: PyTree, operand: Any, *keys: Array) -> PyTree[Array]:
         """The sum over vectors of squared gradients of one example: a batch of one, or of coupled examples."""
@@ -84,13 +84,13 @@ def _by_data(problem: Problem, keys: Array | None, mc_samples: int, vector_chunk
             return jax.tree.map(lambda g: g.astype(compute_dtype(g.dtype)) ** 2, vjp(vector.astype(outputs.dtype))[0])
 
         def squares(indices: Array) -> PyTree[Array]:
-            return jax.tree.map(lambda s: jnp.sum(s, axis=0), mapped(squared)(indices))
+            return jax.tree.map(lambda s: jnp.sum(s, axis=0), vmap_examples(squared)(indices))
 
-        return sum_in_parts(squares, num, vector_chunk_size)
+        return sum_chunked(squares, num, vector_chunk_size)
 
     def chunk(terms_at: Any, *data: PyTree) -> PyTree[Array]:
-        data = map_batched(lambda x: x.reshape(-1, together, *x.shape[1:]), data)
-        squares = mapped(partial(example, terms_at), batch_axes(data))(*data)
+        data = map_batched(lambda x: x.reshape(-1, num_coupled, *x.shape[1:]), data)
+        squares = vmap_examples(partial(example, terms_at), batch_axes(data))(*data)
         return jax.tree.map(lambda s: jnp.sum(s, axis=0), squares)
 
     total = problem.sum_over_chunks(chunk, *(() if keys is None else (keys,)))

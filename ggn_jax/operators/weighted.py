@@ -7,7 +7,7 @@ import jax
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import prefixed
+from ggn_jax._checks import errors_prefixed
 from ggn_jax._weights import weighted_sum
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register
@@ -69,7 +69,7 @@ def of_terms(
     made = []
     for i, (term, batch, own_key) in enumerate(parts_of(objective, batches, key)):
         own = options if own_key is None else {**options, "key": own_key}
-        with prefixed(f"batches[{i}]: "):
+        with errors_prefixed(f"batches[{i}]: "):
             pair = tuple(batch) if isinstance(batch, list) else batch
             made.append(make(term.model_fn, term.loss, params, pair, **own))
     return made, array_weights(objective)

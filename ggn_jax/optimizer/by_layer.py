@@ -1,4 +1,4 @@
-"""Preconditioners of one's own, written for one layer, as optax transformations."""
+"""User-defined preconditioners, written for one layer, as optax transformations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,7 +165,7 @@ def scale_by_layers(
                 f"batch has inputs {structure_of(pair[0])}, for which the model's layers are {', '.join(layers.names)},"
                 f" and the state has {', '.join(state.layers)}."
             )
-        # `start` saw whether examples depend on each other, if there were values to see it.
+        # `start` has checked whether examples depend on each other, if values were known.
         layers = replace(layers, checked=True)
         io = layer_io(layers, loss, params, pair, **vectors, key=key, mask=mask, grads=False)
         new = {layer.name: update(state.layers[layer.name], io[layer.name]) for layer in layers}

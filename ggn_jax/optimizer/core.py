@@ -1,4 +1,4 @@
-"""One pass over a batch: the loss, its gradient, and the factors; and where a model's blocks are."""
+"""One pass over a batch: the loss, its gradient, and the factors; and what is static of a model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._eager import compiled
-from ggn_jax._hints import called_with, check_model_fn
+from ggn_jax._hints import check_model_fn, model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
@@ -22,10 +22,10 @@ from ggn_jax.joint import flatten_problem
 from ggn_jax.kronecker.checks import check_draws, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
-from ggn_jax.kronecker.sides import find_sides, find_taps, mean_weights
-from ggn_jax.kronecker.stacks import Stack, structure
+from ggn_jax.kronecker.stacks import Stack, params_structure
+from ggn_jax.kronecker.use_factors import find_taps, find_use_factors, mean_weights
 from ggn_jax.layers import Trace, capture, trace_model
-from ggn_jax.layers.check import EXAMPLES, MAY_BE_COUPLED, check_independent
+from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
 from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
@@ -38,7 +38,7 @@ from ggn_jax.optimizer.curvature import (
     bases_of,
     block_shapes,
     find_curvature,
-    initial,
+    initial_curvature,
     zero_factors,
 )
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
@@ -47,20 +47,20 @@ from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.storage import as_plain
 from ggn_jax.terms import split_terms
 
-TARGETS = 64  # that a loss of one's own draws for each of a few examples, to be checked with
+TARGETS = 64  # that a user's loss draws for each of a few examples, to check its curvature
 
 Sums = tuple[dict[str, Any], Sequence[Sequence[Array]]]
-"""What a chunk adds to the factors, and to EKFAC's eigenvalues."""
+"""A chunk's summands of the factors, and of EKFAC's eigenvalues."""
 
 PassResult = tuple[Any, PyTree[Array] | None, Factors]
 """The loss, its gradient, and the factors."""
 
 
-class Known(NamedTuple):
-    """What follows from the shapes of parameters and of example inputs."""
+class StaticInfo(NamedTuple):
+    """What the shapes of parameters and example inputs determine."""
 
     stacks: tuple[Stack, ...]
-    """Where the blocks' entries are among the parameters."""
+    """Which parameter entries the blocks act on."""
     curvature: Curvature
     factors: Factors
     """As `jax.ShapeDtypeStruct`s."""
@@ -101,8 +101,8 @@ class Core:
 
     def _prepare(self, settings: Settings, full_params: PyTree | None) -> None:
         self.settings, self.full_params = settings, full_params
-        self._known: dict[Any, Known] = {}
-        self._look = compiled(self._compute_pass)
+        self._static_infos: dict[Any, StaticInfo] = {}
+        self._compiled_pass = compiled(self._compute_pass)
 
     def start(self, params: PyTree[Array], damping: Array) -> Curvature:
         """The state before the first step; refuses models whose examples depend on each other.
@@ -118,12 +118,12 @@ class Core:
         layout.warn()
         if not is_masked(params):
             self._check_examples(params)
-        curvature = initial(layout, self.settings, damping)
-        self._know(params, layout, curvature)
+        curvature = initial_curvature(layout, self.settings, damping)
+        self._remember(params, layout, curvature)
         return self._placed(as_plain(curvature), params)
 
     def placed(self, state: PyTree[Array], params: PyTree[Array], spec: PartitionSpec | None = None) -> PyTree[Array]:
-        """On all devices of the mesh, where the steps leave it: else the second step would be compiled anew."""
+        """The state on all devices of the mesh, as steps return it; else the second step would be recompiled."""
         explicit, spec = explicit_mesh(params), spec or PartitionSpec()
         if any(map(_is_traced, jax.tree.leaves((state, params)))):
             return state if explicit is None else reshard(state, NamedSharding(explicit, spec))
@@ -131,7 +131,7 @@ class Core:
         return state if mesh is None else jax.device_put(state, NamedSharding(mesh, spec))
 
     def _placed(self, curvature: Curvature, params: PyTree[Array]) -> Curvature:
-        """The blocks and their inverses cut over the devices of `mesh`, all else on each of them."""
+        """Blocks and inverses sharded over the devices of `mesh`, and all else replicated."""
         cut = self.settings.spread.spec
         blocks, inverses = (self.placed(tree, params, cut) for tree in (curvature.blocks, curvature.inverses))
         rest = self.placed(curvature._replace(blocks=(), inverses=()), params)
@@ -143,17 +143,19 @@ class Core:
     def _check_examples(self, params: PyTree[Array]) -> None:
         self._check_independent(self.model_fn, params)
 
-    def known(self, params: PyTree[Array]) -> Known:
+    def known(self, params: PyTree[Array]) -> StaticInfo:
         self._check(params)
-        shape = structure(params)
-        if shape not in self._known:
+        shape = params_structure(params)
+        if shape not in self._static_infos:
             layout = self._layout(params)
-            self._know(params, layout, jax.eval_shape(lambda: initial(layout, self.settings, jnp.zeros(()))))
-        return self._known[shape]
+            self._remember(
+                params, layout, jax.eval_shape(lambda: initial_curvature(layout, self.settings, jnp.zeros(())))
+            )
+        return self._static_infos[shape]
 
-    def _know(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
+    def _remember(self, params: PyTree[Array], layout: Layout, curvature: Curvature) -> None:
         factors = jax.eval_shape(lambda: zero_factors(block_shapes(layout), self.settings))
-        self._known[structure(params)] = Known(layout.stacks, structure_of(curvature), factors)
+        self._static_infos[params_structure(params)] = StaticInfo(layout.stacks, structure_of(curvature), factors)
 
     def curvature_in(self, state: Any, params: PyTree[Array]) -> Curvature:
         """The curvature in a state that may be wrapped, also array by array."""
@@ -193,7 +195,7 @@ class Core:
         """The loss of one array of outputs, and the layers."""
         model_fn = model_of_part(self.model_fn, params, self.full_params)
         like = structure_of(params)
-        with called_with(params, self.example_inputs, one_example=not self.coupled):
+        with model_errors_explained(params, self.example_inputs, one_example=not self.coupled):
             model_fn, loss = flatten_problem(model_fn, self.loss, like, self.example_inputs, self.has_aux)
             trace = trace_model(Model(model_fn, self.has_aux), like, self.example_inputs, coupled=self.coupled)
         return loss, trace
@@ -201,10 +203,10 @@ class Core:
     def run_pass(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
         keys = check_draws(problem, self.settings.options, key, 0)
-        return self._look(problem, mask, keys, curvature, gradient)
+        return self._compiled_pass(problem, mask, keys, curvature, gradient)
 
     def _compute_pass(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
-        layout, counts = Layout.of(problem, self.settings.options), problem.counts()
+        layout, counts = Layout.of(problem, self.settings.options), problem.any_term_counts()
         self._check_layers(layout, problem.params, problem.inputs)
         value, grads, sums = self._sums(problem, layout, mask, keys, curvature, counts, layout, gradient)
         return value, grads, self._factors(layout, *sums, counts, curvature)
@@ -223,7 +225,7 @@ class Core:
         whole: Layout,
         gradient: bool,
     ) -> tuple[Any, Any, Sums]:
-        """The loss, its gradient, and what the factors are made of; `whole` has all blocks of the state."""
+        """The loss, its gradient, and the sums that give the factors; `whole` has all blocks of the state."""
         settings = self.settings
         check_mask_fits(layout.trace, mask)
         bases = bases_of(whole, curvature.inverses) if settings.ekfac else None
@@ -231,23 +233,24 @@ class Core:
         weights = mean_weights(layout, mask, problem.outputs.shape[0], counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
-            sides = find_sides(layout, extra["mask"], weights)
+            use_factors = find_use_factors(layout, extra["mask"], weights)
             # EKFAC's corrections need the gradient of each example.
-            taps = {} if settings.ekfac else find_taps(sides)
-            shared = always or not taps  # taps make factors in the forward pass, where they might not be due
-            look = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
+            taps = {} if settings.ekfac else find_taps(use_factors)
+            # The gradient and the factors share a pass, unless taps would make factors in it that may not be due.
+            shared = always or not taps
+            run_model = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
             captured = value = aux = grads = None
 
             def factors() -> Sums:
-                seen = captured if captured is not None and shared else look(taps=taps)
-                args = (layout, sides, seen, terms_at, operand, extra["keys"])
+                seen = captured if captured is not None and shared else run_model(taps=taps)
+                args = (layout, use_factors, seen, terms_at, operand, extra["keys"])
                 sums, corrected = captured_sums(*args), ()
                 if bases is not None:
-                    corrected = captured_sums(*args, bases, leftovers=False)["corrected"]
+                    corrected = captured_sums(*args, bases, unassigned=False)["corrections"]
                 return vary_like((sums, corrected), problem)
 
             if gradient:
-                captured = look(gradient=True, taps=taps if shared else {})
+                captured = run_model(gradient=True, taps=taps if shared else {})
                 value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(
                     captured.outputs
                 )
@@ -266,16 +269,16 @@ class Core:
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
             if self.has_aux:
-                # A model that was mapped over examples makes it of all of them in another call, of which the compiler
-                # keeps what is needed.
+                # A model that is mapped over examples gives the aux of each of them. That of the batch needs another
+                # call, of which the compiler keeps what aux depends on.
                 value = value, aux if self.coupled else problem.model_fn.with_aux(problem.params, problem.inputs)[1]
         return value, grads, sums
 
     def _factors(
         self, layout: Layout, sums: dict[str, Any], corrected: Any, counts: Bool[Array, ""], curvature: Curvature
     ) -> Factors:
-        if "own" in sums:  # as the weights: it may be added to others'
-            sums["own"] = [jnp.where(counts, x, 0) for x in sums["own"]]
+        if "unassigned" in sums:  # factors have their weight already; 0 for a batch in which no term counts
+            sums["unassigned"] = [jnp.where(counts, x, 0) for x in sums["unassigned"]]
         blocks = assemble_blocks(layout, sums).blocks
         batches = counts.astype(jnp.float32)
         weight = batches if self.settings.factor_interval == 1 else jnp.where(self._is_due(curvature), batches, 0)
@@ -283,7 +286,7 @@ class Core:
         return factors
 
     def _check_layers(self, layout: Layout, params: PyTree[Array], inputs: Any) -> None:
-        """Refuse a batch for which the layers are not those that the state belongs to, block by block."""
+        """Refuse a batch for which the layers have other blocks than the state."""
         if layout.stacks != self.known(params).stacks:
             raise ValueError(
                 f"batch has inputs {structure_of(inputs)}, for which the model's layers have other factors than"
@@ -297,14 +300,14 @@ class Core:
             model_fn = Model(model_fn, self.has_aux)
             outputs = jax.eval_shape(compiler_sharded(model_fn), params, self._inputs)
             if not self.coupled:
-                check_independent(model_fn, params, self._inputs, outputs.dtype, MAY_BE_COUPLED)
+                check_independent(model_fn, params, self._inputs, outputs.dtype, COUPLED_WAY_OUT)
             self._check_curvature(model_fn, params)
 
     def _check_curvature(self, model_fn: Any, params: PyTree) -> None:
-        """Refuse a loss of one's own whose Hessians are indefinite, at targets that it draws for a few examples."""
+        """Refuse a user's loss whose Hessians are indefinite, at targets that it draws for a few examples."""
         fisher_type = self.settings.options.fisher_type
         if isinstance(self.loss, LikelihoodLoss) and fisher_type in (FisherType.TYPE2, FisherType.MC):
-            inputs = self._inputs if self.coupled else map_batched(lambda x: x[:EXAMPLES], self._inputs)
+            inputs = self._inputs if self.coupled else map_batched(lambda x: x[:NUM_CHECKED_EXAMPLES], self._inputs)
             part = float(_indefinite_part(model_fn, self.loss, params, inputs))
             if part:
                 raise indefinite_error(self.loss, f"{part:.1%} of the targets that it draws for a few examples")
@@ -313,7 +316,7 @@ class Core:
 @eqx.filter_jit
 @compiler_sharded
 def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs: PyTree) -> Float[Array, ""]:
-    """For how many of the targets that a loss draws for a few examples its Hessian has a negative eigenvalue."""
+    """The fraction of drawn targets for which the loss's Hessian has a negative eigenvalue, for a few examples."""
     outputs = model_fn(params, inputs)
 
     def indefinite(key: Array) -> Array:
@@ -324,9 +327,9 @@ def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs
 
 
 def _stacked_corrections(layout: Layout, corrected: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
-    """The corrections of all layers' blocks, in the stacks of these."""
+    """The corrections of all layers' blocks, stacked like the blocks."""
     members: list[Any] = [value for values in corrected for value in values]
-    stacked = layout.stacked([*members, *[()] * (len(layout.members) - len(members))])
+    stacked = layout.stack_all([*members, *[()] * (len(layout.members) - len(members))])
     return tuple(value for value in stacked if isinstance(value, jax.Array))
 
 

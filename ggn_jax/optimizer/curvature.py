@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._eager import compiled
-from ggn_jax._fusion import largest
+from ggn_jax._fusion import max_abs
 from ggn_jax._repr import fields
 from ggn_jax.kronecker.algebra import (
     Block,
@@ -22,11 +22,11 @@ from ggn_jax.kronecker.algebra import (
 )
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
-from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
+from ggn_jax.kronecker.stacks import Stack, params_structure, read_entries, stacked_mv, write_entries
+from ggn_jax.optimizer.inverse_updates import update_inverses
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
-from ggn_jax.optimizer.renewal import renew
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.storage import keep, pack
+from ggn_jax.optimizer.storage import pack, to_storage
 
 
 class Factors(NamedTuple):
@@ -107,13 +107,13 @@ def find_one(state: Any, *kinds: type) -> Any:
     return found[0]
 
 
-def initial(layout: Layout, settings: Settings, damping: Array) -> Curvature:
-    """Before the first batch."""
-    # Each its own buffer: a state may be donated.
+def initial_curvature(layout: Layout, settings: Settings, damping: Array) -> Curvature:
+    """The state before the first batch."""
+    # Each array has its own buffer, since a state may be donated.
     count, skipped, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     blocks = jax.eval_shape(lambda blocks: tuple(map(settings.spread.pad, blocks)), block_shapes(layout))
-    averages = jax.eval_shape(lambda blocks: keep(pack(blocks), settings.factor_dtype, count), blocks)
-    # Shapes are the same on any mesh, also on one that is not that of the context.
+    averages = jax.eval_shape(lambda blocks: to_storage(pack(blocks), settings.factor_dtype, count), blocks)
+    # Without the mesh, on which shapes do not depend: it need not be that of the context.
     inverses = tuple(jax.eval_shape(replace(settings, mesh=None).invert, blocks, damping))
     return Curvature(count, skipped, weight, damping, zeros_like(averages), zeros_like(inverses))
 
@@ -125,7 +125,7 @@ def block_shapes(layout: Layout) -> tuple[Block, ...]:
 
 
 def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
-    """What no batch says, of blocks of these shapes."""
+    """The factors of no batch, for blocks of these shapes."""
     corrections = [
         jnp.zeros(shape, block.a[0].dtype)
         for block in blocks
@@ -137,25 +137,29 @@ def zero_factors(blocks: Sequence[Block], settings: Settings) -> Factors:
 
 
 def bases_of(layout: Layout, inverses: Sequence[Block]) -> Bases:
-    """The eigenbases of each layer's blocks."""
+    """The eigenbases of each layer's blocks, without the groups that pad a stack on a mesh."""
 
     def real(stack: Stack, inverse: Block) -> Block:
         cut: Block = jax.tree.map(lambda x: x[: stack.shape[0]], inverse)
         return cut
 
     real_ones = [real(*pair) for pair in zip(layout.stacks, inverses, strict=True)]
-    return layout.by_layer(layout.each(real_ones))
+    return layout.by_layer(layout.unstack_all(real_ones))
 
 
 @compiled
 def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: Any, settings: Settings) -> Curvature:
-    """Take a batch's factors into the averages, and renew the inverses that are due."""
+    """Add a batch's factors to the averages, and update the inverses that are due.
+
+    Averages are kept bias-corrected: `average += gain (new - average)` with `gain = (1 - decay) / weight`, and
+    `weight = 1 - decay^n` after n batches. So the first batch has gain 1, and nothing is divided when they are used.
+    """
     finite = all_finite((seen.blocks, seen.corrections))
     present = seen.weight > 0
     good = present & finite
     decay = jnp.asarray(decay, jnp.float32)
     weight = jnp.where(good, decay * curvature.weight + (1 - decay), curvature.weight)
-    weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # the first batch's, for ever
+    weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # decay 1 keeps the first batch's
     gain = jnp.where(good, jnp.where(curvature.weight == 0, 1, (1 - decay) / jnp.where(good, weight, 1)), 0)
 
     def average(old: Array, total: Array) -> Array:
@@ -164,26 +168,26 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
         return jnp.where(good, old + gain.astype(old.dtype) * (new - old), old)
 
     spread = settings.spread
-    averages = jax.tree.map(average, curvature.blocks, spread.cut(spread.pad(pack(seen.blocks))))
-    blocks = spread.place(keep(averages, settings.factor_dtype, curvature.count))
+    averages = jax.tree.map(average, curvature.blocks, spread.shard(spread.pad(pack(seen.blocks))))
+    blocks = spread.constrain(to_storage(averages, settings.factor_dtype, curvature.count))
     dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
     inverses = list(curvature.inverses)
     spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
-    for i, value in zip(spectra, spread.cut(spread.pad(seen.corrections)), strict=True):
-        inverses[i] = inverses[i].replace_values(spread.place(average(inverses[i].values, value)))
+    for i, value in zip(spectra, spread.shard(spread.pad(seen.corrections)), strict=True):
+        inverses[i] = inverses[i].replace_values(spread.constrain(average(inverses[i].values, value)))
     first = good & (curvature.weight == 0)
     known = (weight > 0) & (seen.batches > 0)
-    inverses = renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
+    inverses = update_inverses(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
 
 
 def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:
-    """All inverses made anew, from the averages and the damping as they are."""
+    """The state with all inverses recomputed from the present averages and damping."""
     first, known = jnp.asarray(False), jnp.asarray(True)
     at_once = replace(settings, inverse_interval=1)
     args = curvature.inverses, curvature.count, first, known, curvature.damping, at_once
-    return curvature._replace(inverses=renew(curvature.blocks, dtypes, *args))
+    return curvature._replace(inverses=update_inverses(curvature.blocks, dtypes, *args))
 
 
 class Direction(NamedTuple):
@@ -193,26 +197,26 @@ class Direction(NamedTuple):
     slope: Float[Array, ""]
     """Its inner product with the gradient."""
     finite: Bool[Array, ""]
-    """Whether it is, and the gradient too, which no product makes finite again."""
+    """Whether it is finite, and so the gradient, since no product makes NaN finite."""
 
 
 @compiled
 def precondition(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> Direction:
-    """The damped inverse times a gradient; 0 as long as no batch was seen."""
+    """The damped inverse times a gradient; 0 before the first batch."""
     made, parts = precondition_stacks(curvature, stacks, settings, gradient)
     finite = all_finite(made)
     made = [jnp.where(curvature.weight > 0, part, 0) for part in made]
     slope = inner(made, [part.astype(x.dtype) for part, x in zip(parts, made, strict=True)])
     made = [x[: stack.shape[0]] for stack, x in zip(stacks, made, strict=True)]
-    return Direction(write(stacks, structure(gradient), made), slope, finite)
+    return Direction(write_entries(stacks, params_structure(gradient), made), slope, finite)
 
 
 def precondition_stacks(
     curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings, gradient: PyTree[Array]
 ) -> tuple[list[Float[Array, "G ..."]], list[Float[Array, "G ..."]]]:
-    """The damped inverses times a gradient, and this gradient, of each stack; with the groups that fill up a mesh."""
+    """The damped inverses times a gradient, and the gradient, for each stack; with the groups that pad it on a mesh."""
     inverses = curvature.inverses
     if settings.keeps_spectra:
 
@@ -222,23 +226,23 @@ def precondition_stacks(
         inverses = tuple(block.map(damped) for block in inverses)
     spread = settings.spread
     # Each device multiplies with the inverses that it holds.
-    parts = spread.place(spread.pad(read(stacks, gradient)))
-    return list(products(inverses, parts)), list(parts)
+    parts = spread.constrain(spread.pad(read_entries(stacks, gradient)))
+    return list(stacked_mv(inverses, parts)), list(parts)
 
 
 @compiled
 def inverses_available(curvature: Curvature, stacks: tuple[Stack, ...], settings: Settings) -> Bool[Array, ""]:
-    """Whether no inverse is missing, as one is whose factorisations all failed; without damping they may.
+    """Whether every block has an inverse: without damping, all factorisations of a block may have failed so far.
 
-    The diagonal of a damped inverse is positive, and eigenvectors have no row of zeros; eigenvalues before damping may
-    be 0.
+    A missing inverse is 0. A damped inverse has a positive diagonal, and no row of eigenvectors is 0, so one entry
+    or row is enough to check; eigenvalues before damping may be 0.
     """
 
     def first(x: Array) -> Float[Array, "G ..."]:
         return x.reshape(x.shape[0], -1)[:, 0]
 
     def first_row(x: Array) -> Float[Array, " G"]:
-        return largest(x[:, 0], axis=1)
+        return max_abs(x[:, 0], axis=1)
 
     def entries(block: Any) -> list[Array]:
         if isinstance(block, Spectral):

@@ -1,4 +1,4 @@
-"""Why a run is slow: the damping, the step and the inverses of a state, looked at on one batch."""
+"""Why a run is slow: the damping, the step and the inverses of a state, measured on one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ggn_jax._checks import are_known
 from ggn_jax._eager import compiled
 from ggn_jax._sharding import NOT_SHARDED, on_mesh
 from ggn_jax.kronecker.algebra import Block, Kronecker, Spectral, is_diagonal
-from ggn_jax.kronecker.linalg import eigh, norm, resolved
+from ggn_jax.kronecker.linalg import eigh, norm, zero_below_resolution
 from ggn_jax.kronecker.pairs import split_damping
 from ggn_jax.kronecker.stacks import BlockSpec, unstack
 from ggn_jax.layers.table import table
@@ -169,14 +169,14 @@ class Diagnoser:
         """What `optimizer.diagnose` returns."""
         found, curvature = find_state(state), self.core.curvature_in(state, params)
         if not are_known((curvature.weight, params, batch)):
-            raise TypeError("diagnose looks at values: call it outside of jit and other transformations.")
+            raise TypeError("diagnose needs values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:
             raise ValueError("diagnose needs a state that has seen a batch: take some steps first.")
         velocity = None
         if isinstance(found, KFACState) and found.velocity is not None:
             velocity = check_structure("state.velocity", found.velocity, params)
-        look = on_mesh(self._look, lambda *_: NOT_SHARDED)
-        numbers, stacks = jax.device_get(look(params, batch, curvature, velocity, full_params))
+        evaluate = on_mesh(self._evaluate, lambda *_: NOT_SHARDED)
+        numbers, stacks = jax.device_get(evaluate(params, batch, curvature, velocity, full_params))
         blocks = self._blocks(params, stacks, float(curvature.damping))
         known: dict[str, Any] = {name: float(x) for name, x in numbers.items()}
         off, new = (np.concatenate([stack[name] for stack in stacks]) for name in ("off", "new"))
@@ -198,10 +198,10 @@ class Diagnoser:
         return Diagnosis(steps=steps, **known, blocks=blocks, findings=findings(of, self.rule))
 
     def _dtypes(self, params: PyTree[Array]) -> list[Any]:
-        """In which each stack of blocks is inverted."""
+        """The dtype in which each stack of blocks is inverted."""
         return [jax.tree.leaves(block)[0].dtype for block in self.core.known(params).factors.blocks]
 
-    def _look(self, params: Any, batch: Any, curvature: Curvature, velocity: Any, full_params: Any) -> Any:
+    def _evaluate(self, params: Any, batch: Any, curvature: Curvature, velocity: Any, full_params: Any) -> Any:
         problem, _ = self.core.problem(params, batch, full_params, value=True)
         return self._measure(problem, curvature, velocity)
 
@@ -247,15 +247,17 @@ _OF_A_STEP = "predicted", "reduction_ratio", "best_scale"
 
 
 def _spectra(blocks: Sequence[Block], damping: Array, settings: Settings) -> list[dict[str, Float[Array, "G d"]]]:
-    """The eigenvalues of the blocks, or of their factors; with the damping that is split between these."""
+    """The eigenvalues of the blocks, or of their factors, including damping that is split between factors."""
     near = [block.nearest() if isinstance(block, Kronecker) else block for block in blocks]
     named = [
         {"a": block.a[0], "b": block.b[0]} if isinstance(block, Kronecker) else {"values": jax.tree.leaves(block)[0]}
         for block in near
     ]
     dense = [x for one in named for x in one.values() if not is_diagonal(x)]
-    pairs = settings.spread.locally(lambda matrices: [tuple(pair) for pair in eigh(matrices)], dense) if dense else []
-    found = iter([resolved(values) for values, _ in pairs])
+    pairs = (
+        settings.spread.map_shards(lambda matrices: [tuple(pair) for pair in eigh(matrices)], dense) if dense else []
+    )
+    found = iter([zero_below_resolution(values) for values, _ in pairs])
     spectra = [{name: x if is_diagonal(x) else next(found) for name, x in one.items()} for one in named]
     return spectra if settings.keeps_spectra else [_shifted(spectrum, damping) for spectrum in spectra]
 
@@ -273,7 +275,7 @@ def _norms(x: Float[Array, "G ..."]) -> Float[Array, " G"]:
 
 
 def _relative(off: Any, new: Any) -> float:
-    """The norm of all parts of a difference, relative to that of what it should be."""
+    """The norm of a difference, in parts, relative to that of what it should be."""
     sizes = [float(np.sqrt(np.sum(np.asarray(x, np.float64) ** 2))) for x in (off, new)]
     return sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
 

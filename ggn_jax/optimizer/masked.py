@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ggn_jax.kronecker.stacks import structure
+from ggn_jax.kronecker.stacks import params_structure
 from ggn_jax.optimizer.checks import as_arrays
 
 
@@ -54,7 +54,7 @@ def check_full(given: PyTree, wanted: PyTree | None) -> PyTree[Array]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(given):
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"full_params{jax.tree_util.keystr(path)} must have its present values; got {leaf}.")
-    if wanted is not None and structure(given) != structure(wanted):
+    if wanted is not None and params_structure(given) != params_structure(wanted):
         raise ValueError(
             f"full_params must be a pytree like those that kfac was given: wanted {wanted}, got"
             f" {jax.eval_shape(lambda: given)}."
@@ -67,5 +67,5 @@ def _is_node(node: Any) -> bool:
 
 
 def _filled(leaf: Any) -> Array:
-    """Zeros for shapes, where only the model's structure is looked at."""
+    """Zeros in place of a shape, where only the model's structure matters."""
     return leaf if isinstance(leaf, jax.Array) else jnp.zeros(leaf.shape, leaf.dtype)

@@ -169,7 +169,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         Raises:
             ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
         """
-        return self._look(params, batch, state, key, full_params, gradient=False)[2]
+        return self._compute_factors(params, batch, state, key, full_params, gradient=False)[2]
 
     def value_and_grad_and_factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
@@ -214,14 +214,18 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
                 "has_aux=True has no aux of a whole batch where chunk_size cuts it into parts: leave chunk_size out, or"
                 " take the gradient and aux with jax.value_and_grad, and pass batch=batch to update."
             )
-        return self._look(params, batch, state, key, full_params, gradient=True)
+        return self._compute_factors(params, batch, state, key, full_params, gradient=True)
 
-    def _look(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
-        look = partial(self._look_inside, gradient=gradient)
+    def _compute_factors(
+        self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool
+    ) -> Any:
+        compute = partial(self._compute_factors_inside, gradient=gradient)
         like = NOT_SHARDED, params if gradient else NOT_SHARDED, NOT_SHARDED
-        return on_mesh(look, lambda *_: like)(params, batch, state, key, full_params)
+        return on_mesh(compute, lambda *_: like)(params, batch, state, key, full_params)
 
-    def _look_inside(self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool) -> Any:
+    def _compute_factors_inside(
+        self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool
+    ) -> Any:
         curvature = self.core.curvature_in(state, params)
         problem, mask = self.core.problem(params, batch, full_params, value=gradient)
         return self.core.run_pass(problem, mask, key, curvature, gradient=gradient)

@@ -91,7 +91,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
     def init(params: PyTree[Array]) -> MultiStepsState:
         inner: Any = optimizer.init(params)
         micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
-        # Or a leaf for all of them, for the stand-in that `Core.start` knows.
+        # For the stand-in without arrays that `Core.start` handles, one array stands for all factors.
         factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
         factors = optimizer.core.placed(as_plain(factors), params)
         return MultiStepsState(micro_step, bad, skipped, inner, wide_zeros_like(params), factors)
@@ -121,7 +121,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
         mean = jax.tree.map(
             lambda m, g: jnp.where(counts, m + (g.astype(m.dtype) - m) / n.astype(m.dtype), m), mean, updates
         )
-        # Without one finite micro-batch, there is no gradient to give to the optimizer, which counts that.
+        # Without any finite micro-batch the gradient is NaN, so that the optimizer rejects the step and counts it.
         lost = (total.batches == 0) & (state.bad + bad > 0)
 
         mean, total, previous, updates, params = vary_alike(mean, total, state.inner, updates, params)

@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._checks import check_real, compute_dtype, wide_dtype
-from ggn_jax._fusion import largest, stack_scalars
+from ggn_jax._fusion import max_abs, stack_scalars
 
 Number = float | Array
 Schedule = Callable[[Any], Any]
 
 
 def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
-    """A number or schedule after `count` steps, in at least float32: an array of its own, since states are donated."""
+    """A number or schedule after `count` steps, in at least float32; a new array, since states may be donated."""
     found = value(count) if callable(value) else value
     if not isinstance(found, jax.Array | np.ndarray | np.generic | int | float) or np.ndim(found):
         got = f"shape {np.shape(found)}" if hasattr(found, "shape") else repr(found)
@@ -27,13 +27,13 @@ def value_at(name: str, value: Any, count: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Whether there is no NaN and no infinity."""
-    parts = [jnp.isfinite(largest(leaf)) for leaf in jax.tree.leaves(tree)]
+    """Whether no entry is NaN or infinite."""
+    parts = [jnp.isfinite(max_abs(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(stack_scalars(parts)) if parts else jnp.asarray(True)
 
 
 def inner(a: PyTree[Array], b: PyTree[Array]) -> Float[Array, ""]:
-    """The sum of all entries' products, in at least float32."""
+    """The inner product of two pytrees, in at least float32."""
     wide = wide_dtype(a)
     products = [
         jnp.sum(x.astype(wide) * y.astype(wide)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -53,17 +53,17 @@ def combine(*terms: tuple[Array, PyTree[Array]]) -> PyTree[Array]:
 
 
 def cast(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
-    """In the dtypes of `like`."""
+    """The pytree in the dtypes of `like`."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def tree_where(which: Bool[Array, ""], yes: PyTree[Array], no: PyTree[Array]) -> PyTree[Array]:
-    """`yes` or `no`, for all leaves."""
+    """`jnp.where` of whole pytrees."""
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
 
 
 def zeros_like(tree: PyTree[Array]) -> PyTree[Array]:
-    """Zeros of these shapes and dtypes; arrays' shardings are kept."""
+    """Zeros of these shapes and dtypes, sharded like the arrays."""
     return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.zeros_like(x), tree
     )

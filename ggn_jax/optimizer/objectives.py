@@ -1,4 +1,4 @@
-"""One pass over the batches of an objective: what `Core` is for one function."""
+"""One pass over the batches of an objective, as `Core` makes one for one function."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -68,26 +68,26 @@ class ObjectiveCore(Core):
 
     def run_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         keys = [check_draws(one, self.settings.options, key_of(key, i), 0) for i, one in enumerate(problem.problems)]
-        return self._look(problem, mask, keys, curvature, gradient)
+        return self._compiled_pass(problem, mask, keys, curvature, gradient)
 
     def _compute_pass(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
         problems, weights = problem.problems, problem.weights
         layout = JoinedLayout.of_all(problems, self.settings.options)
         self._check_layers(layout, problems[0].params, [one.inputs for one in problems])
-        present = [one.counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
+        present = [one.any_term_counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
         counts = jnp.any(jnp.stack(present))
-        each = zip(problems, layout.parts, mask, keys, strict=True)
+        each = zip(problems, layout.functions, mask, keys, strict=True)
         seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
         values, grads, pairs = zip(*seen, strict=True)
         value = weighted_sum(values, weights) if gradient else None
         total = weighted_sum(grads, weights) if gradient else None
-        added = [{**sums, "corrected": corrected} if corrected else sums for sums, corrected in pairs]
+        added = [{**sums, "corrections": corrected} if corrected else sums for sums, corrected in pairs]
         joined = add_sums(layout, added, weights)
-        return value, total, self._factors(layout, joined, joined.pop("corrected", ()), counts, curvature)
+        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), counts, curvature)
 
 
 def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:
-    """Of an objective, or of a model and a loss."""
+    """The core of an objective, or of a model and a loss."""
     rest = Settings.of(options), options["full_params"], options["has_aux"], options["examples"]
     if not isinstance(model_fn, Objective):
         return Core(model_fn, loss, example_inputs, *rest)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Int, PyTree
 
-GOLDEN = 40503  # the golden ratio in units of 2^-16: the remainders of its multiples fill an interval evenly
+HASH_FACTOR = 40503  # the golden ratio in units of 2^-16: the remainders of its multiples fill an interval evenly
 
 
 def as_plain(tree: PyTree[Array]) -> PyTree[Array]:
@@ -32,7 +32,7 @@ def from_plain(leaves: Sequence[Any], like: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.unflatten(structure, sorted_leaves)
 
 
-def keep(tree: PyTree[Array], dtype: Any, count: Int[Array, ""]) -> PyTree[Array]:
+def to_storage(tree: PyTree[Array], dtype: Any, count: Int[Array, ""]) -> PyTree[Array]:
     """Packed averages in the dtype in which they are kept (None for their own), rounded for step number `count`."""
 
     def one(x: Array) -> Array:
@@ -42,12 +42,12 @@ def keep(tree: PyTree[Array], dtype: Any, count: Int[Array, ""]) -> PyTree[Array
 
 
 def dithered(x: Float[Array, "*shape"], count: Int[Array, ""]) -> BFloat16[Array, "*shape"]:
-    """Rounded down or up, over the steps so often up that the mean is right.
+    """Rounded down or up, with a dither that depends on the step, so that the mean over steps is right.
 
-    Rounded to the nearest, an average would not move any more where a step changes it by less than 1/256.
+    Rounded to the nearest, an average would stop moving once a step changes it by less than 1/256.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    added = (2**15 + count.astype(jnp.uint32) * GOLDEN) & jnp.uint32(2**16 - 1)  # to the bits that are cut off
+    added = (2**15 + count.astype(jnp.uint32) * HASH_FACTOR) & jnp.uint32(2**16 - 1)  # to the bits that are cut off
     cut = (bits + added) & jnp.uint32(2**32 - 2**16)
     return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
 
@@ -69,6 +69,7 @@ def pack_triangle(x: Float[Array, "G d d"]) -> Float[Array, "G rows half"]:
     """
     size = x.shape[1]
     half, even = -(-size // 2), 1 - size % 2
+    # One row more for even sizes, so that the free triangle has a diagonal of its own.
     left, right = x[:, :, :half], jnp.swapaxes(x[:, half:, half:], 1, 2)
     rows = size + even
     left = jnp.pad(left, ((0, 0), (even, 0), (0, 0)))

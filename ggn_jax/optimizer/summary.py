@@ -72,7 +72,7 @@ def _cut_blocks(layout: Layout) -> dict[BlockSpec, str]:
     """The blocks that are part of a layer whose factors are too large, and why."""
     reasons: dict[BlockSpec, str] = {}
     for layer, members in zip(layout.plan.layers, layout.by_layer(layout.members), strict=True):
-        for parts in layout.cuts(layer):
+        for parts in layout.partitions(layer):
             if not is_whole(parts):
                 count = sum(run.count for run in parts)
                 size, most = parts[-1].stop, layout.options.max_dense_size
@@ -85,10 +85,14 @@ def summarise(layout: Layout, curvature: Curvature, most_terms: int) -> Curvatur
     """The report of blocks, whose arrays need no values; `most_terms` of a sum are inverted as they are."""
     trace = layout.trace
     shapes = dict(zip(trace.names, trace.shapes, strict=True))
-    reasons = {trace.names[left.leaf]: left.why for left in layout.plan.leftovers if left.kind == "uncovered"}
+    reasons = {
+        trace.names[parameter.leaf]: parameter.why
+        for parameter in layout.plan.unassigned
+        if parameter.kind == "uncovered"
+    }
     options, cut = layout.options, _cut_blocks(layout)
     rows = []
-    blocks = jax.eval_shape(layout.each, block_shapes(layout))
+    blocks = jax.eval_shape(layout.unstack_all, block_shapes(layout))
     for spec, block in zip((member.spec for member in layout.members), blocks, strict=True):
         unused = spec.kind == "unused"
         why = cut.get(spec, "")

@@ -1,4 +1,4 @@
-"""Activation functions, with torch's derivatives where they have a corner."""
+"""Activation functions, with torch's derivatives at their kinks: JAX's own versions may have others there."""
 
 import math
 from typing import Any
@@ -90,6 +90,7 @@ def mish(x: Array) -> Array:
 @aten("softplus")
 @widened
 def softplus(x: Array, beta: Any = 1, threshold: Any = 20) -> Array:
+    # The inner `where` keeps `exp` from overflowing where its result is not used: 0 times infinity in the derivative.
     scaled = x * beta
     linear = scaled > threshold
     return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
@@ -141,7 +142,7 @@ def log_softmax(x: Array, dim: int, dtype: Any = None) -> Array:
 
 
 def _over_axis(fn: Any, x: Array, dim: int, dtype: Any) -> Array:
-    # `_softmax` has a bool in the dtype's place: whether half precision becomes float32 on the way.
+    # `_softmax` has a bool in place of the dtype: whether half precision is computed in float32. Here it always is.
     x = x if dtype is None or isinstance(dtype, bool) else x.astype(dtype)
     return widened(fn)(x, axis=dim) if x.ndim else fn(x[None])[0]
 

@@ -24,7 +24,7 @@ def attention(
     enable_gqa: bool = False,
     dropout_key: Array | None = None,
 ) -> Array:
-    """`softmax(Q K^T scale + mask) V`, with dropout of the softmax; a query that may look at nothing gets zeros.
+    """`softmax(Q K^T scale + mask) V`, with dropout of the softmax; a query that may attend to nothing gets zeros.
 
     `query` is `[..., heads, L, E]`, `key` and `value` `[..., heads, S, E]`, with fewer heads if `enable_gqa`.
     """
@@ -43,7 +43,7 @@ def attention(
     if allowed is not None:
         scores, allowed = align(scores, allowed)
         scores = jnp.where(allowed, scores, -jnp.inf)
-    # Where all scores are minus infinity, softmax and its derivative would be NaN.
+    # If all scores are minus infinity, softmax would be NaN, and so would its derivative behind a single `where`.
     nothing = jnp.all(scores == -jnp.inf, axis=-1, keepdims=True)
     weights = jnp.where(nothing, 0, jax.nn.softmax(jnp.where(nothing, 0, scores), axis=-1))
     weights = keep(weights, dropout_p, True, weights.shape, dropout_key)

@@ -1,4 +1,4 @@
-"""Dropout: the one kind of operators that takes a key."""
+"""Dropout: the only operators that take a key."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from torch_bridge.aten.registry import NoIndices, aten
+from torch_bridge.aten.registry import UnsupportedResult, aten
 
 
 class NoKeyError(NotImplementedError):
-    """Raised where something is drawn, and there is no key."""
+    """Something is drawn, but there is no key."""
 
 
 def keep(x: Array, p: float, train: bool | None, shape: Sequence[int], key: Array | None) -> Array:
-    """`x` times 0 with probability p, else times 1 / (1 - p); one draw for all along axes of length 1 in `shape`."""
+    """`x` times 0 with probability p, else times 1 / (1 - p); one draw along each axis of length 1 in `shape`."""
     if train is False or p == 0:
         return x
     if key is None:
@@ -35,8 +35,8 @@ def dropout(x: Array, p: float, train: bool, *, dropout_key: Array | None = None
 @aten("native_dropout")
 def native_dropout(
     x: Array, p: float, train: bool | None, *, dropout_key: Array | None = None
-) -> tuple[Array, NoIndices]:
-    return keep(x, p, train, x.shape, dropout_key), NoIndices("what a dropout keeps")
+) -> tuple[Array, UnsupportedResult]:
+    return keep(x, p, train, x.shape, dropout_key), UnsupportedResult("what a dropout keeps")
 
 
 @aten("feature_dropout")
@@ -47,5 +47,5 @@ def feature_dropout(x: Array, p: float, train: bool, *, dropout_key: Array | Non
 @aten("alpha_dropout", "feature_alpha_dropout")
 def alpha_dropout(x: Array, p: float, train: bool) -> Array:
     if train and p > 0:
-        raise NotImplementedError("alpha dropout is not known here in training mode: put it into evaluation mode")
+        raise NotImplementedError("alpha dropout is not supported in training mode: put it into evaluation mode")
     return x

@@ -31,7 +31,7 @@ def is_floating(dtype: Any) -> bool:
 
 
 def default_float() -> np.dtype:
-    """What integers become where numbers with a fraction are needed."""
+    """The dtype of integers where floating numbers are needed."""
     return to_dtype(torch.get_default_dtype())
 
 
@@ -64,7 +64,7 @@ def _of_number(number: Any) -> torch.dtype:
 
 
 def _combine(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
-    """Of a level that counts first, and one that only its kind can bring in."""
+    """Combine a level with a lower one, which counts only if its kind is higher."""
     if higher is None or lower is None:
         return higher if lower is None else lower
     if _kind(lower) <= _kind(higher):
@@ -99,7 +99,7 @@ def as_floating(x: Array) -> Array:
 
 
 def wide(x: Array) -> Array:
-    """Half precision as float32, in which torch computes what has an accumulator."""
+    """Half precision as float32, in which torch accumulates."""
     return x.astype(jnp.float32) if x.dtype in HALF else x
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons and functions entry by entry."""
+"""Arithmetic, comparisons and elementwise functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +99,7 @@ KEEPING: dict[str, Callable[[Array], Array]] = {
     "trunc": jnp.trunc,
 }
 for _name, _fn in KEEPING.items():
-    # Integers have no fraction; JAX would make them floating.
+    # torch returns integers as they are, where JAX would make them floating.
     rounds = _name in ("ceil", "fix", "floor", "trunc")
     aten(_name)((lambda x, fn=_fn: fn(x) if is_floating(x.dtype) else x) if rounds else _fn)
 
@@ -219,6 +219,7 @@ def floor_divide(x: Any, y: Any) -> Array:
 def power(x: Any, y: Any) -> Array:
     if isinstance(y, int | float) and not isinstance(y, bool):
         x = as_dtype(x, result_dtype(x, y))
+        # An integer power is a few products, with exact derivatives of all orders, also at 0.
         if y == int(y) and abs(y) < 100 and (is_floating(x.dtype) or y >= 0):
             return lax.integer_pow(x, int(y))
         return jnp.sqrt(x) if y == 0.5 else x ** as_dtype(y, x.dtype)
@@ -245,7 +246,7 @@ def masked_fill(x: Array, mask: Array, value: Any) -> Array:
 
 @aten("clamp", "clip")
 def clamp(x: Array, min: Any = None, max: Any = None) -> Array:  # the schema's names
-    """The derivative at the bounds is that inside of them."""
+    """The derivative at the bounds is that inside of them, as in torch; `jnp.clip` would halve it."""
     x, *bounds = promote(x, *(bound for bound in (min, max) if bound is not None))
     if max is not None:
         upper = bounds.pop()

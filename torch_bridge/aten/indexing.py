@@ -1,4 +1,4 @@
-"""Entries read and written at places that tensors hold."""
+"""Entries read and written at indices."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from torch_bridge.aten.dtypes import align, as_dtype
-from torch_bridge.aten.registry import NoIndices, aten
+from torch_bridge.aten.registry import UnsupportedResult, aten
 
-# Places out of range raise in torch, which a compiled program cannot: floating results are NaN there.
+# Indices out of range raise in torch, which a compiled program cannot: floating results are NaN there.
 FILL = "fill"
 
 
@@ -19,19 +19,19 @@ FILL = "fill"
 def embedding(
     weight: Array, indices: Array, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Array:
-    """Rows; that of `padding_idx` has no gradient."""
+    """Rows of a table; that of `padding_idx` has no gradient."""
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq=True is not a gradient of a function: leave it out")
-    rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
+    rows = jnp.take(weight, _valid_rows(weight, indices), axis=0, mode=FILL)
     if padding_idx < 0:
         return rows
     return jnp.where((indices == padding_idx)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
-def _rows_or_none(weight: Array, indices: Array) -> Array:
-    """Places in a table, one past its end for those that torch refuses: JAX would count negative ones from the end.
+def _valid_rows(weight: Array, indices: Array) -> Array:
+    """Row numbers, one past the last for those that torch refuses: JAX would count negative ones from the end.
 
-    Of 32 bits, which may not hold the places that came.
+    As int32: the given dtype may be too narrow for the number past the last.
     """
     rows = weight.shape[0]
     return jnp.where((indices < 0) | (indices >= rows), rows, indices).astype(jnp.int32)
@@ -56,8 +56,8 @@ def embedding_bag(
     number = starts.shape[0]
     bags = jnp.searchsorted(starts, jnp.arange(indices.shape[0], dtype=starts.dtype), side="right").astype(int) - 1
     if padding_idx is not None and padding_idx >= 0:
-        bags = jnp.where(indices == padding_idx, number, bags)  # which is not a bag
-    rows = jnp.take(weight, _rows_or_none(weight, indices), axis=0, mode=FILL)
+        bags = jnp.where(indices == padding_idx, number, bags)  # past the last bag, and dropped
+    rows = jnp.take(weight, _valid_rows(weight, indices), axis=0, mode=FILL)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     counts = jnp.zeros(number, int).at[bags].add(1, mode="drop")[:, None]
@@ -68,10 +68,10 @@ def embedding_bag(
     else:
         total = jnp.zeros((number, weight.shape[1]), weight.dtype).at[bags].add(rows, mode="drop")
         total = total / jnp.maximum(counts, 1).astype(total.dtype) if mode == 1 else total
-    return total, *(NoIndices("an embedding bag") for _ in range(3))
+    return total, *(UnsupportedResult("an embedding bag") for _ in range(3))
 
 
-def _places(x: Array, indices: Sequence[Array | None]) -> tuple[Any, ...]:
+def _align_indices(x: Array, indices: Sequence[Array | None]) -> tuple[Any, ...]:
     for index in indices:
         if index is not None and index.dtype == bool:
             raise NotImplementedError(
@@ -84,7 +84,7 @@ def _places(x: Array, indices: Sequence[Array | None]) -> tuple[Any, ...]:
 
 @aten("index")
 def index(x: Array, indices: Sequence[Array | None]) -> Array:
-    return x.at[_places(x, indices)].get(mode=FILL)
+    return x.at[_align_indices(x, indices)].get(mode=FILL)
 
 
 @aten("index_put", "_unsafe_index_put")
@@ -98,10 +98,10 @@ def index_put(x: Array, indices: Sequence[Array | None], values: Array, accumula
     ):
         mask = indices[0].reshape(*indices[0].shape, *[1] * (x.ndim - indices[0].ndim))
         return jnp.where(mask, values.reshape((1,) * x.ndim), x)
-    places = x.at[_places(x, indices)]
-    shape = jax.eval_shape(lambda: places.get()).shape
+    selected = x.at[_align_indices(x, indices)]
+    shape = jax.eval_shape(lambda: selected.get()).shape
     values = jnp.broadcast_to(values.reshape((1,) * (len(shape) - values.ndim) + values.shape), shape)
-    return places.add(values, mode="drop") if accumulate else places.set(values, mode="drop")
+    return selected.add(values, mode="drop") if accumulate else selected.set(values, mode="drop")
 
 
 @aten("index_select")
@@ -111,11 +111,11 @@ def index_select(x: Array, dim: int, index: Array) -> Array:
 
 @aten("gather")
 def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Array:
-    return x.at[_along(index, dim)].get(mode=FILL) if x.ndim else x
+    return x.at[_indices_along(index, dim)].get(mode=FILL) if x.ndim else x
 
 
-def _along(index: Array, dim: int) -> tuple[Array, ...]:
-    """The places of `gather` and `scatter`: the index along one axis, each entry's own along the others."""
+def _indices_along(index: Array, dim: int) -> tuple[Array, ...]:
+    """The indices of `gather` and `scatter`: the given ones along one axis, each entry's own along the others."""
     dim %= index.ndim
     grid = [jax.lax.broadcasted_iota(index.dtype, index.shape, axis) for axis in range(index.ndim)]
     return tuple(index if axis == dim else own for axis, own in enumerate(grid))
@@ -129,10 +129,10 @@ def _source(source: Any, index: Array, x: Array) -> Array:
 
 @aten("scatter")
 def scatter(x: Array, dim: int, index: Array, source: Any, *, reduce: str | None = None) -> Array:
-    places, source = x.at[_along(index, dim)], _source(source, index, x)
+    selected, source = x.at[_indices_along(index, dim)], _source(source, index, x)
     if reduce is None:
-        return places.set(source, mode="drop")
-    return places.add(source, mode="drop") if reduce == "add" else places.mul(source, mode="drop")
+        return selected.set(source, mode="drop")
+    return selected.add(source, mode="drop") if reduce == "add" else selected.mul(source, mode="drop")
 
 
 @aten("scatter_add")
@@ -144,8 +144,8 @@ def scatter_add(x: Array, dim: int, index: Array, source: Array) -> Array:
 def scatter_reduce(x: Array, dim: int, index: Array, source: Array, reduce: str, *, include_self: bool = True) -> Array:
     methods = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
     source = _source(source, index, x)
-    places = _along(index, dim)
-    touched = jnp.zeros(x.shape, jnp.int32).at[places].add(1, mode="drop")
+    indices = _indices_along(index, dim)
+    touched = jnp.zeros(x.shape, jnp.int32).at[indices].add(1, mode="drop")
     if reduce == "mean":
         total = scatter_reduce(x, dim, index, source, "sum", include_self=include_self)
         count = touched + (1 if include_self else (touched == 0).astype(touched.dtype))
@@ -156,13 +156,13 @@ def scatter_reduce(x: Array, dim: int, index: Array, source: Array, reduce: str,
         start = jnp.where(touched > 0, as_dtype(neutral, x.dtype), x)
     else:
         start = x
-    return getattr(start.at[places], methods[reduce])(source, mode="drop")
+    return getattr(start.at[indices], methods[reduce])(source, mode="drop")
 
 
 @aten("index_add")
 def index_add(x: Array, dim: int, index: Array, source: Array, *, alpha: Any = 1) -> Array:
-    places = (*[slice(None)] * (dim % x.ndim), index)
-    return x.at[places].add(source * as_dtype(alpha, source.dtype), mode="drop")
+    indices = (*[slice(None)] * (dim % x.ndim), index)
+    return x.at[indices].add(source * as_dtype(alpha, source.dtype), mode="drop")
 
 
 @aten("index_copy")
@@ -235,8 +235,8 @@ def msort(x: Array) -> Array:
 @aten("index_reduce")
 def index_reduce(x: Array, dim: int, index: Array, source: Array, reduce: str, *, include_self: bool = True) -> Array:
     dim %= x.ndim
-    places = jnp.broadcast_to(index.reshape([-1 if i == dim else 1 for i in range(x.ndim)]), source.shape)
-    return scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+    indices = jnp.broadcast_to(index.reshape([-1 if i == dim else 1 for i in range(x.ndim)]), source.shape)
+    return scatter_reduce(x, dim, indices, source, reduce, include_self=include_self)
 
 
 @aten("histc")
@@ -245,9 +245,9 @@ def histc(x: Array, bins: int = 100, min: Any = 0, max: Any = 0) -> Array:
     if min == max:
         raise NotImplementedError("its range depends on data: pass min and max")
     x = jax.lax.stop_gradient(x).reshape(-1)
-    places = jnp.where(x == max, bins - 1, jnp.floor((x - min) * (bins / (max - min))).astype(int))
+    indices = jnp.where(x == max, bins - 1, jnp.floor((x - min) * (bins / (max - min))).astype(int))
     counted = (x >= min) & (x <= max)
-    return jnp.zeros(bins, x.dtype).at[jnp.where(counted, places, bins)].add(1, mode="drop")
+    return jnp.zeros(bins, x.dtype).at[jnp.where(counted, indices, bins)].add(1, mode="drop")
 
 
 @aten("searchsorted.Tensor")
@@ -260,7 +260,7 @@ def searchsorted(
     side: str | None = None,
     sorter: Array | None = None,
 ) -> Array:
-    """Places in a row of boundaries, or in the row of each row of `x`."""
+    """Positions in one row of boundaries, or in a row for each row of `x`."""
     if sorter is not None:
         boundaries = jnp.take_along_axis(boundaries, sorter, axis=-1)
     find = functools.partial(jnp.searchsorted, side="right" if right or side == "right" else "left")

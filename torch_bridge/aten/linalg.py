@@ -1,4 +1,4 @@
-"""Linear algebra. What is not unique, such as eigenvectors, is left out."""
+"""Linear algebra, without results that are not unique, such as eigenvectors."""
 
 import functools
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def solve_triangular(a: Array, b: Array, *, upper: bool, left: bool = True, unit
 
 @aten("linalg_eigvalsh")
 def eigvalsh(x: Array, UPLO: str = "L") -> Array:  # noqa: N803  # the schema's name
-    """Of the matrix that one triangle tells; its derivative is that in a symmetric matrix, as torch has it."""
+    """The eigenvalues of the matrix given by one triangle, with the derivative in both triangles, as in torch."""
     lower = jnp.tril(x if UPLO.upper() == "L" else jnp.conj(x.mT))
     value, even = lower + jnp.conj(jnp.tril(lower, -1)).mT, (x + jnp.conj(x.mT)) / 2
     return jnp.linalg.eigvalsh(jax.lax.stop_gradient(value - even) + even)
@@ -109,14 +109,14 @@ def svdvals(x: Array, *, driver: str | None = None) -> Array:
 @aten("linalg_qr")
 def qr(x: Array, mode: str = "reduced") -> tuple[Array, Array]:
     if mode != "reduced":
-        raise NotImplementedError(f"only mode='reduced' is known here; got {mode!r}")
+        raise NotImplementedError(f"only mode='reduced' is supported; got {mode!r}")
     q, r = jnp.linalg.qr(x)
     return q, r
 
 
 @aten("linalg_householder_product", "orgqr")
 def householder_product(x: Array, tau: Array) -> Array:
-    """The first columns of the product of `I - tau v v^H`, each `v` below the diagonal of a column, after a one."""
+    """The first columns of the product of reflections `I - tau v v^H`; `v` is 1, then a column below the diagonal."""
     rows = jnp.arange(x.shape[-2])
     q = jnp.broadcast_to(jnp.eye(x.shape[-2], x.shape[-1], dtype=x.dtype), x.shape)
     for i in reversed(range(tau.shape[-1])):

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: weights reach them as they are, so that layers are found."""
+"""Matrix products and convolutions. Weights reach them as they are stored, or only moved, so that layers are found."""
 
 import functools
 import math
@@ -15,6 +15,7 @@ from torch_bridge.aten.registry import aten
 
 @aten("linear")
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    # The weight's own last axis is contracted: there is no transposed copy.
     y = lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
     return y if bias is None else y + align(bias, y)[0]
 
@@ -36,7 +37,7 @@ def outer(x: Array, y: Array) -> Array:
 
 def _added(x: Array, product: Array, beta: Any, alpha: Any) -> Array:
     x, product = align(x, product if alpha == 1 else product * as_dtype(alpha, product.dtype))
-    # With beta 0, NaN in x does not count.
+    # torch does not read x if beta is 0, so NaN in it must not count.
     return (
         jnp.broadcast_to(product, jnp.broadcast_shapes(x.shape, product.shape))
         if beta == 0
@@ -88,7 +89,7 @@ def per_axis(value: Any, rank: int) -> list[int]:
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Entries of zeros in front and behind, of each spatial axis."""
+    """The number of zeros before and after each spatial axis."""
     rank = len(kernel)
     if padding == "valid":
         return [(0, 0)] * rank
@@ -154,7 +155,8 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Array:
-    """The transpose of a convolution: one with the kernel mirrored, of inputs with zeros in between."""
+    """The transpose of a convolution: a convolution with the mirrored kernel, of inputs with zeros in between."""
+    # Written out, and not by `jax.linear_transpose`: as a convolution with a kernel that is only moved, it is a layer.
     rank = weight.ndim - 2
     stride, padding, extra, dilation = (per_axis(v, rank) for v in (stride, padding, output_padding, dilation))
     inputs, outputs, *kernel = weight.shape
@@ -222,7 +224,7 @@ def _patches(kernel: Any, dilation: Any, padding: Any, stride: Any) -> Callable[
 
 @aten("col2im")
 def col2im(x: Array, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Array:
-    """Patches added up (`torch.nn.Fold`): the transpose of `im2col`."""
+    """The sum of patches at their positions (`torch.nn.Fold`): the transpose of `im2col`."""
     batched = x if x.ndim == 3 else x[None]
     channels = batched.shape[1] // math.prod(per_axis(kernel, 2))
     like = jax.ShapeDtypeStruct((batched.shape[0], channels, *per_axis(size, 2)), x.dtype)

@@ -1,4 +1,4 @@
-"""Losses inside of modules."""
+"""Losses inside modules. (Those that curvature is taken of are converted by `torch_bridge.losses`.)"""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ NONE, MEAN, SUM = range(3)  # torch's reductions
 
 
 def _reduced(terms: Array, reduction: int, dtype: Any, number: Any = None) -> Array:
-    """Terms in at least float32, put together; `number` is what a mean divides by, if not the number of terms."""
+    """Reduce terms, which are in at least float32; `number` is the divisor of a mean, if not the number of terms."""
     if reduction == MEAN:
         terms = jnp.mean(terms) if number is None else jnp.sum(terms) / number
     return (jnp.sum(terms) if reduction == SUM else terms).astype(dtype)
 
 
 def _pair(x: Array, y: Array) -> tuple[Array, Array, Any]:
-    """In one dtype, that of the result, which is widened."""
+    """Both in one dtype, at least float32, and the dtype of the result."""
     dtype = result_dtype(x, y)
     x, y = (wide(a) for a in promote(x, y))
     return x, y, dtype
@@ -63,7 +63,10 @@ def huber_loss(x: Array, target: Array, reduction: int = MEAN, delta: float = 1.
 
 @aten("binary_cross_entropy")
 def binary_cross_entropy(x: Array, target: Array, weight: Array | None = None, reduction: int = MEAN) -> Array:
-    """Logarithms are not below -100; torch's derivative divides by at least 1e-12 and thus is the plain one there."""
+    """Cross-entropy of probabilities, with torch's clamps: of logarithms at -100, and of the derivative's divisor.
+
+    torch's derivative is not that of the clamped value, so it is given here.
+    """
     x, y, dtype = _pair(x, target)
 
     @jax.custom_jvp
@@ -106,7 +109,7 @@ def nll_loss(
 
 
 def _picked(x: Array, target: Array, weight: Array | None, ignore_index: int) -> tuple[Array, Array]:
-    """The entries of the targets' classes times their weights, and those weights; 0 where they are ignored."""
+    """The entries of the targets' classes times their weights, and these weights; 0 where targets are ignored."""
     axis = _class_axis(x)
     kept = target != ignore_index
     classes = jnp.where(kept, target, 0)
@@ -130,7 +133,7 @@ def cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """Of classes, or of probabilities along the axis of classes."""
+    """Targets are class indices, or probabilities along the class axis."""
     axis = _class_axis(x)
     classes = x.shape[axis]
     log_p = jax.nn.log_softmax(wide(x), axis=axis)
@@ -170,7 +173,7 @@ def hinge_embedding_loss(x: Array, target: Array, margin: float = 1.0, reduction
 
 
 def _positive(x: Array) -> Array:
-    """As torch clamps it, with derivative 1 at 0."""
+    """`max(x, 0)` with derivative 1 at 0, as `torch.clamp` has it."""
     return jnp.where(x < 0, 0, x)
 
 

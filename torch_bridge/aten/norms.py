@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_bridge.aten.dtypes import align, safe_sqrt, wide
-from torch_bridge.aten.registry import NoIndices, aten
+from torch_bridge.aten.registry import UnsupportedResult, aten
 
 
 def _normalise(x: Array, axes: Sequence[int], eps: float) -> Array:
@@ -16,8 +16,8 @@ def _normalise(x: Array, axes: Sequence[int], eps: float) -> Array:
     return centred * lax.rsqrt(jnp.mean(centred * centred, axis=tuple(axes), keepdims=True) + eps)
 
 
-def _scaled(x: Array, weight: Array | None, bias: Array | None, dtype: Any) -> Array:
-    """In one dtype with the parameters, whose use is thus an elementwise one."""
+def _apply_affine(x: Array, weight: Array | None, bias: Array | None, dtype: Any) -> Array:
+    """Scale and shift, then cast: the parameters meet wide data, so that they are found as scales and shifts."""
     x = x if weight is None else x * wide(align(weight, x)[0])
     x = x if bias is None else x + wide(align(bias, x)[0])
     return x.astype(dtype)
@@ -37,7 +37,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Array:
     axes = range(x.ndim - len(normalized_shape), x.ndim)
-    return _scaled(_normalise(x, axes, eps), weight, bias, x.dtype)
+    return _apply_affine(_normalise(x, axes, eps), weight, bias, x.dtype)
 
 
 @aten("native_layer_norm")
@@ -50,7 +50,7 @@ def rms_norm(x: Array, shape: Sequence[int], weight: Array | None = None, eps: f
     eps = float(jnp.finfo(wide(x).dtype).eps) if eps is None else eps
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     y = wide(x)
-    return _scaled(y * lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps), weight, None, x.dtype)
+    return _apply_affine(y * lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps), weight, None, x.dtype)
 
 
 @aten("group_norm")
@@ -64,7 +64,7 @@ def group_norm(
 ) -> Array:
     grouped = x.reshape(x.shape[0], num_groups, -1)
     y = _normalise(grouped, (2,), eps).reshape(x.shape)
-    return _scaled(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
+    return _apply_affine(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
 
 
 @aten("instance_norm")
@@ -84,7 +84,7 @@ def instance_norm(
     if running_mean is not None:
         raise NotImplementedError("it changes its running statistics in training mode: use train=False")
     y = _normalise(x, range(2, x.ndim), eps)
-    return _scaled(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
+    return _apply_affine(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
 
 
 @aten("batch_norm")
@@ -109,7 +109,7 @@ def batch_norm(
     else:
         mean, var = (wide(p.reshape(1, -1, *[1] * (x.ndim - 2))) for p in (running_mean, running_var))
         y = (wide(x) - mean) * lax.rsqrt(var + eps)
-    return _scaled(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
+    return _apply_affine(y, _on_channels(weight, x), _on_channels(bias, x), x.dtype)
 
 
 @aten("_native_batch_norm_legit_functional")
@@ -123,8 +123,8 @@ def batch_norm_functional(
     momentum: float,
     eps: float,
 ) -> tuple[Any, ...]:
-    """The result and, in the last two places, new running statistics, with Bessel's correction as torch has it."""
-    saved = NoIndices("the batch's statistics"), NoIndices("the batch's statistics")
+    """The result and, last, the new running statistics, with Bessel's correction as in torch."""
+    saved = UnsupportedResult("the batch's statistics"), UnsupportedResult("the batch's statistics")
     if not training:
         y = batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)
         return y, *saved, running_mean, running_var
@@ -135,6 +135,7 @@ def batch_norm_functional(
             " examples, and examples='coupled' where ggn_jax calls the model."
         )
     axes = (0, *range(2, x.ndim))
+    # Running statistics are not differentiated, in torch either.
     values = lax.stop_gradient(wide(x))
     new = jnp.mean(values, axes), jnp.var(values, axes, ddof=1)
     means = [(1 - momentum) * wide(old) + momentum * n for old, n in zip((running_mean, running_var), new, strict=True)]
@@ -173,5 +174,5 @@ def weight_norm_interface(v: Array, g: Array, dim: int = 0) -> tuple[Array]:
 @aten("norm_except_dim")
 def norm_except_dim(v: Array, pow: int = 2, dim: int = 0) -> Array:
     if pow != 2:
-        raise NotImplementedError(f"only the norm of order 2 is known here; got {pow}")
+        raise NotImplementedError(f"only the norm of order 2 is supported; got {pow}")
     return _norm_except(v, dim).astype(v.dtype)

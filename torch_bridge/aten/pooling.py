@@ -14,33 +14,33 @@ from torch_bridge.aten.linear import per_axis
 from torch_bridge.aten.reductions import max_
 from torch_bridge.aten.registry import aten
 
-LARGEST = 32  # entries of a window that are compared one by one: of more, the program would be large
+MAX_WINDOW_SIZE = 32  # a larger window is not compared entry by entry, since that would make a large program
 
 
 class Windows:
-    """Where the windows of a pooling lie along one axis, of a length that is known."""
+    """The windows of a pooling along one axis."""
 
     def __init__(self, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
         self.size, self.kernel, self.stride, self.padding, self.dilation = size, kernel, stride, padding, dilation
         rest = size + 2 * padding - dilation * (kernel - 1) - 1
         self.count = (-(-rest // stride) if ceil_mode else rest // stride) + 1
         if ceil_mode and (self.count - 1) * stride >= size + padding:
-            self.count -= 1  # a window must start inside of the input or what is in front of it
+            self.count -= 1  # a window must start inside the input, or in the padding in front of it
 
     @property
     def pads(self) -> tuple[int, int, int]:
-        """What `lax.pad` is to add or cut, for exactly these windows."""
+        """What `lax.pad` must add or cut, so that exactly these windows fit."""
         reach = (self.count - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
         return self.padding, reach - self.size - self.padding, 0
 
     @property
-    def places(self) -> list[tuple[int, int]]:
-        """Where in the padded input the first and the last window have each of their places."""
+    def offset_ranges(self) -> list[tuple[int, int]]:
+        """For each offset in a window, where in the padded input the first and the last window have it."""
         last = (self.count - 1) * self.stride
         return [(i * self.dilation, i * self.dilation + last) for i in range(self.kernel)]
 
     def counts(self, include_padding: bool) -> np.ndarray:
-        """How many entries an average over each window is of."""
+        """The number of entries that each window's average is over."""
         starts = np.arange(self.count) * self.stride - self.padding
         ends = np.minimum(starts + self.kernel, self.size + self.padding)
         return ends - starts if include_padding else np.minimum(ends, self.size) - np.maximum(starts, 0)
@@ -59,39 +59,42 @@ def _padded(x: Array, windows: list[Windows], fill: Any) -> Array:
     return lax.pad(x, jnp.asarray(fill, x.dtype), pads)
 
 
-def _taken(x: Array, axis: int, places: np.ndarray) -> Array:
+def _gather_windows(x: Array, axis: int, indices: np.ndarray) -> Array:
     """`[..., count, kernel, ...]` in place of an axis."""
-    return jnp.take(x, jnp.asarray(places), axis=axis)
+    return jnp.take(x, jnp.asarray(indices), axis=axis)
 
 
-def _entries(x: Array, windows: list[Windows]) -> list[Array]:
-    """Of a padded input, the entry that each window has at each of its places, place by place in C order."""
-    lead, axes = x.shape[: x.ndim - len(windows)], [w.places for w in windows]
-    ends = [[place[-1] + 1 for place in axis] for axis in axes]
-    starts = [[place[0] for place in axis] for axis in axes]
+def _window_entries(x: Array, windows: list[Windows]) -> list[Array]:
+    """For each offset in a window (in C order), the entry of a padded input that each window has there."""
+    lead, axes = x.shape[: x.ndim - len(windows)], [w.offset_ranges for w in windows]
+    ends = [[index[-1] + 1 for index in axis] for axis in axes]
+    starts = [[index[0] for index in axis] for axis in axes]
     strides = [*(1 for _ in lead), *(w.stride for w in windows)]
     corners = zip(itertools.product(*starts), itertools.product(*ends), strict=True)
     return [lax.slice(x, (*(0 for _ in lead), *start), (*lead, *end), strides) for start, end in corners]
 
 
 def _is_larger(x: Array, y: Array) -> Array:
-    """Whether torch takes `y`, a later entry, for the maximum instead of `x`: NaN is, of equal ones the first."""
+    """Whether torch takes a later entry `y` as the maximum instead of `x`: NaN wins, and of equal ones the first."""
     return (y > x) | jnp.isnan(y) if is_floating(x.dtype) else y > x
 
 
-def _maxima(x: Array, windows: list[Windows], with_places: bool = False) -> tuple[Array, ...]:
-    """Of a padded input, the maximum of each window, and its place in the image, of which the axes are one.
+def _maxima(x: Array, windows: list[Windows], with_indices: bool = False) -> tuple[Array, ...]:
+    """The maximum of each window of a padded input, and its index in the flattened image.
 
-    Nothing outside of the image is one, though a window may hold the least number everywhere else.
+    Padding is never the maximum, even if all entries of the image are the lowest number.
     """
     lead = [1] * (x.ndim - len(windows))
-    entries, places = _entries(x, windows), [place.reshape(*lead, *place.shape) for place in _places(windows)]
+    entries, indices = (
+        _window_entries(x, windows),
+        [index.reshape(*lead, *index.shape) for index in _image_indices(windows)],
+    )
     each: list[tuple[Array, ...]] = [(entry,) for entry in entries]
-    if with_places:
-        each = [(entry, jnp.asarray(place)) for entry, place in zip(entries, places, strict=True)]
-    best, inside = each[0], places[0] >= 0
-    for later, place in zip(each[1:], places[1:], strict=True):
-        larger, is_inside = _is_larger(best[0], later[0]), place >= 0
+    if with_indices:
+        each = [(entry, jnp.asarray(index)) for entry, index in zip(entries, indices, strict=True)]
+    best, inside = each[0], indices[0] >= 0
+    for later, index in zip(each[1:], indices[1:], strict=True):
+        larger, is_inside = _is_larger(best[0], later[0]), index >= 0
         if not inside.all():
             larger |= ~inside
         if not is_inside.all():
@@ -101,12 +104,12 @@ def _maxima(x: Array, windows: list[Windows], with_places: bool = False) -> tupl
     return tuple(jnp.broadcast_to(found, best[0].shape) for found in best)
 
 
-def _places(windows: list[Windows]) -> list[np.ndarray]:
-    """Where in the image each window has each of its places, as `_entries` has them; -1 outside."""
+def _image_indices(windows: list[Windows]) -> list[np.ndarray]:
+    """The indices in the flattened image of what `_window_entries` returns; -1 for padding."""
     sizes = [w.size for w in windows]
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     found = []
-    for starts in itertools.product(*(w.places for w in windows)):
+    for starts in itertools.product(*(w.offset_ranges for w in windows)):
         axes = [
             np.arange(first, last + 1, w.stride) - w.padding for (first, last), w in zip(starts, windows, strict=True)
         ]
@@ -126,7 +129,7 @@ def max_pool(
     longer than all else in a small convolutional net, and this one a tenth of that.
     """
     x, windows = _for_maxima(x, kernel, stride, padding, dilation, ceil_mode)
-    if math.prod(w.kernel for w in windows) > LARGEST and all(w.dilation == 1 for w in windows):
+    if math.prod(w.kernel for w in windows) > MAX_WINDOW_SIZE and all(w.dilation == 1 for w in windows):
         lead = [1] * (x.ndim - len(windows))
         sizes, strides = [*lead, *(w.kernel for w in windows)], [*lead, *(w.stride for w in windows)]
         return lax.reduce_window(x, _lowest(x), lax.max, sizes, strides, "VALID")
@@ -136,7 +139,7 @@ def max_pool(
 def _for_maxima(
     x: Array, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> tuple[Array, list[Windows]]:
-    """The input, padded by what no maximum is, and its windows."""
+    """The input, padded with the lowest number, and its windows."""
     rank = len(per_axis(kernel, 1)) if not isinstance(kernel, int) else x.ndim - 2
     windows = _windows(x, rank, kernel, stride, padding, dilation, ceil_mode)
     return _padded(x, windows, _lowest(x)), windows
@@ -150,10 +153,10 @@ def _lowest(x: Array) -> np.ndarray:
 def max_pool_with_indices(
     x: Array, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> tuple[Array, Array]:
-    """The maxima, and each one's place in its image, of which the axes are one."""
+    """The maxima, and their indices in the flattened image."""
     values = max_pool(x, kernel, stride, padding, dilation, ceil_mode)
     padded, windows = _for_maxima(lax.stop_gradient(x), kernel, stride, padding, dilation, ceil_mode)
-    return values, _maxima(padded, windows, with_places=True)[1]
+    return values, _maxima(padded, windows, with_indices=True)[1]
 
 
 @aten("max_unpool2d")
@@ -169,11 +172,11 @@ def max_unpool3d(
 
 
 def _unpooled(x: Array, indices: Array, output_size: Sequence[int]) -> Array:
-    """Zeros, with each entry at its place; that of windows with the same maximum has the derivative of one of them."""
+    """Zeros, with each entry at its index; if windows share an index, one of them has the derivative."""
     lead = x.shape[: x.ndim - len(output_size)]
-    rows, places = x.reshape(math.prod(lead), -1), indices.reshape(math.prod(lead), -1)
+    rows, indices = x.reshape(math.prod(lead), -1), indices.reshape(math.prod(lead), -1)
     empty = jnp.zeros((len(rows), math.prod(output_size)), x.dtype)
-    filled = empty.at[jnp.arange(len(rows))[:, None], places].set(rows)
+    filled = empty.at[jnp.arange(len(rows))[:, None], indices].set(rows)
     return filled.reshape(*lead, *output_size)
 
 
@@ -225,17 +228,17 @@ def adaptive_avg_pool(x: Array, output_size: Sequence[int]) -> Array:
 
 @aten("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
 def adaptive_max_pool(x: Array, output_size: Sequence[int]) -> tuple[Array, Array]:
-    """The maxima, and their places as in `max_pool_with_indices`."""
+    """The maxima, and their indices as in `max_pool_with_indices`."""
     sizes = x.shape[x.ndim - len(output_size) :]
     indices = jnp.broadcast_to(jnp.arange(math.prod(sizes)).reshape(sizes), x.shape)
-    for i in reversed(range(len(output_size))):  # the last axis first: so it is the first in C order that is found
+    for i in reversed(range(len(output_size))):  # the last axis first, so that the first maximum in C order is found
         axis = x.ndim - len(output_size) + i
         parts = _adaptive(x.shape[axis], output_size[i])
         longest = max(end - start for start, end in parts)
-        # A shorter part has its last entry several times, of which the first is found.
-        places = np.stack([np.minimum(np.arange(start, start + longest), end - 1) for start, end in parts])
-        x, found = max_(_taken(x, axis, places), axis + 1, keepdim=True)
-        indices = jnp.take_along_axis(_taken(indices, axis, places), found, axis=axis + 1).squeeze(axis + 1)
+        # A shorter part repeats its last entry, of which the first is found.
+        members = np.stack([np.minimum(np.arange(start, start + longest), end - 1) for start, end in parts])
+        x, found = max_(_gather_windows(x, axis, members), axis + 1, keepdim=True)
+        indices = jnp.take_along_axis(_gather_windows(indices, axis, members), found, axis=axis + 1).squeeze(axis + 1)
         x = x.squeeze(axis + 1)
     return x, indices
 
@@ -258,8 +261,8 @@ def _sizes(x: Array, output_size: Any, factors: Any) -> list[tuple[int, float]]:
 def _nearest(x: Array, output_size: Any, factors: Any, offset: float) -> Array:
     for i, (new, scale) in enumerate(_sizes(x, output_size, factors)):
         # In float32, as torch computes them.
-        places = np.floor((np.arange(new, dtype=np.float32) + np.float32(offset)) * np.float32(scale)).astype(int)
-        x = jnp.take(x, jnp.asarray(np.minimum(places, x.shape[i + 2] - 1)), axis=i + 2)
+        indices = np.floor((np.arange(new, dtype=np.float32) + np.float32(offset)) * np.float32(scale)).astype(int)
+        x = jnp.take(x, jnp.asarray(np.minimum(indices, x.shape[i + 2] - 1)), axis=i + 2)
     return x
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers, as scans over the positions; what does not depend on the state is computed outside of them."""
+"""Recurrent layers as scans over positions. The inputs' part of the gates is computed outside: one large product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -100,7 +100,7 @@ def _recurrent(cell: Cell) -> Callable[..., tuple[Array, ...]]:
         x: Array, hidden: Any, params: Any, has_biases: Any, *rest: Any, dropout_key: Array | None = None
     ) -> tuple[Array, ...]:
         if isinstance(has_biases, list | tuple):
-            raise NotImplementedError("packed sequences are not known here: pad them, and mask the loss")
+            raise NotImplementedError("packed sequences are not supported: pad them, and mask the loss")
         states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
         return _layers(cell, x, states, params, *(*rest, dropout_key))
 

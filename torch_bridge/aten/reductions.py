@@ -17,7 +17,7 @@ Dims = int | Sequence[int] | None
 
 
 def axes_of(x: Array, dim: Dims) -> tuple[int, ...]:
-    """The axes of an argument `dim`; none given are all."""
+    """The axes of an argument `dim`; None or an empty list are all of them."""
     if not x.ndim:
         return ()
     dims = [dim] if isinstance(dim, int) else list(dim or range(x.ndim))
@@ -99,25 +99,25 @@ def logcumsumexp(x: Array, dim: int) -> Array:
 
 @aten("cummax")
 def cummax(x: Array, dim: int) -> tuple[Array, Array]:
-    return _running(x, dim, jnp.greater_equal)
+    return _running_extremum(x, dim, jnp.greater_equal)
 
 
 @aten("cummin")
 def cummin(x: Array, dim: int) -> tuple[Array, Array]:
-    return _running(x, dim, jnp.less_equal)
+    return _running_extremum(x, dim, jnp.less_equal)
 
 
-def _running(x: Array, dim: int, wins: Any) -> tuple[Array, Array]:
-    """The best so far and its place: the last of equal ones, and NaN from the first one on."""
+def _running_extremum(x: Array, dim: int, is_better: Any) -> tuple[Array, Array]:
+    """The best so far and its index: the last of equal ones, and NaN from the first NaN on."""
     if not x.ndim:
         return x, jnp.zeros((), int)
-    places = lax.broadcasted_iota(jnp.asarray(0).dtype, x.shape, dim % x.ndim)
+    indices = lax.broadcasted_iota(jnp.asarray(0).dtype, x.shape, dim % x.ndim)
 
     def later(a: Any, b: Any) -> Any:
-        taken = wins(b[0], a[0]) | (b[0] != b[0])
+        taken = is_better(b[0], a[0]) | (b[0] != b[0])
         return jnp.where(taken, b[0], a[0]), jnp.where(taken, b[1], a[1])
 
-    _, found = lax.associative_scan(later, (lax.stop_gradient(x), places), axis=dim % x.ndim)
+    _, found = lax.associative_scan(later, (lax.stop_gradient(x), indices), axis=dim % x.ndim)
     return jnp.take_along_axis(x, found, axis=dim), found
 
 
@@ -127,11 +127,11 @@ def median_along(x: Array, dim: int = -1, keepdim: bool = False) -> tuple[Array,
     if not x.ndim:
         return x, jnp.zeros((), int)
     order = jnp.argsort(x, axis=dim).astype(int)
-    place = lax.slice_in_dim(order, (x.shape[dim] - 1) // 2, (x.shape[dim] + 1) // 2, axis=dim % x.ndim)
+    index = lax.slice_in_dim(order, (x.shape[dim] - 1) // 2, (x.shape[dim] + 1) // 2, axis=dim % x.ndim)
     if is_floating(x.dtype):
         absent = jnp.any(jnp.isnan(x), axis=dim, keepdims=True)
-        place = jnp.where(absent, jnp.argmax(jnp.isnan(x), axis=dim, keepdims=True), place)
-    return _picked(x, place, dim, keepdim)
+        index = jnp.where(absent, jnp.argmax(jnp.isnan(x), axis=dim, keepdims=True), index)
+    return _take_picked(x, index, dim, keepdim)
 
 
 @aten("median")
@@ -140,6 +140,7 @@ def median(x: Array) -> Array:
     value = lax.stop_gradient(median_along(x.reshape(-1), 0)[0])
     if not is_floating(x.dtype):
         return value
+    # The value is a constant, plus 0 whose derivative is spread evenly over the entries that are equal to it.
     equal = x == value
     share = jnp.where(equal, x, 0).sum() / jnp.maximum(jnp.sum(equal), 1).astype(x.dtype)
     return value + (share - lax.stop_gradient(share))
@@ -150,7 +151,7 @@ def kthvalue(x: Array, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Ar
     if not x.ndim:
         return x, jnp.zeros((), int)
     order = jnp.argsort(x, axis=dim).astype(int)
-    return _picked(x, lax.slice_in_dim(order, k - 1, k, axis=dim % x.ndim), dim, keepdim)
+    return _take_picked(x, lax.slice_in_dim(order, k - 1, k, axis=dim % x.ndim), dim, keepdim)
 
 
 @aten("quantile")
@@ -192,21 +193,21 @@ def max_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
     """Along an axis, the first of equal entries has the derivative; they share it of the whole's maximum."""
     if dim is None:
         return jnp.max(x)
-    places = argmax(x, dim, keepdim=True)
-    return _picked(x, places, dim, keepdim)
+    indices = argmax(x, dim, keepdim=True)
+    return _take_picked(x, indices, dim, keepdim)
 
 
 @aten("min")
 def min_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
     if dim is None:
         return jnp.min(x)
-    places = argmin(x, dim, keepdim=True)
-    return _picked(x, places, dim, keepdim)
+    indices = argmin(x, dim, keepdim=True)
+    return _take_picked(x, indices, dim, keepdim)
 
 
-def _picked(x: Array, places: Array, dim: int, keepdim: bool) -> tuple[Array, Array]:
-    values = jnp.take_along_axis(x, places, axis=dim)
-    return (values, places) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(places, dim))
+def _take_picked(x: Array, indices: Array, dim: int, keepdim: bool) -> tuple[Array, Array]:
+    values = jnp.take_along_axis(x, indices, axis=dim)
+    return (values, indices) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(indices, dim))
 
 
 def _variance(x: Array, first: Any, second: Any, correction: Any, keepdim: bool) -> Array:

@@ -10,8 +10,8 @@ Function = Callable[..., Any]
 OVERLOAD, PACKET = type(torch.ops.aten.relu.default), type(torch.ops.aten.relu)
 
 
-class NoIndices:
-    """What stands for further results, such as the places of maxima, which nothing here computes."""
+class UnsupportedResult:
+    """Stands for further results that are not computed here, such as the indices of maxima; an error if it is used."""
 
     def __init__(self, what: str):
         self.what = what

@@ -1,4 +1,4 @@
-"""Views and copies: what moves entries about."""
+"""Views and copies, which move entries. Each is the JAX primitive that `ggn_jax` follows parameters through."""
 
 import math
 from collections.abc import Sequence
@@ -172,7 +172,7 @@ def unbind(x: Array, dim: int = 0) -> tuple[Array, ...]:
 @aten("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Array], dim: int = 0) -> Array:
     dtype = result_dtype(*tensors)
-    # An empty tensor of one axis fits everything.
+    # torch lets an empty tensor of one axis be concatenated with anything.
     kept = [x for x in tensors if x.shape != (0,)] or tensors
     return jnp.concatenate([as_dtype(x, dtype) for x in kept], axis=dim)
 

@@ -9,13 +9,13 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.batches import (
-    MadeByShapes,
-    add_up,
+    CachedByShapes,
     fingerprint,
     no_batches,
     refuse_mask,
     same_data,
-    with_data,
+    sum_batches,
+    with_batch,
     with_progress,
 )
 from ggn_jax.operators.problem import Problem
@@ -23,8 +23,8 @@ from ggn_jax.operators.problem import Problem
 T = TypeVar("T")
 
 
-class Sweeps(Generic[T]):
-    """Passes over batches, of which `make` makes something, once for each shape."""
+class UnorderedPasses(Generic[T]):
+    """Passes over batches; `make` makes something of a batch, once for each shape."""
 
     def __init__(
         self,
@@ -36,37 +36,37 @@ class Sweeps(Generic[T]):
         refuse: Callable[[Any], None] = refuse_mask,
     ):
         """`make` checks a batch of each shape; `refuse` is called with a batch's mask."""
-        self._made, self._problem_of = MadeByShapes(make), problem_of
+        self._made, self._problem_of = CachedByShapes(make), problem_of
         self._batches, self._progress, self._refuse = batches, progress, refuse
         self._seen: np.ndarray | None = None
         self._compared = False
 
     @property
     def first(self) -> Any:
-        """What was made of the first batch; None before."""
+        """What was made of the first batch; None before the first pass."""
         return self._made.first
 
     def peek(self) -> T:
-        """Make something of the first batch, without a pass."""
+        """Read the first batch only, and return what is made of it."""
         batches = (batch for batch, _ in zip(self._batches, range(1), strict=False))
-        if not add_up(batches, lambda inputs, targets, mask, start: (self._of(inputs, targets, mask)[1], ()))[2]:
+        if not sum_batches(batches, lambda inputs, targets, mask, start: (self._of(inputs, targets, mask)[1], ()))[2]:
             raise no_batches(self._batches)
         found: T = self._made.first
         return found
 
-    def sweep(self, share: Callable[[T, Problem, int], PyTree[Array]], description: str) -> Any:
-        """The sum over batches of `share(made, problem, start)`.
+    def sum_over_batches(self, contribution: Callable[[T, Problem, int], PyTree[Array]], description: str) -> Any:
+        """The sum over batches of `contribution(made, problem, start)`.
 
-        `problem` is the batch's own, of what was made of the first one of its shapes; `start` is the number of its
-        first example.
+        `made` is that of the first batch of these shapes, and `problem` has this batch's data; `start` is the number of
+        its first example.
         """
 
         def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
             made, problem = self._of(inputs, targets, mask)
             mark = None if self._compared else _fingerprint(problem.inputs, problem.targets)
-            return problem, (share(made, problem, start), mark)
+            return problem, (contribution(made, problem, start), mark)
 
-        _, total, count = add_up(with_progress(self._batches, self._progress, description), sums)
+        _, total, count = sum_batches(with_progress(self._batches, self._progress, description), sums)
         if not count:
             raise no_batches(self._batches, again=self.first is not None)
         found, mark = total
@@ -77,7 +77,7 @@ class Sweeps(Generic[T]):
     def _of(self, inputs: PyTree, targets: Any, mask: Any) -> tuple[T, Problem]:
         self._refuse(mask)
         made: T = self._made.of(inputs, targets)
-        return made, with_data(self._problem_of(made), inputs, targets, check=self._seen is None)
+        return made, with_batch(self._problem_of(made), inputs, targets, check=self._seen is None)
 
     def _compare(self, mark: np.ndarray) -> None:
         if self._seen is None:
@@ -91,6 +91,6 @@ class Sweeps(Generic[T]):
 _fingerprint = jax.jit(compiler_sharded(fingerprint))
 
 DIFFERENT_DATA = (
-    "two passes over the batches gave different data: switch off what draws them anew (random crops, sampling with"
+    "two passes over the batches gave different data: switch off what draws data again (random crops, sampling with"
     " replacement, dropping the last batch of a shuffled loader)."
 )

@@ -1,4 +1,4 @@
-"""Passes over an iterable of batches whose outputs follow each other: rows of one Jacobian."""
+"""Passes over an iterable of batches in a fixed order: their outputs are the rows of one Jacobian."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,23 +9,23 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.batches import (
-    MadeByShapes,
-    add_up,
+    CachedByShapes,
     check_iterable,
-    marks,
+    example_marks,
     no_batches,
     refuse_mask,
     same_data,
-    with_data,
+    sum_batches,
+    with_batch,
     with_progress,
 )
 from ggn_jax.operators.problem import Problem
 
-Share = Callable[[Problem, int], PyTree[Array]]
+Contribution = Callable[[Problem, int], PyTree[Array]]
 
 
-class RowPasses:
-    """Passes over batches, all in the order of the first, which counts examples; the second is compared with it."""
+class OrderedPasses:
+    """Passes over batches, all in the order of the first, which counts examples; the second one is compared with it."""
 
     def __init__(
         self,
@@ -34,28 +34,28 @@ class RowPasses:
         *,
         with_targets: bool,
         progress: bool,
-        share: Share = lambda problem, start: (),
+        contribution: Contribution = lambda problem, start: (),
     ):
-        """Go over `batches` once; `make` checks a batch of each shape, and `share` is called with all of them."""
+        """Go over `batches` once: `make` checks a batch of each shape, `contribution` is called with each batch."""
         check_iterable(batches, "each product goes over the batches")
-        self._made, self._batches = MadeByShapes(make), batches
+        self._made, self._batches = CachedByShapes(make), batches
         self._with_targets, self._progress = with_targets, progress
         self._marks: list[Any] | None = None
-        """Of each batch of the first pass, a number for each example."""
+        """For each batch of the first pass, a number for each example."""
         self._compared = False
-        self.sweep(share, "counting")
+        self.sum_over_batches(contribution, "counting")
         first = self._made.first
         self.params, self.loss = first.params, first.loss
         self.outputs = jax.ShapeDtypeStruct((self.ends[-1], *first.outputs.shape[1:]), first.outputs.dtype)
-        """Of all data."""
+        """Of all batches together."""
 
     @property
     def ends(self) -> list[int]:
-        """How many examples there are up to and with each batch."""
+        """The number of examples up to the end of each batch."""
         return [int(end) for end in np.cumsum([len(mark) for mark in self._marks or ()])]
 
-    def sweep(self, share: Share, description: str) -> PyTree[Array]:
-        """The sum of `share(problem, start)` over the batches, with the number of the first example of each."""
+    def sum_over_batches(self, contribution: Contribution, description: str) -> PyTree[Array]:
+        """The sum of `contribution(problem, start)` over the batches, with the number of the first example of each."""
         found: list[Any] = []
 
         def sums(inputs: PyTree, targets: Any, mask: Any, start: int) -> tuple[Problem, PyTree[Array]]:
@@ -63,9 +63,9 @@ class RowPasses:
             problem = self._problem(inputs, targets if self._with_targets else None)
             found.append(None if self._compared else _marks(problem.inputs, problem.targets))
             self._check(problem, len(found) - 1)
-            return problem, share(problem, start)
+            return problem, contribution(problem, start)
 
-        _, total, _ = add_up(with_progress(self._batches, self._progress, description), sums)
+        _, total, _ = sum_batches(with_progress(self._batches, self._progress, description), sums)
         if not found:
             raise no_batches(self._batches, again=self._marks is not None)
         if self._marks is None:
@@ -84,11 +84,11 @@ class RowPasses:
         is_first = self._made.first is None
         made: Problem = self._made.of(inputs, targets)
         if is_first:
-            made.check_parts()
-        return with_data(made, inputs, targets, check=self._marks is None)
+            made.check_batches()
+        return with_batch(made, inputs, targets, check=self._marks is None)
 
     def _check(self, problem: Problem, number: int) -> None:
-        """Refuse a batch whose rows do not follow those before, or that is another than in the first pass."""
+        """Refuse a batch whose outputs differ in shape from those before, or that differs from the first pass."""
         like, outputs = self._made.first.outputs, problem.outputs
         if (outputs.shape[1:], outputs.dtype) != (like.shape[1:], like.dtype):
             raise ValueError(
@@ -102,9 +102,9 @@ class RowPasses:
                 raise ValueError(f"{OTHER_ROWS}: {outputs.shape[0]} examples where the first pass had {wanted}.")
 
 
-_marks = jax.jit(compiler_sharded(marks))
+_marks = jax.jit(compiler_sharded(example_marks))
 
 OTHER_ROWS = (
     "two passes over the batches gave different data, or in another order, and rows are in the order of the batches:"
-    " switch off shuffling, and what draws data anew (random crops, sampling with replacement)"
+    " switch off shuffling, and what draws data again (random crops, sampling with replacement)"
 )

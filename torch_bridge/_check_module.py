@@ -1,4 +1,4 @@
-"""Modules that are no function of their parameters and inputs that could be converted, and what to do about it."""
+"""Checks for modules that cannot become a pure function of parameters and inputs, and what to do about them."""
 
 import traceback
 import warnings
@@ -12,7 +12,7 @@ from torch_bridge.losses import GLOBAL_HOOKS
 
 
 def check_module(module: object) -> None:
-    """Refuse what can be seen without running it."""
+    """Refuse a module that cannot be converted, as far as can be seen without running it."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
     for device in ("cpu", "cuda"):
@@ -63,7 +63,7 @@ def check_module(module: object) -> None:
                 f"{path!r} is a sparse, nested or quantised tensor ({tensor.layout}, {tensor.dtype}), of which there is"
                 " none in JAX: convert a module that holds to_dense() or dequantize() of it."
             )
-    for path in hooked(dict(module.named_parameters())):
+    for path in names_with_hooks(dict(module.named_parameters())):
         raise NotImplementedError(
             f"parameter {path!r} has hooks, which a function of JAX does not run: remove them, by handle.remove(),"
             " where `handle` is what register_hook returned, and do what they do to the gradient that you take."
@@ -76,8 +76,8 @@ def check_module(module: object) -> None:
             )
 
 
-def hooked(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of those of which `register_hook` was called: torch has a warning for who saves one."""
+def names_with_hooks(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors with hooks (`register_hook`). The public way to tell is torch's warning on saving one."""
     found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -93,7 +93,7 @@ def _name(path: str) -> str:
 
 
 def spectral_norms(module: nn.Module) -> list[str]:
-    """The paths of spectral norms in training mode, each of which iterates its vectors in place at a call."""
+    """The paths of spectral norms in training mode, which update their vectors in place at each call."""
     found = []
     for path, part in module.named_modules():
         hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
@@ -103,7 +103,7 @@ def spectral_norms(module: nn.Module) -> list[str]:
 
 
 class ModuleCallError(RuntimeError):
-    """What the module itself raises on the example inputs."""
+    """An error of the module itself on the example inputs."""
 
 
 def check_initialised(module: nn.Module) -> None:
@@ -117,13 +117,13 @@ def check_initialised(module: nn.Module) -> None:
 
 
 def check_examples(leaves: list[torch.Tensor]) -> None:
-    """Refuse inputs with nothing in them, of which torch.export would make a graph for that size only."""
+    """Refuse empty inputs, for which torch.export would make a graph of that size only."""
     if any(leaf.ndim and not len(leaf) for leaf in leaves):
         raise ValueError("example_inputs must hold at least one example; got a tensor whose first axis has length 0.")
 
 
-def of_export(error: Exception, dynamic: bool) -> Exception:
-    """What to raise for an error of torch.export."""
+def explain_export_error(error: Exception, dynamic: bool) -> Exception:
+    """The error to raise for one of torch.export."""
     files = {Path(frame.filename).parts[-3:] for frame in traceback.extract_tb(error.__traceback__)}
     if files & {("nn", "modules", "rnn.py"), ("nn", "utils", "rnn.py")}:
         return NotImplementedError(

@@ -1,4 +1,4 @@
-"""A PyTorch module, its loss and its data, in JAX: what operators of modules are made of."""
+"""A PyTorch module, its loss and its data, in JAX: the problem that operators of modules are made for."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge._check_module import check_initialised
 from torch_bridge._export import as_constant
 from torch_bridge._graph_text import array_hash
-from torch_bridge._refused import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.converted import ConvertedModule
 from torch_bridge.losses import build_loss, find_loss
@@ -20,10 +20,10 @@ from torch_bridge.tensors import jax_on, to_jax
 Params = Sequence[Tensor] | dict[str, Tensor]
 
 
-class Setting:
-    """A module, its loss and all data, in JAX; and which of the parameters the curvature is in.
+class ModuleProblem:
+    """A module, its loss and all data, in JAX; and the parameters that the curvature is in.
 
-    Data are one batch; or, for `progress`, the batches as they came.
+    `data` is one batch of all; or, with `progress`, the batches as they came.
     """
 
     def __init__(self, model_func: Any, loss_func: Any, params: Params, data: Iterable[Any], *, progress: bool = False):
@@ -51,14 +51,15 @@ class Setting:
         self.before = [parameter.detach().clone() for parameter in self.params]
         batches = _pairs(data)
         entry = find_loss(loss_func)
-        text, tensors = entry.take_apart(loss_func)
+        text, tensors = entry.serialise(loss_func)
         with jax_on(self.device):
             converted = model_func
             if not isinstance(converted, ConvertedModule):
                 converted = ConvertedModule(module, batches[0][0])
             values = converted.params()
             self.values = {name: values.pop(name) for name in self.names}
-            # Others are no constants of a function, but inputs of one that is the same for all operators.
+            # Other parameters are not constants of the function, but inputs, so that one function (and what is compiled
+            # for it) serves all operators.
             self.model_fn = converted.part_fn if values else converted.output_fn
             self.graph, self.loss_text = converted.graph, _loss_text(text, tensors.values())
             self.loss = build_loss(text, [to_jax(tensor) for tensor in tensors.values()])
@@ -85,16 +86,16 @@ class Setting:
         return to_jax(tensor.to(self.device))
 
     def check_unchanged(self) -> None:
-        """Refuse to work with parameters that are not those of the module any more."""
+        """Refuse to work once the module's parameters have changed."""
         changed = [n for n, p, b in zip(self.names, self.params, self.before, strict=True) if not torch.equal(p, b)]
         if changed:
             raise RuntimeError(
-                f"the parameters {', '.join(changed)} have changed since the operator was made: make it anew."
+                f"the parameters {', '.join(changed)} have changed since the operator was made: make a new one."
             )
 
 
 def _loss_text(text: str, tensors: Iterable[Tensor]) -> str:
-    """Which loss it is, with its tensors' values."""
+    """The loss as text, with hashes of its tensors."""
     return " ".join([text, *(array_hash(as_constant(tensor)) for tensor in tensors)])
 
 
@@ -109,7 +110,7 @@ def _pairs(data: Iterable[Any]) -> list[tuple[Any, Tensor]]:
         check_tensors(f"data[{number}]", batch)
     if not pairs:
         raise ValueError("data must yield at least one batch.")
-    return [pair for pair in pairs if len(pair[1])] or pairs  # such as the last one of a loader
+    return [pair for pair in pairs if len(pair[1])] or pairs  # without empty batches, such as a loader's last one
 
 
 def _joined(batches: list[Any]) -> Any:
@@ -132,6 +133,6 @@ def _joined(batches: list[Any]) -> Any:
 
 def _unlike(number: int, how: str) -> ValueError:
     return ValueError(
-        "the batches of data must be alike but for their sizes, since they are put together: pad them, or make an"
+        "the batches of data must be alike but for their sizes, since they are concatenated: pad them, or make an"
         f" operator for each. Batch {number} {how}."
     )

@@ -1,4 +1,4 @@
-"""Sums over indices, a few of them at a time."""
+"""Sums over indices, a chunk of them at a time."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from jaxtyping import Array, PyTree
 from ggn_jax._sums import sum_sequentially
 
 
-def sum_in_parts(fn: Callable[[Array], PyTree], num: int, at_once: int) -> PyTree:
-    """The sum of `fn(indices)` over `num` indices, in parts of about equal size."""
+def sum_chunked(fn: Callable[[Array], PyTree], num: int, chunk_size: int) -> PyTree:
+    """The sum of `fn(indices)` over `num` indices, in chunks of at most `chunk_size` and about equal size."""
     if not num:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jnp.arange(1)))
-    parts = -(-num // at_once)
-    size = -(-num // parts)
-    if parts == 1:
+    chunks = -(-num // chunk_size)
+    size = -(-num // chunks)
+    if chunks == 1:
         return fn(jnp.arange(num))
     even = num // size * size
     rest = jnp.arange(even, num) if even < num else None

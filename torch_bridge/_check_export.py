@@ -1,4 +1,4 @@
-"""Whether a graph of `torch.export` is the module that it was made from: both are run by torch, and compared."""
+"""Check that a graph of `torch.export` computes what the module does: torch runs both, and they are compared."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,15 @@ CAUSES = (
 )
 
 
-def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
-    """What the module returns, with its derivatives, from copies of its buffers; lazy parameters are made by this.
+def module_outputs(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+    """The module's outputs, with their autograd graph, from copies of its buffers; lazy parameters get shapes by this.
 
-    Backward hooks and derivatives of one's own are refused by name.
+    Backward hooks and custom derivatives are refused by name.
     """
-    with _all_require_gradients(flat), _same_draws():
+    with _all_require_gradients(flat), _same_random_numbers():
         _make_lazy_buffers(flat, leaves)
         copies = {id(buffer): buffer.clone() for buffer in flat.buffers()}
-        # Each part once: torch would put the copies into one that has two names, and leave them there.
+        # Each submodule once: if it has two names, torch would put the copies into it, and leave them there.
         parts = [(path, part.named_buffers("", False, False)) for path, part in flat.named_modules()]
         buffers = {f"{path}.{name}".removeprefix("."): copies[id(b)] for path, held in parts for name, b in held}
         inputs = tuple(leaf.clone() for leaf in leaves)
@@ -33,7 +33,7 @@ def outputs_of(flat: nn.Module, leaves: Sequence[Any]) -> list[Any]:
 
 
 def _make_lazy_buffers(flat: nn.Module, leaves: Sequence[Any]) -> None:
-    """Let lazy normalisations make their statistics, which this leaves as they start."""
+    """Let lazy normalisations create their statistics; in evaluation mode, these keep their initial values."""
     if not any(nn.parameter.is_lazy(buffer) for buffer in flat.buffers()):
         return
     modes = {part: part.training for part in flat.modules()}
@@ -45,16 +45,16 @@ def _make_lazy_buffers(flat: nn.Module, leaves: Sequence[Any]) -> None:
             part.training = training
 
 
-def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leaves: Sequence[Any]) -> list[str]:
+def check_export(flat: nn.Module, outputs: Sequence[Any], exported: Any, leaves: Sequence[Any]) -> list[str]:
     """Refuse a graph whose outputs or gradients differ from the module's, on the example inputs.
 
-    Returns the names of integers in it that have more than 32 bits there.
+    Returns the names of integers in it that need more than 32 bits there.
 
-    What torch.export does not follow is dropped without a word: hooks, derivatives of one's own, grad modes. Rather
-    than to look for each, what is left is compared, with the same random numbers.
+    What torch.export does not follow, it drops silently: hooks, custom derivatives, grad modes. Instead of looking for
+    each of these, the results are compared, with the same random numbers.
     """
     parameters = {name: p for name, p in flat.named_parameters() if p.is_floating_point()}
-    with _all_require_gradients(flat), _same_draws():
+    with _all_require_gradients(flat), _same_random_numbers():
         results, wide = _run(flat, exported, leaves)
         pairs = zip(outputs, results[len(results) - len(outputs) :], strict=True)  # new buffers come first
         tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
@@ -79,7 +79,7 @@ def check_faithful(flat: nn.Module, outputs: Sequence[Any], exported: Any, leave
 
 @contextlib.contextmanager
 def _all_require_gradients(module: nn.Module) -> Iterator[None]:
-    """So that what happens to gradients is seen for frozen parameters, too: in JAX, they have them."""
+    """Require gradients of all parameters: in JAX, frozen ones have them too, and they are compared."""
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     frozen = [p for p in parameters if not p.requires_grad and not p.is_inference()]
     try:
@@ -92,20 +92,20 @@ def _all_require_gradients(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_draws() -> Iterator[None]:
-    """The same random numbers in each, and the generators as they were."""
+def _same_random_numbers() -> Iterator[None]:
+    """The same random numbers in each of these contexts; afterwards, generators are as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
-class _Noting(torch.fx.Interpreter):
-    """Runs a graph, and notes which integers in it 32 bits do not hold."""
+class _RecordingInterpreter(torch.fx.Interpreter):
+    """Runs a graph, and records which integers in it do not fit in 32 bits."""
 
     def __init__(self, graph: torch.fx.GraphModule, names: dict[str, str]):
         super().__init__(graph)
         self.wide: list[str] = []
-        self._names = names  # of inputs and what the module holds
+        self._names = names  # of the inputs, parameters, buffers and constants
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
@@ -117,7 +117,7 @@ class _Noting(torch.fx.Interpreter):
 
 
 def _run(flat: nn.Module, exported: Any, leaves: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """All outputs of the graph, run by torch with the module's own parameters; and its wide integers."""
+    """All outputs of the graph, run by torch with the module's parameters; and its integers of more than 32 bits."""
     given = iter(leaves)
     values: list[Any] = []
     for spec in exported.graph_signature.input_specs:
@@ -131,13 +131,13 @@ def _run(flat: nn.Module, exported: Any, leaves: Sequence[Any]) -> tuple[list[An
             values.append(value.detach().clone() if isinstance(value, Tensor) else value)
     specs = exported.graph_signature.input_specs
     names = {spec.arg.name: (spec.target or "inputs").removeprefix("module.") for spec in specs}
-    noting = _Noting(exported.graph_module, names)
-    results = noting.run(*values)  # not by a call, which runs hooks
-    return list(results), noting.wide
+    interpreter = _RecordingInterpreter(exported.graph_module, names)
+    results = interpreter.run(*values)  # not by a call, which runs hooks
+    return list(results), interpreter.wide
 
 
 def _check_nodes(outputs: Sequence[Any]) -> None:
-    """Refuse derivatives of one's own and backward hooks by name, before any of them runs."""
+    """Refuse custom derivatives and backward hooks by name, before any of them runs."""
     nodes = [output.grad_fn for output in outputs if isinstance(output, Tensor) and output.grad_fn is not None]
     seen = set(nodes)
     while nodes:
@@ -167,7 +167,7 @@ def _check_nodes(outputs: Sequence[Any]) -> None:
 
 
 def _gradients(outputs: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor] | None:
-    """Those of a weighted sum of all outputs, zeros where there is none; None where torch has no derivative."""
+    """The gradients of a weighted sum of all outputs, zeros for unused parameters; None if torch has no derivative."""
     outputs = [output for output in outputs if output.requires_grad]
     weights = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).to(o.dtype).reshape(o.shape) for o in outputs]
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -187,7 +187,7 @@ def _same(wanted: Tensor, got: Any) -> bool:
 
 
 def _close(wanted: Tensor, got: Tensor, size: float) -> bool:
-    """Within rounding, which differs where torch takes another kernel: to half of the digits.
+    """Equal to half of the digits, since rounding differs if torch takes another kernel.
 
     `size` is that of the largest of several tensors, in whose sums the rounding happened.
     """
