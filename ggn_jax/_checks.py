@@ -1,7 +1,7 @@
 """Checks of arguments: each names the argument, what came, what was wanted, and the way out."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -127,10 +127,17 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any], note: str = "") -> None:
+    """Refuse what is not one of a few words (or None), arrays among them, of which `in` cannot tell."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        *most, last = map(repr, choices)
+        wanted = f"{', '.join(most)} or {last}" if most else last
+        raise ValueError(f"{name} must be {wanted}; got {value!r}.{note}")
+
+
 def check_coupled(examples: Any, chunk_size: Any = None) -> bool:
     """Whether `examples` says that they depend on each other; then a batch cannot be cut into chunks."""
-    if examples not in get_args(Examples):
-        raise ValueError(f"examples must be 'independent' or 'coupled'; got {examples!r}.")
+    check_choice("examples", examples, get_args(Examples))
     coupled: bool = examples == "coupled"
     if coupled and chunk_size is not None:
         raise ValueError("chunk_size cuts the batch into parts, and examples='coupled' has none: leave chunk_size out.")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ggn_jax._checks import Shaped, is_concrete
+from ggn_jax._checks import Shaped, check_choice, is_concrete
 from ggn_jax._repr import options
 from ggn_jax._sharding import run_auto
 from ggn_jax.term_hessian import TermHessian
@@ -49,11 +49,8 @@ class Loss(eqx.Module):
     reduction: str = eqx.field(default="mean", static=True, kw_only=True)
 
     def __check_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"reduction must be 'mean' or 'sum'; got {self.reduction!r}. (A loss that is not reduced has no"
-                " Hessian: reduce it, or map over the data.)"
-            )
+        note = " (A loss that is not reduced has no Hessian: reduce it, or map over the data.)"
+        check_choice("reduction", self.reduction, ("mean", "sum"), note)
 
     def __call__(self, outputs: Any, targets: Any) -> Float[Array, ""]:
         """Compute the loss of a batch; `0/0` (everything ignored) counts as 0.

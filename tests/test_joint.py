@@ -199,7 +199,7 @@ def test_empirical_fisher() -> None:
 
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
-        return [ggn_jax.EFLinearOperator(two, TWO, params, batch, per=per).as_matrix() for per in ("datum", "term")]
+        return [ggn_jax.EFLinearOperator(two, TWO, params, batch, per=per).as_matrix() for per in ("example", "term")]
 
     terms = np.asarray(jax.jit(jax.jacrev(losses))(FLAT))
     rows = terms.sum(1)

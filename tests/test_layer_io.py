@@ -298,7 +298,7 @@ def test_errors() -> None:
     model = MODELS[0]
     layers, loss, params, batch = model.layers, model.loss, model.params, model.batch
     io = partial(ggn_jax.layer_io, fisher_type="empirical")
-    with pytest.raises(ValueError, match="bias must be one of 'joint', 'separate'; got 'none'"):
+    with pytest.raises(ValueError, match="bias must be 'joint' or 'separate'; got 'none'"):
         ggn_jax.find_layers(model.fn, params, model.inputs, bias="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="couples examples"):
         ggn_jax.find_layers(

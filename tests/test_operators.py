@@ -83,8 +83,8 @@ def test_hessian(problem: Problem, chunk_size: int | None) -> None:
     assert_close(hessian.as_matrix(), problem.hessian())
 
 
-@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "datum"], ids=names)
-@pytest.mark.by_default("ce-sequence-[N,C,T]-1-term", "bce-options-3-term", "mse-scalar-3-datum")
+@covering(1, problem=PROBLEMS, chunk_size=[None, 3, 1], per=["term", "example"], ids=names)
+@pytest.mark.by_default("ce-sequence-[N,C,T]-1-term", "bce-options-3-term", "mse-scalar-3-example")
 def test_ef(problem: Problem, chunk_size: int | None, per: str) -> None:
     ef = EFLinearOperator(*problem.args, per=per, chunk_size=chunk_size)
     assert_close(ef.as_matrix(), problem.ef(per))
@@ -109,7 +109,7 @@ def test_ef_is_what_empirical_means_elsewhere() -> None:
 
 def test_ef_of_terms_and_of_data_differ() -> None:
     """Else the test above could not tell them apart."""
-    assert sum(not np.allclose(problem.ef("term"), problem.ef("datum")) for problem in PROBLEMS) >= 5
+    assert sum(not np.allclose(problem.ef("term"), problem.ef("example")) for problem in PROBLEMS) >= 5
 
 
 @covering(1, problem=PROBLEMS, chunks=[(None, 1), (3, 2), (N + 2, 100)], method=["layers", "data"], ids=names)
@@ -139,7 +139,7 @@ def test_keys_in_the_inputs() -> None:
     problem = Problem("dropout", dropout, MLP_PARAMS, inputs, CE_SUM.loss, CE_SUM.targets, torch.nn.CrossEntropyLoss)
     assert_close(GGNLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ggn())
     assert_close(HessianLinearOperator(*problem.args).as_matrix(), problem.hessian())
-    assert_close(EFLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ef("datum"))
+    assert_close(EFLinearOperator(*problem.args, chunk_size=2).as_matrix(), problem.ef("example"))
     for method in ("layers", "data"):
         diagonal = GGNDiagonalLinearOperator(*problem.args, chunk_size=2, method=method)
         assert_close(flat(diagonal.entries), np.diagonal(problem.ggn()))
@@ -477,7 +477,7 @@ def test_ef_and_hessian_need_no_factor(cls: Any) -> None:
 
 
 def test_refuses_other_arguments() -> None:
-    with pytest.raises(ValueError, match="per must be 'term' or 'datum'"):
+    with pytest.raises(ValueError, match="per must be 'term' or 'example'"):
         EFLinearOperator(*CE.args, per="token")
     with pytest.raises(ValueError, match="method must be 'layers' or 'data'"):
         GGNDiagonalLinearOperator(*CE.args, method="fast")

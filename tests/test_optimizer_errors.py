@@ -241,7 +241,7 @@ MASK = "weight_decay_mask must be a pytree of booleans like params"
         ({"damping_method": "other"}, ValueError, "damping_method must be 'heuristic' or 'exact'"),
         ({"ekfac": True, "fisher_type": "forward-only"}, NotImplementedError, "ekfac"),
         ({"mesh": 2}, TypeError, "mesh must be a jax.sharding.Mesh"),
-        ({"sharing": "other"}, ValueError, "sharing must be one of"),
+        ({"sharing": "other"}, ValueError, "sharing must be 'expand' or 'reduce'; got"),
         ({"loss": lambda f, y: 0.0}, NotImplementedError, "loss"),
         ({"loss": jnp.ones(())}, TypeError, "name 'loss' in its static_args"),
         ({"model_fn": 3}, TypeError, "model_fn must be a function"),

@@ -41,6 +41,8 @@ def test_kfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:
         second + restored + first
     other = KFAC.partial_sums(*ARGS, FIRST, **{**DRAWN, "key": jax.random.key(2)})
     assert (first + other).draws.shape == (2, 3)
+    broken = eqx.tree_at(lambda sums: sums.totals, first, jax.tree.map(lambda x: x * np.nan, first.totals))
+    assert np.isnan(KFAC.finish(broken).trace())  # and not 0, as without examples
 
 
 def test_ekfac_in_parts_is_that_of_all_data(tmp_path: Path) -> None:

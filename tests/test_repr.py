@@ -35,7 +35,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "ModelFn(Sequential)": lambda: MODEL,
     "ModelFn(Linear)": lambda: ggn_jax.from_equinox(eqx.nn.Linear(2, 3, key=KEY))[0],
     f"GGNLinearOperator(params={OF}, {AT}, mc_samples=0)": lambda: ggn_jax.GGNLinearOperator(*ARGS),
-    f"EFLinearOperator(params={OF}, {AT}, per='datum')": lambda: ggn_jax.EFLinearOperator(*ARGS),
+    f"EFLinearOperator(params={OF}, {AT}, per='example')": lambda: ggn_jax.EFLinearOperator(*ARGS),
     f"HessianLinearOperator(params={OF}, {AT})": lambda: ggn_jax.HessianLinearOperator(*ARGS),
     f"GGNDiagonalLinearOperator(params={OF})": lambda: ggn_jax.GGNDiagonalLinearOperator(*ARGS),
     f"DampedLinearOperator(operator=HessianLinearOperator(params={OF}, {AT}), damping=float64[])": lambda: (

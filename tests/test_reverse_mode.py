@@ -105,7 +105,7 @@ def test_products_are_exact(attend: Any) -> None:
     ggn = ggn_jax.GGNLinearOperator(*args)
     for operator in (ggn, ggn_jax.GGNLinearOperator(*args, chunk_size=2), lx.linearise(ggn)):
         assert_close(flat(operator.mv(VECTOR)), PLAIN.ggn() @ v)
-    for per in ("term", "datum"):
+    for per in ("term", "example"):
         assert_close(flat(ggn_jax.EFLinearOperator(*args, per=per).mv(VECTOR)), PLAIN.ef(per) @ v)
     assert_close(flat(ggn_jax.HessianLinearOperator(*args).mv(VECTOR)), PLAIN.hessian() @ v)
 
@@ -117,8 +117,8 @@ def test_monte_carlo_products_are_those_of_forward_mode() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
-@pytest.mark.parametrize("per", ["term", "datum"])
-@pytest.mark.by_default("term-None", "datum-1")
+@pytest.mark.parametrize("per", ["term", "example"])
+@pytest.mark.by_default("term-None", "example-1")
 def test_empirical_fisher_of_a_kernel(per: Any, chunk_size: int | None) -> None:
     """Its gradients are all that is known; targets of a term or a whole example may be ignored."""
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=-1)

@@ -164,7 +164,7 @@ class KFACLinearOperator(ComputedLinearOperator, BlockTorchLinearOperator):
         if given := sorted(options.keys() & ELSEWHERE):
             ways = ", ".join(f"{name} ({ELSEWHERE[name]})" for name in given)
             raise TypeError(f"these options have another place here, in brackets: {ways}.")
-        if kfac_approx not in ("expand", "reduce"):
+        if not isinstance(kfac_approx, str) or kfac_approx not in ("expand", "reduce"):
             raise ValueError(f"kfac_approx must be 'expand' or 'reduce'; got {kfac_approx!r}.")
         if progress and options.get("mask") is not None:
             raise NotImplementedError("mask is of all data as one batch: leave progress out, or mask.")

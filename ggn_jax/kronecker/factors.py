@@ -407,4 +407,5 @@ def _unassigned_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
 def _safe_divide(total: Factor, count: Any) -> Factor:
     """`total / count`, by group if there is a count for each; 0 where the count is."""
     count = jnp.reshape(count, (*jnp.shape(count), *[1] * (total.ndim - 1))) if jnp.ndim(count) else count
-    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+    # A count that is NaN gives NaN.
+    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

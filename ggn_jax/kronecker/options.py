@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
-from ggn_jax._checks import check_count
+from ggn_jax._checks import check_choice, check_count
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.vectors import Positions
 from ggn_jax.layers.plan import MAX_SMALL_SIZE
@@ -93,9 +93,7 @@ class Options:
             "fisher_type": FisherType(given) if isinstance(given, str) else FisherType._missing_(given)
         }
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                wanted = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} must be one of {wanted}; got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), choices)
         draws = checked["fisher_type"] is FisherType.MC
         checked["mc_samples"] = check_count("mc_samples", self.mc_samples) if draws else 1
         for name in ("max_dense_size", "block_size", "max_small_size", "vector_chunk_size"):

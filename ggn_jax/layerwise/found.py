@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import Examples, check_coupled, have_values
+from ggn_jax._checks import Examples, check_choice, check_coupled, have_values
 from ggn_jax._hints import model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded
@@ -219,8 +219,7 @@ def find_layers(
         >>> io["w"].inputs.shape, io["w"].output_grads.shape  # [G, N, S, in], [V, G, N, S, out]
         ((1, 5, 1, 4), (4, 1, 5, 1, 2))
     """
-    if bias not in CHOICES["bias"]:
-        raise ValueError(f"bias must be one of {', '.join(map(repr, CHOICES['bias']))}; got {bias!r}.")
+    check_choice("bias", bias, CHOICES["bias"])
     check_model(model_fn, params, example_inputs)
     model, coupled = Model(model_fn, has_aux), check_coupled(examples)
     with model_errors_explained(params, example_inputs, one_example=not coupled):

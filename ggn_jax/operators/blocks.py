@@ -12,7 +12,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import check_choice, is_concrete
 from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.algebra import Block, Diagonal
@@ -200,8 +200,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
             - Martens and Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*:
               https://arxiv.org/abs/1503.05671
         """
-        if method not in ("exact", "heuristic"):
-            raise ValueError(f"method must be 'exact' or 'heuristic'; got {method!r}.")
+        check_choice("method", method, ("exact", "heuristic"))
         return _map_blocks(self, damping, "inverse" if method == "exact" else HEURISTIC)
 
     def solve(
@@ -287,8 +286,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         Raises:
             ValueError: for another function.
         """
-        if function not in (None, *get_args(Function)):
-            raise ValueError(f"function must be 'inverse', 'solve', 'root' or None; got {function!r}.")
+        check_choice("function", function, (*get_args(Function), None))
         asked = get_args(Function) if function is None else (function,)
         return all(is_exact(block, name, damped) for block in self.blocks.blocks for name in asked)
 

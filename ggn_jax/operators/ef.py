@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import wide_dtype
+from ggn_jax._checks import check_choice, wide_dtype
 from ggn_jax._fusion import fusion_boundary
 from ggn_jax._sharding import vary_like
 from ggn_jax._sums import sum_sequentially
@@ -42,7 +42,7 @@ class EFLinearOperator(DataLinearOperator):
         params: the parameters, a pytree of floating arrays.
         batch: a pair `(inputs, targets)`. Inputs may be a pytree of arrays and of PRNG keys (one for each example, for
             dropout); every leading axis is the batch's, except in `ggn_jax.Unbatched` inputs. Targets must be given.
-        per: `"datum"` (default) sums over examples, whose terms' gradients are added first; `"term"` over all terms.
+        per: `"example"` (default) sums over examples, whose terms' gradients are added first; `"term"` over all terms.
         chunk_size: how many examples to process at once; None (default) for all. For a sharded batch it counts the
             examples of all devices together: pass a multiple of their number, and each device processes some of its
             own.
@@ -73,12 +73,11 @@ class EFLinearOperator(DataLinearOperator):
         params: PyTree[Array],
         batch: tuple[PyTree, Any],
         *,
-        per: Literal["term", "datum"] = "datum",
+        per: Literal["term", "example"] = "example",
         chunk_size: int | None = None,
         has_aux: bool = False,
     ):
-        if per not in ("term", "datum"):
-            raise ValueError(f"per must be 'term' or 'datum'; got {per!r}.")
+        check_choice("per", per, ("term", "example"))
         self.problem, self.per = make_problem(model_fn, loss, params, batch, chunk_size, has_aux=has_aux), per
         self.problem.check_chunks()
 

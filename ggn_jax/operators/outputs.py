@@ -223,7 +223,7 @@ class JacobianLinearOperator(AbstractJacobian):
         """
         made = object.__new__(cls)
         object.__setattr__(made, "problem", problem)
-        object.__setattr__(made, "kept", None)
+        object.__setattr__(made, "linearisation", None)
         return made
 
     def __repr__(self) -> str:

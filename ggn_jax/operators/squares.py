@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import check_count, check_sampling, compute_dtype
+from ggn_jax._checks import check_choice, check_count, check_sampling, compute_dtype
 from ggn_jax._draws import example_keys
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
@@ -25,8 +25,7 @@ class DiagonalMaker:
     """How the GGN's diagonal of a batch is computed, with checked options."""
 
     def __init__(self, mc_samples: Any, key: Any, vector_chunk_size: Any, method: Any):
-        if method not in ("layers", "data"):
-            raise ValueError(f"method must be 'layers' or 'data'; got {method!r}.")
+        check_choice("method", method, ("layers", "data"))
         self._compute = _by_layers if method == "layers" else _by_examples
         self._chunk_size = check_count("vector_chunk_size", vector_chunk_size)
         self._mc_samples, self._key = check_sampling(mc_samples, key, wanted_by="GGNDiagonalLinearOperator")

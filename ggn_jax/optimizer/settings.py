@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import Examples, check_count
+from ggn_jax._checks import Examples, check_choice, check_count
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose
 from ggn_jax.kronecker.options import DEFAULTS as OF_FACTORS
@@ -108,8 +108,7 @@ class Settings:
             object.__setattr__(self, "chunk_size", check_count("chunk_size", self.chunk_size))
         for name in ("staggered", "ekfac"):
             check_flag(name, getattr(self, name))
-        if self.damping_method not in get_args(DampingMethod):
-            raise ValueError(f"damping_method must be 'heuristic' or 'exact'; got {self.damping_method!r}.")
+        check_choice("damping_method", self.damping_method, get_args(DampingMethod))
         object.__setattr__(self, "factor_dtype", check_dtype("factor_dtype", self.factor_dtype))
         check_mesh(self.mesh)
         if self.ekfac and self.options.fisher_type is FisherType.FORWARD_ONLY:
