@@ -205,7 +205,7 @@ class JacobianLinearOperator(AbstractJacobian):
         """That of a problem's model, which has been checked."""
         made = object.__new__(cls)
         object.__setattr__(made, "problem", problem)
-        object.__setattr__(made, "kept", None)
+        object.__setattr__(made, "linearisation", None)
         return made
 
     def __repr__(self) -> str:
