@@ -18,9 +18,9 @@ from ggn_jax.terms import Terms, check_terms, split_terms
 TERMS = 8  # of the batch, whose draws are checked
 DIRECTIONS = 8  # in a term's output
 DRAWS = 4096
-AT_ONCE = 64  # draws
-DEVIATIONS = 6.0  # standard errors; two independent right estimates differ by more once in 10^8 times
-UNSEEN = 9.0  # events that may have been missed, of the size of the largest one seen
+DRAWS_PER_BATCH = 64  # draws
+MAX_STANDARD_ERRORS = 6.0  # standard errors; two independent right estimates differ by more once in 10^8 times
+MISSED_EVENTS = 9.0  # events that may have been missed, of the size of the largest one seen
 
 
 def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None) -> None:
@@ -189,14 +189,14 @@ def _mean_gaps(fn: Any, draws: Array, size: Array) -> tuple[_Gap, ...]:
         values = values.reshape(len(values), -1)
         mean, spread = jnp.mean(values, axis=0), jnp.std(values, axis=0)
         most = jnp.max(jnp.max(values, axis=0) - jnp.min(values, axis=0))
-        error = jnp.sqrt(spread**2 / DRAWS + UNSEEN * (most / DRAWS) ** 2)
-        excess = jnp.abs(mean) / (DEVIATIONS * error + _rounding_error(jnp.maximum(size, most)))
+        error = jnp.sqrt(spread**2 / DRAWS + MISSED_EVENTS * (most / DRAWS) ** 2)
+        excess = jnp.abs(mean) / (MAX_STANDARD_ERRORS * error + _rounding_error(jnp.maximum(size, most)))
         worst = jnp.argmax(excess)
         # Where all draws are alike, as those of a class of probability 1, there is nothing to conclude from.
         allowed = jnp.where(most > 0, jnp.abs(mean[worst]) / excess[worst], jnp.inf)
         return _Gap(jnp.abs(mean[worst]), allowed, size)
 
-    first, second = jax.lax.map(fn, draws, batch_size=AT_ONCE)
+    first, second = jax.lax.map(fn, draws, batch_size=DRAWS_PER_BATCH)
     return gap(first, jnp.sqrt(size)), gap(second, size)
 
 

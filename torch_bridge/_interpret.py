@@ -17,8 +17,8 @@ from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.aten.registry import UnsupportedResult
 
 # Arguments that mean nothing in JAX, and operators that have these names for other arguments.
-IGNORED = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
-KEPT = {"_assert_tensor_metadata"}
+IGNORED_KWARGS = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
+OPS_WITH_ALL_KWARGS = {"_assert_tensor_metadata"}
 
 
 def name_of(node: torch.fx.Node) -> str:
@@ -158,8 +158,8 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[
     assert function is not None  # see `check_operators`
     expected = node.meta.get("val")
     args, kwargs = jax.tree.map(_argument, (list(args), dict(kwargs)), is_leaf=_is_argument)
-    if packet_name(node) not in KEPT:
-        kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
+    if packet_name(node) not in OPS_WITH_ALL_KWARGS:
+        kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED_KWARGS}
     if kwargs.get("dtype") is None and isinstance(expected, torch.Tensor) and _takes(function, "dtype"):
         kwargs["dtype"] = to_dtype(expected.dtype)
     if _takes(function, "dropout_key"):

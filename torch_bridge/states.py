@@ -59,7 +59,7 @@ class ComputedLinearOperator(TorchLinearOperator):
                 "parameters": _parameters(self._problem),
                 "graph": self._problem.graph,
                 "loss": self._problem.loss_text,
-                "options": _plain(self._given),
+                "options": _plain_options(self._given),
                 "layout": str(structure),
                 "leaves": [to_torch(leaf) for leaf in leaves],
                 "product": _probe(self._operator),
@@ -105,7 +105,7 @@ class ComputedLinearOperator(TorchLinearOperator):
         return made
 
 
-def _plain(given: dict[str, Any]) -> dict[str, Any]:
+def _plain_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that say which blocks there are, all of which are plain; a mask is data."""
     items = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     return {name: value for name, value in items.items() if type(value) in PLAIN}
