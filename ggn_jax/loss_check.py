@@ -18,9 +18,9 @@ from ggn_jax.terms import Terms, check_terms, split_terms
 TERMS = 8  # of the batch, whose draws are checked
 DIRECTIONS = 8  # in a term's output
 DRAWS = 4096
-AT_ONCE = 64  # draws
-DEVIATIONS = 6.0  # standard errors; two independent right estimates differ by more once in 10^8 times
-UNSEEN = 9.0  # events that may have been missed, of the size of the largest one seen
+DRAWS_PER_BATCH = 64  # draws
+MAX_STANDARD_ERRORS = 6.0  # standard errors; two independent right estimates differ by more once in 10^8 times
+MISSED_EVENTS = 9.0  # events that may have been missed, of the size of the largest one seen
 
 
 def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None) -> None:
@@ -83,7 +83,7 @@ def check_loss(loss: Loss, outputs: Any, targets: Any = None, *, key: Any = None
 
 
 class _Gap(NamedTuple):
-    """How far two things are from each other that should be equal, for each term."""
+    """The distance between two results that should be equal, for each term."""
 
     distance: Float[Array, " T"]
     allowed: Float[Array, " T"]
@@ -100,12 +100,12 @@ def _check_definite(loss: Loss, terms: Terms) -> None:
         raise indefinite_error(loss, f"{words} largest")
 
 
-def _pick(terms: Terms, numbers: np.ndarray) -> tuple[Array, Any]:
+def _pick(terms: Terms, indices: np.ndarray) -> tuple[Array, Any]:
     """The outputs and operands of some terms, `[T, *term]`."""
 
     def picked(x: Array, axes: tuple[int, ...]) -> Array:
         moved = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-        return moved.reshape(-1, *moved.shape[x.ndim - len(axes) :])[numbers]
+        return moved.reshape(-1, *moved.shape[x.ndim - len(axes) :])[indices]
 
     return picked(terms.outputs, terms.axes), jax.tree.map(lambda x: picked(x, terms.operand_axes), terms.operand)
 
@@ -121,24 +121,24 @@ def _measure_term(loss: Any, f: Float[Array, "*term"], y: Any, key: Array) -> di
     direction_key, draw_key, sample_key = jax.random.split(key, 3)
     directions = _directions(direction_key, f)
     project = partial(jnp.tensordot, directions, axes=f.ndim, precision="highest")
-    gaps = {"term_gradient": _equal(loss.term_gradient(f, y), jax.grad(loss.term_value)(f, y))}
+    gaps = {"term_gradient": _rounding_gap(loss.term_gradient(f, y), jax.grad(loss.term_value)(f, y))}
     exact = not isinstance(loss, LikelihoodLoss) or loss.curvature == "hessian" or loss.has_fisher_sqrt()
     if exact:
         hessian = loss.term_hessian(f, y)
         matrix = project(jax.vmap(hessian.mv)(directions).reshape(-1, f.size).T.reshape(*f.shape, -1))
         root = jax.vmap(hessian.sqrt_rmv)(directions).reshape(len(directions), -1)
-        gaps["sqrt"] = _equal(jnp.matmul(root, root.T, precision="highest"), matrix)
+        gaps["sqrt"] = _rounding_gap(jnp.matmul(root, root.T, precision="highest"), matrix)
         if loss.curvature == "hessian":
-            own = _second(lambda f: loss.term_value(f, y), f, directions)
-            gaps["term_hessian"] = _equal(loss.term_weight(f, y) * matrix, own)
+            own = _projected_hessian(lambda f: loss.term_value(f, y), f, directions)
+            gaps["term_hessian"] = _rounding_gap(loss.term_weight(f, y) * matrix, own)
 
-    def would_be(word: Array) -> tuple[Array, Array]:
+    def sampled_moments(word: Array) -> tuple[Array, Array]:
         g = project(loss.sampled_gradient(f, y, loss.settle(f, y, word)))
         return g, jnp.outer(g, g) - (matrix if exact else jnp.outer(g, g))
 
     words = loss.draw(draw_key, (DRAWS,), jax.ShapeDtypeStruct(f.shape, f.dtype))
     size = jnp.max(jnp.abs(matrix)) if exact else jnp.ones((), f.dtype)
-    gaps["mean"], gaps["square"] = _means(would_be, words, size)
+    gaps["mean"], gaps["square"] = _mean_gaps(sampled_moments, words, size)
     if isinstance(loss, LikelihoodLoss):
 
         def score(key: Array) -> tuple[Array, Array]:
@@ -147,10 +147,10 @@ def _measure_term(loss: Any, f: Float[Array, "*term"], y: Any, key: Array) -> di
             if not exact:
                 return g, jnp.zeros(2 * g.shape, g.dtype)
             likely = loss.curvature == "hessian"
-            wanted = _second(lambda f: loss.nll(f, target), f, directions) if likely else matrix
+            wanted = _projected_hessian(lambda f: loss.nll(f, target), f, directions) if likely else matrix
             return g, jnp.outer(g, g) - wanted
 
-        gaps["score"], gaps["fisher"] = _means(score, jax.random.split(sample_key, DRAWS), size)
+        gaps["score"], gaps["fisher"] = _mean_gaps(score, jax.random.split(sample_key, DRAWS), size)
     return gaps
 
 
@@ -162,40 +162,42 @@ def _directions(key: Array, f: Float[Array, "*term"]) -> Float[Array, "R *term"]
     return q.T.reshape(-1, *f.shape)
 
 
-def _second(value: Any, f: Float[Array, "*term"], directions: Float[Array, "R *term"]) -> Float[Array, "R R"]:
-    """The second derivative of a function along directions."""
+def _projected_hessian(
+    value: Any, f: Float[Array, "*term"], directions: Float[Array, "R *term"]
+) -> Float[Array, "R R"]:
+    """The Hessian of a function, projected onto directions."""
     _, product = jax.linearize(jax.grad(value), f)
     columns = jax.vmap(product)(directions).reshape(len(directions), -1)
     return jnp.matmul(directions.reshape(len(directions), -1), columns.T, precision="highest")
 
 
-def _equal(a: Array, b: Array) -> _Gap:
-    """Two results that differ by rounding only."""
+def _rounding_gap(a: Array, b: Array) -> _Gap:
+    """The gap of two results that may differ by rounding only."""
     size = jnp.max(jnp.abs(b))
-    return _Gap(jnp.max(jnp.abs(a - b)), _rounding(jnp.maximum(size, jnp.max(jnp.abs(a)))), size)
+    return _Gap(jnp.max(jnp.abs(a - b)), _rounding_error(jnp.maximum(size, jnp.max(jnp.abs(a)))), size)
 
 
-def _rounding(size: Array) -> Array:
-    """What automatic differentiation may be wrong by: where 1 - p is tiny, some parts in 2^24 of 1, and not of it."""
+def _rounding_error(size: Array) -> Array:
+    """The rounding error of automatic differentiation: relative, and absolute where 1 - p cancels."""
     eps = float(jnp.finfo(size.dtype).eps)
     return eps**0.5 * size + 32 * eps
 
 
-def _means(fn: Any, draws: Array, size: Array) -> tuple[_Gap, ...]:
-    """Two means over draws that should be 0; `size` is what a mean square is compared with."""
+def _mean_gaps(fn: Any, draws: Array, size: Array) -> tuple[_Gap, ...]:
+    """The gaps from 0 of two means over draws; the second, a mean square, is relative to `size`."""
 
     def gap(values: Array, size: Array) -> _Gap:
         values = values.reshape(len(values), -1)
         mean, spread = jnp.mean(values, axis=0), jnp.std(values, axis=0)
         most = jnp.max(jnp.max(values, axis=0) - jnp.min(values, axis=0))
-        error = jnp.sqrt(spread**2 / DRAWS + UNSEEN * (most / DRAWS) ** 2)
-        excess = jnp.abs(mean) / (DEVIATIONS * error + _rounding(jnp.maximum(size, most)))
+        error = jnp.sqrt(spread**2 / DRAWS + MISSED_EVENTS * (most / DRAWS) ** 2)
+        excess = jnp.abs(mean) / (MAX_STANDARD_ERRORS * error + _rounding_error(jnp.maximum(size, most)))
         worst = jnp.argmax(excess)
         # Where all draws are alike, as those of a class of probability 1, there is nothing to conclude from.
         allowed = jnp.where(most > 0, jnp.abs(mean[worst]) / excess[worst], jnp.inf)
         return _Gap(jnp.abs(mean[worst]), allowed, size)
 
-    first, second = jax.lax.map(fn, draws, batch_size=AT_ONCE)
+    first, second = jax.lax.map(fn, draws, batch_size=DRAWS_PER_BATCH)
     return gap(first, jnp.sqrt(size)), gap(second, size)
 
 

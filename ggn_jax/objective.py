@@ -72,7 +72,7 @@ class Objective:
     def __init__(self, model_fn: Callable[[PyTree, PyTree], Any], loss: Loss, weight: Any = 1.0):
         check_model_fn(model_fn)
         check_supported(loss)
-        self.terms = (ObjectiveTerm(model_fn, loss, _number("weight", weight)),)
+        self.terms = (ObjectiveTerm(model_fn, loss, _static_or_array("weight", weight)),)
 
     @classmethod
     def _of(cls, terms: Sequence[ObjectiveTerm]) -> "Objective":
@@ -94,13 +94,13 @@ class Objective:
         return self if is_sum_start(other) else NotImplemented
 
     def __mul__(self, number: Any) -> "Objective":
-        by = _number("the factor of an objective", number)
+        by = _static_or_array("the factor of an objective", number)
         return Objective._of([replace(term, weight=by * term.weight) for term in self.terms])
 
     __rmul__ = __mul__
 
     def __truediv__(self, number: Any) -> "Objective":
-        return self * (1 / _number("the divisor of an objective", number))
+        return self * (1 / _static_or_array("the divisor of an objective", number))
 
     def __call__(self, params: PyTree[Array], batches: Any) -> Float[Array, ""]:
         """Compute the value at `params`.
@@ -160,8 +160,8 @@ class Objective:
         return list(given)
 
 
-def _number(name: str, value: Any) -> Any:
-    """A number of at least 0: Python's own, or an array, perhaps traced."""
+def _static_or_array(name: str, value: Any) -> Any:
+    """A checked weight: Python numbers stay static, and arrays may be traced."""
     number = check_weight_number(name, value)
     return value if isinstance(value, int | float) else number
 

@@ -17,7 +17,20 @@ from torch_bridge.batches import Call, unwrapped
 from torch_bridge.tensors import borrow, jax_on
 
 # Operators that return a new tensor: a write in place right after one of them is seen nowhere else.
-FRESH = ("conv", "linear", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "matmul", "bmm", "mm")
+RETURN_NEW_TENSORS = (
+    "conv",
+    "linear",
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "matmul",
+    "bmm",
+    "mm",
+)
 NO_GRAD = "wrap_with_set_grad_enabled"
 AUTOCAST = "wrap_with_autocast"
 NESTED = {NO_GRAD, AUTOCAST}  # operators that run a graph
@@ -162,7 +175,9 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 
 def _writes(graph: torch.fx.GraphModule) -> bool:
     """Whether there are writes in place that anything else may see."""
-    return any((writes_in_place(node) and not _unseen(node)) or _updates_statistics(node) for node in operators(graph))
+    return any(
+        (writes_in_place(node) and not _is_unobserved(node)) or _updates_statistics(node) for node in operators(graph)
+    )
 
 
 def _updates_statistics(node: torch.fx.Node) -> bool:
@@ -172,15 +187,15 @@ def _updates_statistics(node: torch.fx.Node) -> bool:
     return node.args[3] is not None and node.args[5] is True
 
 
-def _unseen(node: torch.fx.Node) -> bool:
+def _is_unobserved(node: torch.fx.Node) -> bool:
     """Whether the tensor that is written into is a new one that nothing else reads."""
     target = node.args[0]
     if not isinstance(target, torch.fx.Node) or target.op != "call_function" or len(target.users) != 1:
         return False
     if writes_in_place(target):
-        return _unseen(target)
+        return _is_unobserved(target)
     name = packet_name(target)
-    return name in FRESH or name.startswith("conv")
+    return name in RETURN_NEW_TENSORS or name.startswith("conv")
 
 
 def _program(

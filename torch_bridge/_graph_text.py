@@ -24,7 +24,7 @@ def array_hash(array: np.ndarray) -> str:
 
 
 def _names(program: Program) -> dict[str, str]:
-    """What each placeholder of the graph is."""
+    """What each placeholder stands for; constants by their hash, as their values are part of the function."""
     inputs = {name: f"input {number}" for number, name in enumerate(program.inputs)}
     buffers = {name: f"buffer {buffer}" for name, buffer in program.buffers.items()}
     return (
@@ -33,7 +33,7 @@ def _names(program: Program) -> dict[str, str]:
 
 
 def _lines(graph: Any, names: dict[str, str]) -> Iterator[str]:
-    """A line for each node, which refers to others by their numbers."""
+    """One line for each node; nodes are numbered, since their names depend on how the graph was traced."""
     numbers = {node: number for number, node in enumerate(graph.graph.nodes)}
     for node in graph.graph.nodes:
         if node.op == "placeholder":

@@ -17,8 +17,8 @@ from torch_bridge.aten.dtypes import to_dtype
 from torch_bridge.aten.registry import UnsupportedResult
 
 # Arguments that mean nothing in JAX, and operators that have these names for other arguments.
-IGNORED = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
-KEPT = {"_assert_tensor_metadata"}
+IGNORED_KWARGS = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "generator"}
+OPS_WITH_ALL_KWARGS = {"_assert_tensor_metadata"}
 
 
 def name_of(node: torch.fx.Node) -> str:
@@ -58,12 +58,12 @@ def check_operators(program: Program) -> None:
         raise NotImplementedError(
             f"module uses operators that have no JAX function here: {found}. Say what"
             " they are with torch_bridge.register_operator(torch.ops.<library>.<operator>, function). What is random,"
-            f" or makes tensors whose sizes depend on data, cannot be converted.{_experts(found)}"
+            f" or makes tensors whose sizes depend on data, cannot be converted.{_experts_hint(found)}"
         )
 
 
-def _experts(found: str) -> str:
-    """What to do about kernels of mixtures of experts, for which Hugging Face's models have an alternative."""
+def _experts_hint(found: str) -> str:
+    """The way out for kernels of mixtures of experts, for which Hugging Face's models have an alternative."""
     way_out = " For Hugging Face's mixtures of experts, call module.set_experts_implementation('batched_mm') first."
     return way_out if "grouped_mm" in found else ""
 
@@ -158,8 +158,8 @@ def _call(node: torch.fx.Node, values: dict[torch.fx.Node, Any], keys: Iterator[
     assert function is not None  # see `check_operators`
     expected = node.meta.get("val")
     args, kwargs = jax.tree.map(_argument, (list(args), dict(kwargs)), is_leaf=_is_argument)
-    if packet_name(node) not in KEPT:
-        kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
+    if packet_name(node) not in OPS_WITH_ALL_KWARGS:
+        kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED_KWARGS}
     if kwargs.get("dtype") is None and isinstance(expected, torch.Tensor) and _takes(function, "dtype"):
         kwargs["dtype"] = to_dtype(expected.dtype)
     if _takes(function, "dropout_key"):
@@ -185,7 +185,7 @@ def _argument(value: Any) -> Any:
 
 
 def _takes(function: Any, name: str) -> bool:
-    """Whether it has such an argument, by keyword only."""
+    """Whether the function has a keyword-only argument of this name."""
     try:
         parameter = inspect.signature(function).parameters.get(name)
     except (TypeError, ValueError):
@@ -194,7 +194,7 @@ def _takes(function: Any, name: str) -> bool:
 
 
 def _check(node: torch.fx.Node, result: Any, expected: Any) -> None:
-    """Compare with what torch said of the result: its dtype, its rank, and sizes that do not depend on the batch's."""
+    """Compare with torch's result: its dtype, its rank, and the sizes that do not depend on the batch size."""
     if isinstance(expected, list | tuple):
         for part, like in zip(result, expected, strict=False):
             _check(node, part, like)

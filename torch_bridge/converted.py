@@ -30,7 +30,7 @@ class Snapshot:
         return {name: (part, part.training) for name, part in self._module.named_modules()}
 
     def _attributes(self) -> dict[str, Any]:
-        """What else a module computes with: numbers, text, functions, and hooks, each by its name."""
+        """Whatever else a forward may read: numbers, text, functions and hooks, by name."""
         found = {}
         for path, part in self._module.named_modules():
             for name, value in [] if isinstance(part, WRAPPERS) else vars(part).items():
@@ -38,7 +38,7 @@ class Snapshot:
                     found[f"{path}.{name[1:]}".removeprefix(".")] = tuple(value.values())
                 elif not name.startswith("_") and name != "training" and _is_plain(value):
                     found[f"{path}.{name}".removeprefix(".")] = _frozen(value)
-            for name, value in _of_classes(part).items():
+            for name, value in _class_attributes(part).items():
                 found.setdefault(f"{path}.{name}".removeprefix("."), _frozen(value))
         return found
 
@@ -58,8 +58,8 @@ class Snapshot:
         return names + [path or "the whole" for path in paths if parts.get(path) != self._parts.get(path)]
 
 
-def _of_classes(part: nn.Module) -> dict[str, Any]:
-    """Numbers, text and the like that a part's own classes hold."""
+def _class_attributes(part: nn.Module) -> dict[str, Any]:
+    """Plain class attributes of a submodule, except those of torch's own classes."""
     own = [cls for cls in type(part).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
     held = {name: value for cls in reversed(own) for name, value in vars(cls).items()}
     return {name: value for name, value in held.items() if name[:1] != "_" and _is_plain(value) and not callable(value)}
@@ -152,7 +152,7 @@ class ConvertedModule:
         return as_outputs(self.model_fn(params, inputs))
 
     def _part_outputs(self, params: dict[str, jax.Array], inputs: tuple[Any, dict[str, jax.Array]]) -> Any:
-        """Of a part of the parameters, with the others beside the inputs."""
+        """The outputs as a function of some parameters; the others come with the inputs."""
         given, others = inputs
         return self._outputs({**others, **params}, given)
 

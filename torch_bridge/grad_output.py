@@ -175,7 +175,7 @@ def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor,
 
 
 class _Function:
-    """What the makers above return: objects, so that they can be pickled, and copied with their loss."""
+    """What the functions above return: an object rather than a closure, so that it can be pickled and copied."""
 
     def __init__(self, loss_func: torch.nn.Module, fisher_type: Any, mc_samples: Any = 1):
         self.fisher_type = FisherType(fisher_type)

@@ -61,7 +61,7 @@ class LossEntry:
         return f"({self.name!r}, {{{options}}}, {names!r})", {name: getattr(module, name) for name in names}
 
     def _check_unchanged(self, module: torch.nn.Module) -> None:
-        """Refuse a module that need not compute what its class did."""
+        """Refuse a module that may not compute what its class does."""
         cls = type(module)
         # `torch.compile` compiles again if a length changes, but not if a dictionary becomes true.
         if "forward" in vars(module) or any(len(getattr(module, hooks, ())) for hooks in HOOKS):
@@ -83,7 +83,7 @@ class LossEntry:
 
 
 def _literal(value: Any) -> Any:
-    """NumPy's numbers, and those that `torch.compile` made symbolic, as Python's."""
+    """A Python number for a NumPy number, or for one that `torch.compile` made symbolic."""
     if isinstance(value, bool | str) or value is None:
         return value
     if isinstance(value, int | np.integer):

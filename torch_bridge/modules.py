@@ -164,14 +164,14 @@ def convert(
 
 
 def _resized(leaf: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The example for another size of the batch: its own values, which the module is known to take, again and again."""
+    """The example inputs repeated up to another batch size: the module is known to accept these values."""
     if leaf.ndim and len(leaf) and leaf.shape[1:] == shape[1:]:
         return leaf[torch.arange(shape[0], device=leaf.device) % len(leaf)]
     return leaf.new_zeros(shape)
 
 
 def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.Tensor]) -> None:
-    """Refuse inputs of other shapes, but for the batch's size, or dtypes than the module was exported for."""
+    """Refuse inputs whose dtypes or shapes (except for the batch size) differ from those of the export."""
     batch = {array.shape[0] for array, sizes in zip(arrays, program.sizes, strict=True) if None in sizes and array.ndim}
     for array, sizes, leaf in zip(arrays, program.sizes, leaves, strict=True):
         fits = array.ndim == len(sizes) and all(w in (None, s) for w, s in zip(sizes, array.shape, strict=True))

@@ -272,10 +272,10 @@ class KFAC(torch.optim.Optimizer):
             self._kfac_state, self._saved = self._restored(self._saved), None
 
         def valid(params: Any, inputs: Any, targets: Any) -> Any:
-            return jnp.all(loss.targets_valid(module_fn.like_outputs(params, inputs), targets))
+            return jnp.all(loss.targets_valid(module_fn.zero_outputs(params, inputs), targets))
 
         def value(params: Any, inputs: Any, targets: Any) -> Any:
-            return loss(module_fn.like_outputs(params, inputs), targets)
+            return loss(module_fn.zero_outputs(params, inputs), targets)
 
         self._valid, self._value, self._make = jax.jit(valid), value, optimizer
         self._statistics, self._run = kfac.statistics, jax.jit(run, donate_argnums=1)

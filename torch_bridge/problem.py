@@ -121,17 +121,17 @@ def _joined(batches: list[Any]) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(batches[0])
     for number, batch in enumerate(batches):
         if jax.tree.structure(batch) != first:  # type: ignore[operator]  # untyped in jaxlib
-            raise _unlike(number, f"is {jax.tree.structure(batch)}, and batch 0 {first}")
+            raise _mismatch_error(number, f"is {jax.tree.structure(batch)}, and batch 0 {first}")
         for (path, like), leaf in zip(leaves, jax.tree.leaves(batch), strict=True):
             if leaf.dtype != like.dtype or leaf.ndim != like.ndim or leaf.shape[1:] != like.shape[1:]:
                 place = ("inputs", "targets")[path[0].idx] + jax.tree_util.keystr(path[1:])
-                raise _unlike(
+                raise _mismatch_error(
                     number, f"has {leaf.dtype}{list(leaf.shape)} as {place}, batch 0 {like.dtype}{list(like.shape)}"
                 )
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
 
 
-def _unlike(number: int, how: str) -> ValueError:
+def _mismatch_error(number: int, how: str) -> ValueError:
     return ValueError(
         "the batches of data must be alike but for their sizes, since they are concatenated: pad them, or make an"
         f" operator for each. Batch {number} {how}."

@@ -63,7 +63,7 @@ class ComputedLinearOperator(TorchLinearOperator):
                 "parameters": _parameters(self._problem),
                 "graph": self._problem.graph,
                 "loss": self._problem.loss_text,
-                "options": _plain(self._given),
+                "options": _plain_options(self._given),
                 "layout": str(structure),
                 "leaves": [to_torch(leaf) for leaf in leaves],
                 "product": _probe(self._operator),
@@ -113,20 +113,23 @@ class ComputedLinearOperator(TorchLinearOperator):
         return made
 
 
-def _plain(given: dict[str, Any]) -> dict[str, Any]:
+def _plain_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that say which blocks there are, all of which are plain; a mask is data."""
     items = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     return {name: value for name, value in items.items() if type(value) in PLAIN}
 
 
 def _parameters(problem: ModuleProblem) -> dict[str, Any]:
-    """What parameters there are, in a form that torch loads with its defaults."""
+    """The dtype and shape of each parameter, in plain types, which `torch.load(weights_only=True)` accepts."""
     pairs = zip(problem.names, problem.params, strict=True)
     return {name: [str(parameter.dtype), *parameter.shape] for name, parameter in pairs}
 
 
 def _probe(operator: Any) -> list[Tensor]:
-    """A product that tells where entries belong, which the text of a layout leaves out."""
+    """The product with a fixed vector of distinct entries.
+
+    Two layouts may have the same text and shapes but permute the entries; their products then differ.
+    """
     start, vector = 0, {}
     for name, like in operator.in_structure().items():
         numbers = jnp.cos(jnp.arange(start, start + like.size, dtype=jnp.float64)).reshape(like.shape)
@@ -169,7 +172,7 @@ def _check_function(state: Mapping[str, Any], problem: ModuleProblem) -> None:
 
 
 def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
-    """The operator of `ggn_jax`, made of the state's tensors."""
+    """The operator of `ggn_jax`, rebuilt from the state's tensors."""
     shapes, structure = jax.tree.flatten(like)
     leaves = [to_jax(leaf.to(device)) for leaf in state["leaves"]]
     fits = (str(structure), len(leaves)) == (state["layout"], len(shapes)) and all(
@@ -187,6 +190,6 @@ def _restored(state: Mapping[str, Any], like: Any, device: torch.device) -> Any:
 
 
 def _close(product: Tensor, saved: Tensor) -> bool:
-    """But for rounding, which is other on another machine."""
+    """Whether two products agree up to rounding, which differs between machines."""
     tolerance = torch.finfo(saved.dtype).eps ** 0.5
     return torch.allclose(product, saved, rtol=0, atol=tolerance * float(saved.abs().max()), equal_nan=True)

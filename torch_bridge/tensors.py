@@ -35,8 +35,8 @@ from torch_bridge._fork import check_not_forked
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SPINS = 1000  # some hundred microseconds
-OUR_MEMORY = disable_preallocation()
+MAX_POLLS = 1000  # some hundred microseconds
+PREALLOCATION_DISABLED = disable_preallocation()
 
 DTYPES = {
     torch.bool: np.dtype(bool),
@@ -223,7 +223,7 @@ def hand_over(array: jax.Array) -> torch.Tensor:
 def wait_for(array: jax.Array) -> None:
     """Wait until the array is computed."""
     # To put a thread to sleep and wake it takes longer than most of these computations.
-    for _ in range(SPINS):
+    for _ in range(MAX_POLLS):
         if array.is_ready():  # type: ignore[attr-defined]  # not in jax's annotations
             return
     array.block_until_ready()
@@ -273,7 +273,7 @@ def _jax_device(kind: str, index: int) -> jax.Device:
         raise RuntimeError(
             f"a tensor is on {kind}:{index}, which this JAX does not have: {_way_to_device(kind)}."
         ) from None
-    if kind == "cuda" and OUR_MEMORY:
+    if kind == "cuda" and PREALLOCATION_DISABLED:
         warn_if_preallocated(device)
     return device
 

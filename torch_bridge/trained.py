@@ -78,7 +78,7 @@ class TrainedModule:
         outputs, new = self._run(values, inputs, key=keys)
         return (as_outputs(outputs), new) if self.has_aux else as_outputs(outputs)
 
-    def like_outputs(self, params: dict[str, jax.Array], inputs: Any) -> jax.Array:
+    def zero_outputs(self, params: dict[str, jax.Array], inputs: Any) -> jax.Array:
         """An array with the shape and dtype of the outputs."""
 
         def outputs(params: Any, inputs: Any) -> Any:

@@ -53,9 +53,9 @@ class Sum(eqx.Module):
         groups, out, inputs = shape_of(self.summands[0])
         ones = jnp.ones((groups, inputs), self.damping.dtype)
         identity = Kronecker((ones,), (jnp.broadcast_to(self.damping[:, None], (groups, out)),))
-        forms = [form for part in (*self.summands, identity) for form in _forms(part)]
+        forms = [form for part in (*self.summands, identity) for form in _with_cheap_inner(part)]
         sizes = jnp.stack([form.norms() for form in forms], axis=1)
-        forms = [_unit(form) for form in forms]
+        forms = [_normalised(form) for form in forms]
         products = [jnp.stack([_inner(x, y) for y in forms], axis=1) for x in forms]
         return norm_of_sum(sizes, jnp.stack(products, axis=1))
 
@@ -208,7 +208,7 @@ def spectra_of(blocks: Sequence[AnyBlock]) -> list[Spectrum]:
 # Inner products.
 
 
-def _forms(part: Summand) -> list[Kronecker | Spectral]:
+def _with_cheap_inner(part: Summand) -> list[Kronecker | Spectral]:
     """The summand as a sum of forms whose inner products are cheap: Kronecker products and eigendecompositions."""
     if isinstance(part, Kronecker):
         return [Kronecker((a,), (b,)) for a, b in zip(part.a, part.b, strict=True)]
@@ -220,7 +220,7 @@ def _forms(part: Summand) -> list[Kronecker | Spectral]:
     return [Kronecker((own,), (jnp.ones((len(own), 1), own.dtype),))]
 
 
-def _unit(form: Kronecker | Spectral) -> Any:
+def _normalised(form: Kronecker | Spectral) -> Any:
     """The form divided by its norm."""
     if isinstance(form, Kronecker):
         return Kronecker(tuple(normalise(form.a)[0]), tuple(normalise(form.b)[0]))

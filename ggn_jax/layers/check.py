@@ -17,7 +17,7 @@ from ggn_jax._sharding import NOT_SHARDED, compiler_sharded
 from ggn_jax._unbatched import batch_axes, batched_leaves, map_batched
 from ggn_jax.layers.capture import capture
 from ggn_jax.layers.jaxprs import narrowed_dtypes
-from ggn_jax.layers.noise import noise, words
+from ggn_jax.layers.noise import hash_bits, noise
 from ggn_jax.layers.plan import Plan
 from ggn_jax.layers.trace import Trace
 from ggn_jax.layers.uses import Use
@@ -188,8 +188,8 @@ def _with_distinct_values(x: Array, number: int) -> Array:
             more = jax.lax.complex(more, more[::-1])
         other = x + (jnp.where(size > 0, size, 1).astype(more.dtype) * more).astype(x.dtype)
     else:
-        drawn = rows.reshape(-1)[words(x.shape, number) % np.uint32(x.size)]
-        bits = (words(x.shape, number) >> np.uint32(31)).astype(x.dtype)
+        drawn = rows.reshape(-1)[hash_bits(x.shape, number) % np.uint32(x.size)]
+        bits = (hash_bits(x.shape, number) >> np.uint32(31)).astype(x.dtype)
         other = bits if x.dtype == bool else jnp.where(jnp.all(x == 0), bits, jnp.where(bits == 0, 0, drawn))
     return jnp.where(alike, other, x)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 
-def words(shape: tuple[int, ...], number: int = 0) -> UInt32[Array, "..."]:
+def hash_bits(shape: tuple[int, ...], number: int = 0) -> UInt32[Array, "..."]:
     """32 bits for each entry, different for each `number`: a hash of its index, by multiplications and shifts."""
     x = jax.lax.iota(np.uint32, math.prod(shape)) + np.uint32((number * 0x9E3779B9 + 1) % 2**32)
     for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
@@ -20,4 +20,4 @@ def words(shape: tuple[int, ...], number: int = 0) -> UInt32[Array, "..."]:
 
 def noise(shape: tuple[int, ...], dtype: Any, number: int = 0) -> Float[Array, "..."]:
     """Uniform between -1 and 1."""
-    return words(shape, number).astype(dtype) * jnp.asarray(2.0**-31, dtype) - jnp.ones((), dtype)
+    return hash_bits(shape, number).astype(dtype) * jnp.asarray(2.0**-31, dtype) - jnp.ones((), dtype)

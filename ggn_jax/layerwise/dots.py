@@ -116,12 +116,12 @@ def gradients(problems: Sequence[Problem], scales: Sequence[Array] | None = None
             replace(info, _plan=layer, positions=tuple(trace.uses[n].num_positions for n in layer.uses))
             for info, layer in zip(layers, own, strict=True)
         ]
-        found.append(_of_function(problem, trace, layers, infos, scales))
+        found.append(_output_gradients(problem, trace, layers, infos, scales))
         start = stop
     return found
 
 
-def _of_function(
+def _output_gradients(
     problem: Problem, trace: Trace, layers: Layers, infos: Sequence[LayerInfo], scales: Sequence[Array] | None
 ) -> OutputGradients:
     wide = wide_dtype(layers.trace.outputs)

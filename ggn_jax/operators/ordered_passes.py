@@ -72,11 +72,11 @@ class OrderedPasses:
             self._marks = [np.asarray(mark) for mark in found]
             return total
         if len(found) != len(self._marks):
-            raise ValueError(f"{OTHER_ROWS}: {len(found)} batches where the first pass had {len(self._marks)}.")
+            raise ValueError(f"{BATCHES_CHANGED}: {len(found)} batches where the first pass had {len(self._marks)}.")
         if not self._compared:
             for number, (mark, first) in enumerate(zip(found, self._marks, strict=True)):
                 if not same_data(np.asarray(mark), first):
-                    raise ValueError(f"{OTHER_ROWS}: batch {number} differs.")
+                    raise ValueError(f"{BATCHES_CHANGED}: batch {number} differs.")
             self._compared = True
         return total
 
@@ -99,12 +99,12 @@ class OrderedPasses:
         if self._marks is not None:
             wanted = len(self._marks[number]) if number < len(self._marks) else "none"
             if wanted != outputs.shape[0]:
-                raise ValueError(f"{OTHER_ROWS}: {outputs.shape[0]} examples where the first pass had {wanted}.")
+                raise ValueError(f"{BATCHES_CHANGED}: {outputs.shape[0]} examples where the first pass had {wanted}.")
 
 
 _marks = jax.jit(compiler_sharded(example_marks))
 
-OTHER_ROWS = (
+BATCHES_CHANGED = (
     "two passes over the batches gave different data, or in another order, and rows are in the order of the batches:"
     " switch off shuffling, and what draws data again (random crops, sampling with replacement)"
 )

@@ -98,7 +98,7 @@ class PartialSums(eqx.Module):
             The sums.
         """
         ranges = np.zeros((0, 3), np.uint32)
-        if drawn is not None and _is_known(drawn[0]):
+        if drawn is not None and _has_value(drawn[0]):
             ranges = np.asarray([[_key_hash(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)
         made = totals, jnp.asarray(seen, jnp.int32), _params_hash(params), jnp.asarray(ranges)
         return cls(*made, recipe, **passes)
@@ -119,7 +119,7 @@ class PartialSums(eqx.Module):
         if self.factors is not None and other.factors is not None:
             same_examples("the factors of both", self.factors.examples, other.factors.examples)
             pairs = zip(jax.tree.leaves(self.bases), jax.tree.leaves(other.bases), strict=True)
-            if not all(not _is_known(x) or not _is_known(y) or np.array_equal(x, y) for x, y in pairs):
+            if not all(not _has_value(x) or not _has_value(y) or np.array_equal(x, y) for x, y in pairs):
                 raise ValueError(
                     "the second pass's sums are in different eigenbases, as other machines may find them: start the"
                     " other parts with factors=, the sums of the first part of this pass."
@@ -145,18 +145,18 @@ class PartialSums(eqx.Module):
 
 def same_examples(what: str, one: Array, two: Array) -> None:
     """Refuse numbers of examples that differ, if they are known."""
-    if _is_known(one) and _is_known(two) and int(one) != int(two):
+    if _has_value(one) and _has_value(two) and int(one) != int(two):
         raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
 
 
-def _is_known(x: Any) -> bool:
+def _has_value(x: Any) -> bool:
     """Whether an array, perhaps one read from a file, has values."""
     return isinstance(x, np.ndarray | np.generic) or is_concrete(x)
 
 
 def same_params(what: str, one: Array, two: Array) -> None:
     """Refuse hashes of parameters that differ, if they are known."""
-    if _is_known(one) and _is_known(two) and int(one) != int(two):
+    if _has_value(one) and _has_value(two) and int(one) != int(two):
         raise ValueError(
             f"{what} must be of the same parameters' values; got those of others, as after a step of training: make all"
             " parts at the same ones."
@@ -165,7 +165,7 @@ def same_params(what: str, one: Array, two: Array) -> None:
 
 def _union(one: Array, two: Array) -> Array:
     """The ranges of both, which must not overlap."""
-    if not _is_known(one) or not _is_known(two):
+    if not _has_value(one) or not _has_value(two):
         return jnp.concatenate([one, two])
     merged: list[list[int]] = []
     for mark, start, stop in sorted(np.concatenate([np.asarray(one), np.asarray(two)]).tolist()):

@@ -186,7 +186,7 @@ class Diagnoser:
             shares["clipped"] = found.statistics.clipped
         known |= {name: int(jax.tree.leaves(x)[0]) / steps for name, x in shares.items()}
         known |= {"damping": float(curvature.damping), "stale": _relative(off, new)}
-        known = {"clipped": 0.0, **dict.fromkeys(_OF_A_STEP), **known}
+        known = {"clipped": 0.0, **dict.fromkeys(_STEP_NUMBERS), **known}
         of = Numbers(
             steps=steps,
             **{name: known[name] for name in Numbers._fields if name in known},
@@ -243,7 +243,7 @@ class Diagnoser:
         return tuple(_block(spec, found, damping, split) for spec, found in each)
 
 
-_OF_A_STEP = "predicted", "reduction_ratio", "best_scale"
+_STEP_NUMBERS = "predicted", "reduction_ratio", "best_scale"
 
 
 def _spectra(blocks: Sequence[Block], damping: Array, settings: Settings) -> list[dict[str, Float[Array, "G d"]]]:
