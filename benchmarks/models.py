@@ -42,7 +42,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from architectures import MODELS, TINY, Problem
+from architecture_layers import Problem
+from architectures import MODELS, TINY
 from child import environment
 
 import ggn_jax

@@ -13,7 +13,7 @@ from hypothesis import given
 
 import torch_bridge
 from torch_bridge import to_jax, to_torch
-from torch_bridge.tensors import DTYPES
+from torch_bridge.tensors import DTYPES, jax_on
 
 VIEWS = {
     "plain": lambda t: t,
@@ -150,6 +150,21 @@ def test_tensors_that_are_not_dense_are_refused_by_name(name: str) -> None:
 def test_to_jax_inside_of_a_transformation() -> None:
     with pytest.raises(NotImplementedError, match="inside of a torch transformation"):
         torch.func.vmap(lambda t: to_torch(to_jax(t)))(torch.zeros(3, 2))
+
+
+def test_devices_that_jax_does_not_have() -> None:
+    """Such a tensor needs a device that few have; what asks JAX for it does not."""
+    with pytest.raises(RuntimeError, match=r"on cuda:77, which this JAX does not have: install jax\[cuda"):
+        jax_on(torch.device("cuda", 77)).__enter__()
+
+
+def test_meshes_of_several_devices_are_refused() -> None:
+    fn = torch_bridge.make_batch_grad_output_fn(torch.nn.MSELoss(), "type-2")
+    with (
+        jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])),
+        pytest.raises(RuntimeError, match=r"one device: call it outside of jax.set_mesh"),
+    ):
+        fn(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 def test_what_to_torch_refuses() -> None:

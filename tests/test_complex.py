@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from oracles import dense_ggn
-from zoo import normal
+from zoo_layers import normal
 from zoo_page import usual_promotion
 
 import ggn_jax

@@ -3,25 +3,19 @@
 from functools import partial
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from optimizer_cases import (
     CE,
-    KEY,
     MSE,
     assert_close,
     batch_of,
     deep_linear,
     gradient,
-    is_zero,
     linear,
     mlp,
     mlp_params,
@@ -31,9 +25,6 @@ from optimizer_cases import (
 from oracles import dense_ggn
 
 import ggn_jax
-from ggn_jax.kronecker.linalg import batched
-from ggn_jax.optimizer.inverse_updates import balance_load
-from ggn_jax.optimizer.spread import Spread
 
 PLAIN: dict[str, Any] = {
     "momentum": None,
@@ -42,9 +33,6 @@ PLAIN: dict[str, Any] = {
     "fisher_type": "type-2",
     "decay": 0.0,
 }
-
-
-# One step against dense algebra.
 
 
 def test_linear_model_takes_the_natural_gradient_step() -> None:
@@ -235,201 +223,3 @@ def test_ekfac_keeps_its_diagonal_in_new_bases() -> None:
         values = (1 - gain) * old["values"][0].reshape(-1) + gain * value[0].reshape(-1)
         matrix = q @ np.diag(values) @ q.T
         np.testing.assert_allclose(now["values"][0].reshape(-1), np.diag(p.T @ matrix @ p), rtol=1e-6, atol=1e-12)
-
-
-# Intervals.
-
-
-def test_intervals() -> None:
-    params, batch = mlp_params(), batch_of()
-    schedule = lambda count: 0.1 / (1 + count.astype(float))  # noqa: E731  # so that each renewal shows
-    scale = ggn_jax.scale_by_kfac(
-        mlp, CE, example_inputs=batch[0], damping=schedule, factor_interval=2, inverse_interval=6
-    )
-    state, changed = scale.init(params), []
-    grads = gradient(mlp, CE, params, batch)
-    update = jax.jit(scale.update)
-    for t in range(14):
-        _, new = update(grads, state, params, batch=batch, key=jax.random.key(t))
-        same = [
-            all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-            for a, b in zip(state.curvature[-2:], new.curvature[-2:], strict=True)
-        ]
-        changed.append((not same[0], not same[1]))
-        state = new
-    assert [t for t in range(14) if changed[t][0]] == [0, 2, 4, 6, 8, 10, 12]
-    assert [t for t in range(14) if changed[t][1]] == [0, 1, 2, 4, 6, 12]
-
-
-def test_staggered_inverses_are_all_renewed_in_turn() -> None:
-    params, batch = mlp_params(), batch_of()
-    make = partial(ggn_jax.scale_by_kfac, mlp, CE, example_inputs=batch[0], decay=0.0)
-    staggered, plain = make(staggered=True, inverse_interval=2), make(inverse_interval=1)
-    state, renewed = staggered.init(params), []
-    grads = gradient(mlp, CE, params, batch)
-    for t in range(4):
-        _, new = jax.jit(staggered.update)(grads, state, params, batch=batch, key=jax.random.key(t))
-        _, fresh = jax.jit(plain.update)(grads, plain.init(params), params, batch=batch, key=jax.random.key(t))
-        renewed.append(
-            [
-                all(np.allclose(a[side][0], b[side][0], rtol=1e-12) for side in ("a", "b"))
-                for a, b in zip(new.curvature.inverses, fresh.curvature.inverses, strict=True)
-            ]
-        )
-        state = new
-    assert renewed[0] == [True, True]
-    assert [sum(step) for step in renewed[1:]] == [1, 1, 1]
-    assert renewed[1] == renewed[3] != renewed[2]
-
-
-@hypothesis.settings(max_examples=20)
-@hypothesis.given(st.lists(st.integers(0, 10**6), max_size=12), st.integers(1, 6))
-def test_turns_hold_everything_once(costs: list[int], turns: int) -> None:
-    found = balance_load(costs, turns)
-    assert len(found) == turns
-    assert sorted(i for turn in found for i in turn) == list(range(len(costs)))
-    loads = [sum(costs[i] for i in turn) for turn in found]
-    assert max(loads) <= sum(costs) / turns + max(costs, default=0)
-
-
-# One pass.
-
-
-def embedding_model(params: Any, x: jax.Array) -> jax.Array:
-    h = params["table"][x] + params["position"][None]
-    h = h * params["scale"][None, None] + jnp.tanh(h @ params["w"])
-    return h @ params["table"].T
-
-
-def embedding_problem() -> tuple[Any, Any]:
-    params = {"table": normal(0, 7, 4), "position": normal(1, 5, 4), "scale": normal(2, 4), "w": normal(3, 4, 4)}
-    tokens = jax.random.randint(KEY, (6, 5), 0, 7)
-    return params, (tokens, (tokens + 1) % 7)
-
-
-@pytest.mark.parametrize("ekfac", [False, True])
-@pytest.mark.by_default("True")
-def test_one_pass_equals_two(ekfac: bool) -> None:
-    params, batch = embedding_problem()
-    loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=3)
-    optimizer = ggn_jax.kfac(embedding_model, loss, 0.1, example_inputs=batch[0], ekfac=ekfac)
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    _, state = update(params, state, params, batch=batch, key=KEY)  # bases, for EKFAC
-    value, grads, factors = jax.jit(optimizer.value_and_grad_and_factors)(params, batch, state, key=KEY)
-    wanted = jax.jit(jax.value_and_grad(partial(objective, embedding_model, loss)))(params, batch)
-    assert_close((value, grads), wanted)
-    assert_close(factors, optimizer.factors(params, batch, state, key=KEY))
-    updates = update(grads, state, params, batch=batch, key=KEY)
-    assert_close(update(grads, state, params, factors=factors), updates)
-
-
-def test_factors_are_the_operators() -> None:
-    params, batch = embedding_problem()
-    loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
-    scale = ggn_jax.scale_by_kfac(embedding_model, loss, example_inputs=batch[0])
-    seen = scale.factors(params, batch, scale.init(params), key=KEY)
-    operator = ggn_jax.KFACLinearOperator(embedding_model, loss, params, batch, key=KEY)
-    assert_close(seen.blocks, operator.blocks.blocks)
-    report = scale.report(params)
-    assert {row.parameter for row in report.rows} == {"['table']", "['position']", "['scale']", "['w']"}
-    assert "2 terms" in str(report)
-
-
-def test_multi_steps_are_one_step_of_the_whole() -> None:
-    params, (x, y) = mlp_params(), batch_of(12)
-    for ekfac in (False, True):
-        inner = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=x, fisher_type="type-2", ekfac=ekfac, inverse_interval=1)
-        parts = ggn_jax.multi_steps(inner, 4)
-        whole_state, state = inner.init(params), parts.init(params)
-        update = jax.jit(parts.update)
-        for bad in (2, 3):
-            grads = gradient(mlp, CE, params, (x, y))
-            wanted, whole_state = inner.update(grads, whole_state, params, batch=(x, y))
-            micro = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)]
-            micro.insert(bad, (micro[0][0].at[0].set(jnp.nan), micro[0][1]))  # is left out
-            for i, part in enumerate(micro):
-                updates, state = update(gradient(mlp, CE, params, part), state, params, batch=part)
-                assert is_zero(updates) == (i < 3)
-            assert_close(updates, wanted, 1e-7)
-            assert int(state.skipped) == bad - 1
-        assert int(state.inner.rejected) == 0
-
-
-# Several devices.
-
-
-def mesh_of(size: int) -> Mesh:
-    if len(jax.devices()) < size:
-        pytest.skip(f"needs {size} devices, here are {len(jax.devices())}")
-    return Mesh(np.array(jax.devices()[:size]), ("data",))
-
-
-@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"staggered": True, "inverse_interval": 2}])
-@pytest.mark.sweep
-def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> None:
-    mesh = mesh_of(2)
-    batch = batch_of()
-    sharded = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    params = jax.device_put(mlp_params(), NamedSharding(mesh, P()))
-
-    def run(optimizer: Any, params: Any, batch: Any) -> Any:
-        @jax.jit
-        def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
-            _, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=key)
-            updates, state = optimizer.update(grads, state, params, factors=factors)
-            return optax.apply_updates(params, updates), state
-
-        state = optimizer.init(params)
-        places = jax.tree.map(lambda x: x.sharding.device_set, state.curvature)
-        for t in range(3):
-            params, state = step(params, state, batch, jax.random.key(t))
-        if optimizer.core.settings.mesh is not None:  # what `init` made is where the steps leave it
-            assert jax.tree.map(lambda x: x.sharding.device_set, state.curvature) == places
-        return params
-
-    make = partial(ggn_jax.kfac, mlp, CE, 0.1, damping=0.1, example_inputs=batch[0], **options)
-    wanted = run(make(), mlp_params(), batch)
-    assert_close(run(make(mesh=mesh), params, sharded), wanted, 1e-8)
-    if not options:
-        assert_close(run(make(), params, sharded), wanted, 1e-8)
-
-
-def test_each_device_factorises_its_share() -> None:
-    spread = Spread(mesh_of(2))
-    matrices = [normal(i, 1 + i % 2, n, n) for i, n in enumerate((5, 3, 5, 8))]
-    matrices = [m @ jnp.swapaxes(m, 1, 2) for m in matrices]
-    padded = spread.pad(matrices)
-    assert [m.shape[0] for m in padded] == [2, 2, 2, 2]
-    calls: list[int] = []
-
-    def fn(x: jax.Array) -> tuple[jax.Array, ...]:
-        jax.debug.callback(lambda _: calls.append(x.shape[-1]), x[0, 0])
-        return tuple(jnp.linalg.eigh(x))
-
-    shared = jax.jit(lambda matrices: spread.map_shards(partial(batched, fn), matrices))(padded)
-    jax.effects_barrier()
-    assert sorted(calls) == [3, 3, 5, 5, 5, 5, 8, 8]  # one of each stack on each device
-    for pair, wanted in zip(shared, batched(lambda x: tuple(jnp.linalg.eigh(x)), matrices), strict=True):
-        assert_close([part[: len(whole)] for part, whole in zip(pair, wanted, strict=True)], list(wanted), 1e-10)
-        assert all(len(part.sharding.device_set) == 2 for part in pair)
-
-
-def test_each_device_holds_its_share_of_the_state() -> None:
-    """Eight layers of one shape on two devices: four factors of each kind on each."""
-    mesh = mesh_of(2)
-    params = jax.device_put({"layers": [{"w": normal(i, 4, 4)} for i in range(8)]}, NamedSharding(mesh, P()))
-
-    def model_fn(params: Any, x: jax.Array) -> jax.Array:
-        for layer in params["layers"]:
-            x = jnp.tanh(x @ layer["w"])
-        return x
-
-    batch = jax.device_put((normal(9, 6, 4), jnp.arange(6) % 4), NamedSharding(mesh, P("data")))
-    optimizer = ggn_jax.kfac(model_fn, CE, 0.1, example_inputs=batch[0], mesh=mesh, damping=0.1)
-    state = optimizer.init(params)
-    grads = gradient(model_fn, CE, params, batch)
-    _, state = jax.jit(optimizer.update)(grads, state, params, batch=batch, key=KEY)
-    for leaf in jax.tree.leaves((state.curvature.blocks, state.curvature.inverses)):
-        assert leaf.shape in [(8, 4, 4), (8, 5, 2)]  # averages are packed
-        assert [shard.data.shape for shard in leaf.addressable_shards] == [(4, *leaf.shape[1:])] * 2

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen
 from flax.linen import fp8_ops
 from oracles import dense_ggn
-from zoo import normal, params
+from zoo_layers import normal, params
 from zoo_page import usual_promotion
 
 import ggn_jax

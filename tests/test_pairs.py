@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from block_cases import flat
 from jax.flatten_util import ravel_pytree
-from test_block_functions import flat
 
 import ggn_jax
 from ggn_jax.kronecker.algebra import Kronecker

@@ -357,6 +357,13 @@ def test_typed(folder: Path) -> None:
     assert (folder / "py.typed").is_file()
 
 
+@pytest.mark.parametrize("folder", ["tests", "examples", "benchmarks"])
+def test_files_are_small(folder: str) -> None:
+    """One idea each."""
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert {name: number for name, number in lines.items() if number > 400} == {}
+
+
 @pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="a source archive has no .ci")
 def test_the_second_leg_has_the_tests_that_it_names() -> None:
     script = (ROOT / ".ci" / "run").read_text()

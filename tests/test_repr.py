@@ -61,4 +61,5 @@ def test_versions() -> None:
     version = ggn_jax.__version__
     assert version[0].isdigit()
     assert torch_bridge.__version__ == version
-    assert not hasattr(ggn_jax, "no_such_name")
+    for package in (ggn_jax, torch_bridge):
+        assert not hasattr(package, "no_such_name")

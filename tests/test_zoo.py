@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from oracles import dense_ggn
-from zoo import ZOO, normal
+from zoo import ZOO
+from zoo_layers import normal
 from zoo_page import PAGE, page, usual_promotion
 
 import ggn_jax

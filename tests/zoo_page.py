@@ -16,7 +16,7 @@ HEAD = """# Which models are covered
 Any function of parameters and inputs: what has no Kronecker form has the exact block of the GGN, or its exact diagonal
 (above `max_small_size`, with one warning), so that nothing is wrong, and nothing is refused unless
 `on_uncovered="error"` asks for it. This page says which is which for the kinds of models that people write. Each row is
-a test, of a model of a few lines in `tests/zoo.py`, which has the parameters that are named here; its blocks are
+a test, of a model of a few lines in `tests/zoo_*.py`, which has the parameters that are named here; its blocks are
 compared with dense `J^T H J`. [How layers are found](layers.md) has the rules: a bias is its layer's where it is added
 to the output of each of its uses, and to nothing else, as that of an LSTM's one product is; else it is a shift, with
 its exact block.
