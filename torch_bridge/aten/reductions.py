@@ -179,12 +179,12 @@ def amin(x: Array, dim: Dims = (), keepdim: bool = False) -> Array:
 
 @aten("argmax")
 def argmax(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
-    return jnp.argmax(x, axis=dim, keepdims=keepdim).astype(int)
+    return jnp.argmax(x, axis=dim if x.ndim else None, keepdims=keepdim).astype(int)
 
 
 @aten("argmin")
 def argmin(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
-    return jnp.argmin(x, axis=dim, keepdims=keepdim).astype(int)
+    return jnp.argmin(x, axis=dim if x.ndim else None, keepdims=keepdim).astype(int)
 
 
 @aten("max")
@@ -205,6 +205,8 @@ def min_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
 
 
 def _picked(x: Array, places: Array, dim: int, keepdim: bool) -> tuple[Array, Array]:
+    if not x.ndim:  # torch has axis 0 of a number
+        return x, places
     values = jnp.take_along_axis(x, places, axis=dim)
     return (values, places) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(places, dim))
 
