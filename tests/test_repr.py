@@ -41,6 +41,13 @@ CASES: dict[str, Callable[[], Any]] = {
     f"DampedLinearOperator(operator=HessianLinearOperator(params={OF}, {AT}), damping=float64[])": lambda: (
         ggn_jax.HessianLinearOperator(*ARGS).damped(0.1)
     ),
+    "JointLoss(losses={'a': MSELoss()}, weights={'a': 2.0})": lambda: ggn_jax.JointLoss(
+        {"a": ggn_jax.MSELoss()}, {"a": 2.0}
+    ),
+    "Unbatched(float64[3])": lambda: ggn_jax.Unbatched(jnp.ones(3)),
+    f"JacobianTransposeLinearOperator(jacobian=JacobianLinearOperator(params={OF}, outputs=float32[8, 4]))": lambda: (
+        ggn_jax.JacobianLinearOperator(MODEL, PARAMS, X).T
+    ),
     f"KFACLinearOperator(params={OF}, blocks=2)": lambda: ggn_jax.KFACLinearOperator(*ARGS, key=KEY),
     f"KFACState(curvature=12 arrays, 86 entries, velocity={OF}, rejected=int32[], {LAST})": lambda: KFAC.init(PARAMS),
 }
@@ -63,3 +70,28 @@ def test_versions() -> None:
     assert torch_bridge.__version__ == version
     for package in (ggn_jax, torch_bridge):
         assert not hasattr(package, "no_such_name")
+
+
+def tied(params: Any, x: jax.Array) -> jax.Array:
+    for _ in range(3):
+        x = jnp.tanh(x @ params["u"])
+    return x @ params["w"] * params["s"][None]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"max_dense_size": 2, "large": "diagonal"},
+            "['w']: a factor of size 3 is more than max_dense_size = 2: diagonal",
+        ),
+        ({"max_dense_size": 2, "block_size": 2}, "max_dense_size = 2: 2 blocks on its diagonal"),
+        ({"max_small_size": 1}, "['s']: size 2 is more than max_small_size = 1: diagonal"),
+        ({}, "['u']: 3 Kronecker terms are inverted as two that are near their sum"),
+    ],
+    ids=["diagonal", "blocks", "small", "terms"],
+)
+def test_reports_say_what_is_less_than_exact(options: Any, why: str) -> None:
+    params = {"u": jnp.ones((3, 3)), "w": jnp.ones((3, 2)), "s": jnp.ones(2)}
+    scale = ggn_jax.scale_by_kfac(tied, ggn_jax.MSELoss(), example_inputs=jnp.ones((4, 3)), **options)
+    assert why in str(scale.report(params))

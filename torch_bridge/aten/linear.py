@@ -76,10 +76,17 @@ def bilinear(x: Array, y: Array, weight: Array, bias: Array | None = None) -> Ar
     return z if bias is None else z + align(bias, z)[0]
 
 
-@aten("cross", "linalg_cross")
-def cross(x: Array, y: Array, *, dim: int = -1) -> Array:
+@aten("linalg_cross")
+def linalg_cross(x: Array, y: Array, *, dim: int = -1) -> Array:
     x, y = jnp.broadcast_arrays(*promote(x, y))
     return jnp.cross(x, y, axis=dim)
+
+
+@aten("cross")
+def cross(x: Array, y: Array, dim: int | None = None) -> Array:
+    """Without `dim`, along the first axis of length 3."""
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    return linalg_cross(x, y, dim=shape.index(3) if dim is None else dim)
 
 
 def per_axis(value: Any, rank: int) -> list[int]:

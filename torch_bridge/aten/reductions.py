@@ -180,12 +180,12 @@ def amin(x: Array, dim: Dims = (), keepdim: bool = False) -> Array:
 
 @aten("argmax")
 def argmax(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
-    return jnp.argmax(x, axis=dim, keepdims=keepdim).astype(int)
+    return jnp.argmax(x, axis=dim if x.ndim else None, keepdims=keepdim).astype(int)
 
 
 @aten("argmin")
 def argmin(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
-    return jnp.argmin(x, axis=dim, keepdims=keepdim).astype(int)
+    return jnp.argmin(x, axis=dim if x.ndim else None, keepdims=keepdim).astype(int)
 
 
 @aten("max")
@@ -206,6 +206,8 @@ def min_(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
 
 
 def _take_picked(x: Array, indices: Array, dim: int, keepdim: bool) -> tuple[Array, Array]:
+    if not x.ndim:  # torch has axis 0 of a number
+        return x, indices
     values = jnp.take_along_axis(x, indices, axis=dim)
     return (values, indices) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(indices, dim))
 
