@@ -16,7 +16,8 @@ from ggn_jax._checks import is_concrete
 from ggn_jax._eager import compiled
 from ggn_jax._weights import safe_sqrt, times, weighted_sum
 from ggn_jax.layerwise.dots import gradients, inner_products
-from ggn_jax.operators.base import SymmetricLinearOperator, check_damping, check_vector, leaf_dampings
+from ggn_jax.operators.base import SymmetricLinearOperator, check_vector
+from ggn_jax.operators.damping import check_damping, leaf_dampings
 from ggn_jax.operators.outputs import Linearised
 from ggn_jax.operators.problem import Problem
 from ggn_jax.terms import split_terms

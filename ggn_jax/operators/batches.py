@@ -13,8 +13,9 @@ from ggn_jax._checks import compute_dtype, is_concrete
 from ggn_jax._unbatched import batched_leaves
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
+from ggn_jax.operators.examples import as_batch, unpack_batch
 from ggn_jax.operators.loaders import without_copies
-from ggn_jax.operators.problem import Problem, as_batch, unpack_batch
+from ggn_jax.operators.problem import Problem
 from ggn_jax.terms import check_values
 
 Sums = Callable[[PyTree[Array], Array | None, Any, int], tuple[Problem, PyTree[Array]]]

@@ -1,5 +1,6 @@
 """Functions of all blocks at once, each with the damping of its parameters: inverses, roots, determinants, solves."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,12 @@ from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.kronecker.algebra import Diagonal, Kronecker, finite_groups
 from ggn_jax.kronecker.functions import MatrixFunction, apply_function
+from ggn_jax.kronecker.linalg import norm
 from ggn_jax.kronecker.refine import refined
 from ggn_jax.kronecker.split import split_inverses
 from ggn_jax.kronecker.stacks import Blocks, ParamsStructure, read_entries, write_entries
 from ggn_jax.kronecker.sums import AnyBlock, damp, is_exact, kronecker_terms, pair_inverses, spectra_of
-from ggn_jax.operators.base import leaf_dampings
+from ggn_jax.operators.damping import leaf_dampings
 
 HEURISTIC = "heuristic inverse"
 
@@ -112,3 +114,32 @@ def map_blocks(
     result: list[Any] = [next(made[method_for(block)]) for block, _ in pairs]
     finite = [finite_groups(block.values if isinstance(block, MatrixFunction) else block) for block in result]
     return Blocks(tuple(result), blocks.stacks), finite
+
+
+@partial(jax.jit, static_argnames=("shape", "batch_size"))
+def dense_block(block: AnyBlock, shape: tuple[int, int, int], batch_size: int) -> Float[Array, "d d"]:
+    """The block `[d, d]`, so many columns at a time."""
+    eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
+    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=batch_size)
+
+
+@partial(jax.jit, static_argnames="structure")
+@compiler_sharded
+def diagonal_of(blocks: Blocks, structure: ParamsStructure) -> PyTree[Array]:
+    """The diagonal, like the parameters."""
+    return write_entries(blocks.stacks, structure, [block.diagonal() for block in blocks.blocks])
+
+
+@jax.jit
+@compiler_sharded
+def trace_of(blocks: Blocks) -> Float[Array, ""]:
+    """The sum of the diagonal."""
+    return sum_scalars([jnp.sum(block.traces()) for block in blocks.blocks])
+
+
+@jax.jit
+@compiler_sharded
+def norm_of(blocks: Blocks) -> Float[Array, ""]:
+    """The root of the sum of all squared entries."""
+    norms = [norm(block.norms()) for block in blocks.blocks]
+    return norm(stack_scalars(norms)) if norms else jnp.zeros(())

@@ -1,6 +1,5 @@
 """Block-diagonal operators: products, inverses, roots, determinants and dense blocks."""
 
-import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any, Literal, Self, get_args
@@ -13,31 +12,30 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import check_choice, is_concrete
-from ggn_jax._fusion import stack_scalars
 from ggn_jax._sharding import compiler_sharded
-from ggn_jax.kronecker.algebra import Block, Diagonal
-from ggn_jax.kronecker.functions import MAX_DENSE_ROWS
-from ggn_jax.kronecker.linalg import norm
-from ggn_jax.kronecker.stacks import Blocks, BlockSpec, ParamsStructure, blocks_mv, write_entries
+from ggn_jax.kronecker.algebra import Block
+from ggn_jax.kronecker.stacks import Blocks, BlockSpec, ParamsStructure, blocks_mv
 from ggn_jax.kronecker.sums import (
     AnyBlock,
     Function,
     add,
     is_exact,
-    is_representable,
     scale,
-    size_of,
 )
-from ggn_jax.operators.base import (
-    COLUMN_BATCH_SIZE,
-    SymmetricLinearOperator,
-    check_damping,
-    check_vector,
-    leaf_dampings,
-    matching_names,
-    register,
+from ggn_jax.operators.base import COLUMN_BATCH_SIZE, SymmetricLinearOperator, check_vector, matching_names, register
+from ggn_jax.operators.block_damping import check_block_damping, check_functions, format_damping
+from ggn_jax.operators.block_functions import (
+    HEURISTIC,
+    damped,
+    dense_block,
+    diagonal_of,
+    logdet,
+    map_blocks,
+    norm_of,
+    parameters_of,
+    solve,
+    trace_of,
 )
-from ggn_jax.operators.block_functions import HEURISTIC, damped, logdet, map_blocks, parameters_of, solve, sum_scalars
 
 
 class BlockLinearOperator(SymmetricLinearOperator):
@@ -105,19 +103,21 @@ class BlockLinearOperator(SymmetricLinearOperator):
             ValueError, TypeError: for a damping that is not a number of at least 0, is not a prefix of the parameters,
                 or differs within a block.
         """
-        return self._replace(damped(self.blocks, self.structure, self._check_damping(damping)))
+        return self._replace(
+            damped(self.blocks, self.structure, check_block_damping(self.blocks, self.structure, damping))
+        )
 
     def trace(self) -> Float[Array, ""]:
         """Return the trace, a scalar."""
-        return _trace(self)
+        return trace_of(self.blocks)
 
     def frobenius_norm(self) -> Float[Array, ""]:
         """Return the Frobenius norm, a scalar."""
-        return _norm(self)
+        return norm_of(self.blocks)
 
     def diagonal(self) -> PyTree[Array]:
         """Return the diagonal, as a pytree like the parameters."""
-        return _diagonal(self)
+        return diagonal_of(self.blocks, self.structure)
 
     def logdet(self, damping: Any = 0.0) -> Float[Array, ""]:
         """Compute the logarithm of the determinant of `self + damping * I`.
@@ -135,7 +135,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
             ValueError, TypeError: for a damping that does not fit, as in `damped`.
             NotImplementedError: for a sum of blocks with different eigenvectors (EKFAC's) and more than 1,024 rows.
         """
-        return logdet(self.blocks, self.structure, self._check_functions(damping))
+        return logdet(self.blocks, self.structure, check_functions(self.blocks, self.structure, damping))
 
     def det(self, damping: Any = 0.0) -> Float[Array, ""]:
         """Compute the determinant of `self + damping * I`; `logdet` does not overflow.
@@ -299,36 +299,6 @@ class BlockLinearOperator(SymmetricLinearOperator):
     def _scaled(self, number: float) -> "BlockLinearOperator":
         return add_operators((self,), (jnp.asarray(number),))
 
-    def _check_damping(self, damping: Any) -> PyTree[Array]:
-        """The damping, which must be one number for all of a block."""
-        checked = check_damping(damping, self.in_structure())
-        if not isinstance(checked, jax.Array):
-            numbers = leaf_dampings(checked, self.in_structure())
-            sizes = [math.prod(shape) for shape in self.structure[0]]
-            for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
-                for spec in () if isinstance(block, Diagonal) else stack.specs:
-                    own = [numbers[n] for view in spec.views for n in view.entries.owning_leaves(sizes)]
-                    if not _are_equal(own):
-                        raise ValueError(
-                            f"damping must be one number for all parameters of a block, but {', '.join(spec.names)} are"
-                            f" one, with damping {', '.join(map(_format_number, own))}: give them the same number"
-                            " (under jit, as one leaf of damping), or give the bias a block of its own with"
-                            " bias='separate'."
-                        )
-        return checked
-
-    def _check_functions(self, damping: Any) -> PyTree[Array]:
-        """The damping, where functions of all blocks can be taken."""
-        for stack, block in zip(self.blocks.stacks, self.blocks.blocks, strict=True):
-            if not is_representable(block):
-                raise NotImplementedError(
-                    f"the block of {', '.join(stack.specs[0].names)} is a sum of blocks with different eigenvectors"
-                    f" and has {size_of(block)} rows, more than {MAX_DENSE_ROWS}: it has no inverse, root or"
-                    " determinant here. Use lineax.linear_solve with lineax.CG, and the inverse of one of them as"
-                    " preconditioner."
-                )
-        return self._check_damping(damping)
-
     def block(self, path: str) -> Float[Array, "d d"]:
         """Compute the dense block of the layer that owns a parameter, as `B (x) A` on row-major `[out, in]`.
 
@@ -353,7 +323,7 @@ class BlockLinearOperator(SymmetricLinearOperator):
         if path in found:
             found = {path: found[path]}
         if len(found) == 1:
-            return _dense(*next(iter(found.values())))
+            return dense_block(*next(iter(found.values())), COLUMN_BATCH_SIZE)
         if found:
             raise KeyError(
                 f"{path!r} has entries in several blocks: pass one of {', '.join(map(repr, found))}; submatrix takes"
@@ -384,17 +354,6 @@ class BlockLinearOperator(SymmetricLinearOperator):
 register(BlockLinearOperator, positive_semidefinite=True)
 
 
-def _are_equal(numbers: list[Array]) -> bool:
-    """Whether the numbers are known to be equal."""
-    if all(number is numbers[0] for number in numbers):
-        return True
-    return all(map(is_concrete, numbers)) and len({float(number) for number in numbers}) == 1
-
-
-def _format_number(number: Array) -> str:
-    return str(number) if is_concrete(number) else "(unknown under jit)"
-
-
 def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
     """Whether they have blocks of the same entries."""
     return x.blocks.stacks == y.blocks.stacks and x.structure == y.structure
@@ -404,26 +363,6 @@ def are_alike(x: BlockLinearOperator, y: BlockLinearOperator) -> bool:
 @partial(compiler_sharded, like=lambda operator, vector: vector)
 def _mv(operator: BlockLinearOperator, vector: PyTree[Array]) -> PyTree[Array]:
     return blocks_mv(operator.blocks, operator.structure, vector)
-
-
-@jax.jit
-@compiler_sharded
-def _diagonal(operator: BlockLinearOperator) -> PyTree[Array]:
-    parts = [block.diagonal() for block in operator.blocks.blocks]
-    return write_entries(operator.blocks.stacks, operator.structure, parts)
-
-
-@jax.jit
-@compiler_sharded
-def _trace(operator: BlockLinearOperator) -> Float[Array, ""]:
-    return sum_scalars([jnp.sum(block.traces()) for block in operator.blocks.blocks])
-
-
-@jax.jit
-@compiler_sharded
-def _norm(operator: BlockLinearOperator) -> Float[Array, ""]:
-    norms = [norm(block.norms()) for block in operator.blocks.blocks]
-    return norm(stack_scalars(norms)) if norms else jnp.zeros(())
 
 
 @jax.jit
@@ -443,24 +382,14 @@ def add_operators(
 
 def _map_blocks(operator: BlockLinearOperator, damping: Any, what: str) -> BlockLinearOperator:
     """A function of `operator + damping * I`; refused if it is known not to be finite."""
-    damping = operator._check_functions(damping)
+    damping = check_functions(operator.blocks, operator.structure, damping)
     result, finite = map_blocks(operator.blocks, operator.structure, damping, what)
     for stack, flags in zip(result.stacks, finite, strict=True):
         if is_concrete(flags) and not np.asarray(flags).all():
             bad = int(np.searchsorted(stack.starts, np.argmin(flags), side="right")) - 1
             raise FloatingPointError(
-                f"the {what} with damping {_format_damping(damping)} of the block of"
+                f"the {what} with damping {format_damping(damping)} of the block of"
                 f" {', '.join(stack.specs[bad].names)} is not finite: it is singular, or holds NaN. Use a larger"
                 " damping, or look at the model's outputs, and at a loss of your own with ggn_jax.check_loss."
             )
     return operator._replace(result)
-
-
-def _format_damping(damping: PyTree[Array]) -> str:
-    return str(damping) if isinstance(damping, jax.Array) else str(jax.tree.map(_format_number, damping))
-
-
-@partial(jax.jit, static_argnames="shape")
-def _dense(block: AnyBlock, shape: tuple[int, int, int]) -> Float[Array, "d d"]:
-    eye = jnp.eye(math.prod(shape), dtype=jax.tree.leaves(block)[0].dtype)
-    return jax.lax.map(lambda e: block.mv(e.reshape(shape)).reshape(-1), eye, batch_size=COLUMN_BATCH_SIZE)

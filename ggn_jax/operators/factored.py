@@ -3,29 +3,25 @@
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, Self, Unpack
 
-import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import Examples, check_count
-from ggn_jax._frozen import Frozen
 from ggn_jax._keywords import takes
-from ggn_jax._sharding import compiler_sharded
 from ggn_jax._supported import check_exact
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.checks import check_draws, check_mask
-from ggn_jax.kronecker.factors import assemble_blocks, batch_sums, compute_blocks, eigenbases, reduce_sums
-from ggn_jax.kronecker.joined import JoinedLayout, joined_sums
-from ggn_jax.kronecker.layout import Layout, find_layout
-from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
+from ggn_jax.kronecker.layout import find_layout
 from ggn_jax.kronecker.options import DEFAULTS, KroneckerOptions, Options
-from ggn_jax.kronecker.stacks import Blocks, params_structure
+from ggn_jax.kronecker.stacks import params_structure
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.batches import check_iterable, check_unbatched, no_batches, sum_batches, with_progress
 from ggn_jax.operators.blocks import BlockLinearOperator
+from ggn_jax.operators.compiled import bases_of, compute, compute_joined, finish_blocks, sums_of_batch
+from ggn_jax.operators.examples import unpack_batch
 from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
 from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
-from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
+from ggn_jax.operators.problem import Problem, make_problem
 
 MASKS = " Masks are part of the batches."
 
@@ -59,7 +55,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             refuse_kfoc_mask(mask)
         mask = check_mask(mask, problem)
         problem.check_examples()
-        self.blocks = _compute(problem, keys, mask, made, self._method)
+        self.blocks = compute(problem, keys, mask, made, self._method)
         self.structure = params_structure(problem.params)
 
     @classmethod
@@ -121,7 +117,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             problems.append(problem)
             keys.append(check_draws(problem, made, own_key, 0))
             masks.append(check_mask(mask, problem))
-        blocks = _compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
+        blocks = compute_joined(problems, array_weights(objective), keys, masks, made, cls._method)
         return cls._of(blocks, params_structure(problems[0].params))
 
     @classmethod
@@ -282,7 +278,7 @@ class FactoredLinearOperator(BlockLinearOperator):
             check_sums("factors", factors, cls)
         bases = None
         if factors is not None:
-            bases = _bases(factors) if factors.bases is None else factors.bases
+            bases = bases_of(factors) if factors.bases is None else factors.bases
             factors = factors.factors or factors
         recipes: set[Recipe] = set()  # of the batches: one
         drawn: list[bool] = []  # whether something was, for each batch
@@ -301,7 +297,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                     raise ValueError("factors must be those of the same model, loss and options: these differ.")
             keys = check_draws(problem, made, key, start + seen)
             drawn.append(keys is not None)
-            found, places = _batch_sums(problem, keys, check_mask(mask, problem), made, bases)
+            found, places = sums_of_batch(problem, keys, check_mask(mask, problem), made, bases)
             if recipes != {Recipe(cls, (places, *kind))}:
                 raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
             return problem, found
@@ -338,7 +334,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                     "EKFAC takes a second pass: sums must be those of partial_sums(..., factors=first), not the first."
                 )
             same_examples("EKFAC's passes", sums.factors.examples, sums.examples)
-        return cls._of(_finish(sums), sums.recipe.made_of[1])
+        return cls._of(finish_blocks(sums), sums.recipe.made_of[1])
 
     @classmethod
     def _checked(cls, problem: Problem, options: Options, chunk_size: int | None) -> Problem:
@@ -370,53 +366,3 @@ class FactoredLinearOperator(BlockLinearOperator):
             check_exact(problem.loss)
         if options.fisher_type in (FisherType.TYPE2, FisherType.MC):
             problem.check_curvature()
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _compute(problem: Problem, keys: Any, mask: Any, options: Options, method: str) -> Blocks:
-    if method == "kfoc":
-        return compute_optimal_blocks(problem, keys, mask, options)
-    return compute_blocks(problem, Layout.of(problem, options), keys, mask, method == "ekfac")
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: Options, method: str) -> Blocks:
-    layout = JoinedLayout.of_all(problems, options)
-    if method == "kfoc":
-        return joined_optimal_blocks(layout, problems, weights, keys)
-    given = layout, problems, weights, keys, masks
-    sums = joined_sums(*given)
-    if method == "kfac":
-        return assemble_blocks(layout, sums)
-    bases = eigenbases(layout, sums)
-    return assemble_blocks(layout, sums, bases, joined_sums(*given, bases, unassigned=False))
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _batch_sums(
-    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
-) -> tuple[dict[str, Any], Frozen]:
-    """A batch's summands, and their layout: the parameters' entries in each block, in the order of the sums."""
-    layout = Layout.of(problem, options)
-    return batch_sums(problem, layout, keys, mask, bases), layout.signature()
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _bases(sums: PartialSums) -> Any:
-    layout, _ = sums.recipe.made_of
-    return eigenbases(layout, reduce_sums(layout, sums.totals))
-
-
-@eqx.filter_jit
-@compiler_sharded
-def _finish(sums: PartialSums) -> Blocks:
-    layout, _ = sums.recipe.made_of
-    totals = reduce_sums(layout, sums.totals)
-    if sums.factors is None:
-        return assemble_blocks(layout, totals)
-    # The bases again would be others where eigenvalues are equal.
-    return assemble_blocks(layout, reduce_sums(layout, sums.factors.totals), sums.bases, totals)

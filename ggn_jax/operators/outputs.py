@@ -20,9 +20,10 @@ from ggn_jax.losses import MSELoss
 from ggn_jax.objective import Objective, parts_of
 from ggn_jax.operators.base import check_vector, map_in_batches, register, vectors_like
 from ggn_jax.operators.batches import check_on_host, refuse_mask
+from ggn_jax.operators.examples import unpack_batch
 from ggn_jax.operators.jacobian import Jacobian
 from ggn_jax.operators.ordered_passes import OrderedPasses
-from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.operators.rectangular import AbstractJacobian, StackedJacobianLinearOperator
 
 

@@ -18,7 +18,7 @@ from ggn_jax.layerwise.matrices import from_matrices, to_matrices
 from ggn_jax.layerwise.run import layer_io
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import unpack_batch
+from ggn_jax.operators.examples import unpack_batch
 from ggn_jax.optimizer.checks import as_arrays, check_grads, check_static
 from ggn_jax.optimizer.masked import check_full, model_of_part
 

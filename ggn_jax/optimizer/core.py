@@ -30,7 +30,8 @@ from ggn_jax.layers.report import check_model
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.operators.base import structure_of
-from ggn_jax.operators.problem import Problem, make_problem, unpack_batch
+from ggn_jax.operators.examples import unpack_batch
+from ggn_jax.operators.problem import Problem, make_problem
 from ggn_jax.optimizer.checks import as_arrays, check_flag, check_static, check_structure
 from ggn_jax.optimizer.curvature import (
     Curvature,
