@@ -10,10 +10,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ggn_jax._checks import compute_dtype
 from ggn_jax.fisher_type import FisherType
@@ -22,16 +21,15 @@ from ggn_jax.kronecker.algebra import (
     Dense,
     Diagonal,
     Factor,
-    Kronecker,
     Spectral,
     decompose,
-    weighted_factor_sum,
 )
 from ggn_jax.kronecker.chunked import sum_chunked
 from ggn_jax.kronecker.head import find_head, head_factor
 from ggn_jax.kronecker.layout import EqualParts, Layout, Partition, merge_parts, split_parts
 from ggn_jax.kronecker.masks import arrange_masks
 from ggn_jax.kronecker.stacks import Blocks
+from ggn_jax.kronecker.unnormalised import UnnormalisedBlock, safe_divide, unnormalised_blocks
 from ggn_jax.kronecker.use_factors import UseFactors, find_taps, find_use_factors, steps_as_groups
 from ggn_jax.kronecker.vectors import count_vectors, make_vector_fn
 from ggn_jax.layers import Captured, Layer, Trace, capture
@@ -100,7 +98,7 @@ def reduce_sums(layout: Layout, sums: dict[str, Any]) -> dict[str, Any]:
     divisor = sums.pop("divisor")
     if layout.loss.reduction == "mean":
         for name in {"b", "unassigned", "corrections"} & set(sums):
-            sums[name] = jax.tree.map(lambda x: _safe_divide(x, divisor.astype(x.dtype)), sums[name])
+            sums[name] = jax.tree.map(lambda x: safe_divide(x, divisor.astype(x.dtype)), sums[name])
     return sums
 
 
@@ -145,7 +143,7 @@ def assemble_blocks(
     if bases is None or corrections is None:
         return _normalised(
             layout,
-            [member for i in range(len(layout.plan.layers)) for member in _unnormalised_blocks(layout, sums, i)],
+            [member for i in range(len(layout.plan.layers)) for member in unnormalised_blocks(layout, sums, i)],
             sums,
         )
     pairs = [pair for group in zip(bases, corrections["corrections"], strict=True) for pair in zip(*group, strict=True)]
@@ -157,10 +155,10 @@ def with_other_blocks(layout: Layout, layers: Sequence[Block], sums: dict[str, A
     return Blocks(tuple(layout.stack_all([*layers, *_unassigned_blocks(layout, sums)])), layout.stacks)
 
 
-def _normalised(layout: Layout, totals: list["_UnnormalisedBlock"], sums: dict[str, Any]) -> Blocks:
+def _normalised(layout: Layout, totals: list[UnnormalisedBlock], sums: dict[str, Any]) -> Blocks:
     """The blocks, divided by their counts after stacking: one division for all layers of a stack."""
     stacked = layout.stack_all([*totals, *_unassigned_blocks(layout, sums)])
-    return Blocks(tuple(x.block() if isinstance(x, _UnnormalisedBlock) else x for x in stacked), layout.stacks)
+    return Blocks(tuple(x.block() if isinstance(x, UnnormalisedBlock) else x for x in stacked), layout.stacks)
 
 
 def _factor_sums(
@@ -311,82 +309,6 @@ def _part_corrections(
     return jnp.sum(total**2, axis=(0, 2))
 
 
-class _UnnormalisedBlock(eqx.Module):
-    """A block whose input factors are still sums, to be divided by counts; without counts, they are means already.
-
-    Swapped uses have inputs for the block's outputs, so their factors change sides once they are divided.
-    """
-
-    a: tuple[Factor, ...]
-    b: tuple[Factor, ...]
-    count: tuple[Float[Array, " G"], ...]
-    swapped: tuple[bool, ...] = eqx.field(static=True)
-
-    def block(self) -> Kronecker:
-        a = [_safe_divide(x, n) for x, n in zip(self.a, self.count, strict=True)] if self.count else self.a
-        terms = list(zip(a, self.b, self.swapped, strict=True))
-        return Kronecker(tuple(y if s else x for x, y, s in terms), tuple(x if s else y for x, y, s in terms))
-
-
-def _unnormalised_blocks(layout: Layout, sums: dict[str, Any], number: int) -> list[_UnnormalisedBlock]:
-    """The blocks of a layer: each pair of parts, then a separate bias."""
-    layer = layout.plan.layers[number]
-    outs, ins = layout.partitions(layer)
-    groups, swapped = layer.weight.shape[0], layer.swapped
-    a, counts = sums["a"][number], sums["count"][number] if "count" in sums else []
-    dtype = a[0][0].dtype
-    ones = [tuple(jnp.ones((groups * run.count, run.size), dtype) for run in (ins if s else outs)) for s in swapped]
-    b = sums["b"][number] if "b" in sums else ones
-    if layout.options.tied == "concatenate" and len(a) > 1:
-        groups_of_uses = layout.concatenated_uses(layer)
-        if any(swapped[i] != swapped[members[0]] for members in groups_of_uses for i in members):
-            raise NotImplementedError(
-                f"tied='concatenate' cannot put the uses of params{layout.trace.names[layer.leaves[0]]} together,"
-                " since one is the transpose of another: pass tied='sum'."
-            )
-        a, b = (
-            [tuple(map(_sum_factors, zip(*(parts[i] for i in members), strict=True))) for members in groups_of_uses]
-            for parts in (a, b)
-        )
-        counts = [sum(counts[i] for i in members) for members in groups_of_uses] if counts else []
-        swapped = tuple(swapped[members[0]] for members in groups_of_uses)
-
-    def member(o: int, i: int) -> _UnnormalisedBlock:
-        split = outs[o].count, ins[i].count
-        places = [((0, o), (1, i)) if s else ((1, i), (0, o)) for s in swapped]  # of a term's input and output factor
-        first = tuple(
-            _broadcast_to_pairs(x[n], use_factor, groups, split)
-            for x, ((use_factor, n), _) in zip(a, places, strict=True)
-        )
-        second = tuple(
-            _broadcast_to_pairs(x[n], use_factor, groups, split)
-            for x, (_, (use_factor, n)) in zip(b, places, strict=True)
-        )
-        count = tuple(jnp.broadcast_to(n, groups * split[0] * split[1]) for n in counts)
-        return _UnnormalisedBlock(first, second, count, swapped)
-
-    result = [member(o, i) for o, i in product(range(len(outs)), range(len(ins)))]
-    if layout.has_separate_bias(layer):
-        for o, run in enumerate(outs):
-            terms, each = tuple(x[o] for x in b), jnp.ones(groups * run.count, dtype)
-            result.append(_UnnormalisedBlock((each[:, None],) * len(b), terms, (each,) * len(b), (False,) * len(b)))
-    return result
-
-
-def _broadcast_to_pairs(
-    x: Float[Array, "parts ..."], use_factor: int, groups: int, split: tuple[int, int]
-) -> Float[Array, "G ..."]:
-    """Arrays for the parts of outputs (side 0) or of inputs (side 1), repeated for each pair of parts."""
-    if split[1 - use_factor] == 1:
-        return x
-    parts = jnp.expand_dims(x.reshape(groups, split[use_factor], *x.shape[1:]), 2 - use_factor)
-    return jnp.broadcast_to(parts, (groups, *split, *x.shape[1:])).reshape(-1, *x.shape[1:])
-
-
-def _sum_factors(factors: Sequence[Factor]) -> Factor:
-    return weighted_factor_sum(factors, jnp.ones(len(factors), factors[0].dtype))
-
-
 def _unassigned_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
     """The blocks of unassigned parameters, and of entries that no output depends on."""
     dtype = compute_dtype(layout.trace.outputs.dtype)
@@ -402,10 +324,3 @@ def _unassigned_blocks(layout: Layout, sums: dict[str, Any]) -> list[Block]:
     layers = sum(map(len, layout.by_layer(layout.members)))
     rest = layout.members[layers + len(blocks) :]
     return [*blocks, *(Diagonal(jnp.zeros((1, member.spec.shape[2]), dtype)) for member in rest)]
-
-
-def _safe_divide(total: Factor, count: Any) -> Factor:
-    """`total / count`, by group if there is a count for each; 0 where the count is."""
-    count = jnp.reshape(count, (*jnp.shape(count), *[1] * (total.ndim - 1))) if jnp.ndim(count) else count
-    # A count that is NaN gives NaN.
-    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

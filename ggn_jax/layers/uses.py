@@ -6,6 +6,7 @@ matrices `[out, in]`. Inputs become `[G, N, S, in]`, output gradients `[G, N, S,
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax
@@ -102,10 +103,7 @@ class Patches:
 
 def all_indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The indices of an array, in C order."""
-    indices: list[tuple[int, ...]] = [()]
-    for size in shape:
-        indices = [(*index, i) for index in indices for i in range(size)]
-    return indices
+    return list(product(*map(range, shape)))
 
 
 @dataclass(frozen=True)
