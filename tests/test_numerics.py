@@ -297,3 +297,12 @@ def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
     for name in want:
         assert jnp.isfinite(got[name]).all(), name
         np.testing.assert_allclose(got[name], want[name], 1e-13, 1e-13, err_msg=name)
+
+
+def test_derivatives_of_binary_vectors_where_logits_are_zero_or_large() -> None:
+    """`d sqrt(p (1 - p)) / df = sqrt(p (1 - p)) (1 - 2 p) / 2`, also at 0, where it is made of an absolute value."""
+    outputs = jnp.asarray([-20.0, -1.0, 0.0, 0.3, 20.0])
+    vectors = ggn_jax.make_batch_grad_output_fn(ggn_jax.BCEWithLogitsLoss(reduction="sum"), "type-2")
+    found = jax.jit(jax.jacrev(lambda f: jnp.diagonal(vectors(f[None], jnp.zeros((1, 5)))[:, 0])))(outputs)
+    p = 1 / (1 + np.exp(-np.asarray(outputs)))
+    np.testing.assert_allclose(found, np.diag(np.sqrt(p * (1 - p)) * (1 - 2 * p) / 2), rtol=1e-7, atol=1e-17)

@@ -9,8 +9,10 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+import torch
 
 import ggn_jax
+import torch_bridge
 from ggn_jax import GGNLinearOperator, JointLoss, MSELoss
 
 BATCH = np.ones((4, 3)), np.ones((4, 2))
@@ -43,6 +45,27 @@ def model_fn(params: Any, x: Any) -> jax.Array:
 
 def ggn(fn: Callable[[Any, Any], Any], loss: Any, targets: Any = BATCH[1]) -> Any:
     return GGNLinearOperator(fn, loss, PARAMS, (BATCH[0], targets))
+
+
+def optimizer(**options: Any) -> Any:
+    return ggn_jax.scale_by_kfac(model_fn, MSELoss(), example_inputs=BATCH[0], **options)
+
+
+def micro_step(*args: Any) -> Any:
+    steps = ggn_jax.multi_steps(optimizer(), 2)
+    return steps.update(PARAMS, steps.init(PARAMS), *args)
+
+
+def without_x64() -> Any:
+    with jax.enable_x64(False):
+        return optimizer(factor_dtype="float64")
+
+
+LINEAR = torch.nn.Linear(3, 2)
+
+
+def of_module(module: Any, params: Any) -> Any:
+    return torch_bridge.GGNLinearOperator(module, torch.nn.MSELoss(), params, [tuple(map(torch.from_numpy, BATCH))])
 
 
 def vectors(loss: Any) -> Any:
@@ -118,6 +141,35 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: ggn_jax.multi_steps(optax.sgd(0.1), 2),
         TypeError,
         "optimizer must be made by kfac or scale_by_kfac; got GradientTransformation",
+    ),
+    "micro-batch without params": (lambda: micro_step(), ValueError, "update needs params"),
+    "micro-batch without batch": (lambda: micro_step(PARAMS), TypeError, r"update needs batch=\(inputs, targets\) or"),
+    "dtype": (without_x64, ValueError, "factor_dtype is float64, which JAX has not without"),
+    "masked": (
+        lambda: optimizer().init({"w": PARAMS["w"], "v": optax.MaskedNode()}),
+        ValueError,
+        r"params hold optax.MaskedNode.*pass full_params=params",
+    ),
+    "full params": (
+        lambda: optimizer(full_params={**PARAMS, "u": PARAMS["w"]}).init({**PARAMS, "v": optax.MaskedNode()}),
+        ValueError,
+        "full_params must be a pytree like params, with values where those are masked",
+    ),
+    "module": (
+        lambda: of_module(3, [LINEAR.weight]),
+        TypeError,
+        "model_func must be a torch.nn.Module or a ConvertedModule; got int",
+    ),
+    "no parameters": (lambda: of_module(LINEAR, []), ValueError, "at least one parameter of the module"),
+    "parameters of others": (
+        lambda: of_module(LINEAR, [LINEAR.weight, torch.nn.Linear(3, 2).bias]),
+        ValueError,
+        r"different parameters of model_func, in a list or dict; numbers \[1\] are not",
+    ),
+    "optimizer of a module": (
+        lambda: torch_bridge.KFAC(3, torch.nn.MSELoss(), 0.1),
+        TypeError,
+        "module must be a torch.nn.Module; got int",
     ),
     "injected": (
         lambda: ggn_jax.kfac(model_fn, MSELoss(), 0.1, example_inputs=BATCH[0], factor_interval=jnp.asarray(2)),

@@ -229,3 +229,20 @@ def test_the_self_check_knows_of_types_on_the_way() -> None:
     report = ggn_jax.report(model_fn, params, normal(8, 4).astype(jnp.float32))
     assert report.passed, str(report)
     assert report.tolerance == 0.1
+
+
+def grown_in_a_loop(p: Any, x: jax.Array) -> jax.Array:
+    grow = lambda i, c: c * jnp.sin(p["v"]) + p["w"]  # noqa: E731
+    return jnp.tanh(x @ jax.lax.fori_loop(0, 3, grow, jnp.ones((3, 3))))
+
+
+def turned_in_a_loop(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ jax.lax.fori_loop(0, 3, lambda i, w: w.T, p["w"])) @ p["v"]
+
+
+@pytest.mark.parametrize("model_fn", [grown_in_a_loop, turned_in_a_loop])
+def test_weights_that_loops_make_without_data_have_their_exact_block(model_fn: Any) -> None:
+    args = model_fn, MSE, {"v": normal(3, 3), "w": normal(3, 3, seed=1)}, (normal(1, 3), normal(1, 3, seed=1))
+    found, exact = np.asarray(KFAC(*args, fisher_type="type-2").as_matrix()), ggn(*args)
+    for part in (slice(0, 9), slice(9, 18)):
+        np.testing.assert_allclose(found[part, part], exact[part, part], atol=1e-15)
