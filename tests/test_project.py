@@ -89,7 +89,7 @@ GGN_JAX = [
     {"optimizer.advice"},
     {"optimizer.diagnosis"},
     {"optimizer.methods", "optimizer.objectives"},
-    {"optimizer.transformation"},
+    {"optimizer.adam", "optimizer.transformation"},
     {"optimizer.multi_steps"},
     {"optimizer"},
     {""},
