@@ -34,9 +34,11 @@ COLORS = {
     "Muon": "#9467bd",
     "SOAP": "#e3a008",
     "KFAC": "#1b6ca8",
+    "Adam in KFAC's bases": "#17becf",
     "KFAC, quadratic model": "#d95f02",
     "KFAC, nothing set": "#b2182b",
 }
+BOTH = ggn_jax.kfac, ggn_jax.kfac_adam
 QUICK = ("AdamW", "Muon", "SOAP", "KFAC")
 
 
@@ -53,6 +55,8 @@ class Task:
     value: Callable[[Any], jax.Array]
     kfac: Callable[..., Any]
     """`ggn_jax.kfac` with the model and what it needs to know of it."""
+    adam: Callable[..., Any]
+    """`ggn_jax.kfac_adam` with the same."""
     layers: ggn_jax.Layers
     """With `bias="separate"`: the matrices that Muon and SOAP are for."""
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +94,7 @@ def supervised(
         value,
         batch_of,
         jax.jit(lambda params: value(params, data)),
-        partial(ggn_jax.kfac, model_fn, loss, example_inputs=inputs, **(options or {})),
+        *(partial(make, model_fn, loss, example_inputs=inputs, **(options or {})) for make in BOTH),
         ggn_jax.find_layers(alone or model_fn, params, inputs, bias="separate"),
         **settings,
     )
@@ -124,6 +128,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     numbers = {name: value for name, value in task.numbers.items() if name != "grid"}
     quadratic = {name: value for name, value in task.quadratic.items() if name != "grid"}
 
+    intervals = {name: value for name, value in numbers.items() if name.endswith("interval")}
     model = {"learning_rate": "quadratic", "momentum": "quadratic"}
 
     def rates(make: Callable[[Any], Any], *grid: float) -> dict[str, Callable[[], Any]]:
@@ -143,6 +148,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
         ),
         "SOAP": rates(soap, 1e-3, 3e-3, 1e-2, 3e-2),
         "KFAC": rates(lambda rate: task.kfac(learning_rate=rate, **numbers), *task.numbers["grid"]),
+        "Adam in KFAC's bases": rates(lambda rate: task.adam(learning_rate=rate, **intervals), 3e-3, 5e-3, 1e-2),
         "KFAC, quadratic model": {
             f"first damping {x:g}": partial(task.kfac, **model, damping=x, **quadratic) for x in task.quadratic["grid"]
         },

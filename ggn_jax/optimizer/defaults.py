@@ -6,6 +6,7 @@ AUTO = "auto"
 QUADRATIC = "quadratic"
 SLOPE = "slope"
 EVERY = 5  # steps
+FACTORS_EVERY = 5
 
 
 class Tuned(NamedTuple):
@@ -47,3 +48,8 @@ def with_defaults(rate: Any, damping: Any, adapt: Any, momentum: Any, interval: 
     given = damping, adapt, momentum, interval
     usual = WITH_A_RATE if tuned else WITHOUT
     return Tuned(rate, *(usual if is_word(x, AUTO) else x for x, usual in zip(given, usual, strict=True)))
+
+
+def factor_interval(rate: Any, given: Any) -> Any:
+    """How many steps pass between new factors."""
+    return (1 if rate is not None else FACTORS_EVERY) if is_word(given, AUTO) else given

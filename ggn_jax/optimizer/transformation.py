@@ -16,7 +16,7 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
-from ggn_jax.optimizer.defaults import with_defaults
+from ggn_jax.optimizer.defaults import factor_interval, with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
@@ -120,9 +120,9 @@ def kfac(
 
     **Without a learning rate, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning
     rate and the momentum from the quadratic model of each batch, a damping from 1 on that follows the slope at the end
-    of each step, and new inverses every 5 steps: `learning_rate="quadratic"`, `momentum="quadratic"`, `damping=1.0`,
-    `adapt_damping="slope"` and `inverse_interval=5`, of which each may be given. `update` then needs `batch` also where
-    it gets `factors`, and a step takes about two tangents of the model more.
+    of each step, and new factors and inverses every 5 steps: `learning_rate="quadratic"`, `momentum="quadratic"`,
+    `damping=1.0`, `adapt_damping="slope"`, `factor_interval=5` and `inverse_interval=5`, of which each may be given.
+    `update` then needs `batch` also where it gets `factors`, and a step takes about two tangents of the model more.
 
     **With one, what to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to 1) together;
     then `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning rates safe;
@@ -187,6 +187,7 @@ def kfac(
     given: dict[str, Any] = {**DEFAULTS, **options}
     tuned = with_defaults(learning_rate, damping, adapt_damping, momentum, given["inverse_interval"])
     given["inverse_interval"] = tuned.inverse_interval
+    given["factor_interval"] = factor_interval(learning_rate, given["factor_interval"])
     rule = StepRule(*tuned[:4], min_damping, kl_clip, weight_decay, weight_decay_mask)
     first_damping = rule.damping
     core = core_of(model_fn, loss, example_inputs, given)
