@@ -63,6 +63,8 @@ class Task:
     """Settings of KFAC with numbers; `grid` lists the learning rates."""
     quadratic: dict[str, Any] = field(default_factory=dict)
     """Settings of KFAC with the quadratic model; `grid` lists the first dampings."""
+    bases: dict[str, Any] = field(default_factory=dict)
+    """Settings of Adam in KFAC's eigenbases."""
     warmup: int = 0
     """Over how many steps the learning rates, of all optimizers that have one, rise from 0."""
     block: int = 50
@@ -128,7 +130,6 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     numbers = {name: value for name, value in task.numbers.items() if name != "grid"}
     quadratic = {name: value for name, value in task.quadratic.items() if name != "grid"}
 
-    intervals = {name: value for name, value in numbers.items() if name.endswith("interval")}
     model = {"learning_rate": "quadratic", "momentum": "quadratic"}
 
     def rates(make: Callable[[Any], Any], *grid: float) -> dict[str, Callable[[], Any]]:
@@ -148,7 +149,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
         ),
         "SOAP": rates(soap, 1e-3, 3e-3, 1e-2, 3e-2),
         "KFAC": rates(lambda rate: task.kfac(learning_rate=rate, **numbers), *task.numbers["grid"]),
-        "Adam in KFAC's bases": rates(lambda rate: task.adam(learning_rate=rate, **intervals), 3e-3, 5e-3, 1e-2),
+        "Adam in KFAC's bases": rates(lambda rate: task.adam(learning_rate=rate, **task.bases), 3e-3, 5e-3, 1e-2),
         "KFAC, quadratic model": {
             f"first damping {x:g}": partial(task.kfac, **model, damping=x, **quadratic) for x in task.quadratic["grid"]
         },

@@ -29,14 +29,8 @@ def task() -> Task:
         jax.jit(lambda params: problem.objective(params, problem.batches)),
         *(partial(make, problem.objective, example_inputs=examples, **options) for make in BOTH),
         ggn_jax.find_layers(jax.vmap(value, (None, 0)), problem.params, examples[1], bias="separate"),
-        numbers={"grid": [0.01, 0.03, 0.1], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 10},
-        quadratic={
-            "grid": [1e-3],
-            "adapt_damping": 2,
-            "min_damping": 1e-12,
-            "factor_interval": 2,
-            "inverse_interval": 2,
-        },
+        numbers={"grid": [0.01, 0.03, 0.1], "damping": 1e-3, "inverse_interval": 5},
+        quadratic={"grid": [1e-3], "adapt_damping": 2, "min_damping": 1e-12, "inverse_interval": 2},
         block=10,
     )
 
