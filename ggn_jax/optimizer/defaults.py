@@ -13,13 +13,14 @@ class Tuned(NamedTuple):
     damping: Any
     momentum: Any
     kl_clip: Any
+    factor_interval: Any
     inverse_interval: Any
 
 
-WITH_A_RATE = Tuned(damping=1e-3, momentum=0.9, kl_clip=1e-3, inverse_interval=10)
+WITH_A_RATE = Tuned(damping=1e-3, momentum=0.9, kl_clip=1e-3, factor_interval=1, inverse_interval=10)
 """Where the learning rate is a number or a schedule."""
 
-WITHOUT = Tuned(damping=SlopeDamping(), momentum=AUTO, kl_clip=None, inverse_interval=5)
+WITHOUT = Tuned(damping=SlopeDamping(), momentum=AUTO, kl_clip=None, factor_interval=5, inverse_interval=5)
 """Where it and the momentum are the quadratic model's, which bounds its steps itself."""
 
 

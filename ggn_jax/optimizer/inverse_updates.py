@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._fusion import max_abs
 from ggn_jax._sharding import vary_alike
-from ggn_jax.kronecker.algebra import Block, Dense, Kronecker, Spectral, finite_groups, is_diagonal
+from ggn_jax.kronecker.algebra import (
+    Block,
+    Dense,
+    DenseSpectral,
+    Diagonal,
+    Kronecker,
+    Spectral,
+    finite_groups,
+    is_diagonal,
+)
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 from ggn_jax.kronecker.linalg import BySize, map_sequentially, rotated
 from ggn_jax.kronecker.pairs import split_damping
@@ -44,7 +53,7 @@ def update_inverses(
                 old = take_groups(inverses[i], groups)
                 if settings.ekfac and isinstance(new, Spectral):
                     # EKFAC's eigenvalues are averages of their own: they move to the new basis, and are not replaced.
-                    new = new.replace_values(jnp.where(first, new.values, _rotated(old, new)))
+                    new = new.replace_values(jnp.where(first, new.values, diagonal_in(old, new, old.values)))
                 # If a factorisation fails, the old inverse stays.
                 kept = _groups_where(finite_groups(new) if finite is None else finite, new, old)
                 result[i] = put_groups(inverses[i], groups, kept)
@@ -59,7 +68,7 @@ def update_inverses(
     interval, everything = settings.inverse_interval, dict.fromkeys(range(len(blocks)))
     args = vary_alike(blocks, inverses, damping, first)
     if interval == 1 or not settings.staggered:
-        due = first | (known & _all_due(count, interval))
+        due = first | (known & are_due(count, interval))
         return jax.lax.cond(due, some(everything), none, *args)
     # One branch for each subset, one for all at the first step, and one for none.
     branches = [some(subset) for subset in _schedule(blocks, interval, settings.spread)]
@@ -159,7 +168,7 @@ def _groups_where(which: Bool[Array, " G"], yes: Block, no: Block) -> Block:
     return chosen
 
 
-def _all_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
+def are_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
     """Whether all inverses are due after `count` steps: each `interval` steps, and before that after 1, 2, 4, 8, ...,
     since averages of few batches change fast.
     """
@@ -184,9 +193,16 @@ def _cost(block: Block) -> int:
     return block.matrix.shape[1] ** 3 if isinstance(block, Dense) else 0
 
 
-def _rotated(old: Spectral, new: Spectral) -> Array:
-    """The diagonal of `old` in the basis of `new`: `R_B^2 V (R_A^2)^T` with `R = Q_new^T Q_old`."""
-    values = old.values
+def diagonal_in(old: Any, new: Any, values: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
+    """The diagonal, in the basis of `new`, of the matrix that has `values` as eigenvalues in the basis of `old`.
+
+    `R_B^2 V (R_A^2)^T` with `R = Q_new^T Q_old`, for blocks that `decompose` made.
+    """
+    if isinstance(old, DenseSpectral):
+        squares = jnp.einsum("gki,gkj->gij", new.q, old.q) ** 2
+        return jnp.einsum("gij,gj->gi", squares, values.reshape(values.shape[0], -1)).reshape(values.shape)
+    if isinstance(old, Diagonal):
+        return values
     if new.qb is not None and old.qb is not None:
         values = jnp.einsum("gpo,goi->gpi", jnp.einsum("gkp,gko->gpo", new.qb, old.qb) ** 2, values)
     if new.qa is not None and old.qa is not None:

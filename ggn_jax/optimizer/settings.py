@@ -18,6 +18,7 @@ from ggn_jax.optimizer.defaults import AUTO, is_word
 from ggn_jax.optimizer.numbers import Number
 from ggn_jax.optimizer.spread import Spread
 
+INTERVALS = "factor_interval", "inverse_interval"
 DampingMethod = Literal["heuristic", "exact"]
 
 
@@ -35,9 +36,10 @@ class KFACOptions(KroneckerOptions, total=False):
 
     decay: Number
     """The decay of the factors' averages, which are bias-corrected; 0.95 by default."""
-    factor_interval: int
-    """How many steps pass between new factors; 1 by default. They are computed after 1, 2, 4, 8, ... steps as well,
-    below the first interval, since averages change fast at first."""
+    factor_interval: int | Literal["auto"]
+    """How many steps pass between new factors: `"auto"` (default) is 1, or 5 for `kfac` with a `QuadraticModel`, as
+    without a learning rate. They are computed after 1, 2, 4, 8, ... steps as well, below the first interval, since
+    averages change fast at first."""
     inverse_interval: int | Literal["auto"]
     """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` with a
     `QuadraticModel`, as without a learning rate."""
@@ -96,13 +98,14 @@ class Settings:
             if name not in OF_MODEL and name != "decay":
                 check_static(name, value)
         own = {field.name: given[field.name] for field in fields(cls) if field.name != "options"}
-        if is_word(own["inverse_interval"], AUTO):
-            del own["inverse_interval"]
+        for name in INTERVALS:
+            if is_word(own[name], AUTO):
+                del own[name]
         return cls(Options(**{name: given[name] for name in OF_FACTORS}), **own)
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, FROM_0_TO_1)
-        for name in ("factor_interval", "inverse_interval"):
+        for name in INTERVALS:
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
         if self.chunk_size is not None:
             object.__setattr__(self, "chunk_size", check_count("chunk_size", self.chunk_size))
@@ -144,7 +147,7 @@ class Settings:
 OF_MODEL: dict[str, Any] = {"full_params": None, "has_aux": False, "examples": "independent"}
 DEFAULTS = {
     **{field.name: field.default for field in fields(Settings) if field.name != "options"},
-    "inverse_interval": AUTO,
+    **dict.fromkeys(INTERVALS, AUTO),
     **OF_MODEL,
     **OF_FACTORS,
 }

@@ -21,7 +21,7 @@ from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
-from ggn_jax.optimizer.settings import DEFAULTS, KFACOptions
+from ggn_jax.optimizer.settings import DEFAULTS, INTERVALS, KFACOptions
 from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
@@ -139,8 +139,8 @@ def kfac(
 
     **With nothing set, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning rate and
     the momentum from the quadratic model of each batch (`QuadraticModel()`), a damping from 1 on that follows the slope
-    at the end of each step (`SlopeDamping()`), and new inverses every 5 steps. `update` then needs `batch` also where
-    it gets `factors`, and a step takes about two tangents of the model more.
+    at the end of each step (`SlopeDamping()`), and new factors and inverses every 5 steps. `update` then needs `batch`
+    also where it gets `factors`, and a step takes about two tangents of the model more.
 
     **With a learning rate, what to tune first:** `learning_rate` (with momentum 0.9: 0.01 to 1) and `damping` (1e-4 to
     1) together; then `inverse_interval` (larger is faster, and staler). `kl_clip` (1e-4 to 1e-2) makes large learning
@@ -206,8 +206,9 @@ def kfac(
         - Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636
     """
     given: dict[str, Any] = {**DEFAULTS, **options}
-    tuned = with_defaults(learning_rate, Tuned(damping, momentum, kl_clip, given["inverse_interval"]))
-    given["inverse_interval"] = tuned.inverse_interval
+    asked = Tuned(damping, momentum, kl_clip, given["factor_interval"], given["inverse_interval"])
+    tuned = with_defaults(learning_rate, asked)
+    given |= {name: getattr(tuned, name) for name in INTERVALS}
     rule = StepRule(learning_rate, *tuned[:3], weight_decay, weight_decay_mask)
     core = core_of(model_fn, loss, example_inputs, given)
 
