@@ -50,7 +50,6 @@ def task() -> Task:
         batch_of,
         (images, images),
         numbers={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 20},
-        bases={"factor_interval": 10},
         quadratic={"grid": [0.1, 1.0], "adapt_damping": 5, "inverse_interval": 5},
     )
     return replace(made, value=lambda params: made.value(params) - least)

@@ -260,6 +260,9 @@ def test_intervals() -> None:
         state = new
     assert [t for t in range(14) if changed[t][0]] == [0, 1, 2, 4, 6, 8, 10, 12]
     assert [t for t in range(14) if changed[t][1]] == [0, 1, 2, 4, 6, 12]
+    for given, factors, inverses in (({}, 5, 5), ({"learning_rate": 0.1}, 1, 10), ({"factor_interval": 3}, 3, 5)):
+        settings = ggn_jax.kfac(mlp, CE, example_inputs=batch[0], **given).core.settings
+        assert (settings.factor_interval, settings.inverse_interval) == (factors, inverses)
 
 
 def test_staggered_inverses_are_all_renewed_in_turn() -> None:

@@ -89,7 +89,7 @@ GGN_JAX = [
     {"optimizer.advice"},
     {"optimizer.diagnosis"},
     {"optimizer.methods", "optimizer.objectives"},
-    {"optimizer.adam", "optimizer.transformation"},
+    {"optimizer.transformation"},
     {"optimizer.multi_steps"},
     {"optimizer"},
     {""},

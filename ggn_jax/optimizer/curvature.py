@@ -24,7 +24,7 @@ from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, products, read, structure, write
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
-from ggn_jax.optimizer.renewal import are_due, renew
+from ggn_jax.optimizer.renewal import renew
 from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.storage import keep, pack
 
@@ -173,13 +173,6 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
     inverses = renew(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
-
-
-def renewed(before: Curvature, after: Curvature, seen: Factors, settings: Settings) -> Bool[Array, ""]:
-    """Whether `update_averages` made inverses anew; of settings that are not staggered."""
-    first = (before.weight == 0) & (after.weight > 0)
-    due = (after.weight > 0) & (seen.batches > 0) & are_due(before.count, settings.inverse_interval)
-    return first | due
 
 
 def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:
