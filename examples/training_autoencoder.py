@@ -51,7 +51,6 @@ def task() -> Task:
         (images, images),
         numbers={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 20},
         quadratic={"grid": [0.1, 1.0], "adapted": {"interval": 5}, "inverse_interval": 5},
-        bases={"factor_interval": 10},
     )
     return replace(made, value=lambda params: made.value(params) - least)
 

@@ -34,11 +34,9 @@ COLORS = {
     "Muon": "#9467bd",
     "SOAP": "#e3a008",
     "KFAC": "#1b6ca8",
-    "Adam in KFAC's bases": "#17becf",
     "KFAC, quadratic model": "#d95f02",
     "KFAC, nothing set": "#b2182b",
 }
-BOTH = ggn_jax.kfac, ggn_jax.kfac_adam
 QUICK = ("AdamW", "Muon", "SOAP", "KFAC")
 
 
@@ -55,16 +53,12 @@ class Task:
     value: Callable[[Any], jax.Array]
     kfac: Callable[..., Any]
     """`ggn_jax.kfac` with the model and what it needs to know of it."""
-    adam: Callable[..., Any]
-    """`ggn_jax.kfac_adam` with the same."""
     layers: ggn_jax.Layers
     """With `bias="separate"`: the matrices that Muon and SOAP are for."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """Settings of KFAC with numbers; `grid` lists the learning rates."""
     quadratic: dict[str, Any] = field(default_factory=dict)
     """Settings of KFAC with the quadratic model; `grid` lists the first dampings, `adapted` how they are adapted."""
-    bases: dict[str, Any] = field(default_factory=dict)
-    """Settings of Adam in KFAC's eigenbases."""
     warmup: int = 0
     """Over how many steps the learning rates, of all optimizers that have one, rise from 0."""
     block: int = 50
@@ -96,7 +90,7 @@ def supervised(
         value,
         batch_of,
         jax.jit(lambda params: value(params, data)),
-        *(partial(make, model_fn, loss, example_inputs=inputs, **(options or {})) for make in BOTH),
+        partial(ggn_jax.kfac, model_fn, loss, example_inputs=inputs, **(options or {})),
         ggn_jax.find_layers(alone or model_fn, params, inputs, bias="separate"),
         **settings,
     )
@@ -148,7 +142,6 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
         ),
         "SOAP": rates(soap, 1e-3, 3e-3, 1e-2, 3e-2),
         "KFAC": rates(lambda rate: task.kfac(learning_rate=rate, **numbers), *task.numbers["grid"]),
-        "Adam in KFAC's bases": rates(lambda rate: task.adam(learning_rate=rate, **task.bases), 3e-3, 5e-3, 1e-2),
         "KFAC, quadratic model": {
             f"first damping {x.initial:g}": partial(task.kfac, damping=x, **quadratic) for x in dampings
         },

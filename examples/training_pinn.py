@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 from pinn import network, poisson, value
-from training_common import BOTH, Task, main
+from training_common import Task, main
 
 import ggn_jax
 
@@ -27,7 +27,7 @@ def task() -> Task:
         problem.objective,
         lambda key: problem.batches,
         jax.jit(lambda params: problem.objective(params, problem.batches)),
-        *(partial(make, problem.objective, example_inputs=examples, **options) for make in BOTH),
+        partial(ggn_jax.kfac, problem.objective, example_inputs=examples, **options),
         ggn_jax.find_layers(jax.vmap(value, (None, 0)), problem.params, examples[1], bias="separate"),
         numbers={"grid": [0.01, 0.03, 0.1], "damping": 1e-3, "inverse_interval": 5},
         quadratic={"grid": [1e-3], "adapted": {"interval": 2, "minimum": 1e-12}, "inverse_interval": 2},

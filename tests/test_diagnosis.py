@@ -18,7 +18,9 @@ from ggn_jax.optimizer.advice import Numbers, findings
 from ggn_jax.optimizer.step import StepRule
 
 STEPS = 7  # not a multiple of the interval of inverses, which are of the step before the last
-MAKE: Any = partial(ggn_jax.kfac, mlp, CE, example_inputs=batch_of()[0], decay=0.0, fisher_type="type-2")
+MAKE: Any = partial(
+    ggn_jax.kfac, mlp, CE, example_inputs=batch_of()[0], decay=0.0, factor_interval=1, fisher_type="type-2"
+)
 OPTIMIZER = MAKE()
 
 

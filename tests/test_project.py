@@ -96,7 +96,7 @@ GGN_JAX = [
     {"optimizer.advice"},
     {"optimizer.diagnosis"},
     {"optimizer.methods", "optimizer.objectives"},
-    {"optimizer.adam", "optimizer.transformation"},
+    {"optimizer.transformation"},
     {"optimizer.multi_steps"},
     {"optimizer"},
     {""},
@@ -149,7 +149,6 @@ WITHOUT_ARGUMENTS = {
     *("BlockLinearOperator", "Curvature", "CurvatureReport", "CurvatureRow", "Diagnosis", "Factors", "FisherType"),
     *(
         "JacobianTransposeLinearOperator",
-        "KFACAdamState",
         "KFACOptions",
         "KFACState",
         "KFACTransformation",

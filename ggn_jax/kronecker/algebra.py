@@ -213,16 +213,9 @@ class DenseSpectral(eqx.Module):
     q: Float[Array, "G d d"]
     values: Float[Array, "G d"]
 
-    def rotate(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        """The entries `Q^T m`, in an array of the same shape."""
-        return jnp.einsum("gij,gi->gj", self.q, m.reshape(m.shape[0], -1)).reshape(m.shape)
-
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        return self.rotate_back((self.values * self.rotate(m).reshape(self.values.shape)).reshape(m.shape))
-
-    def rotate_back(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        """The entries `Q m`."""
-        return jnp.einsum("gij,gj->gi", self.q, m.reshape(m.shape[0], -1)).reshape(m.shape)
+        rotated = self.values * jnp.einsum("gij,gi->gj", self.q, m.reshape(m.shape[0], -1))
+        return jnp.einsum("gij,gj->gi", self.q, rotated).reshape(m.shape)
 
     def map(self, fn: Callable[[Array], Array]) -> "DenseSpectral":
         return self.replace_values(fn(jnp.maximum(self.values, 0)))
@@ -247,13 +240,6 @@ class Diagonal(eqx.Module):
 
     def mv(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
         return (self.values * m.reshape(m.shape[0], -1)).reshape(m.shape)
-
-    def rotate(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        """As it is: the eigenvectors are those of the identity."""
-        return m
-
-    def rotate_back(self, m: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-        return m
 
     def map(self, fn: Callable[[Array], Array]) -> "Diagonal":
         return Diagonal(fn(jnp.maximum(self.values, 0)))

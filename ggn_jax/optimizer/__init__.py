@@ -1,6 +1,5 @@
 """KFAC and EKFAC as optax transformations."""
 
-from ggn_jax.optimizer.adam import kfac_adam
 from ggn_jax.optimizer.advice import Finding
 from ggn_jax.optimizer.by_layer import ScaleByLayersState, scale_by_layers
 from ggn_jax.optimizer.curvature import Curvature, Factors
@@ -9,7 +8,7 @@ from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.multi_steps import MultiStepsState, multi_steps
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.settings import KFACOptions
-from ggn_jax.optimizer.states import KFACAdamState, KFACState, ScaleByKFACState, StepStatistics
+from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
 from ggn_jax.optimizer.summary import CurvatureReport, CurvatureRow
 from ggn_jax.optimizer.transformation import kfac, scale_by_kfac
 
@@ -21,7 +20,6 @@ __all__ = [
     "Diagnosis",
     "Factors",
     "Finding",
-    "KFACAdamState",
     "KFACOptions",
     "KFACState",
     "KFACTransformation",
@@ -33,7 +31,6 @@ __all__ = [
     "SlopeDamping",
     "StepStatistics",
     "kfac",
-    "kfac_adam",
     "multi_steps",
     "scale_by_kfac",
     "scale_by_layers",

@@ -136,11 +136,6 @@ def spread_mask(mask: Any, params: PyTree[Array]) -> PyTree[bool]:
         ) from error
 
 
-def zero_where_not(params: PyTree[Array], mask: PyTree[bool]) -> PyTree[Array]:
-    """The parameters, and 0 for those whose mask is false."""
-    return jax.tree.map(lambda p, keep: p if keep else jnp.zeros_like(p), params, mask)
-
-
 def check_type(name: str, got: Any, wanted: type) -> None:
     if type(got) is not wanted:
         order = " Arguments are grads, state, params, in this order." if name == "state" else ""

@@ -23,7 +23,7 @@ from ggn_jax.kronecker.algebra import (
 from ggn_jax.kronecker.factors import Bases, assemble_blocks, zero_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, params_structure, read_entries, stacked_mv, write_entries
-from ggn_jax.optimizer.inverse_updates import are_due, update_inverses
+from ggn_jax.optimizer.inverse_updates import update_inverses
 from ggn_jax.optimizer.numbers import all_finite, inner, zeros_like
 from ggn_jax.optimizer.settings import Settings
 from ggn_jax.optimizer.storage import pack, to_storage
@@ -180,13 +180,6 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
     inverses = update_inverses(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
     skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
     return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
-
-
-def renewed(before: Curvature, after: Curvature, seen: Factors, settings: Settings) -> Bool[Array, ""]:
-    """Whether `update_averages` made inverses anew; of settings that are not staggered."""
-    first = (before.weight == 0) & (after.weight > 0)
-    due = (after.weight > 0) & (seen.batches > 0) & are_due(before.count, settings.inverse_interval)
-    return first | due
 
 
 def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:

@@ -35,4 +35,7 @@ def with_defaults(rate: Any, given: Tuned) -> Tuned:
         usual = WITHOUT
         if not rate.momentum:  # the slope along the last step is that of the model with momentum
             usual = usual._replace(damping=LevenbergMarquardt(), momentum=WITH_A_RATE.momentum)
+        damping = usual.damping if is_word(given.damping, AUTO) else given.damping
+        if not isinstance(damping, SlopeDamping):  # other dampings do not notice in time that factors are stale
+            usual = usual._replace(factor_interval=WITH_A_RATE.factor_interval)
     return Tuned(*(default if is_word(x, AUTO) else x for x, default in zip(given, usual, strict=True)))

@@ -24,7 +24,7 @@ from ggn_jax.optimizer.curvature import Curvature, precondition, precondition_st
 from ggn_jax.optimizer.numbers import inner
 from ggn_jax.optimizer.quadratic import loss_at, quadratic_model, reduction_ratio
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.states import KFACAdamState, KFACState, find_state
+from ggn_jax.optimizer.states import KFACState, find_state
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import unpack
 
@@ -168,11 +168,6 @@ class Diagnoser:
     def __call__(self, state: Any, params: PyTree[Array], batch: Any, full_params: Any) -> Diagnosis:
         """What `optimizer.diagnose` returns."""
         found, curvature = find_state(state), self.core.curvature_in(state, params)
-        if isinstance(found, KFACAdamState):
-            raise TypeError(
-                "diagnose looks at damped inverses, and kfac_adam has no damping: take those of `kfac` with the same"
-                " model, or read `optimizer.statistics(state)`."
-            )
         if not are_known((curvature.weight, params, batch)):
             raise TypeError("diagnose needs values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:

@@ -14,16 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ggn_jax._fusion import max_abs
 from ggn_jax._sharding import vary_alike
-from ggn_jax.kronecker.algebra import (
-    Block,
-    Dense,
-    DenseSpectral,
-    Diagonal,
-    Kronecker,
-    Spectral,
-    finite_groups,
-    is_diagonal,
-)
+from ggn_jax.kronecker.algebra import Block, Dense, Kronecker, Spectral, finite_groups, is_diagonal
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 from ggn_jax.kronecker.linalg import BySize, map_sequentially, rotated
 from ggn_jax.kronecker.pairs import split_damping
@@ -53,7 +44,7 @@ def update_inverses(
                 old = take_groups(inverses[i], groups)
                 if settings.ekfac and isinstance(new, Spectral):
                     # EKFAC's eigenvalues are averages of their own: they move to the new basis, and are not replaced.
-                    new = new.replace_values(jnp.where(first, new.values, diagonal_in(old, new, old.values)))
+                    new = new.replace_values(jnp.where(first, new.values, _rotated(old, new)))
                 # If a factorisation fails, the old inverse stays.
                 kept = _groups_where(finite_groups(new) if finite is None else finite, new, old)
                 result[i] = put_groups(inverses[i], groups, kept)
@@ -193,16 +184,9 @@ def _cost(block: Block) -> int:
     return block.matrix.shape[1] ** 3 if isinstance(block, Dense) else 0
 
 
-def diagonal_in(old: Any, new: Any, values: Float[Array, "G out in"]) -> Float[Array, "G out in"]:
-    """The diagonal, in the basis of `new`, of the matrix that has `values` as eigenvalues in the basis of `old`.
-
-    `R_B^2 V (R_A^2)^T` with `R = Q_new^T Q_old`, for blocks that `decompose` made.
-    """
-    if isinstance(old, DenseSpectral):
-        squares = jnp.einsum("gki,gkj->gij", new.q, old.q) ** 2
-        return jnp.einsum("gij,gj->gi", squares, values.reshape(values.shape[0], -1)).reshape(values.shape)
-    if isinstance(old, Diagonal):
-        return values
+def _rotated(old: Spectral, new: Spectral) -> Array:
+    """The diagonal of `old` in the basis of `new`: `R_B^2 V (R_A^2)^T` with `R = Q_new^T Q_old`."""
+    values = old.values
     if new.qb is not None and old.qb is not None:
         values = jnp.einsum("gpo,goi->gpi", jnp.einsum("gkp,gko->gpo", new.qb, old.qb) ** 2, values)
     if new.qa is not None and old.qa is not None:

@@ -37,9 +37,9 @@ class KFACOptions(KroneckerOptions, total=False):
     decay: Number
     """The decay of the factors' averages, which are bias-corrected; 0.95 by default."""
     factor_interval: int | Literal["auto"]
-    """How many steps pass between new factors: `"auto"` (default) is 1, or 5 for `kfac` with a `QuadraticModel`, as
-    without a learning rate. They are computed after 1, 2, 4, 8, ... steps as well, below the first interval, since
-    averages change fast at first."""
+    """How many steps pass between new factors: `"auto"` (default) is 1, or 5 for `kfac` with `SlopeDamping`, as with
+    nothing set. They are computed after 1, 2, 4, 8, ... steps as well, below the first interval, since averages change
+    fast at first."""
     inverse_interval: int | Literal["auto"]
     """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` with a
     `QuadraticModel`, as without a learning rate."""

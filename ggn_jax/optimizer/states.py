@@ -101,36 +101,9 @@ class KFACState(NamedTuple):
         return fields(self, **self._asdict())
 
 
-class KFACAdamState(NamedTuple):
-    """The state of `kfac_adam`: a pytree of arrays.
-
-    Example:
-        >>> import jax.numpy as jnp, ggn_jax
-        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((8, 2))
-        >>> state = ggn_jax.kfac_adam(lambda p, x: x @ p["w"], ggn_jax.MSELoss(), example_inputs=x).init(params)
-        >>> [m.shape for m in state.first]
-        [(1, 3, 2)]
-    """
-
-    curvature: Curvature
-    """The factors' averages, and in `inverses` their eigendecompositions."""
-    steps: Int[Array, ""]
-    """How many gradients the moments are of."""
-    first: tuple[Float[Array, "G out in"], ...]
-    """The running averages `M` of gradients in the eigenbases, of each stack of equal blocks."""
-    second: tuple[Float[Array, "G out in"], ...]
-    """Those of their squares, `V`."""
-    rejected: Int[Array, ""]
-    """How many updates were zero because the gradient or the step was not finite, or a block had no basis yet."""
-
-    def __repr__(self) -> str:
-        return fields(self, **self._asdict())
-
-
-def find_state(state: Any) -> KFACState | ScaleByKFACState | KFACAdamState:
-    """The one state of `kfac`, `scale_by_kfac` or `kfac_adam` in an optimizer's, however it is wrapped."""
-    found: KFACState | ScaleByKFACState | KFACAdamState
-    found = find_one(state, KFACState, ScaleByKFACState, KFACAdamState)
+def find_state(state: Any) -> KFACState | ScaleByKFACState:
+    """The one state of `kfac` or `scale_by_kfac` in an optimizer's, however it is wrapped."""
+    found: KFACState | ScaleByKFACState = find_one(state, KFACState, ScaleByKFACState)
     return found
 
 
@@ -141,9 +114,7 @@ def statistics_of(state: Any, ratio: str) -> dict[str, Array]:
     """All scalars of a state by their names; of the ratios that damping is adapted by, the one that is used."""
     found = find_state(state)
     curvature = found.curvature
-    numbers: dict[str, Any] = {"step": curvature.count}
-    if not isinstance(found, KFACAdamState):
-        numbers["damping"] = curvature.damping
+    numbers: dict[str, Any] = {"step": curvature.count, "damping": curvature.damping}
     if isinstance(found, KFACState):
         numbers |= found.statistics._asdict()
     numbers = {name: x for name, x in numbers.items() if name not in RATIOS or name == ratio}
