@@ -5,6 +5,8 @@ from pathlib import Path
 
 import nox
 
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 

@@ -25,7 +25,9 @@ myst_enable_extensions = ["deflist", "fieldlist"]
 nitpicky = False  # types of JAX and PyTorch are not looked up: the build needs no network
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures with jaxtyping's shapes are longer than what they say
-autodoc_default_options = {"members": True, "show-inheritance": True}
+# What a class has from those of this package is shown with it; what it has from others is theirs to document.
+FOREIGN = "object, tuple, str, dict, Enum, BaseException, Module, AbstractLinearOperator, Optimizer"
+autodoc_default_options = {"members": True, "inherited-members": FOREIGN, "show-inheritance": True}
 
 COLON = "\N{MODIFIER LETTER COLON}"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

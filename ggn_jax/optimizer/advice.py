@@ -7,13 +7,13 @@ from typing import NamedTuple
 from ggn_jax.optimizer.step import StepRule
 
 GOOD, BAD = 3 / 4, 1 / 4  # of reduction ratios, as in Levenberg and Marquardt's rule
-ABOVE_MEAN = 10  # of a damping against a block's mean eigenvalue
+MAX_DAMPING_RATIO = 10  # of a damping against a block's mean eigenvalue
 LONG, SHORT = 1 / 2, 3  # of the best length of a step, in units of its own
-MANY = 1 / 2  # of clipped steps
-FIRST = 10  # steps that are too few to speak of shares
-SOME = 1 / 100  # of rejected steps, and of skipped batches
-STALE = 0.3
-ROUNDING = 1e-2  # of a condition number times the resolution of its dtype
+MAJORITY = 1 / 2  # of clipped steps
+MIN_STEPS = 10  # steps that are too few to speak of shares
+NOT_RARE = 1 / 100  # of rejected steps, and of skipped batches
+MAX_STALE = 0.3
+MAX_ROUNDING = 1e-2  # of a condition number times the resolution of its dtype
 
 
 class Finding(NamedTuple):
@@ -72,22 +72,23 @@ def _values(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]
 
 
 def _damping(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
-    swamped = sum(n for n, mean in zip(of.sizes, of.mean_eigenvalues, strict=True) if of.damping > ABOVE_MEAN * mean)
+    pairs = zip(of.sizes, of.mean_eigenvalues, strict=True)
+    swamped = sum(n for n, mean in pairs if of.damping > MAX_DAMPING_RATIO * mean)
     share, ratio = swamped / max(sum(of.sizes), 1), of.reduction_ratio
-    if share > MANY and (ratio is None or ratio > GOOD):
+    if share > MAJORITY and (ratio is None or ratio > GOOD):
         text = (
-            f"The damping {of.damping:.2g} is more than {ABOVE_MEAN} times the mean eigenvalue of the blocks of"
+            f"The damping {of.damping:.2g} is more than {MAX_DAMPING_RATIO} times the mean eigenvalue of the blocks of"
             f" {share:.0%} of the parameters"
         )
         text += "." if ratio is None else f", and the loss falls by {ratio:.2f} of what the quadratic model predicts."
-        yield "damping-large", text, _lower(of, rule)
+        yield "damping-large", text, _lower_damping(of, rule)
     if ratio is not None and ratio < BAD and not _is_long(of):
         text = f"The loss changes by {ratio:.2f} of what the quadratic model predicts: it is trusted too far."
         advice = f"Raise damping, or adapt it, {_RULE}; larger batches help where their noise is what is fitted."
         yield "damping-small", text, advice
 
 
-def _lower(of: Numbers, rule: StepRule | None) -> str:
+def _lower_damping(of: Numbers, rule: StepRule | None) -> str:
     if rule is None:
         return "Lower damping."
     if not rule.adapts_damping:
@@ -117,27 +118,27 @@ def _step(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
         yield "step-long", text, "Lower the learning rate or kl_clip, or leave learning_rate out."
     elif best > SHORT:
         text = f"The quadratic model is least at {best:.2g} times the next step."
-        way = "kl_clip, which shortens most steps" if of.clipped > MANY else "the learning rate"
+        way = "kl_clip, which shortens most steps" if of.clipped > MAJORITY else "the learning rate"
         yield "step-short", text, f"Raise {way}, or leave learning_rate out."
 
 
 def _counts(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
-    if of.clipped > MANY and of.steps >= FIRST:
+    if of.clipped > MAJORITY and of.steps >= MIN_STEPS:
         text = f"kl_clip shortened {of.clipped:.0%} of the steps: it sets their length, not the learning rate."
         yield "clipped", text, "Raise kl_clip if training is stable, else lower the learning rate until few are."
-    if of.rejected > SOME:
+    if of.rejected > NOT_RARE:
         text = f"{of.rejected:.1%} of the updates were zero: gradient or step were not finite, or had no inverse."
         yield "rejected", text, "Look for NaN in the loss and its gradient; with damping=0, raise it."
-    if of.skipped > SOME:
+    if of.skipped > NOT_RARE:
         text = f"{of.skipped:.1%} of the batches were left out of the curvature: their factors were not finite."
         yield "skipped", text, "Look for NaN and overflows in the model, as float16 has."
 
 
 def _inverses(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str]]:
-    if of.condition_number * of.resolution > ROUNDING:
+    if of.condition_number * of.resolution > MAX_ROUNDING:
         text = f"A damped block has the condition number {of.condition_number:.1e}: rounding changes its inverse."
         yield "ill-conditioned", text, "Raise damping (or its minimum), or compute in float64."
-    if of.stale > STALE:
+    if of.stale > MAX_STALE:
         text = f"With inverses of today's averages, the preconditioned gradient would differ by {of.stale:.0%}."
         yield (
             "stale-inverses",
