@@ -91,7 +91,7 @@ def test_forward_derivatives_of_gradients() -> None:
 def test_input_factors_are_those_of_patches(name: str, entries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of the batch, which need not divide it."""
     if entries is not None:
-        monkeypatch.setitem(factors.AT_ONCE, "cpu", entries)
+        monkeypatch.setitem(factors.CHUNK_ENTRIES, "cpu", entries)
     run, x, kernel = conv(name)
     params = {"kernel": kernel}
     model_fn = lambda params, x: run(x, params["kernel"])  # noqa: E731
@@ -198,7 +198,7 @@ def test_kfac_of_a_convolutional_net_lowers_for_gpu_and_tpu() -> None:
 
 @pytest.mark.sweep
 def test_kfac_of_a_convolutional_net_on_a_sharded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(factors.AT_ONCE, "cpu", 100)
+    monkeypatch.setitem(factors.CHUNK_ENTRIES, "cpu", 100)
     _, params, batch = network()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
