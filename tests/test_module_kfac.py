@@ -215,6 +215,15 @@ def test_what_is_refused() -> None:
     for name, value in {"lr": "fast", "damping": ggn_jax.QuadraticModel(), "weight_decay": None}.items():
         with pytest.raises(TypeError, match=f"{name} must be a number"):
             torch_bridge.KFAC(module, nn.MSELoss(), **{name: value})
+    bad = [{"lr": -0.1}, {"lr": float("nan")}, {"lr": 0.1, "damping": -1.0}, {"weight_decay": float("inf")}]
+    for numbers in bad:
+        with pytest.raises(ValueError, match="must be finite and at least 0; got"):
+            torch_bridge.KFAC(module, nn.MSELoss(), **numbers)
+    for options in ({"momentum": 0.9}, {"lr": 0.1, "damping": ggn_jax.SlopeDamping()}, {"inverse_interval": 0}):
+        with pytest.raises(ValueError, match=r"QuadraticModel|inverse_interval"):
+            torch_bridge.KFAC(module, nn.MSELoss(), **options)
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        torch_bridge.KFAC(module, nn.MSELoss(), seed="a")
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, .* got list"):
         torch_bridge.KFAC(list(module.parameters()), nn.MSELoss())
     with pytest.raises(ValueError, match="parameters that require gradients"):
@@ -227,6 +236,22 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="no entry 'kfac'"):
         optimizer.load_state_dict(torch.optim.SGD(module.parameters(), 0.1).state_dict())
     optimizer.step(batch)
+    for number, error in ((-0.1, ValueError), ("0.1", TypeError), (None, TypeError)):
+        optimizer.param_groups[0]["lr"] = number
+        with pytest.raises(error, match=r"param_groups\[0\]\['lr'\] must be"):
+            optimizer.step(batch)
+    optimizer.param_groups[0]["lr"] = 0.1
+    saved = optimizer.state_dict()
+    adapted = torch_bridge.KFAC(module, nn.MSELoss())
+    with pytest.raises(ValueError, match=r"with the same rules; it has numbers, and this one has .*QuadraticModel"):
+        adapted.load_state_dict(saved)
+    assert "lr" not in adapted.param_groups[0]
+    other = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1, momentum=None)
+    other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="of another module or of other options"):
+        other.step(batch)
+    kept = other.state_dict()["kfac"]["state"]  # what was loaded
+    assert all(map(torch.equal, kept, saved["kfac"]["state"]))
     module[1].running_mean.fill_(1.0)
     with pytest.raises(RuntimeError, match=r"1.running_mean of the module changed"):
         optimizer.step(batch)

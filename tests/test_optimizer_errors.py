@@ -44,6 +44,12 @@ MASK = "weight_decay_mask must be a pytree of booleans like params"
             ValueError,
             "looks along the last step",
         ),
+        (
+            {"learning_rate": ggn_jax.QuadraticModel},
+            TypeError,
+            "learning_rate must be an instance; got the class Quadr",
+        ),
+        ({"damping": ggn_jax.SlopeDamping}, TypeError, "damping must be an instance; got the class SlopeDamping"),
         ({"adapt_damping": 5}, TypeError, "unexpected keyword argument 'adapt_damping'. Did you mean 'damping'?"),
         ({"learning_rate": -1.0}, ValueError, f"{RATE}(...); got -1.0"),
         ({"learning_rate": float("inf")}, ValueError, f"{RATE}(...); got inf"),

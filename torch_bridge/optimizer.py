@@ -1,7 +1,8 @@
 """KFAC as an optimizer of PyTorch: the step is one jitted function, the module's parameters are written in place."""
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -96,14 +97,18 @@ class KFAC(torch.optim.Optimizer):
         check_initialised(module)
         given = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, rules in RULES.items():
-            value, words = given[name], [f"ggn_jax.{rule.__name__}" for rule in rules]
-            fits = isinstance(value, (int, float, *rules)) and not isinstance(value, bool)
-            if not (fits or (name == "damping" and value == "auto")):
-                raise TypeError(f"{name} must be {' or '.join(['a number', *words])}; got {value!r}.")
+            if not isinstance(given[name], tuple(rules)) and not (name == "damping" and given[name] == "auto"):
+                _check_number(name, given[name], rules)
         numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
         if "lr" in numbers and given["damping"] == "auto":
             numbers["damping"] = USUAL_DAMPING
         self._rules = {name: value for name, value in given.items() if name not in numbers}
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer; got {seed!r}.")
+        rate: dict[str, Any] = {**given, **numbers}
+        # Refuses options that do not fit each other; the layers are found at the first step.
+        nothing = np.zeros((1, 1), np.float32)
+        ggn_jax.kfac(_no_model, ggn_jax.MSELoss(), rate.pop("lr"), **rate, example_inputs=nothing, **options)
         self._text, self._loss_tensors = find_loss(loss_func).serialise(loss_func)
         self._module, self._seed, self._options = module, seed, options
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -219,7 +224,7 @@ class KFAC(torch.optim.Optimizer):
         self._check_unchanged()
         with jax_on(self._device):
             params, inputs, targets = self._arrays(example, target)
-            examples = self._module_fn.arguments(inputs, self._module_fn.buffers(), self._any_seed())
+            examples = self._module_fn.arguments(inputs, self._module_fn.buffers(), _any_seed(self._module_fn))
             kfac = self._make(_shapes(examples), self._numbers())
             diagnosis: ggn_jax.Diagnosis = kfac.diagnose(self._kfac_state, params, (examples, targets))
             return diagnosis
@@ -229,17 +234,16 @@ class KFAC(torch.optim.Optimizer):
         inputs, targets = jax.tree.map(lambda tensor: to_jax(tensor.to(self._device)), (as_inputs(example), target))
         return {name: to_jax(parameter) for name, parameter in self._trained.items()}, inputs, targets
 
-    def _any_seed(self) -> jax.Array | None:
-        """One that is not torch's, where its draws are of no consequence."""
-        return jnp.ones(1) if self._module_fn.random else None
-
     def _check_started(self, caller: str) -> None:
         if self._kfac_state is None:
             raise RuntimeError(f"{caller} needs a state that has seen a batch: take a step first.")
 
     def _numbers(self) -> dict[str, Any]:
         """Those that may have changed, as JAX's scalars."""
-        return {name: np.float64(self.param_groups[0][name]) for name in RULES if name not in self._rules}
+        numbers = {name: self.param_groups[0].get(name) for name in RULES if name not in self._rules}
+        for name, value in numbers.items():
+            _check_number(f"param_groups[0][{name!r}]", value)
+        return {name: np.float64(value) for name, value in numbers.items()}
 
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
@@ -264,12 +268,11 @@ class KFAC(torch.optim.Optimizer):
             )
             return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state, value, buffers
 
-        self._module_fn = module_fn
-        examples = module_fn.arguments(inputs, module_fn.buffers(), self._any_seed())
+        examples = module_fn.arguments(inputs, module_fn.buffers(), _any_seed(module_fn))
         kfac = optimizer(examples, self._numbers())
-        self._kfac_state = kfac.init(params)
+        state = kfac.init(params)
         if self._saved is not None:
-            self._kfac_state, self._saved = self._restored(self._saved), None
+            state = self._restored(self._saved, state)
 
         def valid(params: Any, inputs: Any, targets: Any) -> Any:
             return jnp.all(loss.targets_valid(module_fn.zero_outputs(params, inputs), targets))
@@ -278,6 +281,7 @@ class KFAC(torch.optim.Optimizer):
             return loss(module_fn.zero_outputs(params, inputs), targets)
 
         self._valid, self._value, self._make = jax.jit(valid), value, optimizer
+        self._module_fn, self._kfac_state, self._saved = module_fn, state, None
         self._statistics, self._run = kfac.statistics, jax.jit(run, donate_argnums=1)
 
     def _check_targets(self, *args: Any) -> None:
@@ -295,8 +299,9 @@ class KFAC(torch.optim.Optimizer):
                 " constants: make a new optimizer."
             )
 
-    def _restored(self, saved: list[Tensor]) -> Any:
-        leaves, structure = jax.tree.flatten(self._kfac_state)
+    def _restored(self, saved: list[Tensor], fresh: Any) -> Any:
+        """What was saved, as a state of the structure of a fresh one."""
+        leaves, structure = jax.tree.flatten(fresh)
         fits = len(leaves) == len(saved) and all(
             tuple(tensor.shape) == leaf.shape for tensor, leaf in zip(saved, leaves, strict=True)
         )
@@ -318,7 +323,11 @@ class KFAC(torch.optim.Optimizer):
         if self._kfac_state is not None:
             with jax_on(self._device):
                 tensors = [to_torch(leaf) for leaf in jax.tree.leaves(self._kfac_state)]
-        return super().state_dict() | {"kfac": {"state": tensors, "count": self._count, "seed": self._seed}}
+        own = {"state": tensors, "count": self._count, "seed": self._seed, "rules": self._rule_names()}
+        return super().state_dict() | {"kfac": own}
+
+    def _rule_names(self) -> dict[str, str]:
+        return {name: str(rule) for name, rule in self._rules.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer that was made with the same module and options.
@@ -333,6 +342,11 @@ class KFAC(torch.optim.Optimizer):
         if "kfac" not in state_dict:
             raise ValueError("state_dict must be that of a torch_bridge.KFAC; it has no entry 'kfac'.")
         own = state_dict["kfac"]
+        if own["rules"] != self._rule_names():
+            raise ValueError(
+                f"state_dict must be that of an optimizer with the same rules; it has {own['rules'] or 'numbers'}, and"
+                f" this one has {self._rule_names() or 'numbers'}: make it as that one was made."
+            )
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "kfac"})
         self._count, self._seed = own["count"], own["seed"]
         self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
@@ -341,3 +355,22 @@ class KFAC(torch.optim.Optimizer):
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _check_number(name: str, value: Any, rules: Sequence[type] = ()) -> None:
+    """A finite number of at least 0."""
+    words = " or ".join(["a number", *(f"ggn_jax.{rule.__name__}(...)" for rule in rules)])
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {words}; got {value!r}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0; got {value!r}.")
+
+
+def _any_seed(module_fn: TrainedModule) -> jax.Array | None:
+    """One that is not torch's, where its draws are of no consequence."""
+    return jnp.ones(1) if module_fn.random else None
+
+
+def _no_model(params: Any, inputs: Any) -> Any:
+    """In the place of a module that is not converted yet."""
+    return inputs

@@ -10,6 +10,7 @@ GOOD, BAD = 3 / 4, 1 / 4  # of reduction ratios, as in Levenberg and Marquardt's
 MAX_DAMPING_RATIO = 10  # of a damping against a block's mean eigenvalue
 LONG, SHORT = 1 / 2, 3  # of the best length of a step, in units of its own
 MAJORITY = 1 / 2  # of clipped steps
+SETTLED = 100  # steps, in which an adapted damping falls by a factor of 150
 MIN_STEPS = 10  # steps that are too few to speak of shares
 NOT_RARE = 1 / 100  # of rejected steps, and of skipped batches
 MAX_STALE = 0.3
@@ -75,15 +76,17 @@ def _damping(of: Numbers, rule: StepRule | None) -> Iterator[tuple[str, str, str
     pairs = zip(of.sizes, of.mean_eigenvalues, strict=True)
     swamped = sum(n for n, mean in pairs if of.damping > MAX_DAMPING_RATIO * mean)
     share, ratio = swamped / max(sum(of.sizes), 1), of.reduction_ratio
-    if share > MAJORITY and (ratio is None or ratio > GOOD):
+    if share > MAJORITY and (ratio is None or ratio > GOOD) and not _is_on_its_way(of, rule):
         text = (
             f"The damping {of.damping:.2g} is more than {MAX_DAMPING_RATIO} times the mean eigenvalue of the blocks of"
             f" {share:.0%} of the parameters"
         )
-        text += "." if ratio is None else f", and the loss falls by {ratio:.2f} of what the quadratic model predicts."
+        text += (
+            "." if ratio is None else f", and the loss falls by {ratio:.2f} times what the quadratic model predicts."
+        )
         yield "damping-large", text, _lower_damping(of, rule)
     if ratio is not None and ratio < BAD and not _is_long(of):
-        text = f"The loss changes by {ratio:.2f} of what the quadratic model predicts: it is trusted too far."
+        text = f"The loss changes by {ratio:.2f} times what the quadratic model predicts: it is trusted too far."
         advice = f"Raise damping, or adapt it, {_RULE}; larger batches help where their noise is what is fitted."
         yield "damping-small", text, advice
 
@@ -96,7 +99,12 @@ def _lower_damping(of: Numbers, rule: StepRule | None) -> str:
     kind = type(rule.damping).__name__
     if of.damping <= 1.01 * float(rule.damping.minimum):
         return f"Lower the minimum of {kind}, which it has reached."
-    return f"{kind} lowers it step by step: start from a smaller damping."
+    return f"{kind} lowers it step by step: start from a smaller damping, {kind}(initial=...)."
+
+
+def _is_on_its_way(of: Numbers, rule: StepRule | None) -> bool:
+    """Whether a rule is still lowering the damping from where it started."""
+    return rule is not None and rule.adapts_damping and of.steps < SETTLED and of.damping > float(rule.damping.minimum)
 
 
 _RULE = "damping=ggn_jax.LevenbergMarquardt()"

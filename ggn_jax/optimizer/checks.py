@@ -40,6 +40,8 @@ def check_number(name: str, value: Any, allowed: Range = AT_LEAST_0, also: tuple
 
 def check_schedule(name: str, value: Any, also: tuple[str, ...] = ()) -> None:
     """A number of at least 0, or a function of the number of steps."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be an instance; got the class {value.__name__}: call it, {value.__name__}(...).")
     if not callable(value):
         check_number(name, value, also=("a function of the number of steps", *also))
 

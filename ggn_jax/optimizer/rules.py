@@ -22,7 +22,8 @@ class QuadraticModel:
     model per step, and `update` requires `batch`, also where it gets `factors`.
 
     Args:
-        momentum: whether `m` is chosen too (default). With False, `a` alone is, for the momentum that `kfac` is given.
+        momentum: whether `m` is chosen too (default). With False, `a` alone is, as the minimum of `M(-a d)`, and `m` is
+            the momentum that `kfac` is given.
 
     Raises:
         TypeError: if `momentum` is not True or False.
@@ -58,7 +59,7 @@ class LevenbergMarquardt:
         interval: how many steps pass between comparisons (default 5). Let `inverse_interval` divide it, so that
             inverses know the new damping.
         minimum: what the damping does not fall below, at least 0 (default 1e-5): as the loss goes to 0, rounding and
-            the draws need some.
+            the draws need some. It does not rise above 1e10.
 
     Raises:
         ValueError, TypeError: for numbers out of range, and for arrays where Python's own are required.
@@ -99,7 +100,7 @@ class SlopeDamping:
 
     Args:
         initial: the damping to start from, a number above 0 (default 1).
-        minimum: what the damping does not fall below, at least 0 (default 1e-5).
+        minimum: what the damping does not fall below, at least 0 (default 1e-5). It does not rise above 1e10.
 
     Raises:
         ValueError, TypeError: for numbers out of range.
@@ -123,3 +124,5 @@ def _check_range(rule: LevenbergMarquardt | SlopeDamping) -> None:
     kind = type(rule).__name__
     check_number(f"initial of {kind}", rule.initial, ABOVE_0)
     check_number(f"minimum of {kind}", rule.minimum)
+    if isinstance(rule.initial, int | float) and isinstance(rule.minimum, int | float) and rule.initial < rule.minimum:
+        raise ValueError(f"initial of {kind} must not be below its minimum {rule.minimum}; got {rule.initial}.")
