@@ -35,7 +35,7 @@ def test_intervals() -> None:
         ]
         changed.append((not same[0], not same[1]))
         state = new
-    assert [t for t in range(14) if changed[t][0]] == [0, 1, 2, 4, 6, 8, 10, 12]
+    assert [t for t in range(14) if changed[t][0]] == [0, 2, 4, 6, 8, 10, 12]
     assert [t for t in range(14) if changed[t][1]] == [0, 1, 2, 4, 6, 12]
 
 

@@ -42,7 +42,6 @@ from ggn_jax.optimizer.curvature import (
     initial_curvature,
     zero_factors,
 )
-from ggn_jax.optimizer.inverse_updates import are_due
 from ggn_jax.optimizer.masked import check_full, floating_part, is_masked, model_of_part
 from ggn_jax.optimizer.numbers import zeros_like
 from ggn_jax.optimizer.settings import Settings
@@ -214,7 +213,7 @@ class Core:
         return value, grads, self._factors(layout, *sums, counts, curvature)
 
     def _is_due(self, curvature: Curvature) -> Bool[Array, ""]:
-        return are_due(curvature.count, self.settings.factor_interval) | (curvature.weight == 0)
+        return (curvature.count % self.settings.factor_interval == 0) | (curvature.weight == 0)
 
     def _sums(
         self,

@@ -59,7 +59,7 @@ def update_inverses(
     interval, everything = settings.inverse_interval, dict.fromkeys(range(len(blocks)))
     args = vary_alike(blocks, inverses, damping, first)
     if interval == 1 or not settings.staggered:
-        due = first | (known & are_due(count, interval))
+        due = first | (known & _all_due(count, interval))
         return jax.lax.cond(due, some(everything), none, *args)
     # One branch for each subset, one for all at the first step, and one for none.
     branches = [some(subset) for subset in _schedule(blocks, interval, settings.spread)]
@@ -159,7 +159,7 @@ def _groups_where(which: Bool[Array, " G"], yes: Block, no: Block) -> Block:
     return chosen
 
 
-def are_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
+def _all_due(count: Int[Array, ""], interval: int) -> Bool[Array, ""]:
     """Whether all inverses are due after `count` steps: each `interval` steps, and before that after 1, 2, 4, 8, ...,
     since averages of few batches change fast.
     """

@@ -38,11 +38,11 @@ class KFACOptions(KroneckerOptions, total=False):
     """The decay of the factors' averages, which are bias-corrected; 0.95 by default."""
     factor_interval: int | Literal["auto"]
     """How many steps pass between new factors: `"auto"` (default) is 1, or 5 for `kfac` with `SlopeDamping`, as with
-    nothing set. They are computed after 1, 2, 4, 8, ... steps as well, below the first interval, since averages change
-    fast at first."""
+    nothing set. Not more often at first: the averages would keep the first batches' curvature for longer."""
     inverse_interval: int | Literal["auto"]
-    """How many steps pass between new inverses, likewise: `"auto"` (default) is 10, or 5 for `kfac` with a
-    `QuadraticModel`, as without a learning rate."""
+    """How many steps pass between new inverses: `"auto"` (default) is 10, or 5 for `kfac` with a `QuadraticModel`, as
+    without a learning rate. They are computed after 1, 2, 4, 8, ... steps as well, below the first interval, since the
+    averages of few batches change fast."""
     staggered: bool
     """Whether to recompute a subset of the inverses at each step but the first, which computes all, so that no other
     step takes longer than the rest; False by default."""
