@@ -136,6 +136,7 @@ def test_quadratic_learning_rate_and_momentum() -> None:
         example_inputs=batches[0][0],
         damping=ggn_jax.SlopeDamping(0.2),
         fisher_type="type-2",
+        factor_interval=1,
         inverse_interval=10,  # the rest by the default rule
     )
     scale = ggn_jax.scale_by_kfac(mlp, CE, example_inputs=batches[0][0], damping=0.2, fisher_type="type-2")
