@@ -60,6 +60,8 @@ class KFAC(torch.optim.Optimizer):
 
     Raises:
         TypeError: for arguments of other kinds or names.
+        ValueError: for numbers that are negative or not finite, here or in `param_groups` at a step, and for options
+            that do not fit each other.
         RuntimeError: at a step, where the module has changed.
         NotImplementedError: at a step, for a module that is random in other ways than dropout.
 
@@ -97,10 +99,11 @@ class KFAC(torch.optim.Optimizer):
         check_initialised(module)
         given = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, rules in RULES.items():
-            if not isinstance(given[name], tuple(rules)) and not (name == "damping" and given[name] == "auto"):
-                _check_number(name, given[name], rules)
+            value, also = given[name], "auto" if name == "damping" else None
+            if not isinstance(value, tuple(rules)) and not (isinstance(value, str) and value == also):
+                _check_number(name, value, rules)
         numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
-        if "lr" in numbers and given["damping"] == "auto":
+        if "lr" in numbers and isinstance(damping, str):
             numbers["damping"] = USUAL_DAMPING
         self._rules = {name: value for name, value in given.items() if name not in numbers}
         if isinstance(seed, bool) or not isinstance(seed, int):
