@@ -154,7 +154,7 @@ def test_inject_hyperparams(way: str) -> None:
     assert {"learning_rate", "damping"} <= set(state.hyperparams)
     if way == "static_args":
         bare = optax.inject_hyperparams(ggn_jax.kfac, static_args=["model_fn", "loss", "example_inputs"])
-        with pytest.raises(TypeError, match="name 'factor_interval' in its static_args"):
+        with pytest.raises(TypeError, match="name 'mc_samples' in its static_args"):
             bare(mlp, CE, schedule, example_inputs=x).init(params)
 
 
