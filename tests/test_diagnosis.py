@@ -148,6 +148,7 @@ RULE = StepRule(
         ({"damping": 1e-1}, ["damping-large"], "start from a smaller damping"),
         ({"damping": 1e-5, "mean_eigenvalues": (1e-7, 1.0)}, ["damping-large"], "Lower the minimum of SlopeDamping"),
         ({"damping": 1e-1, "steps": 20}, [], ""),  # it is falling already
+        ({"damping": 1.005e-5, "steps": 20, "mean_eigenvalues": (1e-7, 1.0)}, ["damping-large"], "Lower the minimum"),
         ({"damping": 1e-1, "reduction_ratio": 0.7}, [], ""),  # the model would not hold with less
         ({"damping": 1e-1, "sizes": (4, 6), "mean_eigenvalues": (1e-3, 1e-1)}, [], ""),  # for few of the parameters
         ({"reduction_ratio": 0.2}, ["damping-small"], "Raise damping"),

@@ -97,14 +97,19 @@ def _lower_damping(of: Numbers, rule: StepRule | None) -> str:
     if not rule.adapts_damping:
         return f"Lower damping, or adapt it, {_RULE}."
     kind = type(rule.damping).__name__
-    if of.damping <= 1.01 * float(rule.damping.minimum):
+    if _is_least(of, rule):
         return f"Lower the minimum of {kind}, which it has reached."
     return f"{kind} lowers it step by step: start from a smaller damping, {kind}(initial=...)."
 
 
 def _is_on_its_way(of: Numbers, rule: StepRule | None) -> bool:
     """Whether a rule is still lowering the damping from where it started."""
-    return rule is not None and rule.adapts_damping and of.steps < SETTLED and of.damping > float(rule.damping.minimum)
+    return rule is not None and rule.adapts_damping and of.steps < SETTLED and not _is_least(of, rule)
+
+
+def _is_least(of: Numbers, rule: StepRule) -> bool:
+    """Whether an adapted damping has reached its minimum, but for rounding."""
+    return of.damping <= 1.01 * float(rule.damping.minimum)
 
 
 _RULE = "damping=ggn_jax.LevenbergMarquardt()"
