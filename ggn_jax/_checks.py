@@ -127,9 +127,14 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def is_word(value: Any, word: Any) -> bool:
+    """Whether a value is a certain word; an array is none."""
+    return isinstance(value, str) and value == word
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any], note: str = "") -> None:
     """Refuse what is not one of a few words (or None), arrays among them, of which `in` cannot tell."""
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+    if not any(value is choice or is_word(value, choice) for choice in choices):
         *most, last = map(repr, choices)
         wanted = f"{', '.join(most)} or {last}" if most else last
         raise ValueError(f"{name} must be {wanted}; got {value!r}.{note}")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ggn_jax._checks import Shaped, as_array, as_outputs, compute_dtype, is_concrete
+from ggn_jax._checks import Shaped, are_known, as_array, as_outputs, compute_dtype
 from ggn_jax._sharding import run_auto, vary_alike
 
 
@@ -287,8 +287,7 @@ def check_values(loss: Any, outputs: Shaped, targets: Any, batch: bool) -> None:
 
 def check_values_of_one_loss(loss: Any, outputs: Shaped, targets: Array, batch: bool) -> None:
     """`check_values` of a loss whose terms are of one kind."""
-    leaves = [leaf for leaf in jax.tree.leaves((loss, targets)) if isinstance(leaf, jax.Array)]
-    if not loss.restricts_targets or not all(is_concrete(leaf) for leaf in leaves):
+    if not loss.restricts_targets or not are_known((loss, targets)):
         return
     with jax.ensure_compile_time_eval():  # constants are known under `jit` as well
         count, first = np.asarray(_find_invalid(loss, targets, outputs.shape, outputs.dtype, batch)).tolist()

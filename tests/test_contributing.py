@@ -1,14 +1,13 @@
 """What CONTRIBUTING says of the modules, and the picture of them, is what there is."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "ggn_jax"
+from test_project import ROOT, modules
+
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py"
+    name.removeprefix("ggn_jax.")
+    for name, path in modules().items()
+    if name.startswith("ggn_jax.") and path.name != "__init__.py"
 }
 
 

@@ -97,21 +97,20 @@ class KFAC(torch.optim.Optimizer):
             renamed = " learning_rate is lr here." if "learning_rate" in unknown else ""
             raise TypeError(f"KFAC has no options {', '.join(unknown)}; it has {known}.{renamed}")
         check_initialised(module)
-        given = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        if isinstance(damping, str) and damping == "auto" and not isinstance(lr, ggn_jax.QuadraticModel):
+            damping = USUAL_DAMPING
+        given: dict[str, Any] = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         for name, rules in RULES.items():
             value, also = given[name], "auto" if name == "damping" else None
             if not isinstance(value, tuple(rules)) and not (isinstance(value, str) and value == also):
                 _check_number(name, value, rules)
         numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
-        if "lr" in numbers and isinstance(damping, str):
-            numbers["damping"] = USUAL_DAMPING
         self._rules = {name: value for name, value in given.items() if name not in numbers}
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer; got {seed!r}.")
-        rate: dict[str, Any] = {**given, **numbers}
         # Refuses options that do not fit each other; the layers are found at the first step.
         nothing = np.zeros((1, 1), np.float32)
-        ggn_jax.kfac(_no_model, ggn_jax.MSELoss(), rate.pop("lr"), **rate, example_inputs=nothing, **options)
+        ggn_jax.kfac(_no_model, ggn_jax.MSELoss(), given.pop("lr"), **given, example_inputs=nothing, **options)
         self._text, self._loss_tensors = find_loss(loss_func).serialise(loss_func)
         self._module, self._seed, self._options = module, seed, options
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ggn_jax._checks import compute_dtype, is_concrete
+from ggn_jax._checks import are_known, compute_dtype
 from ggn_jax._unbatched import batched_leaves
 from ggn_jax.joint import JointLoss
 from ggn_jax.operators.base import structure_of
@@ -54,7 +54,7 @@ def refuse_mask(mask: Any) -> None:
 
 def check_on_host(vectors: PyTree[Any]) -> None:
     """Refuse vectors without values, as under `jit`, for products that go over batches."""
-    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(vectors)):
+    if not are_known(vectors):
         raise NotImplementedError(
             "products over batches are made on the host, not inside of jit, where lineax's solvers and matfree's"
             " estimators call them: use scipy.sparse.linalg with operator.to_scipy(), or one batch with chunk_size."

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import is_concrete
+from ggn_jax._checks import are_known, is_concrete
 from ggn_jax.kronecker.algebra import Diagonal
 from ggn_jax.kronecker.functions import MAX_DENSE_ROWS
 from ggn_jax.kronecker.stacks import Blocks, ParamsStructure
@@ -17,9 +17,10 @@ from ggn_jax.operators.damping import check_damping, leaf_dampings
 
 def check_block_damping(blocks: Blocks, structure: ParamsStructure, damping: Any) -> PyTree[Array]:
     """The damping, which must be one number for all of a block."""
-    checked = check_damping(damping, parameters_of(structure))
+    parameters = parameters_of(structure)
+    checked = check_damping(damping, parameters)
     if not isinstance(checked, jax.Array):
-        numbers = leaf_dampings(checked, parameters_of(structure))
+        numbers = leaf_dampings(checked, parameters)
         sizes = [math.prod(shape) for shape in structure[0]]
         for stack, block in zip(blocks.stacks, blocks.blocks, strict=True):
             for spec in () if isinstance(block, Diagonal) else stack.specs:
@@ -51,7 +52,7 @@ def _are_equal(numbers: list[Array]) -> bool:
     """Whether the numbers are known to be equal."""
     if all(number is numbers[0] for number in numbers):
         return True
-    return all(map(is_concrete, numbers)) and len({float(number) for number in numbers}) == 1
+    return are_known(numbers) and len({float(number) for number in numbers}) == 1
 
 
 def _format_number(number: Array) -> str:

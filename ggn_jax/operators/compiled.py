@@ -16,8 +16,6 @@ from ggn_jax.kronecker.stacks import Blocks
 from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.problem import Problem
 
-MASKS = " Masks are part of the batches."
-
 
 @eqx.filter_jit
 @compiler_sharded

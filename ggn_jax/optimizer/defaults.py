@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from ggn_jax._checks import is_word
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 
 AUTO = "auto"
@@ -22,10 +23,6 @@ WITH_A_RATE = Tuned(damping=1e-3, momentum=0.9, kl_clip=1e-3, factor_interval=1,
 
 WITHOUT = Tuned(damping=SlopeDamping(), momentum=AUTO, kl_clip=None, factor_interval=5, inverse_interval=5)
 """Where it and the momentum are the quadratic model's, which bounds its steps itself."""
-
-
-def is_word(value: Any, word: str) -> bool:
-    return isinstance(value, str) and value == word
 
 
 def with_defaults(rate: Any, given: Tuned) -> Tuned:

@@ -7,14 +7,14 @@ from typing import Any, Literal, Self, get_args
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from ggn_jax._checks import Examples, check_choice, check_count
+from ggn_jax._checks import Examples, check_choice, check_count, is_word
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.kronecker.algebra import Block, decompose
 from ggn_jax.kronecker.options import DEFAULTS as OF_FACTORS
 from ggn_jax.kronecker.options import KroneckerOptions, Options
 from ggn_jax.kronecker.split import invert_heuristically
 from ggn_jax.optimizer.checks import FROM_0_TO_1, check_dtype, check_flag, check_mesh, check_number, check_static
-from ggn_jax.optimizer.defaults import AUTO, is_word
+from ggn_jax.optimizer.defaults import AUTO
 from ggn_jax.optimizer.numbers import Number
 from ggn_jax.optimizer.spread import Spread
 

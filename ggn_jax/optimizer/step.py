@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ggn_jax._checks import wide_dtype
+from ggn_jax._checks import is_word, wide_dtype
 from ggn_jax._eager import compiled
 from ggn_jax._fusion import seal
 from ggn_jax._sharding import vary_alike
@@ -22,7 +22,7 @@ from ggn_jax.optimizer.checks import (
     spread_mask,
 )
 from ggn_jax.optimizer.curvature import Direction
-from ggn_jax.optimizer.defaults import AUTO, is_word
+from ggn_jax.optimizer.defaults import AUTO
 from ggn_jax.optimizer.numbers import cast, combine, inner, tree_where, value_at, zeros_like
 from ggn_jax.optimizer.quadratic import quadratic_model, reduction_ratio
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping

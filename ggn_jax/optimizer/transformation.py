@@ -209,7 +209,8 @@ def kfac(
     asked = Tuned(damping, momentum, kl_clip, given["factor_interval"], given["inverse_interval"])
     tuned = with_defaults(learning_rate, asked)
     given |= {name: getattr(tuned, name) for name in INTERVALS}
-    rule = StepRule(learning_rate, *tuned[:3], weight_decay, weight_decay_mask)
+    numbers = tuned.damping, tuned.momentum, tuned.kl_clip
+    rule = StepRule(learning_rate, *numbers, weight_decay, weight_decay_mask)
     core = core_of(model_fn, loss, example_inputs, given)
 
     def init(params: PyTree[Array]) -> KFACState:
