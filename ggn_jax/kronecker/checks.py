@@ -14,8 +14,8 @@ from ggn_jax.kronecker.vectors import uses_random_signs
 from ggn_jax.operators.problem import Problem
 
 
-def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
-    """A key per example if anything is drawn: it depends only on the key and the example's number, from `start` on."""
+def check_draw_key(problem: Problem, options: Options, key: Any) -> Array | None:
+    """The key if anything is drawn, else None."""
     output = jax.ShapeDtypeStruct(problem.outputs.shape[1:], problem.outputs.dtype)
     signs = uses_random_signs(problem.loss, output, options.fisher_type, options.positions, problem.num_coupled)
     if options.fisher_type is not FisherType.MC and not signs:
@@ -24,7 +24,13 @@ def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Arr
     if signs:
         several = "coupled examples" if problem.coupled else "several loss positions"
         wanted_by = f"fisher_type 'type-2' with {several} (or pass positions='exact')"
-    return example_keys(check_key(key, wanted_by=wanted_by, batch=True), start, problem.outputs.shape[0])
+    return check_key(key, wanted_by=wanted_by, batch=True)
+
+
+def check_draws(problem: Problem, options: Options, key: Any, start: int) -> Array | None:
+    """A key per example if anything is drawn: it depends only on the key and the example's number, from `start` on."""
+    key = check_draw_key(problem, options, key)
+    return None if key is None else example_keys(key, start, problem.outputs.shape[0])
 
 
 def check_mask(mask: Any, problem: Problem) -> Array | None:

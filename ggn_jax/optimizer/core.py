@@ -1,7 +1,6 @@
 """One pass over a batch: the loss, its gradient, and the factors; and what is static of a model."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ggn_jax._checks import Examples, check_coupled, have_values
+from ggn_jax._draws import example_keys
 from ggn_jax._eager import compiled
 from ggn_jax._hints import check_model_fn, model_errors_explained
 from ggn_jax._model import Model
@@ -19,7 +19,7 @@ from ggn_jax._supported import check_exact, check_supported
 from ggn_jax._unbatched import map_batched
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.joint import flatten_problem
-from ggn_jax.kronecker.checks import check_draws, check_mask
+from ggn_jax.kronecker.checks import check_draw_key, check_mask
 from ggn_jax.kronecker.factors import assemble_blocks, captured_sums, check_mask_fits
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.stacks import Stack, params_structure
@@ -203,24 +203,73 @@ class Core:
 
     def run_pass(self, problem: Problem, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
         """The loss, with aux if the model has some, its gradient, and the factors if they are due: from one pass."""
-        keys = check_draws(problem, self.settings.options, key, 0)
-        return self._compiled_pass(problem, mask, keys, curvature, gradient)
+        return self._compiled_pass(problem, mask, self._check_keys(problem, key), curvature, gradient)
 
-    def _compute_pass(self, problem: Problem, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
-        layout, counts = Layout.of(problem, self.settings.options), problem.any_term_counts()
+    def _compute_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, gradient: bool) -> PassResult:
+        layout, counts = self._layout_of(problem), self._any_term_counts(problem)
+        args = problem, layout, mask, key, curvature, counts
+        if self.settings.factor_interval == 1:
+            return self._full_pass(*args, gradient=gradient)
+        # Between factors, a step costs what the gradient costs: the model is neither mapped over examples nor asked for
+        # what factors would be made of, which would be computed for the branch that is not taken. So factors have a
+        # forward pass of their own. The gradient stays outside of the branches, where XLA compiles convolutions well.
+        value, grads = self._plain_gradient(problem) if gradient else (None, None)
+
+        def factors() -> Factors:
+            return vary_like(self._full_pass(*args, gradient=False)[2], problem)
+
+        def none() -> Factors:
+            zeros = zeros_like(jax.eval_shape(factors))
+            return vary_like(zeros._replace(batches=counts.astype(jnp.float32)), problem)
+
+        due = (curvature.count % self.settings.factor_interval == 0) | (curvature.weight == 0)
+        return value, grads, jax.lax.cond(due, factors, none)
+
+    def _check_keys(self, problem: Any, key: Any) -> Any:
+        return check_draw_key(problem, self.settings.options, key)
+
+    def _layout_of(self, problem: Any) -> Any:
+        layout = Layout.of(problem, self.settings.options)
         self._check_layers(layout, problem.params, problem.inputs)
-        value, grads, sums = self._sums(problem, layout, mask, keys, curvature, counts, layout, gradient)
-        return value, grads, self._factors(layout, *sums, counts, curvature)
+        return layout
 
-    def _is_due(self, curvature: Curvature) -> Bool[Array, ""]:
-        return (curvature.count % self.settings.factor_interval == 0) | (curvature.weight == 0)
+    def _any_term_counts(self, problem: Any) -> Bool[Array, ""]:
+        counts: Bool[Array, ""] = problem.any_term_counts()
+        return counts
+
+    def _full_pass(
+        self,
+        problem: Any,
+        layout: Any,
+        mask: Any,
+        key: Any,
+        curvature: Curvature,
+        counts: Bool[Array, ""],
+        *,
+        gradient: bool,
+    ) -> PassResult:
+        value, grads, sums = self._sums(problem, layout, mask, key, curvature, counts, layout, gradient)
+        return value, grads, self._factors(layout, *sums, counts)
+
+    def _plain_gradient(self, problem: Any) -> tuple[Any, PyTree[Array]]:
+        """The loss, with aux if the model has some, and its gradient: no more than `jax.value_and_grad`."""
+
+        def run(terms_at: Any, inputs: PyTree, operand: Any) -> Any:
+            def value(params: PyTree[Array]) -> Any:
+                outputs, aux = problem.model_fn.with_aux(params, inputs)
+                return terms_at(outputs, operand).loss_value(), aux
+
+            return jax.value_and_grad(value, has_aux=True)(problem.params)
+
+        (value, aux), grads = problem.sum_over_chunks(run)
+        return (value, aux) if self.has_aux else value, grads
 
     def _sums(
         self,
         problem: Problem,
         layout: Layout,
         mask: Any,
-        keys: Any,
+        key: Any,
         curvature: Curvature,
         counts: Bool[Array, ""],
         whole: Layout,
@@ -230,42 +279,27 @@ class Core:
         settings = self.settings
         check_mask_fits(layout.trace, mask)
         bases = bases_of(whole, curvature.inverses) if settings.ekfac else None
-        due, always = self._is_due(curvature), settings.factor_interval == 1
-        weights = mean_weights(layout, mask, problem.outputs.shape[0], counts)
+        size = problem.outputs.shape[0]
+        weights = mean_weights(layout, mask, size, counts)
 
         def run(terms_at: Any, inputs: PyTree, operand: Any, extra: dict[str, Any]) -> Any:
             use_factors = find_use_factors(layout, extra["mask"], weights)
             # EKFAC's corrections need the gradient of each example.
             taps = {} if settings.ekfac else find_taps(use_factors)
-            # The gradient and the factors share a pass, unless taps would make factors in it that may not be due.
-            shared = always or not taps
-            run_model = partial(capture, layout.trace, problem.params, inputs, layout.leaves)
-            captured = value = aux = grads = None
-
-            def factors() -> Sums:
-                seen = captured if captured is not None and shared else run_model(taps=taps)
-                args = (layout, use_factors, seen, terms_at, operand, extra["keys"])
-                sums, corrected = captured_sums(*args), ()
-                if bases is not None:
-                    corrected = captured_sums(*args, bases, unassigned=False)["corrections"]
-                return vary_like((sums, corrected), problem)
-
+            captured = capture(layout.trace, problem.params, inputs, layout.leaves, gradient=gradient, taps=taps)
+            value = grads = None
             if gradient:
-                captured = run_model(gradient=True, taps=taps if shared else {})
                 value, vector = jax.value_and_grad(lambda outputs: terms_at(outputs, operand).loss_value())(
                     captured.outputs
                 )
-                grads, aux = captured.gradient(vector), captured.aux
-            if always:
-                return value, aux, grads, factors()
-            return (
-                value,
-                aux,
-                grads,
-                jax.lax.cond(due, factors, lambda: vary_like(zeros_like(jax.eval_shape(factors)), problem)),
-            )
+                grads = captured.gradient(vector)
+            args = (layout, use_factors, captured, terms_at, operand, extra["keys"])
+            sums, corrected = captured_sums(*args), ()
+            if bases is not None:
+                corrected = captured_sums(*args, bases, unassigned=False)["corrections"]
+            return value, captured.aux if gradient else None, grads, vary_like((sums, corrected), problem)
 
-        extra = {"keys": keys, "mask": mask}
+        extra = {"keys": None if key is None else example_keys(key, 0, size), "mask": mask}
         value, aux, grads, sums = problem.sum_over_chunks(run, extra)
         if grads is not None:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, problem.params)
@@ -275,15 +309,12 @@ class Core:
                 value = value, aux if self.coupled else problem.model_fn.with_aux(problem.params, problem.inputs)[1]
         return value, grads, sums
 
-    def _factors(
-        self, layout: Layout, sums: dict[str, Any], corrected: Any, counts: Bool[Array, ""], curvature: Curvature
-    ) -> Factors:
+    def _factors(self, layout: Layout, sums: dict[str, Any], corrected: Any, counts: Bool[Array, ""]) -> Factors:
         if "unassigned" in sums:  # factors have their weight already; 0 for a batch in which no term counts
             sums["unassigned"] = [jnp.where(counts, x, 0) for x in sums["unassigned"]]
         blocks = assemble_blocks(layout, sums).blocks
         batches = counts.astype(jnp.float32)
-        weight = batches if self.settings.factor_interval == 1 else jnp.where(self._is_due(curvature), batches, 0)
-        factors: Factors = as_plain(Factors(batches, weight, blocks, _stacked_corrections(layout, corrected)))
+        factors: Factors = as_plain(Factors(batches, batches, blocks, _stacked_corrections(layout, corrected)))
         return factors
 
     def _check_layers(self, layout: Layout, params: PyTree[Array], inputs: Any) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ggn_jax._eager import compiled
 from ggn_jax._fusion import max_abs
 from ggn_jax._repr import fields
+from ggn_jax._sharding import vary_alike
 from ggn_jax.kronecker.algebra import (
     Block,
     Dense,
@@ -154,9 +155,37 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
     Averages are kept bias-corrected: `average += gain (new - average)` with `gain = (1 - decay) / weight`, and
     `weight = 1 - decay^n` after n batches. So the first batch has gain 1, and nothing is divided when they are used.
     """
-    finite = all_finite((seen.blocks, seen.corrections))
     present = seen.weight > 0
-    good = present & finite
+    if settings.factor_interval == 1:
+        averages = _averages(curvature, seen, decay, settings)
+    else:
+        # At steps in between, factors are 0 and are not even read.
+        kept = _Averages(curvature.blocks, curvature.inverses, curvature.weight, jnp.asarray(False))
+        kept, curvature, seen = vary_alike(kept, curvature, seen)
+        averages = jax.lax.cond(present, lambda: _averages(curvature, seen, decay, settings), lambda: kept)
+    good, weight = averages.good, averages.weight
+    first = good & (curvature.weight == 0)
+    known = (weight > 0) & (seen.batches > 0)
+    dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
+    args = averages.blocks, dtypes, averages.inverses, curvature.count, first, known, damping, settings
+    skipped = curvature.skipped + (present & ~good).astype(jnp.int32)
+    return Curvature(curvature.count + 1, skipped, weight, damping, averages.blocks, update_inverses(*args))
+
+
+class _Averages(NamedTuple):
+    """The averages with a batch's factors, if these are finite."""
+
+    blocks: PyTree[Array]
+    inverses: Any
+    """Before new ones; but EKFAC's eigenvalues, which are kept with them, are averages as well."""
+    weight: Float[Array, ""]
+    good: Bool[Array, ""]
+    """Whether the factors are there, and finite."""
+
+
+def _averages(curvature: Curvature, seen: Factors, decay: Any, settings: Settings) -> _Averages:
+    present = seen.weight > 0
+    good = present & all_finite((seen.blocks, seen.corrections))
     decay = jnp.asarray(decay, jnp.float32)
     weight = jnp.where(good, decay * curvature.weight + (1 - decay), curvature.weight)
     weight = jnp.where(good & (decay == 1) & (curvature.weight == 0), 1.0, weight)  # decay 1 keeps the first batch's
@@ -170,16 +199,11 @@ def update_averages(curvature: Curvature, seen: Factors, damping: Array, decay: 
     spread = settings.spread
     averages = jax.tree.map(average, curvature.blocks, spread.shard(spread.pad(pack(seen.blocks))))
     blocks = spread.constrain(to_storage(averages, settings.factor_dtype, curvature.count))
-    dtypes = [jax.tree.leaves(block)[0].dtype for block in seen.blocks]
     inverses = list(curvature.inverses)
     spectra = [i for i, block in enumerate(inverses) if settings.ekfac and isinstance(block, Spectral)]
     for i, value in zip(spectra, spread.shard(spread.pad(seen.corrections)), strict=True):
         inverses[i] = inverses[i].replace_values(spread.constrain(average(inverses[i].values, value)))
-    first = good & (curvature.weight == 0)
-    known = (weight > 0) & (seen.batches > 0)
-    inverses = update_inverses(blocks, dtypes, tuple(inverses), curvature.count, first, known, damping, settings)
-    skipped = curvature.skipped + (present & ~finite).astype(jnp.int32)
-    return Curvature(curvature.count + 1, skipped, weight, damping, blocks, inverses)
+    return _Averages(blocks, tuple(inverses), weight, good)
 
 
 def with_new_inverses(curvature: Curvature, dtypes: Sequence[Any], settings: Settings) -> Curvature:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ggn_jax._checks import Examples
 from ggn_jax._sharding import vary_like
 from ggn_jax._weights import weighted_sum
-from ggn_jax.kronecker.checks import check_draws
+from ggn_jax.kronecker.checks import check_draw_key
 from ggn_jax.kronecker.joined import JoinedLayout, add_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.objective import Objective, array_weights, key_of
@@ -66,24 +66,42 @@ class ObjectiveCore(Core):
         weights = vary_like(array_weights(self._objective), params)
         return WeightedProblems([problem for problem, _ in found], weights), [mask for _, mask in found]
 
-    def run_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, *, gradient: bool) -> PassResult:
-        keys = [check_draws(one, self.settings.options, key_of(key, i), 0) for i, one in enumerate(problem.problems)]
-        return self._compiled_pass(problem, mask, keys, curvature, gradient)
+    def _check_keys(self, problem: Any, key: Any) -> Any:
+        return [check_draw_key(one, self.settings.options, key_of(key, i)) for i, one in enumerate(problem.problems)]
 
-    def _compute_pass(self, problem: Any, mask: Any, keys: Any, curvature: Curvature, gradient: bool) -> PassResult:
+    def _layout_of(self, problem: Any) -> Any:
+        layout = JoinedLayout.of_all(problem.problems, self.settings.options)
+        self._check_layers(layout, problem.params, [one.inputs for one in problem.problems])
+        return layout
+
+    def _any_term_counts(self, problem: Any) -> Bool[Array, ""]:
+        each = zip(problem.problems, problem.weights, strict=True)
+        return jnp.any(jnp.stack([one.any_term_counts() & (weight > 0) for one, weight in each]))
+
+    def _plain_gradient(self, problem: Any) -> tuple[Any, PyTree[Array]]:
+        values, grads = zip(*map(super()._plain_gradient, problem.problems), strict=True)
+        return weighted_sum(values, problem.weights), weighted_sum(grads, problem.weights)
+
+    def _full_pass(
+        self,
+        problem: Any,
+        layout: Any,
+        mask: Any,
+        key: Any,
+        curvature: Curvature,
+        counts: Bool[Array, ""],
+        *,
+        gradient: bool,
+    ) -> PassResult:
         problems, weights = problem.problems, problem.weights
-        layout = JoinedLayout.of_all(problems, self.settings.options)
-        self._check_layers(layout, problems[0].params, [one.inputs for one in problems])
-        present = [one.any_term_counts() & (weight > 0) for one, weight in zip(problems, weights, strict=True)]
-        counts = jnp.any(jnp.stack(present))
-        each = zip(problems, layout.functions, mask, keys, strict=True)
+        each = zip(problems, layout.functions, mask, key, strict=True)
         seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
         values, grads, pairs = zip(*seen, strict=True)
         value = weighted_sum(values, weights) if gradient else None
         total = weighted_sum(grads, weights) if gradient else None
         added = [{**sums, "corrections": corrected} if corrected else sums for sums, corrected in pairs]
         joined = add_sums(layout, added, weights)
-        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), counts, curvature)
+        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), counts)
 
 
 def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:
