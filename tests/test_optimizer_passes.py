@@ -51,6 +51,40 @@ def test_one_pass_equals_two(ekfac: bool) -> None:
     assert_close(update(grads, state, params, factors=factors), updates)
 
 
+def with_aux(params: Any, x: jax.Array) -> Any:
+    outputs = embedding_model(params, x)
+    return outputs, {"outputs": outputs, "tokens": x.sum()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ekfac": True}, {"chunk_size": 4}, {"has_aux": True}, {"examples": "coupled"}]
+)
+@pytest.mark.by_default("options2", "options3")
+def test_every_other_step_has_factors(options: dict[str, Any]) -> None:
+    """The gradient of each step is autodiff's; factors are those of each step, or 0."""
+    params, batch = embedding_problem()
+    loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=3)
+    has_aux = options.get("has_aux", False)
+    model = with_aux if has_aux else embedding_model
+    each, other = (
+        ggn_jax.scale_by_kfac(model, loss, example_inputs=batch[0], factor_interval=n, **options) for n in (1, 2)
+    )
+    state, run = other.init(params), jax.jit(other.value_and_grad_and_factors)
+    between = state._replace(curvature=state.curvature._replace(count=jnp.asarray(1), weight=jnp.ones(())))
+    value, grads, factors = run(params, batch, state, key=KEY)
+    later, later_grads, none = run(params, batch, between, key=KEY)
+    wanted = jax.jit(jax.value_and_grad(partial(objective, embedding_model, loss)))(params, batch)
+    if has_aux:
+        _, aux = with_aux(params, batch[0])
+        assert_close((value[1], later[1]), (aux, aux))
+        value, later = value[0], later[0]
+    assert_close((value, grads), wanted)
+    assert_close((later, later_grads), wanted)
+    assert_close(factors, each.factors(params, batch, state, key=KEY))
+    assert is_zero(none._replace(batches=none.weight))
+    assert none.batches == 1
+
+
 def test_factors_are_the_operators() -> None:
     params, batch = embedding_problem()
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
