@@ -16,11 +16,28 @@ from ggn_jax.kronecker.inputs import Inputs
 from ggn_jax.kronecker.layout import EqualParts
 from ggn_jax.kronecker.options import Options
 from ggn_jax.layers import capture, trace_model
+from ggn_jax.layers.dot import has_unit_axes
 from ggn_jax.layers.run import run_equation
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "subscripts"),
+    [
+        ((([1], [2]), ([], [])), "aibj,kli->abjkl"),
+        ((([1], [2]), ([3], [0])), "aibj,jli->jabl"),
+        ((([], []), ([3], [0])), "aibj,jlk->jaiblk"),
+    ],
+)
+def test_products_without_axes_of_length_one(dimensions: Any, subscripts: str) -> None:
+    x, y = normal(1, 3, 1, 4), normal(4, 1, 3, seed=1)
+    eqn = jax.make_jaxpr(lambda x, y: jax.lax.dot_general(x, y, dimensions))(x, y).jaxpr.eqns[0]
+    assert has_unit_axes(eqn)
+    (found,) = run_equation(eqn, [x, y])
+    np.testing.assert_allclose(found, np.einsum(subscripts, x, y), rtol=1e-14)
 
 
 CONVOLUTIONS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

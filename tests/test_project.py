@@ -25,6 +25,7 @@ GGN_JAX = [
     {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {
+        "layers.dot",
         "layers.index_map",
         "layers.jaxprs",
         "layers.noise",

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._hints import ragged_errors_explained
 from ggn_jax.layers.convolution import CONVOLUTION, convolution, convolution_by_patches, is_convolution
+from ggn_jax.layers.dot import dot, has_unit_axes
 from ggn_jax.layers.jaxprs import (
     BRANCHES,
     CUSTOM_JVP,
@@ -35,6 +36,8 @@ def run_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
         return [convolution(eqn, *values)]
     if is_max_pool(eqn):
         return [max_pool(eqn, *values)]
+    if has_unit_axes(eqn):
+        return [dot(eqn, *values)]
     return bind(eqn, values)
 
 
