@@ -155,7 +155,8 @@ class Trainer:
     def __init__(self, task: Task, optimizer: Any):
         second_order = hasattr(optimizer, "value_and_grad_and_factors")
 
-        @jax.jit
+        # Donated, as every training does it: else each step copies parameters and state.
+        @partial(jax.jit, donate_argnums=(0, 1))
         def step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
             key_batch, key_draws = jax.random.split(key)
             batch = task.batch_of(key_batch)

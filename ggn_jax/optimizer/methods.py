@@ -174,10 +174,11 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     def value_and_grad_and_factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
     ) -> tuple[Any, PyTree[Array], Factors]:
-        """Compute the loss, its gradient, and the batch's factors, from one forward pass.
+        """Compute the loss, its gradient, and the batch's factors: with factors of each step, from one forward pass.
 
-        Without it, the gradient and the factors each run the model. Use it inside of `jit`, with the update, as in the
-        example.
+        Without it, the gradient and the factors each run the model. With a `factor_interval` above 1, it computes the
+        gradient as `jax.value_and_grad` does, and factors, where they are due, by a pass of their own: steps in between
+        cost what a gradient costs. Use it inside of `jit`, with the update, as in the example, and donate the state.
 
         Args:
             params: the parameters, a pytree of floating arrays.
@@ -190,9 +191,10 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
 
         Returns:
             `(value, grads, factors)`. With `has_aux=True`, `((value, aux), grads, factors)`, as from
-            `jax.value_and_grad`: `aux` is what `model_fn` returns for the whole batch. Factors of independent examples
-            come from a model that is mapped over them, so that `aux` is computed by a second call, of which the
-            compiler keeps what `aux` depends on. With masked parameters, the gradient is in those that are not masked.
+            `jax.value_and_grad`: `aux` is what `model_fn` returns for the whole batch. With factors of each step, those
+            of independent examples come from a model that is mapped over them, so that `aux` is computed by a second
+            call, of which the compiler keeps what `aux` depends on. With masked parameters, the gradient is in those
+            that are not masked.
 
         Raises:
             ValueError, TypeError, NotImplementedError: for arguments that do not fit, naming them.
