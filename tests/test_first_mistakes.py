@@ -235,6 +235,11 @@ MORE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         Exception,
         (CALLED, "inputs float64[2]", "first axis is the batch's"),
     ),
+    "a batch of other features": (
+        lambda: MADE.factors(PARAMS, (jnp.ones((8, 5)), Y), MADE.init(PARAMS), key=KEY),
+        TypeError,
+        ("(5,) and (2,)", CALLED, "made with example_inputs float64[8, 2]; this batch has inputs float64[8, 5]"),
+    ),
     "grads and state swapped": (
         lambda: MADE.update(MADE.init(PARAMS), PARAMS, PARAMS, batch=(X, Y), key=KEY),
         TypeError,

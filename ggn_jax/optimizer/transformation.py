@@ -22,7 +22,7 @@ from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, 
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.settings import DEFAULTS, INTERVALS, KFACOptions
-from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
+from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, check_rule, first_statistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
 
@@ -127,15 +127,18 @@ def kfac(
     update = step - learning_rate * weight_decay * params
     ```
 
-    where `c = min(1, sqrt(kl_clip / (learning_rate^2 d^T g)))` (Ba et al. 2017), or 1 without `kl_clip`. Convolutions
-    and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
+    where `c = min(1, sqrt(kl_clip / (learning_rate^2 d^T g)))` (Ba et al. 2017), or 1 without `kl_clip`. Where
+    `QuadraticModel()` chooses the whole step `s`, all of it is multiplied by `c`, which is then
+    `min(1, sqrt(kl_clip / s^T (GGN + damping I) s))`: among steps within that bound, this one minimises the model.
+    Convolutions and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` needs the batch of the gradient, perhaps with a
     padding `mask` as third member, and a new key at each step for what is drawn. Targets may be None where nothing
     depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is
-    one pytree of arrays: `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss;
-    `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
-    forward pass.
+    one pytree of arrays: `jit` it, donate it, checkpoint it; another optimizer may go on from it with other numbers,
+    schedules and learning-rate rules, but not with another rule for the damping. Nothing is registered in the model or
+    the loss; `optimizer.report(params)` shows which curvature each parameter gets, and
+    `optimizer.value_and_grad_and_factors` saves a forward pass.
 
     **With nothing set, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning rate and
     the momentum from the quadratic model of each batch (`QuadraticModel()`), a damping from 1 on that follows the slope
@@ -212,13 +215,14 @@ def kfac(
     numbers = tuned.damping, tuned.momentum, tuned.kl_clip
     rule = StepRule(learning_rate, *numbers, weight_decay, weight_decay_mask)
     core = core_of(model_fn, loss, example_inputs, given)
+    blank: Any = jax.eval_shape(lambda: first_statistics(rule.ratio))
 
     def init(params: PyTree[Array]) -> KFACState:
         curvature = core.start(params, _first(rule.first_damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = wide_zeros_like(params) if rule.has_momentum else None
-        rejected, statistics = core.placed((jnp.zeros((), jnp.int32), StepStatistics.zero()), params)
+        rejected, statistics = core.placed((jnp.zeros((), jnp.int32), first_statistics(rule.ratio)), params)
         return KFACState(curvature, velocity, rejected, statistics)
 
     def update(
@@ -238,7 +242,8 @@ def kfac(
                 "update needs batch=(inputs, targets), also with factors, for learning_rate=QuadraticModel(...), which"
                 " is what kfac takes where none is given, and for a damping that adapts."
             )
-        wanted: Any = KFACState(_wanted(core, params), params if rule.has_momentum else None, _COUNTER, _STATISTICS)
+        wanted: Any = KFACState(_wanted(core, params), params if rule.has_momentum else None, _COUNTER, blank)
+        check_rule(state, rule.ratio)
         state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
         used = last.damping if rule.adapts_damping else rule.damping
@@ -274,7 +279,6 @@ def _sharding_of(state: Any) -> Any:
 
 
 _COUNTER: Any = jax.ShapeDtypeStruct((), jnp.int32)
-_STATISTICS: Any = jax.eval_shape(StepStatistics.zero)
 
 
 def _first(damping: Number | Schedule) -> Array:
