@@ -1,5 +1,6 @@
 """Sums over a part of the data are saved, added, and finished as the operator of all data."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_errors_of_partial_sums() -> None:
         diagonal + eqx.tree_at(lambda sums: sums.totals[0]["1"]["w"], diagonal, short["1"]["w"])
     with pytest.raises(ValueError, match=r"of KFACLinearOperator and of EKFACLinearOperator"):
         sums + factors
+    with pytest.raises(TypeError, match="cannot be pickled or copied: save arrays, as the leaves of partial sums"):
+        pickle.dumps(sums)
     with pytest.raises(TypeError, match="added to others; got int"):
         sums + 0
     moved = tanh_net, CE, {**PARAMS, "2": {**PARAMS["2"], "b": PARAMS["2"]["b"].at[1].add(1e-9)}}

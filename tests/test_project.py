@@ -102,7 +102,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "unsupported"},
+    {"_cuda", "_fork", "param_groups", "unsupported"},
     {"tensors", "generators"},
     {"batches", "losses"},
     {"_compute"},

@@ -1,6 +1,7 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -16,7 +17,7 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
-from ggn_jax.optimizer.defaults import Tuned, with_defaults
+from ggn_jax.optimizer.defaults import WITH_A_RATE, Tuned, with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
@@ -33,7 +34,7 @@ def scale_by_kfac(
     loss: Loss | None = None,
     *,
     example_inputs: PyTree,
-    damping: Number | Schedule = 1e-3,
+    damping: Number | Schedule = WITH_A_RATE.damping,
     **options: Unpack[KFACOptions],
 ) -> KFACTransformation:
     r"""Precondition gradients with a damped KFAC or EKFAC inverse, for `optax.chain`.
@@ -101,7 +102,8 @@ def scale_by_kfac(
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
 
     update = on_mesh(update, like)
-    return KFACTransformation.make(core, init, update, None)
+    again = partial(scale_by_kfac, model_fn, loss, example_inputs=example_inputs, damping=damping, **options)
+    return KFACTransformation._make_of(core, init, update, None, again)
 
 
 @takes(DEFAULTS)
@@ -270,7 +272,10 @@ def kfac(
         velocity = params if rule.has_momentum else None
         return updates, KFACState(_sharding_of(state), velocity, NOT_SHARDED, NOT_SHARDED)
 
-    return KFACTransformation.make(core, init, on_mesh(update, like), rule)
+    rest = {"damping": damping, "momentum": momentum, "kl_clip": kl_clip, "weight_decay": weight_decay, **options}
+    args = partial(kfac, model_fn, loss, learning_rate, example_inputs=example_inputs)
+    again = partial(args, weight_decay_mask=weight_decay_mask, **rest)
+    return KFACTransformation._make_of(core, init, on_mesh(update, like), rule, again)
 
 
 def _sharding_of(state: Any) -> Any:
