@@ -20,7 +20,7 @@ from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.compiled import bases_of, compute, compute_joined, finish_blocks, sums_of_batch
 from ggn_jax.operators.examples import unpack_batch
 from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_program
 from ggn_jax.operators.problem import Problem, make_problem
 
 MASKS = " Masks are part of the batches."
@@ -307,10 +307,10 @@ class FactoredLinearOperator(BlockLinearOperator):
         )
         if problem is None:
             raise no_batches(batches, again=factors is not None)
-        made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
-        found = PartialSums.of(*made_of, factors=factors, bases=bases)
+        made_of = recipes.pop(), problem, totals, seen, (key, start) if any(drawn) else None
+        found = PartialSums._of(*made_of, factors=factors, bases=bases)
         if factors is not None:
-            same_params("factors", factors.params, found.params)
+            same_program("factors", factors, found)
         return found
 
     @classmethod
