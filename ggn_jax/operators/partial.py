@@ -8,13 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from ggn_jax._checks import is_concrete, is_sum_start
 from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.loss import Loss
+from ggn_jax.operators.batches import DIFFERENT_DATA, same_data
 from ggn_jax.operators.problem import Problem
 
 
@@ -78,6 +79,8 @@ class PartialSums(eqx.Module):
     """For EKFAC's second pass, the sums of its first."""
     bases: PyTree[Array] = None
     """For EKFAC's second pass, the eigenbases of its first."""
+    data: Float[Array, " n"] | None = None
+    """For EKFAC, sums over examples that tell the data of its passes apart."""
 
     @classmethod
     def _of(
@@ -129,7 +132,8 @@ class PartialSums(eqx.Module):
         totals = jax.tree.map(jnp.add, self.totals, other.totals)
         draws = _union(self.draws, other.draws)
         made = totals, self.examples + other.examples, self.params, self.model, draws
-        return type(self)(*made, self.recipe, self.factors, self.bases)
+        data = jax.tree.map(jnp.add, self.data, other.data)
+        return type(self)(*made, self.recipe, self.factors, self.bases, data)
 
     def __radd__(self, other: Any) -> Self:
         return self if is_sum_start(other) else NotImplemented
@@ -143,6 +147,14 @@ def same_examples(what: str, one: Array, two: Array) -> None:
     """Refuse numbers of examples that differ, if they are known."""
     if _has_value(one) and _has_value(two) and int(one) != int(two):
         raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
+
+
+def same_passes(first: PartialSums, second: PartialSums) -> None:
+    """Refuse two passes over different data, if they are known."""
+    same_examples("EKFAC's passes", first.examples, second.examples)
+    marks = first.data, second.data
+    if all(map(_has_value, marks)) and not same_data(*map(np.asarray, marks)):
+        raise ValueError(DIFFERENT_DATA)
 
 
 def _has_value(x: Any) -> bool:
