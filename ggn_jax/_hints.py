@@ -148,6 +148,22 @@ def model_errors_explained(params: Any, inputs: Any, *, one_example: bool = Fals
         raise
 
 
+@contextmanager
+def example_inputs_named(inputs: Any, example_inputs: Any) -> Iterator[None]:
+    """Add a note to errors that says how inputs differ from those that the layers were found with."""
+
+    def kinds(tree: Any) -> Any:
+        return [(jax.tree_util.keystr(path), x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+    try:
+        yield
+    except Exception as error:
+        if all(map(is_array, jax.tree.leaves(inputs))) and kinds(inputs) != kinds(example_inputs):
+            was = _shapes("example_inputs", example_inputs)
+            error.add_note(f"The optimizer was made with {was}; this batch has {_shapes('inputs', inputs)}.")
+        raise
+
+
 def _shapes(name: str, tree: Any) -> str:
     """The shapes of a pytree's leaves by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -1,12 +1,27 @@
 """Keyword arguments that several functions share: a `TypedDict` says once what they are."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def check_names(caller: str, given: Iterable[str], known: Sequence[str], hint: str = "") -> None:
+    """Refuse names of options that a function does not have, with the nearest one, or `hint` where none is near."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            way_out = f" Did you mean {near[0]!r}?" if near else hint or f" It takes {', '.join(known)}."
+            raise TypeError(f"{caller} got an unexpected keyword argument {name!r}.{way_out}")
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that are given by name only."""
+    found = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def takes(defaults: Mapping[str, Any], hint: str = "") -> Callable[[F], F]:
@@ -24,12 +39,8 @@ def takes(defaults: Mapping[str, Any], hint: str = "") -> Callable[[F], F]:
 
         @wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            for name in kwargs:
-                if name not in known:
-                    caller = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
-                    near = get_close_matches(name, known, 1)
-                    way_out = f" Did you mean {near[0]!r}?" if near else hint or f" It takes {', '.join(known)}."
-                    raise TypeError(f"{caller} got an unexpected keyword argument {name!r}.{way_out}")
+            caller = type(args[0]).__name__ if args and function.__name__ == "__init__" else function.__name__
+            check_names(caller, kwargs, known, hint)
             return function(*args, **kwargs)
 
         checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]

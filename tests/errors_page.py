@@ -24,7 +24,7 @@ def page() -> str:
     parts = [
         ("## Model, parameters and inputs", EVERYWHERE),
         ("## Losses and targets", WITH_TARGETS),
-        ("## Batches, states and single data", MORE),
+        ("## Batches, states, single data and operators", MORE),
     ]
     return HEAD + "\n".join(f"{title}\n\n{table(cases)}" for title, cases in parts)
 

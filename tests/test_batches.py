@@ -147,6 +147,14 @@ def test_errors_of_batches() -> None:
     with pytest.raises(ValueError, match="two passes over the batches gave different data"):
         make(Shrinking(), KFOC)
 
+    class Redrawn:
+        def __iter__(self) -> Any:
+            self.passes = getattr(self, "passes", 0) + 1
+            return iter([(self.passes * x, y) for x, y in as_batches(3, 4)])
+
+    with pytest.raises(ValueError, match="two passes over the batches gave different data: switch off what draws"):
+        make(Redrawn(), EKFAC)
+
 
 def test_errors_name_the_batch_and_what_differs_from_the_first() -> None:
     def make(second: Any, model_fn: Any = tanh_net) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import torch
@@ -186,6 +187,7 @@ def test_arguments(call: str, _name: str, change: Any, error: type[Exception], w
 
 
 MADE = ggn_jax.kfac(model, CE, 0.1, example_inputs=X)
+GGN, JACOBIAN = ggn_jax.GGNLinearOperator(model, CE, PARAMS, (X, Y)), ggn_jax.JacobianLinearOperator(model, PARAMS, X)
 LIST = ("a list of length 2", "from_batches")
 ONE = "make a batch of one"
 MORE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
@@ -235,6 +237,11 @@ MORE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         Exception,
         (CALLED, "inputs float64[2]", "first axis is the batch's"),
     ),
+    "a batch of other features": (
+        lambda: MADE.factors(PARAMS, (jnp.ones((8, 5)), Y), MADE.init(PARAMS), key=KEY),
+        TypeError,
+        ("(5,) and (2,)", CALLED, "made with example_inputs float64[8, 2]; this batch has inputs float64[8, 5]"),
+    ),
     "grads and state swapped": (
         lambda: MADE.update(MADE.init(PARAMS), PARAMS, PARAMS, batch=(X, Y), key=KEY),
         TypeError,
@@ -264,6 +271,51 @@ MORE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         lambda: make_grad_output_fn(optax.l2_loss, "mc"),
         NotImplementedError,
         (LOSS, "Pass ggn_jax.MSELoss()", "twice"),
+    ),
+    "an operator @ a gradient": (
+        lambda: GGN @ PARAMS,
+        TypeError,
+        ("composes operators; got dict", "operator.mv(vector)"),
+    ),
+    "a flat vector": (
+        lambda: GGN.mv(jnp.ones(6)),
+        ValueError,
+        ("like the parameters", "operator.to_scipy()", "ravel_pytree(params)[1](vector)"),
+    ),
+    "an array @ an operator": (lambda: np.ones(6) @ GGN, TypeError, ("composes operators", "operator.T.mv(vector)")),
+    "an operator + a number": (
+        lambda: 0.1 + GGN,
+        TypeError,
+        ("of two operators; got float", "operator.damped(number)"),
+    ),
+    "an operator times True": (lambda: True * GGN, TypeError, ("an operator and a number; got True",)),
+    "an operator times a string": (lambda: JACOBIAN / "2", TypeError, ("an operator and a number; got '2'",)),
+    "an operator times a vector": (
+        lambda: GGN * PARAMS,
+        TypeError,
+        ("an operator and a number; got dict", "operator.mv(vector)"),
+    ),
+    "a solve without blocks": (
+        lambda: GGN.solve(PARAMS),
+        AttributeError,
+        ("GGNLinearOperator has no 'solve'", "lineax.linear_solve(operator.damped(d)", "KFACLinearOperator"),
+    ),
+    "an inverse of a Jacobian": (
+        lambda: JACOBIAN.inverse(),
+        AttributeError,
+        ("'inverse'", "lsqr", "GramLinearOperator"),
+    ),
+    "another library's name": (lambda: GGN.matvec(PARAMS), AttributeError, ("no 'matvec': it is 'mv' here",)),
+    "a method with a slip": (lambda: GGN.submatrx("w"), AttributeError, ("'submatrx'. Did you mean 'submatrix'?",)),
+    "a wrong option of many batches": (
+        lambda: ggn_jax.GGNLinearOperator.from_batches(model, CE, PARAMS, [(X, Y)], chunk=4),
+        TypeError,
+        ("from_batches got an unexpected keyword argument 'chunk'", "Did you mean 'chunk_size'?"),
+    ),
+    "a wrong option of an objective": (
+        lambda: ggn_jax.GGNDiagonalLinearOperator.from_objective(ggn_jax.Objective(model, CE), PARAMS, [(X, Y)], mc=4),
+        TypeError,
+        ("unexpected keyword argument 'mc'", "It takes", "mc_samples"),
     ),
     "arguments swapped": (lambda: make_grad_output_fn("mc", CE), ValueError, ("fisher_type must be one of",)),
 }

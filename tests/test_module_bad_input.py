@@ -86,6 +86,16 @@ def test_vectors() -> None:
             operator @ vector
     with pytest.raises(TypeError, match="operator is real"):
         operator.to_scipy() @ (1j * np.ones(23))
+    mistakes: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: 2 * operator, TypeError, r"2 \* operator.to_scipy"),
+        (lambda: torch.ones(23) @ operator, TypeError, "from the left: operator @ tensors"),
+        (lambda: operator.matvec, AttributeError, "'matvec': here that is operator @ tensors"),
+        (lambda: operator.solve, AttributeError, r"GGNLinearOperator has no 'solve'.*damped\(d\).to_scipy\(\)"),
+        (lambda: operator.dampd, AttributeError, "'dampd'. Did you mean 'damped'"),
+    ]
+    for mistake, error, message in mistakes:
+        with pytest.raises(error, match=message):
+            mistake()
 
 
 def kfac(**options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -210,8 +211,14 @@ def test_one_step_in_training_mode(batch_norm: bool) -> None:
 
 def test_what_is_refused() -> None:
     module, batch = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval().double(), (draw(6, 4), draw(6, 3))
-    with pytest.raises(TypeError, match=r"no options beta; it has .*damping, .*lr, .*seed"):
-        torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1, beta=1)
+    names = {"fisher": "fisher_type'", "learning_rate": "'lr'", "betas": "'momentum'", "xyz": "It takes .*lr, .*seed"}
+    for name, words in names.items():
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'.*{words}"):
+            torch_bridge.KFAC(module, nn.MSELoss(), **{name: 1})
+    habits = [((module.parameters(),), "generator alone"), ((module,), "Sequential alone"), ((), "NoneType")]
+    for args, got in habits:
+        with pytest.raises(TypeError, match=rf"got {got}. Call it as KFAC\(module, torch.nn.CrossEntropyLoss\(\), lr="):
+            torch_bridge.KFAC(*args, lr=0.1)
     for name, value in {"lr": "fast", "damping": ggn_jax.QuadraticModel(), "weight_decay": None}.items():
         with pytest.raises(TypeError, match=f"{name} must be a number"):
             torch_bridge.KFAC(module, nn.MSELoss(), **{name: value})
@@ -231,11 +238,23 @@ def test_what_is_refused() -> None:
     optimizer = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1)
     with pytest.raises(NotImplementedError, match="one group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(TypeError, match=r"batch must be a pair \(inputs, targets\)"):
-        optimizer.step(lambda: 0)
+    for args, got in (((), "none"), ((lambda: 0,), "a function")):
+        with pytest.raises(TypeError, match=rf"\(inputs, targets\); got {got}: call step\(\(inputs, targets\)\)"):
+            optimizer.step(*args)
+    for save in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"KFAC is not pickled or copied.*save state_dict\(\)"):
+            save(optimizer)
     with pytest.raises(ValueError, match="no entry 'kfac'"):
         optimizer.load_state_dict(torch.optim.SGD(module.parameters(), 0.1).state_dict())
     optimizer.step(batch)
+    few = [
+        ((batch[0][:0], batch[1][:0]), "at least one example"),
+        ((batch[0], batch[1][:2]), "common leading batch axis"),
+    ]
+    for bad_batch, words in few:
+        for call in (optimizer.step, optimizer.diagnose):
+            with pytest.raises(ValueError, match=words):
+                call(bad_batch)
     for number, error in ((-0.1, ValueError), ("0.1", TypeError), (None, TypeError)):
         optimizer.param_groups[0]["lr"] = number
         with pytest.raises(error, match=r"param_groups\[0\]\['lr'\] must be"):
@@ -245,7 +264,12 @@ def test_what_is_refused() -> None:
     adapted = torch_bridge.KFAC(module, nn.MSELoss())
     with pytest.raises(ValueError, match=r"with the same rules; it has numbers, and this one has .*QuadraticModel"):
         adapted.load_state_dict(saved)
-    assert "lr" not in adapted.param_groups[0]
+    adapted.load_state_dict(adapted.state_dict())
+    with pytest.raises(KeyError, match=r"no 'lr': lr=QuadraticModel\(.*pass KFAC a number as lr"):
+        torch.optim.lr_scheduler.ExponentialLR(adapted, 0.9)
+    adapted.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] = 0.1 has no effect, since lr=QuadraticModel"):
+        adapted.step(batch)
     other = torch_bridge.KFAC(module, nn.MSELoss(), lr=0.1, momentum=None)
     other.load_state_dict(saved)
     with pytest.raises(ValueError, match="of another module or of other options"):

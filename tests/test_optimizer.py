@@ -136,6 +136,7 @@ def test_quadratic_learning_rate_and_momentum() -> None:
         example_inputs=batches[0][0],
         damping=ggn_jax.SlopeDamping(0.2),
         fisher_type="type-2",
+        kl_clip=0.3,  # above the first step's length, and below the second's
         factor_interval=1,
         inverse_interval=10,  # the rest by the default rule
     )
@@ -151,6 +152,8 @@ def test_quadratic_learning_rate_and_momentum() -> None:
         matrix = dense_ggn(mlp, CE, params, batch) + float(np.float32(0.2)) * np.eye(len(basis))
         bend, slope = basis.T @ matrix @ basis, basis.T @ np.asarray(ravel_pytree(grads)[0])
         coefficients = np.linalg.solve(bend, -slope)
+        size = coefficients @ bend @ coefficients
+        coefficients *= min(1, np.sqrt(0.3 / size))  # the whole step, momentum included
         last = ravel_pytree(updates)[0]
         np.testing.assert_allclose(last, basis @ coefficients, rtol=1e-7, atol=1e-9)
         params = optax.apply_updates(params, updates)
@@ -159,6 +162,8 @@ def test_quadratic_learning_rate_and_momentum() -> None:
     assert float(logged["slope_ratio"]) == pytest.approx(ratio, rel=1e-6)
     assert float(logged["damping"]) == pytest.approx(0.2 * (20 / 19) ** np.clip(4 * (ratio - 1), -1, 13), rel=1e-6)
     assert float(logged["momentum"]) == pytest.approx(coefficients[1], rel=1e-6)
+    assert size > 0.3
+    assert (float(logged["kl"]), int(logged["clipped"])) == (pytest.approx(0.3, rel=1e-6), 1)
 
 
 @pytest.mark.parametrize("rate", [0.01, 30.0])

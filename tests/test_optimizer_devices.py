@@ -51,7 +51,7 @@ def test_sharded_batch_and_shared_inverses_give_the_same_steps(options: Any) -> 
         places = jax.tree.map(lambda x: x.sharding.device_set, state.curvature)
         for t in range(3):
             params, state = step(params, state, batch, jax.random.key(t))
-        if optimizer.core.settings.mesh is not None:  # what `init` made is where the steps leave it
+        if optimizer._core.settings.mesh is not None:  # what `init` made is where the steps leave it
             assert jax.tree.map(lambda x: x.sharding.device_set, state.curvature) == places
         return params
 

@@ -207,8 +207,10 @@ def of_kind(name: str) -> Any:
         "exact": {"damping_method": "exact"},
         "separate": {"bias": "separate"},
         "no momentum": {"momentum": None},
+        "adapted": {"damping": ggn_jax.LevenbergMarquardt()},
+        "quadratic": {"learning_rate": ggn_jax.QuadraticModel(), "damping": ggn_jax.SlopeDamping()},
     }
-    return ggn_jax.kfac(mlp, CE, 0.1, **options, **changes[name])
+    return ggn_jax.kfac(mlp, CE, **{"learning_rate": 0.1, **options, **changes[name]})
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,8 @@ def of_kind(name: str) -> Any:
         ("kfac", "separate", "state.curvature.blocks must hold 4 arrays; got 8"),
         ("kfac", "no momentum", "state.velocity must hold 4 arrays; got 0"),
         ("no momentum", "kfac", "state.velocity must hold 0 arrays; got 4"),
+        ("kfac", "adapted", "same rule for the damping, no rule; got one of LevenbergMarquardt"),
+        ("quadratic", "kfac", "same rule for the damping, SlopeDamping; got one of no rule"),
     ],
 )
 def test_states_of_other_optimizers_are_refused(mine: str, other: str, message: str) -> None:
@@ -230,6 +234,15 @@ def test_states_of_other_optimizers_are_refused(mine: str, other: str, message: 
     optimizer, state = of_kind(mine), jax.eval_shape(of_kind(other).init, params)
     with pytest.raises((TypeError, ValueError), match=f"{message}. .* `init` of this one"):
         jax.eval_shape(partial(optimizer.update, batch=batch, key=KEY), params, state, params)
+
+
+def test_rules_with_arrays_are_those_with_numbers() -> None:
+    """So that they are compared and hashed, as static arguments and keys of caches are."""
+    for kind in (ggn_jax.SlopeDamping, ggn_jax.LevenbergMarquardt):
+        rules = {kind(initial=jnp.asarray(0.5), minimum=np.float32(0.25)), kind(initial=0.5, minimum=0.25)}
+        assert len(rules) == 1
+        with pytest.raises(ValueError, match=r"must not be below its minimum 1.0; got 0.5"):
+            kind(initial=jnp.asarray(0.5), minimum=jnp.asarray(1.0))
 
 
 def test_factors_and_states_of_other_optimizers_are_refused() -> None:

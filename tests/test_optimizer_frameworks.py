@@ -1,6 +1,7 @@
 """The optimizer in optax's and Flax's hands: their wrappers, their training states, donation."""
 
 import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -128,6 +129,18 @@ def test_transformations_that_hold_one(forms: tuple[str, ...]) -> None:
         assert_close(got, updates, 1e-6 if name == "inject" else 1e-12)  # its numbers are float32
     with pytest.raises(TypeError, match="both init and update were replaced"):
         kfac._replace(init=lambda params: params, update=lambda *args: args).report(params)
+
+
+def test_an_optimizer_is_pickled_as_what_it_is_made_of() -> None:
+    kfac = ggn_jax.kfac(mlp, CE, 0.1, example_inputs=batch_of()[0], ekfac=True, momentum=None)
+    scale = ggn_jax.scale_by_kfac(mlp, CE, example_inputs=batch_of()[0], damping=0.1)
+    for optimizer in (ggn_jax.multi_steps(kfac, 2), scale):
+        again, params = pickle.loads(pickle.dumps(optimizer)), mlp_params()
+        assert str(again.report(params)) == str(optimizer.report(params))
+        states = [jax.eval_shape(one.init, params) for one in (again, optimizer)]
+        assert states[0] == states[1]
+    with pytest.raises((AttributeError, pickle.PicklingError), match="<lambda>"):
+        pickle.dumps(kfac._replace(init=lambda params: params))
 
 
 @pytest.mark.parametrize("way", ["function", "static_args"])

@@ -1,10 +1,12 @@
 """Sums over a part of the data are saved, added, and finished as the operator of all data."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_batches import CE, EKFAC, INPUTS, KFAC, KFOC, LABELS, LOSSES, PARAMS, as_batches, tanh_net
@@ -15,6 +17,11 @@ from ggn_jax import GGNDiagonalLinearOperator
 ARGS = tanh_net, CE, PARAMS
 DRAWN: dict[str, Any] = {"fisher_type": "mc", "key": jax.random.key(1), "mc_samples": 2}
 FIRST, SECOND = as_batches(3, 1, 3)[:1], as_batches(3, 1, 3)[1:]
+
+
+def sine_net(params: Any, x: jax.Array) -> jax.Array:
+    """Layers like those of `tanh_net`."""
+    return jnp.sin(tanh_net(params, x))
 
 
 def through_a_file(sums: ggn_jax.PartialSums, like: ggn_jax.PartialSums, path: Path) -> ggn_jax.PartialSums:
@@ -86,11 +93,18 @@ def test_errors_of_partial_sums() -> None:
         diagonal + eqx.tree_at(lambda sums: sums.totals[0]["1"]["w"], diagonal, short["1"]["w"])
     with pytest.raises(ValueError, match=r"of KFACLinearOperator and of EKFACLinearOperator"):
         sums + factors
+    with pytest.raises(TypeError, match="cannot be pickled or copied: save arrays, as the leaves of partial sums"):
+        pickle.dumps(sums)
     with pytest.raises(TypeError, match="added to others; got int"):
         sums + 0
     moved = tanh_net, CE, {**PARAMS, "2": {**PARAMS["2"], "b": PARAMS["2"]["b"].at[1].add(1e-9)}}
     with pytest.raises(ValueError, match="partial sums must be of the same parameters' values"):
         sums + KFAC.partial_sums(*moved, SECOND, **exact)
+    for make, mine in ((KFAC, sums), (GGNDiagonalLinearOperator, diagonal)):
+        with pytest.raises(
+            ValueError, match="partial sums must be of one model; got those of a model_fn with other nonl"
+        ):
+            mine + make.partial_sums(sine_net, *ARGS[1:], SECOND, **(exact if make is KFAC else {}))
     with pytest.raises(ValueError, match="factors must be of the same parameters' values"):
         EKFAC.partial_sums(*moved, FIRST, factors=factors, **exact)
     with pytest.raises(TypeError, match=r"what KFACLinearOperator\.partial_sums returned; got those of GGNDiag"):

@@ -48,11 +48,12 @@ GGN_JAX = [
     {"layers.report"},
     {"layers"},
     {"grad_output", "loss_check", "loss_hessian", "models"},
-    {"operators.flat", "operators.loaders"},
+    {"operators.explained", "operators.flat", "operators.loaders"},
     {"operators.damping", "operators.examples"},
     {"objective", "operators.base", "operators.problem"},
     {"operators.jacobian", "operators.rectangular", "operators.weighted"},
-    {"operators.batches", "operators.partial"},
+    {"operators.batches"},
+    {"operators.partial"},
     {"operators.ordered_passes", "operators.unordered_passes"},
     {"operators.passes"},
     {"operators.outputs"},
@@ -103,7 +104,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "unsupported"},
+    {"_cuda", "_fork", "explained", "param_groups", "unsupported"},
     {"tensors", "generators"},
     {"batches", "losses"},
     {"_compute"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ggn_jax
+from torch_bridge.explained import ExplainedOperator
 from torch_bridge.problem import ModuleProblem, Params
 from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 
@@ -47,7 +48,7 @@ def sampling(mc_samples: int, seed: int) -> dict[str, Any]:
     return {"mc_samples": mc_samples, "key": as_key(seed) if mc_samples else None}
 
 
-class TorchLinearOperator:
+class TorchLinearOperator(ExplainedOperator):
     """A symmetric linear operator on lists of tensors like the parameters: the base class of all operators here."""
 
     def __init__(self, problem: ModuleProblem, operator: Any, *, checks_params: bool = False):

@@ -1,8 +1,6 @@
 """KFAC as an optimizer of PyTorch: the step is one jitted function, the module's parameters are written in place."""
 
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,18 +13,9 @@ import ggn_jax
 from torch_bridge._check_module import check_initialised
 from torch_bridge.batches import as_inputs, as_pair, check_tensors
 from torch_bridge.losses import build_loss, find_loss
+from torch_bridge.param_groups import USUAL_DAMPING, ParamGroup, split_rules, takes_a_module
 from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 from torch_bridge.trained import TrainedModule
-
-RULES: dict[str, list[type]] = {
-    "lr": [ggn_jax.QuadraticModel],
-    "damping": [ggn_jax.LevenbergMarquardt, ggn_jax.SlopeDamping],
-    "weight_decay": [],
-}
-"""What may be given instead of numbers, which may change from step to step."""
-OWN = {"learning_rate", *RULES, "weight_decay_mask", "example_inputs", "full_params", "mesh", "has_aux"}
-USUAL_DAMPING = 1e-3
-OPTIONS = set(inspect.signature(ggn_jax.kfac).parameters) - OWN - {"model_fn", "loss"}
 
 
 class KFAC(torch.optim.Optimizer):
@@ -75,6 +64,7 @@ class KFAC(torch.optim.Optimizer):
         ...     scheduler.step()
     """
 
+    @takes_a_module
     def __init__(
         self,
         module: torch.nn.Module,
@@ -86,26 +76,11 @@ class KFAC(torch.optim.Optimizer):
         seed: int = 0,
         **options: Any,
     ):
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(
-                f"module must be a torch.nn.Module, of which all parameters that require gradients are trained; got"
-                f" {type(module).__name__}."
-            )
-        unknown = sorted(set(options) - OPTIONS)
-        if unknown:
-            known = ", ".join(sorted({*RULES, "seed", *OPTIONS}))
-            renamed = " learning_rate is lr here." if "learning_rate" in unknown else ""
-            raise TypeError(f"KFAC has no options {', '.join(unknown)}; it has {known}.{renamed}")
         check_initialised(module)
         if isinstance(damping, str) and damping == "auto" and not isinstance(lr, ggn_jax.QuadraticModel):
             damping = USUAL_DAMPING
         given: dict[str, Any] = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
-        for name, rules in RULES.items():
-            value, also = given[name], "auto" if name == "damping" else None
-            if not isinstance(value, tuple(rules)) and not (isinstance(value, str) and value == also):
-                _check_number(name, value, rules)
-        numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
-        self._rules = {name: value for name, value in given.items() if name not in numbers}
+        numbers, self._rules = split_rules(given)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer; got {seed!r}.")
         # Refuses options that do not fit each other; the layers are found at the first step.
@@ -138,11 +113,11 @@ class KFAC(torch.optim.Optimizer):
         """
         if self.param_groups:
             raise NotImplementedError("KFAC has one group of parameters, all that the module has when it is made.")
-        super().add_param_group(param_group)
+        super().add_param_group(ParamGroup(param_group, self._rules))
 
     @outside_graphs
     @torch.no_grad()
-    def step(self, batch: Any) -> Tensor:  # type: ignore[override]  # it needs no closure
+    def step(self, batch: Any = None) -> Tensor:  # type: ignore[override]  # it needs no closure
         """Change the parameters by one step on a batch, and return its loss before that.
 
         Args:
@@ -152,15 +127,12 @@ class KFAC(torch.optim.Optimizer):
             The loss, a scalar tensor.
 
         Raises:
-            ValueError, TypeError: for an empty batch, for targets outside of the loss's domain (on the CPU), and for
-                other batches that do not fit.
+            ValueError, TypeError: for no batch, an empty one, one with targets outside of the loss's domain (on the
+                CPU), and for others that do not fit.
             RuntimeError: where the module has changed since the first step.
             NotImplementedError: for a module that is random in other ways than dropout.
         """
-        example, target = as_pair("batch", batch)
-        check_tensors("batch", batch)
-        if not target.numel():
-            raise ValueError("batch must hold at least one example, since a step is made of them; got none.")
+        example, target = _checked(batch)
         with jax_on(self._device):
             params, inputs, targets = self._arrays(example, target)
             if self._run is None:
@@ -221,8 +193,7 @@ class KFAC(torch.optim.Optimizer):
             1
         """
         self._check_started("diagnose")
-        example, target = as_pair("batch", batch)
-        check_tensors("batch", batch)
+        example, target = _checked(batch)
         self._check_unchanged()
         with jax_on(self._device):
             params, inputs, targets = self._arrays(example, target)
@@ -241,11 +212,8 @@ class KFAC(torch.optim.Optimizer):
             raise RuntimeError(f"{caller} needs a state that has seen a batch: take a step first.")
 
     def _numbers(self) -> dict[str, Any]:
-        """Those that may have changed, as JAX's scalars."""
-        numbers = {name: self.param_groups[0].get(name) for name in RULES if name not in self._rules}
-        for name, value in numbers.items():
-            _check_number(f"param_groups[0][{name!r}]", value)
-        return {name: np.float64(value) for name, value in numbers.items()}
+        """Those that may have changed."""
+        return ParamGroup(self.param_groups[0], self._rules).numbers()
 
     def _start(self, example: Any, inputs: Any, params: dict[str, jax.Array]) -> None:
         """Convert the module and make the step's function and first state."""
@@ -328,6 +296,13 @@ class KFAC(torch.optim.Optimizer):
         own = {"state": tensors, "count": self._count, "seed": self._seed, "rules": self._rule_names()}
         return super().state_dict() | {"kfac": own}
 
+    def __getstate__(self) -> Any:
+        """Refuse to be pickled or copied: `torch.optim.Optimizer` would do so without the curvature and the module."""
+        raise TypeError(
+            "KFAC is not pickled or copied, since it holds a module and functions that are compiled for it: save"
+            " state_dict() of it and of the module, and load them into a KFAC that is made as this one was."
+        )
+
     def _rule_names(self) -> dict[str, str]:
         return {name: str(rule) for name, rule in self._rules.items()}
 
@@ -350,6 +325,7 @@ class KFAC(torch.optim.Optimizer):
                 f" this one has {self._rule_names() or 'numbers'}: make it as that one was made."
             )
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "kfac"})
+        self.param_groups = [ParamGroup(group, self._rules) for group in self.param_groups]
         self._count, self._seed = own["count"], own["seed"]
         self._saved = None if own["state"] is None else [tensor.clone() for tensor in own["state"]]
         self._run = self._kfac_state = None  # the next step starts from what was saved
@@ -359,13 +335,24 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _check_number(name: str, value: Any, rules: Sequence[type] = ()) -> None:
-    """A finite number of at least 0."""
-    words = " or ".join(["a number", *(f"ggn_jax.{rule.__name__}(...)" for rule in rules)])
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be {words}; got {value!r}.")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0; got {value!r}.")
+def _checked(batch: Any) -> tuple[Any, Tensor]:
+    """The inputs and targets of a batch of examples."""
+    if batch is None or callable(batch):
+        raise TypeError(
+            f"batch must be a pair (inputs, targets); got {'none' if batch is None else 'a function'}: call"
+            " step((inputs, targets)), which computes the loss and its gradient itself: no backward(), no closure."
+        )
+    example, target = as_pair("batch", batch)
+    check_tensors("batch", batch)
+    if not target.numel():
+        raise ValueError("batch must hold at least one example; got none.")
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(as_inputs(example))]
+    if any(shape[:1] != target.shape[:1] for shape in shapes):
+        raise ValueError(
+            f"inputs and targets must have one common leading batch axis; got inputs {', '.join(map(str, shapes))} and"
+            f" targets {tuple(target.shape)}."
+        )
+    return example, target
 
 
 def _any_seed(module_fn: TrainedModule) -> jax.Array | None:

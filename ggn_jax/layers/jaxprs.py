@@ -17,6 +17,37 @@ REMAT = frozenset({"remat", "remat2", "checkpoint"})
 SCAN = frozenset({"scan"})
 CUSTOM_VJP = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 BRANCHES = frozenset({"cond"})
+NONLINEAR = frozenset(
+    {"abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "digamma"}
+)
+NONLINEAR |= {
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "lgamma",
+    "log",
+    "log1p",
+    "logistic",
+    "max",
+    "min",
+    "pow",
+}
+NONLINEAR |= {
+    "integer_pow",
+    "rsqrt",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "tan",
+    "tanh",
+    "random_bits",
+    "threefry2x32",
+}
 
 Path = tuple[int, ...]
 """Which equation of a jaxpr: its index, after those of the equations (and branches) that it is nested in."""
@@ -92,6 +123,16 @@ def narrowed_dtypes(jaxpr: Any) -> set[Any]:
                 found.add(after)
         found = found.union(*map(narrowed_dtypes, called_by(eqn)))
     return found
+
+
+def nonlinear_functions(jaxpr: Any) -> set[str]:
+    """The names of the functions of single entries, and of draws, in a jaxpr and in what it calls.
+
+    Sums, products and what moves entries are left out: which of them there are may depend on sizes.
+    """
+    eqns = open_jaxpr(jaxpr)[0].eqns
+    own = {eqn.primitive.name for eqn in eqns} & NONLINEAR
+    return own.union(*(nonlinear_functions(inner) for eqn in eqns for inner in called_by(eqn)))
 
 
 def is_reverse_only(jaxpr: Any) -> bool:

@@ -35,6 +35,13 @@ class Trace:
     examples: int  # that the model was traced on together: 1 where they are independent
     aux: Any  # the structure of what a coupled model returns as well
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled or copied, which jaxprs cannot be."""
+        raise TypeError(
+            "what was found by tracing a model cannot be pickled or copied: save arrays, as the leaves of partial sums,"
+            " and find the layers again."
+        )
+
 
 def trace_model(
     model_fn: Callable[[PyTree, PyTree], Array], params: PyTree, inputs: PyTree, *, coupled: bool = False

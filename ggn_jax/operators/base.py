@@ -15,15 +15,17 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import as_array, is_sum_start
+from ggn_jax._hints import is_array
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.damping import check_damping, leaf_dampings, nonnegative_number
+from ggn_jax.operators.explained import ExplainedLinearOperator
 from ggn_jax.operators.flat import scipy_operator
 
 COLUMN_BATCH_SIZE = 32  # of a dense matrix; bounds the memory of `as_matrix`
 
 
-class SymmetricLinearOperator(lx.AbstractLinearOperator):
+class SymmetricLinearOperator(ExplainedLinearOperator):
     """A symmetric operator on pytrees of arrays.
 
     It is a `lineax.AbstractLinearOperator`: it solves (`lineax.linear_solve`), adds (`a + b`), scales and composes.
@@ -126,17 +128,17 @@ class SymmetricLinearOperator(lx.AbstractLinearOperator):
         return DampedLinearOperator(self, damping)
 
     def __radd__(self, other: Any) -> Self:
-        return self if is_sum_start(other) else NotImplemented
+        return self if is_sum_start(other) else super().__radd__(other)
 
     def __mul__(self, other: Any) -> lx.AbstractLinearOperator:
         """`other * self`: positive semi-definite where `self` is, and `other` is known and at least 0."""
-        number = nonnegative_number(other)
+        number = None if isinstance(other, bool) else nonnegative_number(other)
         if number is None or not lx.is_positive_semidefinite(self):
             return super().__mul__(other)
         return self._scaled(number)
 
     def __truediv__(self, other: Any) -> lx.AbstractLinearOperator:
-        number = nonnegative_number(other)
+        number = None if isinstance(other, bool) else nonnegative_number(other)
         if not number or not lx.is_positive_semidefinite(self):
             return super().__truediv__(other)
         return self._scaled(1 / number)
@@ -251,8 +253,8 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any], like:
     wanted = operator.in_structure()
     if jax.tree.structure(vector) != jax.tree.structure(wanted):  # type: ignore[operator]  # untyped in jaxlib
         raise ValueError(
-            f"vector must be a pytree like the {like}s:"
-            f" wanted {jax.tree.structure(wanted)}, got {jax.tree.structure(vector)}."
+            f"vector must be a pytree like the {like}s: wanted {jax.tree.structure(wanted)}, got"
+            f" {jax.tree.structure(vector)}.{_flat_hint(vector, like)}"
         )
     wants, leaves = jax.tree.leaves(wanted), jax.tree.leaves(vector)
     if all(_is_like(leaf, want) for leaf, want in zip(leaves, wants, strict=True)):
@@ -265,6 +267,12 @@ def check_vector(operator: lx.AbstractLinearOperator, vector: PyTree[Any], like:
                 f"vector{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype}, like the"
                 f" {like}; got {jnp.shape(leaf)} and {jnp.result_type(leaf)}."
             )
+
+
+def _flat_hint(vector: Any, like: str) -> str:
+    if is_array(vector) and vector.ndim == 1 and like == "parameter":
+        return " For a flat one there is operator.to_scipy(), or jax.flatten_util.ravel_pytree(params)[1](vector)."
+    return ""
 
 
 def _is_like(leaf: Any, want: jax.ShapeDtypeStruct) -> bool:

@@ -103,7 +103,7 @@ def example_marks(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array,
     return jnp.stack([per_example(x) for x in arrays], axis=1)
 
 
-def fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
+def fingerprint(inputs: PyTree[Array], targets: PyTree[Array]) -> Float[Array, " n"]:
     """Sums over examples that tell data apart, in any order: their number, their marks, and a function of all marks."""
     found = example_marks(inputs, targets)
     sums = jnp.sum(jnp.abs(found), axis=0), jnp.sum(jnp.cos(jnp.sum(found, axis=1)) + 2)
@@ -113,6 +113,12 @@ def fingerprint(inputs: PyTree[Array], targets: Array) -> Float[Array, " n"]:
 def same_data(one: np.ndarray, two: np.ndarray) -> bool:
     """Whether sums of marks are those of the same data; in another order, they differ by rounding."""
     return one.shape == two.shape and np.allclose(one, two, rtol=1e-3, equal_nan=True)
+
+
+DIFFERENT_DATA = (
+    "two passes over the batches gave different data: switch off what draws data again (random crops, sampling with"
+    " replacement, dropping the last batch of a shuffled loader)."
+)
 
 
 def sum_batches(batches: Iterable[Any], sums: Sums) -> tuple[Problem | None, PyTree[Array], int]:

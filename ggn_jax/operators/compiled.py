@@ -13,6 +13,7 @@ from ggn_jax.kronecker.layout import Layout
 from ggn_jax.kronecker.optimal import compute_optimal_blocks, joined_optimal_blocks
 from ggn_jax.kronecker.options import Options
 from ggn_jax.kronecker.stacks import Blocks
+from ggn_jax.operators.batches import fingerprint
 from ggn_jax.operators.partial import PartialSums
 from ggn_jax.operators.problem import Problem
 
@@ -42,11 +43,15 @@ def compute_joined(problems: Any, weights: Any, keys: Any, masks: Any, options: 
 @eqx.filter_jit
 @compiler_sharded
 def sums_of_batch(
-    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any
-) -> tuple[dict[str, Any], Frozen]:
-    """A batch's summands, and their layout: the parameters' entries in each block, in the order of the sums."""
+    problem: Problem, keys: Array | None, mask: Array | None, options: Options, bases: Any, marked: bool
+) -> tuple[tuple[dict[str, Any], Array | None], Frozen]:
+    """A batch's summands, and their layout: the parameters' entries in each block, in the order of the sums.
+
+    Where they are marked, with sums that tell data apart.
+    """
     layout = Layout.of(problem, options)
-    return batch_sums(problem, layout, keys, mask, bases), layout.signature()
+    data = fingerprint(problem.inputs, (problem.targets, mask)) if marked else None
+    return (batch_sums(problem, layout, keys, mask, bases), data), layout.signature()
 
 
 @eqx.filter_jit

@@ -278,7 +278,7 @@ class GGNDiagonalLinearOperator(EntrywiseLinearOperator):
             raise no_batches(batches)
         made_of, options = (problem.loss.reduction, params_structure(params)), (loss_key(loss), mc_samples)
         drawn = (key, start) if compute.draws else None
-        return PartialSums.of(Recipe(cls, (made_of, *options), made_of), problem.params, totals, seen, drawn)
+        return PartialSums._of(Recipe(cls, (made_of, *options), made_of), problem, totals, seen, drawn)
 
     @classmethod
     def finish(cls, sums: PartialSums) -> Self:

@@ -20,7 +20,7 @@ from ggn_jax.operators.blocks import BlockLinearOperator
 from ggn_jax.operators.compiled import bases_of, compute, compute_joined, finish_blocks, sums_of_batch
 from ggn_jax.operators.examples import unpack_batch
 from ggn_jax.operators.nearest import nearest_blocks, refuse_kfoc_mask
-from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_examples, same_params
+from ggn_jax.operators.partial import PartialSums, Recipe, check_sums, loss_key, same_passes, same_program
 from ggn_jax.operators.problem import Problem, make_problem
 
 MASKS = " Masks are part of the batches."
@@ -168,8 +168,7 @@ class FactoredLinearOperator(BlockLinearOperator):
         Raises:
             TypeError, NotImplementedError: for arguments that do not fit, naming them and the batch.
             ValueError: the same; for a batch that does not fit the first, for a loss with a weight for each example,
-                for an iterable that is empty, or whose number of examples differs between passes. (That its values are
-                the same in each pass is not checked.)
+                for an iterable that is empty, or that yields different data in the passes of EKFAC and KFOC.
 
         Example:
             >>> import jax, jax.numpy as jnp, ggn_jax
@@ -297,7 +296,8 @@ class FactoredLinearOperator(BlockLinearOperator):
                     raise ValueError("factors must be those of the same model, loss and options: these differ.")
             keys = check_draws(problem, made, key, start + seen)
             drawn.append(keys is not None)
-            found, places = sums_of_batch(problem, keys, check_mask(mask, problem), made, bases)
+            given = problem, keys, check_mask(mask, problem), made, bases, cls._method == "ekfac"
+            found, places = sums_of_batch(*given)
             if recipes != {Recipe(cls, (places, *kind))}:
                 raise ValueError("the model's layers differ from those of batch 0, or come in another order.")
             return problem, found
@@ -307,10 +307,11 @@ class FactoredLinearOperator(BlockLinearOperator):
         )
         if problem is None:
             raise no_batches(batches, again=factors is not None)
-        made_of = recipes.pop(), problem.params, totals, seen, (key, start) if any(drawn) else None
-        found = PartialSums.of(*made_of, factors=factors, bases=bases)
+        totals, data = totals
+        made_of = recipes.pop(), problem, totals, seen, (key, start) if any(drawn) else None
+        found = PartialSums._of(*made_of, factors=factors, bases=bases, data=data)
         if factors is not None:
-            same_params("factors", factors.params, found.params)
+            same_program("factors", factors, found)
         return found
 
     @classmethod
@@ -325,7 +326,7 @@ class FactoredLinearOperator(BlockLinearOperator):
 
         Raises:
             TypeError: for anything but partial sums of this operator.
-            ValueError: for EKFAC's first pass, and for passes over different numbers of examples.
+            ValueError: for EKFAC's first pass, and for passes over different data.
         """
         check_sums("sums", sums, cls)
         if cls._method == "ekfac":
@@ -333,7 +334,7 @@ class FactoredLinearOperator(BlockLinearOperator):
                 raise ValueError(
                     "EKFAC takes a second pass: sums must be those of partial_sums(..., factors=first), not the first."
                 )
-            same_examples("EKFAC's passes", sums.factors.examples, sums.examples)
+            same_passes(sums.factors, sums)
         return cls._of(finish_blocks(sums), sums.recipe.made_of[1])
 
     @classmethod

@@ -1,5 +1,6 @@
 """Sums over a part of the data, kept to be saved, added to others, and made an operator."""
 
+import zlib
 from functools import reduce
 from typing import Any, Self
 
@@ -7,13 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from ggn_jax._checks import is_concrete, is_sum_start
 from ggn_jax._frozen import Frozen
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.loss import Loss
+from ggn_jax.operators.batches import DIFFERENT_DATA, same_data
+from ggn_jax.operators.problem import Problem
 
 
 class Recipe:
@@ -44,9 +47,10 @@ class PartialSums(eqx.Module):
     `finish` makes the operator. To save them, save their leaves; their structure is that of the sums over any one
     batch.
 
-    `a + b` refuses sums with other options or other values of the parameters, and sums with draws of one key for the
-    same examples, as of a part without its `start`, or added twice. Where nothing is sampled, such an overlap is not
-    noticed.
+    `a + b` refuses sums with other options, other values of the parameters, or a model with other nonlinear functions
+    (`tanh` for `relu`, say, or dropout that is on; another constant is not noticed), and sums with draws of one key for
+    the same examples, as of a part without its `start`, or added twice. Where nothing is sampled, such an overlap is
+    not noticed.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, ggn_jax
@@ -66,6 +70,8 @@ class PartialSums(eqx.Module):
     """The number of examples summed over."""
     params: UInt32[Array, ""]
     """A hash of all bits of the parameters, which tells different values apart."""
+    model: UInt32[Array, ""]
+    """A hash of the names of the model's functions of single entries, and of its draws."""
     draws: UInt32[Array, "ranges 3"]
     """For which examples something was sampled: a hash of the key, the first example, and one past the last."""
     recipe: Recipe = eqx.field(static=True)
@@ -73,35 +79,28 @@ class PartialSums(eqx.Module):
     """For EKFAC's second pass, the sums of its first."""
     bases: PyTree[Array] = None
     """For EKFAC's second pass, the eigenbases of its first."""
+    data: Float[Array, " n"] | None = None
+    """For EKFAC, sums over examples that tell the data of its passes apart."""
 
     @classmethod
-    def of(
+    def _of(
         cls,
         recipe: Recipe,
-        params: PyTree[Array],
+        problem: Problem,
         totals: PyTree[Array],
         seen: int,
         drawn: tuple[Any, int] | None,
         **passes: Any,
     ) -> Self:
-        """Make the sums over `seen` examples.
-
-        Args:
-            recipe: the operator and its options.
-            params: the parameters, a pytree of floating arrays.
-            totals: the sums, a pytree of arrays.
-            seen: how many examples were summed over.
-            drawn: the key and the number of the first example, or None where nothing was sampled.
-            **passes: `factors` and `bases`, for EKFAC's second pass.
-
-        Returns:
-            The sums.
-        """
+        """The sums over `seen` examples, with the key and the number of the first example where something was drawn."""
         ranges = np.zeros((0, 3), np.uint32)
         if drawn is not None and _has_value(drawn[0]):
             ranges = np.asarray([[_key_hash(drawn[0]), drawn[1], drawn[1] + seen]], np.uint32)
-        made = totals, jnp.asarray(seen, jnp.int32), _params_hash(params), jnp.asarray(ranges)
-        return cls(*made, recipe, **passes)
+        marks = (
+            _params_hash(problem.params),
+            jnp.asarray(zlib.crc32(" ".join(sorted(problem.nonlinear_functions())).encode()), jnp.uint32),
+        )
+        return cls(totals, jnp.asarray(seen, jnp.int32), *marks, jnp.asarray(ranges), recipe, **passes)
 
     def __repr__(self) -> str:
         return fields(self, operator=self.recipe.operator.__name__, examples=self.examples, totals=self.totals)
@@ -115,7 +114,7 @@ class PartialSums(eqx.Module):
                 f"partial sums are of one operator, model, loss and set of options; got those of {self._kind} and of"
                 f" {other._kind}, made otherwise."
             )
-        same_params("partial sums", self.params, other.params)
+        same_program("partial sums", self, other)
         if self.factors is not None and other.factors is not None:
             same_examples("the factors of both", self.factors.examples, other.factors.examples)
             pairs = zip(jax.tree.leaves(self.bases), jax.tree.leaves(other.bases), strict=True)
@@ -132,8 +131,9 @@ class PartialSums(eqx.Module):
                 )
         totals = jax.tree.map(jnp.add, self.totals, other.totals)
         draws = _union(self.draws, other.draws)
-        made = totals, self.examples + other.examples, self.params, draws
-        return type(self)(*made, self.recipe, self.factors, self.bases)
+        made = totals, self.examples + other.examples, self.params, self.model, draws
+        data = jax.tree.map(jnp.add, self.data, other.data)
+        return type(self)(*made, self.recipe, self.factors, self.bases, data)
 
     def __radd__(self, other: Any) -> Self:
         return self if is_sum_start(other) else NotImplemented
@@ -149,18 +149,35 @@ def same_examples(what: str, one: Array, two: Array) -> None:
         raise ValueError(f"{what} must be of the same data; got sums over {int(one)} examples and over {int(two)}.")
 
 
+def same_passes(first: PartialSums, second: PartialSums) -> None:
+    """Refuse two passes over different data, if they are known."""
+    same_examples("EKFAC's passes", first.examples, second.examples)
+    marks = first.data, second.data
+    if all(map(_has_value, marks)) and not same_data(*map(np.asarray, marks)):
+        raise ValueError(DIFFERENT_DATA)
+
+
 def _has_value(x: Any) -> bool:
     """Whether an array, perhaps one read from a file, has values."""
     return isinstance(x, np.ndarray | np.generic) or is_concrete(x)
 
 
-def same_params(what: str, one: Array, two: Array) -> None:
-    """Refuse hashes of parameters that differ, if they are known."""
-    if _has_value(one) and _has_value(two) and int(one) != int(two):
+def same_program(what: str, one: PartialSums, two: PartialSums) -> None:
+    """Refuse hashes of parameters, or of a model, that differ, if they are known."""
+    if _differ(one.params, two.params):
         raise ValueError(
             f"{what} must be of the same parameters' values; got those of others, as after a step of training: make all"
             " parts at the same ones."
         )
+    if _differ(one.model, two.model):
+        raise ValueError(
+            f"{what} must be of one model; got those of a model_fn with other nonlinear functions, as another"
+            " activation or dropout that is on: make all parts with the same one."
+        )
+
+
+def _differ(one: Array, two: Array) -> bool:
+    return _has_value(one) and _has_value(two) and int(one) != int(two)
 
 
 def _union(one: Array, two: Array) -> Array:

@@ -10,6 +10,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ggn_jax._keywords import check_names, keywords_of
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.loss import Loss
 from ggn_jax.objective import Objective
@@ -113,6 +114,7 @@ class DataLinearOperator(CurvatureLinearOperator):
             >>> ggn.mv(params)["w"].shape
             (2, 3)
         """
+        check_names("from_batches", options, [*keywords_of(cls), "progress"])
         check_iterable(batches, "each product goes over the batches")
 
         def make(inputs: PyTree, targets: Any) -> DataLinearOperator:

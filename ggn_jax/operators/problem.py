@@ -25,7 +25,7 @@ from ggn_jax._unbatched import map_batched, unwrap
 from ggn_jax.fisher_type import FisherType
 from ggn_jax.joint import JointLoss, errors_name_output, flatten_problem
 from ggn_jax.layers.check import COUPLED_WAY_OUT, NUM_CHECKED_EXAMPLES, check_independent
-from ggn_jax.layers.jaxprs import is_reverse_only
+from ggn_jax.layers.jaxprs import is_reverse_only, nonlinear_functions
 from ggn_jax.likelihood import LikelihoodLoss, indefinite_error
 from ggn_jax.loss import Loss
 from ggn_jax.losses import MSELoss
@@ -64,6 +64,11 @@ class Problem(eqx.Module):
         """The terms at outputs of 0, for what does not depend on the outputs."""
         zeros = jnp.zeros(self.outputs.shape, self.outputs.dtype)
         return split_terms(self.loss, zeros, self.targets, batch=True)
+
+    def nonlinear_functions(self) -> set[str]:
+        """The names of the model's functions of single entries, and of its draws."""
+        model_fn = self.model_fn.at(self.inputs)
+        return nonlinear_functions(compiler_sharded(_trace)(model_fn, self.params, self.inputs).value[0])
 
     def sum_over_chunks(self, fn: Callable[..., PyTree], *per_datum: Any) -> PyTree[Array]:
         """The sum over chunks of the batch of `fn(terms_at, inputs, operand, *per_datum)`.

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._repr import fields
 from ggn_jax.operators.base import check_vector, register
+from ggn_jax.operators.explained import ExplainedLinearOperator
 from ggn_jax.operators.flat import scipy_operator
 
 
-class AbstractJacobian(lx.AbstractLinearOperator):
+class AbstractJacobian(ExplainedLinearOperator):
     """A Jacobian whose transpose has products, too."""
 
     @abc.abstractmethod
@@ -49,7 +50,7 @@ class AbstractJacobian(lx.AbstractLinearOperator):
         return scipy_operator(self, self.vjp)
 
 
-class JacobianTransposeLinearOperator(lx.AbstractLinearOperator):
+class JacobianTransposeLinearOperator(ExplainedLinearOperator):
     """The transpose of a model's Jacobian, `JacobianLinearOperator(...).T`.
 
     Example:

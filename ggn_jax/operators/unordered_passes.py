@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.batches import (
+    DIFFERENT_DATA,
     CachedByShapes,
     fingerprint,
     no_batches,
@@ -89,8 +90,3 @@ class UnorderedPasses(Generic[T]):
 
 
 _fingerprint = jax.jit(compiler_sharded(fingerprint))
-
-DIFFERENT_DATA = (
-    "two passes over the batches gave different data: switch off what draws data again (random crops, sampling with"
-    " replacement, dropping the last batch of a shuffled loader)."
-)

@@ -8,6 +8,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import errors_prefixed
+from ggn_jax._keywords import check_names, keywords_of
 from ggn_jax._weights import weighted_sum
 from ggn_jax.objective import Objective, array_weights, parts_of
 from ggn_jax.operators.base import SymmetricLinearOperator, check_vector, register
@@ -66,6 +67,7 @@ def of_terms(
     options: dict[str, Any],
 ) -> tuple[list[Any], list[Array]]:
     """An operator for each function of an objective, with a key of its own, and the weights."""
+    check_names("from_objective", options, keywords_of(make))
     made = []
     for i, (term, batch, own_key) in enumerate(parts_of(objective, batches, key)):
         own = options if own_key is None else {**options, "key": own_key}

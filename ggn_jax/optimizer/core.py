@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ggn_jax._checks import Examples, check_coupled, have_values
 from ggn_jax._draws import example_keys
 from ggn_jax._eager import compiled
-from ggn_jax._hints import check_model_fn, model_errors_explained
+from ggn_jax._hints import check_model_fn, example_inputs_named, model_errors_explained
 from ggn_jax._model import Model
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, mesh_of, vary_like
 from ggn_jax._supported import check_exact, check_supported
@@ -181,7 +181,8 @@ class Core:
         model_fn = model_of_part(self.model_fn, params, full_params)
         fisher_type = None if value else self.settings.options.fisher_type
         args = model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type
-        problem = make_problem(*args, has_aux=self.has_aux, examples=self.examples)
+        with example_inputs_named(pair[0], self.example_inputs):
+            problem = make_problem(*args, has_aux=self.has_aux, examples=self.examples)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
 

@@ -24,7 +24,7 @@ from ggn_jax.optimizer.curvature import Curvature, precondition, precondition_st
 from ggn_jax.optimizer.numbers import inner
 from ggn_jax.optimizer.quadratic import loss_at, quadratic_model, reduction_ratio
 from ggn_jax.optimizer.settings import Settings
-from ggn_jax.optimizer.states import KFACState, find_state
+from ggn_jax.optimizer.states import KFACState, check_rule, find_state
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import unpack
 
@@ -172,6 +172,7 @@ class Diagnoser:
             raise TypeError("diagnose needs values: call it outside of jit and other transformations.")
         if float(curvature.weight) == 0:
             raise ValueError("diagnose needs a state that has seen a batch: take some steps first.")
+        check_rule(found, "" if self.rule is None else self.rule.ratio)
         velocity = None
         if isinstance(found, KFACState) and found.velocity is not None:
             velocity = check_structure("state.velocity", found.velocity, params)

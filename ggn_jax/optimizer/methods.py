@@ -1,5 +1,6 @@
 """What a KFAC transformation has besides `init` and `update`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -34,42 +35,43 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def make(cls, core: Core, init: Any, update: Any, rule: StepRule | None) -> Self:
+    def _make_of(cls, core: Core, init: Any, update: Any, rule: StepRule | None, again: Callable[[], Any]) -> Self:
+        """A transformation with its methods; `again`, which makes it anew, is what is pickled."""
         # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
-        """Make a transformation with its methods.
-
-        Args:
-            core: what traces the model and computes factors.
-            init: the function `init`.
-            update: the function `update`.
-            rule: how steps are made; None for `scale_by_kfac`.
-
-        Returns:
-            The transformation.
-        """
-        init.made_of = update.made_of = core, rule, Diagnoser(core, rule)
+        init.made_of = update.made_of = core, rule, Diagnoser(core, rule), again
         return cls(init, update)
 
-    def _made_of(self) -> tuple[Core, StepRule | None, Diagnoser]:
+    def __reduce__(self) -> Any:
+        made: list[Any] = [getattr(fn, "made_of", None) for fn in self]
+        replaced = made[0] is None or made[0] is not made[1]
+        return (type(self), tuple(self)) if replaced else (made[0][3], ())
+
+    def __copy__(self) -> Self:
+        return type(self)(*self)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return type(self)(*self)
+
+    def _made_of(self) -> tuple[Core, StepRule | None, Diagnoser, Callable[[], Any]]:
         found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
         if not found:
             raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")
         return found[0]
 
     @property
-    def core(self) -> Core:
+    def _core(self) -> Core:
         """What traces the model and computes factors."""
         return self._made_of()[0]
 
     @property
-    def rule(self) -> StepRule | None:
+    def _rule(self) -> StepRule | None:
         """How steps are made; None for `scale_by_kfac`, which makes none."""
         return self._made_of()[1]
 
     @property
     def needs_batch(self) -> bool:
         """Whether updates need the batch's loss, even when they are given its factors."""
-        return self.rule is not None and self.rule.needs_batch
+        return self._rule is not None and self._rule.needs_batch
 
     def statistics(self, state: Any) -> dict[str, Array]:
         """Read what to log of the last step from the state, as scalars by name; nothing is computed.
@@ -94,7 +96,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
             >>> sorted(optimizer.statistics(optimizer.init(params)))
             ['clipped', 'damping', 'kl', 'learning_rate', 'momentum', 'rejected', 'skipped', 'step', 'step_norm']
         """
-        return statistics_of(state, "" if self.rule is None else self.rule.ratio)
+        return statistics_of(state, "" if self._rule is None else self._rule.ratio)
 
     def diagnose(
         self, state: Any, params: PyTree[Array], batch: Any, *, key: Any = None, full_params: Any = None
@@ -147,7 +149,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
         Returns:
             A `CurvatureReport`.
         """
-        return summarise(*self.core.blank(params), self.core.settings.most_terms)
+        return summarise(*self._core.blank(params), self._core.settings.most_terms)
 
     def factors(
         self, params: PyTree[Array], batch: Any, state: Any, *, key: Any = None, full_params: Any = None
@@ -211,7 +213,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
             ...     return optax.apply_updates(params, updates), state, value
             >>> params, state, value = step(params, optimizer.init(params), batch, jax.random.key(0))
         """
-        if self.core.has_aux and self.core.settings.chunk_size is not None:
+        if self._core.has_aux and self._core.settings.chunk_size is not None:
             raise NotImplementedError(
                 "has_aux=True has no aux of a whole batch where chunk_size cuts it into parts: leave chunk_size out, or"
                 " take the gradient and aux with jax.value_and_grad, and pass batch=batch to update."
@@ -228,6 +230,6 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     def _compute_factors_inside(
         self, params: Any, batch: Any, state: Any, key: Any, full_params: Any, *, gradient: bool
     ) -> Any:
-        curvature = self.core.curvature_in(state, params)
-        problem, mask = self.core.problem(params, batch, full_params, value=gradient)
-        return self.core.run_pass(problem, mask, key, curvature, gradient=gradient)
+        curvature = self._core.curvature_in(state, params)
+        problem, mask = self._core.problem(params, batch, full_params, value=gradient)
+        return self._core.run_pass(problem, mask, key, curvature, gradient=gradient)

@@ -1,5 +1,6 @@
 """One step of KFAC from several micro-batches."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,10 +91,10 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
 
     def init(params: PyTree[Array]) -> MultiStepsState:
         inner: Any = optimizer.init(params)
-        micro_step, bad, skipped = (optimizer.core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
+        micro_step, bad, skipped = (optimizer._core.placed(jnp.zeros((), jnp.int32), params) for _ in range(3))
         # For the stand-in without arrays that `Core.start` handles, one array stands for all factors.
-        factors: Any = zeros_like(optimizer.core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
-        factors = optimizer.core.placed(as_plain(factors), params)
+        factors: Any = zeros_like(optimizer._core.known(params).factors) if jax.tree.leaves(params) else jnp.zeros(())
+        factors = optimizer._core.placed(as_plain(factors), params)
         return MultiStepsState(micro_step, bad, skipped, inner, wide_zeros_like(params), factors)
 
     def update(
@@ -102,7 +103,7 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
         if params is None:
             raise ValueError("update needs params: pass the parameters that the gradient was taken at.")
         check_type("state", state, MultiStepsState)
-        wanted = optimizer.core.known(params).factors
+        wanted = optimizer._core.known(params).factors
         mean, total = (
             check_structure("state.gradient", state.gradient, params),
             check_structure("state.factors", state.factors, wanted),
@@ -145,4 +146,5 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
 
-    return KFACTransformation.make(optimizer.core, init, on_mesh(update, like), optimizer.rule)
+    again = partial(multi_steps, optimizer, every)
+    return KFACTransformation._make_of(optimizer._core, init, on_mesh(update, like), optimizer._rule, again)

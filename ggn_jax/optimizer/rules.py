@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from ggn_jax._checks import check_count
+import jax
+
+from ggn_jax._checks import check_count, is_concrete
 from ggn_jax.optimizer.checks import ABOVE_0, check_flag, check_number, check_static
 from ggn_jax.optimizer.numbers import Number
 
@@ -121,8 +123,13 @@ class SlopeDamping:
 
 
 def _check_range(rule: LevenbergMarquardt | SlopeDamping) -> None:
+    """Refuse numbers out of range; arrays of known values become numbers, so that rules are compared and hashed."""
     kind = type(rule).__name__
     check_number(f"initial of {kind}", rule.initial, ABOVE_0)
     check_number(f"minimum of {kind}", rule.minimum)
+    for name in ("initial", "minimum"):
+        value = getattr(rule, name)
+        if not isinstance(value, jax.Array) or is_concrete(value):
+            object.__setattr__(rule, name, float(value))
     if isinstance(rule.initial, int | float) and isinstance(rule.minimum, int | float) and rule.initial < rule.minimum:
         raise ValueError(f"initial of {kind} must not be below its minimum {rule.minimum}; got {rule.initial}.")

@@ -29,29 +29,22 @@ class StepStatistics(NamedTuple):
     """The update's Euclidean norm, weight decay included."""
     kl: Float[Array, ""]
     """`learning_rate^2 d^T g`, clipping included, which `kl_clip` bounds: the squared length of the new part of the
-    step, without momentum, in the damped curvature, and twice the quadratic model of the KL divergence."""
+    step, without momentum, in the damped curvature, and twice the quadratic model of the KL divergence. With
+    `QuadraticModel()`, `s^T (GGN + damping I) s` of the whole step `s`."""
     learning_rate: Float[Array, ""]
     """The factor of the preconditioned gradient `d`, clipping included."""
     momentum: Float[Array, ""]
     """The factor of the last step; 0 without momentum."""
     clipped: Int[Array, ""]
     """The number of all steps so far that `kl_clip` made shorter."""
-    reduction_ratio: Float[Array, ""]
+    reduction_ratio: Float[Array, ""] | None = None
     """The decrease of the batch's loss divided by what the quadratic model predicted, when `LevenbergMarquardt`
     last compared them: minus infinity if an increase was predicted, and 1/2, neither good nor bad, before the first
-    time."""
-    slope_ratio: Float[Array, ""]
+    time. None for other dampings."""
+    slope_ratio: Float[Array, ""] | None = None
     """`v^T g / v^T (GGN + damping I) v` with the last step `v` and the gradient and GGN of this batch, with
     `SlopeDamping`: below 0 where the last step could have been longer for this batch, at 1/2 where it has not
-    lowered its loss. 1, which leaves the damping as it is, before the second step."""
-
-    @classmethod
-    def zero(cls) -> "StepStatistics":
-        """Return the statistics before the first step; each array has its own buffer, as a state may be donated."""
-        norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
-        return cls(
-            norm, kl, rate, momentum, jnp.zeros((), jnp.int32), *(jnp.full((), x, jnp.float32) for x in (0.5, NEUTRAL))
-        )
+    lowered its loss. 1, which leaves the damping as it is, before the second step. None for other dampings."""
 
     def __repr__(self) -> str:
         return fields(self, **self._asdict())
@@ -107,7 +100,30 @@ def find_state(state: Any) -> KFACState | ScaleByKFACState:
     return found
 
 
-RATIOS = "reduction_ratio", "slope_ratio"
+RATIOS = {"reduction_ratio": ("LevenbergMarquardt", 0.5), "slope_ratio": ("SlopeDamping", NEUTRAL)}
+"""The damping that each ratio is of, and its value before the first step. A state has that of its damping only."""
+
+
+def first_statistics(ratio: str) -> StepStatistics:
+    """Those before the first step, with this ratio, or "" for none.
+
+    Each array has its own buffer, since a state may be donated.
+    """
+    norm, kl, rate, momentum = (jnp.zeros((), jnp.float32) for _ in range(4))
+    own = {ratio: jnp.full((), RATIOS[ratio][1], jnp.float32)} if ratio else {}
+    return StepStatistics(norm, kl, rate, momentum, jnp.zeros((), jnp.int32), **own)
+
+
+def check_rule(state: Any, ratio: str) -> None:
+    """Refuse the state of another rule for the damping, which would go on from where that has brought it."""
+    if isinstance(state, KFACState):
+        found = next((name for name in RATIOS if getattr(state.statistics, name, None) is not None), "")
+        if found != ratio:
+            had, has = (RATIOS[name][0] if name else "no rule" for name in (found, ratio))
+            raise ValueError(
+                f"state must be that of an optimizer with the same rule for the damping, {has}; got one of {had}: make"
+                " the optimizer as it was made for this state, or start with the state that `init` of this one returns."
+            )
 
 
 def statistics_of(state: Any, ratio: str) -> dict[str, Array]:

@@ -50,7 +50,7 @@ class Step(NamedTuple):
     """Along the last step; see `StepStatistics`."""
 
     def statistics(
-        self, before: StepStatistics, moves: Bool[Array, ""], reduction_ratio: Float[Array, ""]
+        self, before: StepStatistics, moves: Bool[Array, ""], reduction_ratio: Float[Array, ""] | None
     ) -> StepStatistics:
         """Those of this step if it is one, else those before."""
         after = StepStatistics(
@@ -60,7 +60,7 @@ class Step(NamedTuple):
             momentum=self.momentum.astype(jnp.float32),
             clipped=before.clipped + self.clipped.astype(jnp.int32),
             reduction_ratio=reduction_ratio,
-            slope_ratio=self.slope_ratio.astype(jnp.float32),
+            slope_ratio=None if before.slope_ratio is None else self.slope_ratio.astype(jnp.float32),
         )
         return tree_where(moves, after, before)
 
@@ -172,11 +172,15 @@ class StepRule:
             a, m = value_at("learning_rate", self.learning_rate, count), self.momentum
         rate = jnp.asarray(a).astype(wide)
         size, clipped = rate**2 * direction.slope.astype(wide), jnp.asarray(False)
+        if self.chooses_momentum:
+            size = (found @ model.k @ found).astype(wide)
         if self.kl_clip is not None:
             bound = jnp.asarray(self.kl_clip).astype(wide)
             clipped = size > bound
-            rate = rate * jnp.where(clipped, jnp.sqrt(bound / jnp.where(clipped, size, 1)), 1)
-            size = jnp.where(clipped, bound, size)
+            shorter = jnp.where(clipped, jnp.sqrt(bound / jnp.where(clipped, size, 1)), 1)
+            rate, size = rate * shorter, jnp.where(clipped, bound, size)
+            if self.chooses_momentum:  # the model's minimum among steps of this length is its minimum, made shorter
+                m = m * shorter.astype(m.dtype)
         terms = [(seal(-rate), direction.entries)]
         if velocity is not None:
             terms.append((seal(jnp.asarray(m).astype(wide)), velocity))
@@ -204,14 +208,15 @@ class StepRule:
         damping: Array,
         count: Int[Array, ""],
         moves: Bool[Array, ""],
-        ratio: Float[Array, ""],
-    ) -> tuple[Array, Array]:
+        ratio: Float[Array, ""] | None,
+    ) -> tuple[Array, Array | None]:
         """The damping after a step, and the last ratio that Levenberg and Marquardt's rule saw."""
         rule = self.damping
         least = jnp.asarray(rule.minimum).astype(damping.dtype)
         if isinstance(rule, SlopeDamping):
             by = FASTEST ** -jnp.clip(4 * (made.slope_ratio - NEUTRAL), -1, MOST_RAISES).astype(damping.dtype)
             return jnp.where(moves, jnp.clip(damping * by, least, MOST_DAMPING), damping), ratio
+        assert ratio is not None
         due = moves & ((count + 1) % rule.interval == 0)
         step = tree_where(moves, made.update, zeros_like(made.update))
         return _adapt(due, problem, grads, step, (damping, ratio), least, FASTEST**rule.interval)

@@ -1,6 +1,7 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -16,13 +17,13 @@ from ggn_jax.operators.problem import Problem
 from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structure
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
-from ggn_jax.optimizer.defaults import Tuned, with_defaults
+from ggn_jax.optimizer.defaults import WITH_A_RATE, Tuned, with_defaults
 from ggn_jax.optimizer.methods import KFACTransformation
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
 from ggn_jax.optimizer.settings import DEFAULTS, INTERVALS, KFACOptions
-from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, StepStatistics
+from ggn_jax.optimizer.states import KFACState, ScaleByKFACState, check_rule, first_statistics
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
 
@@ -33,7 +34,7 @@ def scale_by_kfac(
     loss: Loss | None = None,
     *,
     example_inputs: PyTree,
-    damping: Number | Schedule = 1e-3,
+    damping: Number | Schedule = WITH_A_RATE.damping,
     **options: Unpack[KFACOptions],
 ) -> KFACTransformation:
     r"""Precondition gradients with a damped KFAC or EKFAC inverse, for `optax.chain`.
@@ -101,7 +102,8 @@ def scale_by_kfac(
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
 
     update = on_mesh(update, like)
-    return KFACTransformation.make(core, init, update, None)
+    again = partial(scale_by_kfac, model_fn, loss, example_inputs=example_inputs, damping=damping, **options)
+    return KFACTransformation._make_of(core, init, update, None, again)
 
 
 @takes(DEFAULTS)
@@ -127,15 +129,18 @@ def kfac(
     update = step - learning_rate * weight_decay * params
     ```
 
-    where `c = min(1, sqrt(kl_clip / (learning_rate^2 d^T g)))` (Ba et al. 2017), or 1 without `kl_clip`. Convolutions
-    and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
+    where `c = min(1, sqrt(kl_clip / (learning_rate^2 d^T g)))` (Ba et al. 2017), or 1 without `kl_clip`. Where
+    `QuadraticModel()` chooses the whole step `s`, all of it is multiplied by `c`, which is then
+    `min(1, sqrt(kl_clip / s^T (GGN + damping I) s))`: among steps within that bound, this one minimises the model.
+    Convolutions and shared weights are as in Grosse & Martens (2016) and Eschenhagen et al. (2023).
 
     `update(grads, state, params, batch=(inputs, targets), key=key)` needs the batch of the gradient, perhaps with a
     padding `mask` as third member, and a new key at each step for what is drawn. Targets may be None where nothing
     depends on them: the factors of losses without class weights or `pos_weight`, but for empirical ones. The state is
-    one pytree of arrays: `jit` it, donate it, checkpoint it. Nothing is registered in the model or the loss;
-    `optimizer.report(params)` shows which curvature each parameter gets. `optimizer.value_and_grad_and_factors` saves a
-    forward pass.
+    one pytree of arrays: `jit` it, donate it, checkpoint it; another optimizer may go on from it with other numbers,
+    schedules and learning-rate rules, but not with another rule for the damping. Nothing is registered in the model or
+    the loss; `optimizer.report(params)` shows which curvature each parameter gets, and
+    `optimizer.value_and_grad_and_factors` saves a forward pass.
 
     **With nothing set, there is nothing to tune:** `kfac(model_fn, loss, example_inputs=x)` takes the learning rate and
     the momentum from the quadratic model of each batch (`QuadraticModel()`), a damping from 1 on that follows the slope
@@ -212,13 +217,14 @@ def kfac(
     numbers = tuned.damping, tuned.momentum, tuned.kl_clip
     rule = StepRule(learning_rate, *numbers, weight_decay, weight_decay_mask)
     core = core_of(model_fn, loss, example_inputs, given)
+    blank: Any = jax.eval_shape(lambda: first_statistics(rule.ratio))
 
     def init(params: PyTree[Array]) -> KFACState:
         curvature = core.start(params, _first(rule.first_damping))
         if jax.tree.leaves(params):
             rule.check_params(params)
         velocity = wide_zeros_like(params) if rule.has_momentum else None
-        rejected, statistics = core.placed((jnp.zeros((), jnp.int32), StepStatistics.zero()), params)
+        rejected, statistics = core.placed((jnp.zeros((), jnp.int32), first_statistics(rule.ratio)), params)
         return KFACState(curvature, velocity, rejected, statistics)
 
     def update(
@@ -238,7 +244,8 @@ def kfac(
                 "update needs batch=(inputs, targets), also with factors, for learning_rate=QuadraticModel(...), which"
                 " is what kfac takes where none is given, and for a damping that adapts."
             )
-        wanted: Any = KFACState(_wanted(core, params), params if rule.has_momentum else None, _COUNTER, _STATISTICS)
+        wanted: Any = KFACState(_wanted(core, params), params if rule.has_momentum else None, _COUNTER, blank)
+        check_rule(state, rule.ratio)
         state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
         used = last.damping if rule.adapts_damping else rule.damping
@@ -265,7 +272,10 @@ def kfac(
         velocity = params if rule.has_momentum else None
         return updates, KFACState(_sharding_of(state), velocity, NOT_SHARDED, NOT_SHARDED)
 
-    return KFACTransformation.make(core, init, on_mesh(update, like), rule)
+    rest = {"damping": damping, "momentum": momentum, "kl_clip": kl_clip, "weight_decay": weight_decay, **options}
+    args = partial(kfac, model_fn, loss, learning_rate, example_inputs=example_inputs)
+    again = partial(args, weight_decay_mask=weight_decay_mask, **rest)
+    return KFACTransformation._make_of(core, init, on_mesh(update, like), rule, again)
 
 
 def _sharding_of(state: Any) -> Any:
@@ -274,7 +284,6 @@ def _sharding_of(state: Any) -> Any:
 
 
 _COUNTER: Any = jax.ShapeDtypeStruct((), jnp.int32)
-_STATISTICS: Any = jax.eval_shape(StepStatistics.zero)
 
 
 def _first(damping: Number | Schedule) -> Array:
