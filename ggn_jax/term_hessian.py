@@ -6,6 +6,7 @@ Every class here is a function of one term (its output `f` of shape `[*term]`); 
 
 import abc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ggn_jax._fusion import fusion_boundary
+from ggn_jax._precision import full_precision
 
 
 class TermHessian(eqx.Module):
@@ -274,10 +276,10 @@ class MatrixSqrt(TermHessian):
         return self.sqrt_mv(self.sqrt_rmv(v))
 
     def sqrt_mv(self, v: Float[Array, "*term"]) -> Float[Array, "*term"]:
-        return jnp.tensordot(self.sqrt, v, self.ndim, precision="highest")
+        return full_precision(partial(jnp.tensordot, axes=self.ndim), self.sqrt, v)
 
     def sqrt_rmv(self, u: Float[Array, "*term"]) -> Float[Array, "*term"]:
-        return jnp.tensordot(u, self.sqrt, self.ndim, precision="highest")
+        return full_precision(partial(jnp.tensordot, axes=self.ndim), u, self.sqrt)
 
     def diagonal(self) -> Float[Array, "*term"]:
         return jnp.sum(self.sqrt**2, axis=range(self.ndim, 2 * self.ndim))

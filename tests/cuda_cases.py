@@ -11,14 +11,18 @@ import ggn_jax
 
 
 def problem() -> tuple[Any, Any, Any, Any]:
-    """A convolution, an embedding, a scan and a head; a loss of three terms for each example."""
+    """A convolution, an embedding, a scan and a head; a loss of three terms for each example. All is float32."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, jnp.float32)
+
     params = {
-        "table": jax.random.normal(next(keys), (5, 4)),
-        "conv": jax.random.normal(next(keys), (3, 3, 1, 2)),
-        "loop": jax.random.normal(next(keys), (2, 8, 8)),
-        "scale": jnp.ones(8),
-        "head": {"kernel": jax.random.normal(next(keys), (8, 3)), "bias": jnp.zeros(3)},
+        "table": normal(5, 4),
+        "conv": normal(3, 3, 1, 2),
+        "loop": normal(2, 8, 8),
+        "scale": jnp.ones(8, jnp.float32),
+        "head": {"kernel": normal(8, 3), "bias": jnp.zeros(3, jnp.float32)},
     }
 
     def model_fn(params: Any, x: Any) -> jax.Array:
@@ -29,7 +33,7 @@ def problem() -> tuple[Any, Any, Any, Any]:
         y, _ = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y * params["scale"][None, None], params["loop"])
         return y @ params["head"]["kernel"] + params["head"]["bias"][None, None]
 
-    inputs = jax.random.normal(next(keys), (6, 4, 4, 1)), jax.random.randint(next(keys), (6, 3), 0, 5)
+    inputs = normal(6, 4, 4, 1), jax.random.randint(next(keys), (6, 3), 0, 5)
     targets = jax.random.randint(next(keys), (6, 3), 0, 3)
     return model_fn, ggn_jax.CrossEntropyLoss(class_axis=-1), params, (inputs, targets)
 
@@ -37,7 +41,8 @@ def problem() -> tuple[Any, Any, Any, Any]:
 def step_of(optimizer: Any) -> Callable[[Any, Any, Any], Any]:
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state, key=jax.random.key(1))
-        updates, state = optimizer.update(grads, state, params, factors=factors)
+        options = {"batch": batch} if optimizer.needs_batch else {}
+        updates, state = optimizer.update(grads, state, params, factors=factors, **options)
         return optax.apply_updates(params, updates), state, value
 
     return step

@@ -1,6 +1,7 @@
 """`to_jax` and `to_torch`: values, dtypes, views, aliasing and lifetime; and the façade on any layout."""
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 
 import torch_bridge
-from torch_bridge import to_jax, to_torch
+from torch_bridge import tensors, to_jax, to_torch
 from torch_bridge.tensors import DTYPES, jax_on
 
 VIEWS = {
@@ -156,6 +157,33 @@ def test_devices_that_jax_does_not_have() -> None:
     """Such a tensor needs a device that few have; what asks JAX for it does not."""
     with pytest.raises(RuntimeError, match=r"on cuda:77, which this JAX does not have: install jax\[cuda"):
         jax_on(torch.device("cuda", 77)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "way_out"),
+    [
+        ("12.8", None, r"install jax\[cuda12\]"),
+        ("13.0", None, r"install jax\[cuda13\]"),
+        ("11.8", None, "this torch is for CUDA 11; install one for CUDA 12 or 13"),
+        (None, "6.2", "this torch is for ROCm"),
+    ],
+)
+def test_the_jax_that_fits_torch(
+    cuda: str | None, hip: str | None, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(RuntimeError, match=f"on cuda:78, which this JAX does not have: {way_out}"):
+        jax_on(torch.device("cuda", 78)).__enter__()
+
+
+def test_devices_have_torchs_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where JAX sees the second one only."""
+    device = SimpleNamespace(local_hardware_id=1, memory_stats=dict)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    assert tensors._jax_device.__wrapped__("cuda", 1) is device
+    with pytest.raises(RuntimeError, match="on cuda:0, which this JAX does not have"):
+        tensors._jax_device.__wrapped__("cuda", 0)
 
 
 def test_meshes_of_several_devices_are_refused() -> None:

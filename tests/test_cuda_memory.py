@@ -1,13 +1,18 @@
-"""What is done for GPUs without a device: memory lent to copies, captures, and who takes how much."""
+"""What is done for GPUs, without a device: memory lent to copies, order, captures, and who takes how much."""
 
+import gc
 import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 import torch
 
-from torch_bridge import _cuda
+import torch_bridge
+from torch_bridge import _cuda, _op, tensors
 
 
 class FakeEvent:
@@ -65,6 +70,116 @@ def test_a_copy_gives_back_what_earlier_ones_lent(events: list[FakeEvent]) -> No
         for event in events:
             event.done = True
     assert len(_cuda.PENDING_COPIES.copies) == 1
+
+
+def test_memory_lent_by_many_threads(events: list[FakeEvent]) -> None:
+    """Each gives back only what was copied, whoever lent it."""
+
+    def work(number: int) -> bool:
+        right = True
+        for i in range(20):
+            result = _cuda.copy_to_torch(jnp.full(3, 100.0 * number + i))
+            events[len(events) // 2].done = True
+            right &= torch.equal(result, torch.full((3,), 100.0 * number + i, dtype=torch.float64))
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert len(events) == 80
+    _cuda.PENDING_COPIES.release_finished()
+    lent = {id(event) for event, _ in _cuda.PENDING_COPIES.copies}
+    assert lent == {id(event) for event in events if not event.done}
+
+
+class FakeStream:
+    def __init__(self, name: str, log: list[Any]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_jax_reads_after_what_torch_has_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+
+    class Tensor:
+        device = torch.device("cuda", 0)
+
+        def __dlpack__(self, *, stream: int) -> str:
+            log.append(f"memory, of which stream {stream} is ordered")
+            return "capsule"
+
+    monkeypatch.setattr(_cuda, "_stream", lambda number, device: FakeStream(f"JAX's {number}", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream("torch's", log))
+    ordered: Any = _cuda.StreamOrderedTensor(Tensor())  # type: ignore[arg-type]
+    assert ordered.__dlpack__(stream=7, max_version=(1, 0)) == "capsule"
+    assert log == ["JAX's 7 waits for torch's", "memory, of which stream -1 is ordered"]
+
+
+@pytest.mark.parametrize("how", ["call", "backward", "to_jax"])
+def test_inputs_are_kept_until_torch_waits_for_jax(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that JAX borrows, copies that make it contiguous too, is there when torch's stream waits for the result."""
+    borrowed, kept = [], []
+
+    def borrow(tensor: torch.Tensor) -> jax.Array:
+        array = jnp.asarray(real_borrow(tensor))
+        borrowed.append(weakref.ref(array))
+        return array
+
+    def seen(fn: Any) -> Any:
+        def run(array: jax.Array) -> Any:
+            gc.collect()
+            kept.append([ref() is not None for ref in borrowed])
+            return fn(array)
+
+        return run
+
+    real_borrow = tensors.borrow
+    monkeypatch.setattr(tensors, "borrow", borrow)
+    monkeypatch.setattr(tensors, "wait_on_torch_stream", seen(lambda array: None))
+    weight, targets = torch.ones(2), torch.tensor([0, 1, 0])
+    vectors = torch_bridge.make_batch_grad_output_fn(torch.nn.CrossEntropyLoss(weight), "empirical")
+    outputs = torch.randn(2, 3).T.requires_grad_(how == "backward")
+    if how == "backward":
+        result = vectors(outputs, targets)
+    monkeypatch.setattr(_op, "borrow", borrow)
+    monkeypatch.setattr(_op, "hand_over", seen(tensors.hand_over))
+    if how == "call":
+        vectors(outputs, targets)
+    elif how == "backward":
+        result.sum().backward()
+    else:
+        tensors.to_jax(outputs)
+    assert kept == [[True] * {"call": 3, "backward": 4, "to_jax": 1}[how]]
+
+
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::item",
+    "aten::nonzero",
+    "aten::_to_copy",
+}
+
+
+def test_a_step_of_a_module_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads no values of torch's, and JAX is given numbers by an explicit transfer only."""
+
+    def to_jax(tensor: torch.Tensor) -> jax.Array:  # as with a GPU, not by way of the host
+        return jax.dlpack.from_dlpack(tensor.detach().clone())
+
+    monkeypatch.setattr("torch_bridge.optimizer.to_jax", to_jax)
+    monkeypatch.setattr("torch_bridge.trained.to_jax", to_jax)
+    monkeypatch.setattr(torch_bridge.KFAC, "_check_targets", lambda *_: None)  # on CPUs only
+    batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    optimizer = torch_bridge.KFAC(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss(), lr=0.1)
+    optimizer.step(batch)
+    with torch.profiler.profile() as profile, jax.transfer_guard("disallow"):
+        optimizer.step(batch)
+    called = {event.name for event in profile.events()}
+    assert "aten::copy_" in called
+    assert not called & WAITS
 
 
 def test_captures_are_refused_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

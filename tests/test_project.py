@@ -22,7 +22,8 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (ggn_jax,
 # From low to high: a module imports from lower layers only, and all modules are here.
 GGN_JAX = [
     {"_hints", "_keywords", "_repr", "_version"},
-    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_sharding", "_unbatched", "_weights"},
+    {"fisher_type", "_checks", "_draws", "_frozen", "_fusion", "_outputs", "_precision", "_sharding", "_unbatched"}
+    | {"_weights"},
     {"_eager", "_model", "_sums", "term_hessian"},
     {
         "layers.dot",

@@ -142,8 +142,9 @@ class KFAC(torch.optim.Optimizer):
             if self._device.type == "cpu":  # elsewhere this would wait for the device, and the loss is NaN
                 self._check_targets(params, inputs, targets)
             batch = (inputs, self._module_fn.buffers(), self._module_fn.draw_seed()), targets
-            key = jax.random.fold_in(jax.random.key(self._seed), self._count)
-            new, self._kfac_state, value, buffers = self._run(params, self._kfac_state, batch, key, self._numbers())
+            numbers = {**self._numbers(), "seed": np.int64(self._seed), "count": np.int64(self._count)}
+            # In one explicit transfer, which does not wait, and which guards against others let through.
+            new, self._kfac_state, value, buffers = self._run(params, self._kfac_state, batch, jax.device_put(numbers))
             for name, parameter in self._trained.items():
                 parameter.copy_(to_torch(new[name]))
             self._module_fn.write(buffers)
@@ -228,7 +229,8 @@ class KFAC(torch.optim.Optimizer):
             rate = given.pop("lr")
             return ggn_jax.kfac(module_fn, loss, rate, **given, example_inputs=examples, **options)
 
-        def run(params: Any, state: Any, batch: Any, key: Any, numbers: Any) -> Any:
+        def run(params: Any, state: Any, batch: Any, numbers: dict[str, Any]) -> Any:
+            key = jax.random.fold_in(jax.random.key(numbers.pop("seed")), numbers.pop("count"))
             batch = module_fn.arguments(*batch[0]), batch[1]
             kfac = optimizer(_shapes(batch[0]), numbers)
             value, grads, factors = kfac.value_and_grad_and_factors(params, batch, state, key=key)

@@ -36,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_POLLS = 1000  # some hundred microseconds
+CUDA_OF_JAX = (12, 13)  # the versions of CUDA with an extra of JAX
 PREALLOCATION_DISABLED = disable_preallocation()
 
 DTYPES = {
@@ -268,11 +269,13 @@ def _jax_device(kind: str, index: int) -> jax.Device:
     if kind not in ("cpu", "cuda"):
         raise NotImplementedError(f"tensors must be on the CPU or a CUDA device; got one on {kind}: move it first.")
     try:
-        device = jax.local_devices(backend=kind)[index if kind == "cuda" else 0]
-    except (RuntimeError, IndexError):
-        raise RuntimeError(
-            f"a tensor is on {kind}:{index}, which this JAX does not have: {_way_to_device(kind)}."
-        ) from None
+        devices = jax.local_devices(backend=kind)
+    except RuntimeError:  # there is no such backend
+        devices = []
+    # By torch's number: JAX may see some of the process's devices only.
+    device = next((d for d in devices if kind == "cpu" or d.local_hardware_id == index), None)
+    if device is None:
+        raise RuntimeError(f"a tensor is on {kind}:{index}, which this JAX does not have: {_way_to_device(kind)}.")
     if kind == "cuda" and PREALLOCATION_DISABLED:
         warn_if_preallocated(device)
     return device
@@ -281,5 +284,13 @@ def _jax_device(kind: str, index: int) -> jax.Device:
 def _way_to_device(kind: str) -> str:
     if kind == "cpu":
         return "keep cpu in JAX_PLATFORMS"
-    major = (torch.version.cuda or "13").partition(".")[0]
-    return f"install jax[cuda{major}], the CUDA version of this torch, or move the tensor to the CPU"
+    if torch.version.hip is not None:
+        return "this torch is for ROCm, and torch_bridge shares memory by CUDA only; move the tensor to the CPU"
+    major = (torch.version.cuda or f"{CUDA_OF_JAX[-1]}").partition(".")[0]
+    if int(major) not in CUDA_OF_JAX:
+        builds = " or ".join(map(str, CUDA_OF_JAX))
+        return f"this torch is for CUDA {major}; install one for CUDA {builds}, which JAX has, or move it to the CPU"
+    return (
+        f"install jax[cuda{major}], the CUDA version of this torch (JAX_PLATFORMS, if set, must have cuda), or move the"
+        " tensor to the CPU"
+    )

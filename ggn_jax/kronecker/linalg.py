@@ -5,6 +5,7 @@ as products of matrices.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._fusion import max_abs
+from ggn_jax._precision import full_precision
 from ggn_jax.kronecker.inverse import inverse_by_cholesky
 
 RESOLUTION = 4
@@ -129,6 +131,16 @@ def rotated(x: Float[Array, "G d d"], q: Float[Array, "G d d"]) -> Float[Array, 
     """`Q^T X Q` of the symmetric part of `X`."""
     x = jnp.einsum("gji,gjk,gkl->gil", q, x, q)
     return (x + jnp.swapaxes(x, 1, 2)) / 2
+
+
+def rotated_precisely(x: Float[Array, "G d d"], q: Float[Array, "G d d"]) -> Float[Array, "G d d"]:
+    """`rotated` in full precision, for what is factorised."""
+    x = matmul_precisely(full_precision(partial(jnp.einsum, "gji,gjk->gik"), q, x), q)
+    return (x + jnp.swapaxes(x, 1, 2)) / 2
+
+
+def matmul_precisely(x: Float[Array, "G l m"], y: Float[Array, "G m n"]) -> Float[Array, "G l n"]:
+    return full_precision(jnp.matmul, x, y)
 
 
 @jax.custom_jvp

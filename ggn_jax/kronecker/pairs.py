@@ -29,7 +29,14 @@ from ggn_jax.kronecker.algebra import (
     normalise,
     weighted_factor_sum,
 )
-from ggn_jax.kronecker.linalg import RESOLUTION, eigh, rotated, safe_max_abs, zero_below_resolution
+from ggn_jax.kronecker.linalg import (
+    RESOLUTION,
+    eigh,
+    matmul_precisely,
+    rotated_precisely,
+    safe_max_abs,
+    zero_below_resolution,
+)
 
 
 class Congruence(Spectral):
@@ -239,7 +246,9 @@ def _diagonalise(sides: Sequence[Sequence[Factor]]) -> list[_DiagonalisedPair]:
         some = values > 0
         both = some[:, :, None] & some[:, None, :]
         null = jnp.eye(some.shape[1], dtype=x.dtype)[None] * jnp.where(some, 0, -1)[:, None].astype(x.dtype)
-        inner.append(jnp.where(both, rotated(x, w), null))  # eigenvalue -1: null vectors are not mixed with others
+        inner.append(
+            jnp.where(both, rotated_precisely(x, w), null)
+        )  # eigenvalue -1: null vectors are not mixed with others
     turned = iter(zip(eigh(inner), bases, strict=True))
     result = []
     for pair, own in zip(unit, scales, strict=True):
@@ -252,7 +261,7 @@ def _diagonalise(sides: Sequence[Sequence[Factor]]) -> list[_DiagonalisedPair]:
             )
             continue
         (alpha, u), (values, w) = next(turned)
-        t = jnp.einsum("gij,gjk->gik", w, u)
+        t = matmul_precisely(w, u)
         least = RESOLUTION * jnp.finfo(t.dtype).eps * jnp.max(values, axis=1, keepdims=True) * jnp.sum(t**2, axis=1)
         inside = alpha > -1 / 2
         kept = [jnp.where(inside & (x > least), x, 0) for x in (alpha, 1 - alpha)]
