@@ -120,7 +120,7 @@ collectives = "all-gather|all-to-all|collective-permute|reduce-scatter|collectiv
 for name, (model, params) in models.items():
     x = inputs[name]
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
-    y = jnp.arange(N) % 3 if name == "images" else x % 3
+    y = jax.device_put(np.arange(N) % 3) if name == "images" else x % 3
     args = model, loss
     mask = {"mask": x % 7 > 0} if name == "tokens" else {}
     chunks = {"chunk_size": 16}  # and a rest of 8
