@@ -14,7 +14,7 @@ N, DAMPING = 9, 0.3
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.normal(size=shape))
+    return jax.device_put(RNG.normal(size=shape))
 
 
 def model_fn(p: Any, x: jax.Array) -> jax.Array:
@@ -23,8 +23,8 @@ def model_fn(p: Any, x: jax.Array) -> jax.Array:
 
 # Orthonormal columns and squared error: the second layer's output factor is a multiple of the identity, and the first's
 # is nearly one; an input that is always 0 makes a factor singular.
-PARAMS = {"w": normal(3, 4), "b": normal(4), "v": jnp.asarray(np.linalg.qr(RNG.normal(size=(4, 3)))[0])}
-INPUTS = [normal(N, 3).at[:, 0].set(0), normal(N, 3)]
+PARAMS = {"w": normal(3, 4), "b": normal(4), "v": jax.device_put(np.linalg.qr(RNG.normal(size=(4, 3)))[0])}
+INPUTS = [jax.device_put(RNG.normal(size=(N, 3)) * [0, 1, 1]), normal(N, 3)]
 TARGETS, LOSS = normal(N, 3), ggn_jax.MSELoss()
 VECTOR = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 3)}
 

@@ -14,7 +14,7 @@ BOTH = pytest.mark.parametrize("cls", [KFAC, EKFAC])
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def linear_net(p: Any, x: jax.Array) -> jax.Array:
@@ -27,7 +27,7 @@ def tanh_net(p: Any, x: jax.Array) -> jax.Array:
 
 PARAMS = {"1": {"w": normal(3, 4), "b": normal(4)}, "2": {"w": normal(4, 2), "b": normal(2)}}
 FIRST = 4 + 12  # entries of the first layer
-INPUTS, LABELS = normal(7, 3), jnp.arange(7) % 2
+INPUTS, LABELS = normal(7, 3), jax.device_put(np.arange(7) % 2)
 CE = ggn_jax.CrossEntropyLoss()
 
 

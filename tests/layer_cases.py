@@ -18,7 +18,7 @@ wide = partial(dict, param_dtype=jnp.float64, dtype=jnp.float64)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def linen(module: nn.Module, inputs: Any, **kwargs: Any) -> Model:

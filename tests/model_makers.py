@@ -13,9 +13,9 @@ from ggn_jax import from_equinox, from_haiku, from_linen, from_nnx
 
 F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 N = 6
-X = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)))
+X = jax.device_put(np.random.default_rng(0).normal(size=(N, 3)))
 TARGETS = np.arange(N) % 2
-VALUES = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)))
+VALUES = jax.device_put(np.random.default_rng(1).normal(size=(4, 6)))
 
 
 class NNXNet(nnx.Module):

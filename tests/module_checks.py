@@ -1,6 +1,6 @@
 """A small module, and its conversion compared with itself."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import torch
 import torch.utils.checkpoint
@@ -17,6 +17,6 @@ def linear() -> nn.Module:
 def check(module: nn.Module, x: torch.Tensor) -> list[str]:
     model_fn, params = torch_bridge.from_module(module, x)
     wanted = module.eval()(x).detach().numpy()
-    np.testing.assert_allclose(model_fn(params, jnp.asarray(x.numpy())), wanted, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(model_fn(params, jax.device_put(x.numpy())), wanted, rtol=1e-10, atol=1e-12)
     assert list(params) == [name for name, _ in module.named_parameters()]
     return list(params)

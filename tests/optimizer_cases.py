@@ -16,7 +16,11 @@ KEY = jax.random.key(0)
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype))
+
+
+def integers(seed: int, high: int, *shape: int) -> jax.Array:
+    return jax.device_put(np.random.default_rng([seed, *shape]).integers(high, size=shape))
 
 
 def linear(params: Any, x: jax.Array) -> jax.Array:
@@ -41,7 +45,7 @@ def mlp_params(dtype: Any = jnp.float64) -> Any:
 
 
 def batch_of(size: int = 12, seed: int = 5, dtype: Any = jnp.float64) -> tuple[jax.Array, jax.Array]:
-    return normal(seed, size, 3, dtype=dtype), jax.random.randint(jax.random.key(seed), (size,), 0, 2)
+    return normal(seed, size, 3, dtype=dtype), integers(seed, 2, size)
 
 
 @eqx.filter_jit

@@ -33,7 +33,7 @@ def assert_close(got: Any, want: Any, tol: float = 1e-11) -> None:
 
 def normal(name: str, *shape: int) -> jax.Array:
     """Normal numbers, the same for each name."""
-    return jnp.asarray(np.random.default_rng(list(name.encode())).normal(size=shape))
+    return jax.device_put(np.random.default_rng(list(name.encode())).normal(size=shape))
 
 
 def integers(name: str, high: int, *shape: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import ggn_jax
 from ggn_jax import Unbatched
 
 N, DTYPE = 5, jnp.float64
-X, Y = normal(0, N, 3), jnp.arange(N) % 2
+X, Y = normal(0, N, 3), jax.device_put(np.arange(N) % 2)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,7 @@ def test_groups_of_examples_couple(groups: tuple[float, ...]) -> None:
         return same @ x / same.sum(1, keepdims=True) @ params["w"]
 
     params, inputs = {"w": normal(1, 3, 2)}, (normal(0, 6, 3), jnp.asarray(groups))
-    batch = inputs, jnp.arange(6) % 2
+    batch = inputs, jax.device_put(np.arange(6) % 2)
     with pytest.raises(ValueError, match=r"couples examples.*leave chunk_size out"):
         ggn_jax.GGNLinearOperator(packed, CE, params, batch, chunk_size=3)
     with pytest.raises(ValueError, match=r"batch 0: .*couples examples"):
@@ -237,7 +237,7 @@ def test_the_check_is_made_each_time() -> None:
     params, x = {"w": normal(1, 3, 2)}, normal(0, 6, 3)
 
     def make(training: bool) -> ggn_jax.KFACLinearOperator:
-        batch = (x, Unbatched(jnp.asarray(training))), jnp.arange(6) % 2
+        batch = (x, Unbatched(jnp.asarray(training))), jax.device_put(np.arange(6) % 2)
         return ggn_jax.KFACLinearOperator(model_fn, CE, params, batch, fisher_type="type-2")
 
     for _ in range(3):

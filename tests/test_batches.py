@@ -20,7 +20,7 @@ CE = ggn_jax.CrossEntropyLoss()
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def tanh_net(p: Any, x: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ def tanh_net(p: Any, x: jax.Array) -> jax.Array:
 
 
 PARAMS = {"1": {"w": normal(3, 4), "b": normal(4)}, "2": {"w": normal(4, 2), "b": normal(2)}}
-INPUTS, LABELS = normal(7, 3), jnp.arange(7) % 2
+INPUTS, LABELS = normal(7, 3), jax.device_put(np.arange(7) % 2)
 
 
 def as_batches(*sizes: int) -> list[tuple[jax.Array, jax.Array]]:

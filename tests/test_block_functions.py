@@ -1,6 +1,7 @@
 """Functions of operators with blocks: against dense algebra in float64, with derivatives, sums and multiples."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -18,35 +19,60 @@ from ggn_jax.operators.blocks import BlockLinearOperator
 
 SIZE = 28
 SHARES = {"w": 0.1, "b": 0.1, "v": 0.7}  # a damping for each layer
-DAMPINGS = np.diag(np.asarray(ravel_pytree(jax.tree.map(lambda d, p: jnp.full(p.shape, d), SHARES, PARAMS))[0]))
+DAMPINGS = np.diag(np.asarray(ravel_pytree(jax.tree.map(lambda d, p: np.full(p.shape, d), SHARES, PARAMS))[0]))
 
 
 def make(cls: Any, params: Any = PARAMS, inputs: Any = INPUTS[0]) -> Any:
     return cls(model_fn, LOSS, params, (inputs, TARGETS), fisher_type="type-2")
 
 
-KFACS = [make(ggn_jax.KFACLinearOperator, inputs=x) for x in INPUTS]
-EKFACS = [make(ggn_jax.EKFACLinearOperator, inputs=x) for x in INPUTS]
-A, B, C, D = (np.asarray(operator.as_matrix()) for operator in (*KFACS, *EKFACS))
+@cache
+def kfacs() -> list[Any]:
+    return [make(ggn_jax.KFACLinearOperator, inputs=x) for x in INPUTS]
+
+
+@cache
+def ekfacs() -> list[Any]:
+    return [make(ggn_jax.EKFACLinearOperator, inputs=x) for x in INPUTS]
+
+
+@cache
+def matrices() -> list[np.ndarray]:
+    return [np.asarray(operator.as_matrix()) for operator in (*kfacs(), *ekfacs())]
+
+
 EYE = np.eye(SIZE)
 
-# How an operator is made of others, and the matrix that it is.
-MADE: dict[str, tuple[Callable[[], Any], np.ndarray]] = {
-    "damped": (lambda: KFACS[0].damped(0.3), A + 0.3 * EYE),
-    "damped by layers": (lambda: KFACS[0].damped(SHARES), A + DAMPINGS),
-    "sum": (lambda: KFACS[0] + KFACS[1], A + B),
-    "sum of EKFACs": (lambda: EKFACS[0] + EKFACS[1], C + D),
-    "mixed": (lambda: 2.0 * KFACS[0].damped(0.1) + EKFACS[0] / 4, 2 * A + 0.2 * EYE + C / 4),
-    "inverse and sum": (lambda: KFACS[0].inverse(0.3) * 2 + KFACS[1], 2 * np.linalg.inv(A + 0.3 * EYE) + B),
-    "damped inverse": (lambda: KFACS[0].inverse(0.3).damped(0.5), np.linalg.inv(A + 0.3 * EYE) + 0.5 * EYE),
-    "mean": (lambda: ggn_jax.average_operators(KFACS, [1, 3.0]), A / 4 + 3 * B / 4),
+# How an operator is made of KFACs `a`, `b` and EKFACs `c`, `d`, and the matrix that it is.
+MADE: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
+    "damped": (lambda a, b, c, d: a.damped(0.3), lambda a, b, c, d: a + 0.3 * EYE),
+    "damped by layers": (lambda a, b, c, d: a.damped(SHARES), lambda a, b, c, d: a + DAMPINGS),
+    "sum": (lambda a, b, c, d: a + b, lambda a, b, c, d: a + b),
+    "sum of EKFACs": (lambda a, b, c, d: c + d, lambda a, b, c, d: c + d),
+    "mixed": (
+        lambda a, b, c, d: 2.0 * a.damped(0.1) + c / 4,
+        lambda a, b, c, d: 2 * a + 0.2 * EYE + c / 4,
+    ),
+    "inverse and sum": (
+        lambda a, b, c, d: a.inverse(0.3) * 2 + b,
+        lambda a, b, c, d: 2 * np.linalg.inv(a + 0.3 * EYE) + b,
+    ),
+    "damped inverse": (
+        lambda a, b, c, d: a.inverse(0.3).damped(0.5),
+        lambda a, b, c, d: np.linalg.inv(a + 0.3 * EYE) + 0.5 * EYE,
+    ),
+    "mean": (
+        lambda a, b, c, d: ggn_jax.average_operators([a, b], [1, 3.0]),
+        lambda a, b, c, d: a / 4 + 3 * b / 4,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.by_default("inverse and sum", "mixed", "damped by layers", "mean")
 def test_operators_made_of_others(name: str) -> None:
-    operator, want = MADE[name][0](), MADE[name][1]
+    make_operator, matrix_of = MADE[name]
+    operator, want = make_operator(*kfacs(), *ekfacs()), matrix_of(*matrices())
     assert isinstance(operator, BlockLinearOperator)
     assert lx.is_positive_semidefinite(operator)
     assert operator.is_exact()
@@ -66,7 +92,7 @@ ROWS = 4 + np.arange(12).reshape(4, 3).T.reshape(-1)  # of `v`, as [out, in]
 
 
 def test_tags_of_multiples() -> None:
-    for operator in (KFACS[0], ggn_jax.GGNLinearOperator(model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS))):
+    for operator in (kfacs()[0], ggn_jax.GGNLinearOperator(model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS))):
         for number in (2, 0.5, np.float32(2), jnp.asarray(2.0), 0):
             assert lx.is_positive_semidefinite(number * operator)
         for number in (-2, -0.5, jnp.asarray(-2.0)):
@@ -87,31 +113,32 @@ def test_average_of_factors() -> None:
         (jnp.concatenate(INPUTS), jnp.concatenate([TARGETS, TARGETS])),
         fisher_type="type-2",
     )
-    mean = ggn_jax.average_factors(KFACS)
+    mean = ggn_jax.average_factors(kfacs())
     np.testing.assert_allclose(mean.as_matrix(), both.as_matrix(), atol=1e-14)
-    assert np.abs(mean.as_matrix() - (A + B) / 2).max() > 1e-4
+    a, b, *_ = matrices()
+    assert np.abs(mean.as_matrix() - (a + b) / 2).max() > 1e-4
     with pytest.raises(TypeError, match=r"\['w'\], \['b'\] is a Spectral: use average_operators"):
-        ggn_jax.average_factors(EKFACS)
+        ggn_jax.average_factors(ekfacs())
     with pytest.raises(ValueError, match="2 numbers"):
-        ggn_jax.average_factors(KFACS, [1.0])
+        ggn_jax.average_factors(kfacs(), [1.0])
     with pytest.raises(ValueError, match="at least 0"):
-        ggn_jax.average_operators(KFACS, [1.0, -1.0])
+        ggn_jax.average_operators(kfacs(), [1.0, -1.0])
     other = ggn_jax.KFACLinearOperator(
         model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS), fisher_type="type-2", bias="separate"
     )
     with pytest.raises(ValueError, match=r"operators\[1\] has other blocks"):
-        ggn_jax.average_operators([KFACS[0], other])
+        ggn_jax.average_operators([kfacs()[0], other])
 
 
 def test_damping_by_layers_that_a_block_does_not_have() -> None:
     with pytest.raises(ValueError, match=r"\['w'\], \['b'\] are one, with damping 0.1, 0.2"):
-        KFACS[0].damped({"w": 0.1, "b": 0.2, "v": 0.7})
+        kfacs()[0].damped({"w": 0.1, "b": 0.2, "v": 0.7})
     with pytest.raises(ValueError, match=r"must be a number, or a dict of .*a pytree of numbers that is a prefix"):
-        KFACS[0].logdet({"w": 0.1, "b": 0.2})
+        kfacs()[0].logdet({"w": 0.1, "b": 0.2})
     with pytest.raises(ValueError, match=r"damping\['v'\] must not be negative"):
-        KFACS[0].inverse({"w": 0.1, "b": 0.1, "v": -1.0})
+        kfacs()[0].inverse({"w": 0.1, "b": 0.1, "v": -1.0})
     with pytest.raises(ValueError, match="unknown under jit"):
-        jax.jit(lambda d: KFACS[0].logdet(d))(SHARES)
+        jax.jit(lambda d: kfacs()[0].logdet(d))(SHARES)
     ggn = ggn_jax.GGNLinearOperator(model_fn, LOSS, PARAMS, (INPUTS[0], TARGETS))
     want = ggn.mv(VECTOR)["v"] + 0.7 * VECTOR["v"]
     np.testing.assert_allclose(ggn.damped({"w": 0.1, "b": 0.2, "v": 0.7}).mv(VECTOR)["v"], want, rtol=1e-14)
@@ -122,15 +149,15 @@ def test_solves_by_lineax() -> None:
     """By blocks, with the derivative in the damping `-(K + x)^-2 v`."""
 
     def solve(x: jax.Array) -> jax.Array:
-        return flat(lx.linear_solve(KFACS[0].damped(x), VECTOR, ggn_jax.BlockSolver()).value)
+        return flat(lx.linear_solve(kfacs()[0].damped(x), VECTOR, ggn_jax.BlockSolver()).value)
 
     solution, change = jax.jvp(solve, (jnp.asarray(0.3),), (jnp.asarray(1.0),))
-    inverse = np.linalg.inv(A + 0.3 * EYE)
+    inverse = np.linalg.inv(matrices()[0] + 0.3 * EYE)
     np.testing.assert_allclose(solution, inverse @ flat(VECTOR), atol=1e-13)
     np.testing.assert_allclose(change, -inverse @ inverse @ flat(VECTOR), atol=1e-12)
-    np.testing.assert_allclose(flat(lx.linear_solve(KFACS[0].damped(0.3), VECTOR).value), solution, atol=1e-12)
+    np.testing.assert_allclose(flat(lx.linear_solve(kfacs()[0].damped(0.3), VECTOR).value), solution, atol=1e-12)
     with pytest.raises(ValueError, match="operators that have blocks"):
-        ggn_jax.BlockSolver().init(lx.IdentityLinearOperator(KFACS[0].in_structure()), {})
+        ggn_jax.BlockSolver().init(lx.IdentityLinearOperator(kfacs()[0].in_structure()), {})
 
 
 # Derivatives.
@@ -148,7 +175,8 @@ def dense_kfac(params: Any, inputs: jax.Array) -> list[jax.Array]:
     ]
 
 
-PARTS = [jnp.concatenate([VECTOR["w"].T, VECTOR["b"][:, None]], 1).reshape(-1), VECTOR["v"].T.reshape(-1)]
+ARRAYS = {name: np.asarray(x) for name, x in VECTOR.items()}
+PARTS = [np.column_stack([ARRAYS["w"].T, ARRAYS["b"]]).reshape(-1), ARRAYS["v"].T.reshape(-1)]
 
 
 @jax.custom_jvp
@@ -218,10 +246,10 @@ def test_derivatives() -> None:
 def test_derivatives_of_ekfac_and_heuristic_inverses() -> None:
     """Against finite differences, in the parameters and in class weights, at eigenvalues that differ."""
     rng = np.random.default_rng(5)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS)
+    params = jax.tree.map(lambda p: jax.device_put(rng.normal(size=p.shape)), PARAMS)
 
     def values(params: Any, weight: jax.Array) -> jax.Array:
-        args = model_fn, ggn_jax.CrossEntropyLoss(weight), params, (INPUTS[1], jnp.arange(N) % 3)
+        args = model_fn, ggn_jax.CrossEntropyLoss(weight), params, (INPUTS[1], jax.device_put(np.arange(N) % 3))
         ekfac = ggn_jax.EKFACLinearOperator(*args, fisher_type="type-2")
         kfac = ggn_jax.KFACLinearOperator(*args, fisher_type="type-2")
         heuristic = flat(VECTOR) @ flat(kfac.solve(VECTOR, DAMPING, "heuristic"))
@@ -241,9 +269,10 @@ def test_derivatives_of_ekfac_and_heuristic_inverses() -> None:
 # Singular operators, long sums and diagonals.
 
 
-@pytest.mark.parametrize("operator", [KFACS[0], EKFACS[0]], ids=["kfac", "ekfac"])
-def test_singular_operators(operator: Any) -> None:
+@pytest.mark.parametrize("operators", [kfacs, ekfacs], ids=["kfac", "ekfac"])
+def test_singular_operators(operators: Any) -> None:
     """An input that is always 0."""
+    operator = operators()[0]
     assert operator.logdet() == -jnp.inf
     assert operator.det() == 0
     with pytest.raises(FloatingPointError, match=r"\['w'\], \['b'\]"):

@@ -89,7 +89,7 @@ def test_preconditioned_conjugate_gradients_in_float32() -> None:
     """To the accuracy that float32 allows, with the residual as the recurrence has it (`KFACLinearOperator`)."""
     rng = np.random.default_rng(0)
     params = [jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((9, 20), (20, 10))]
-    inputs, labels = jnp.asarray(rng.normal(size=(60, 9)), jnp.float32), jnp.asarray(rng.integers(10, size=60))
+    inputs, labels = jnp.asarray(rng.normal(size=(60, 9)), jnp.float32), jax.device_put(rng.integers(10, size=60))
 
     def net(p: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ p[0]) @ p[1]

@@ -38,7 +38,7 @@ def selected(p: Any, inputs: Any) -> jax.Array:
 
 
 def test_branches_that_data_choose_are_those_of_a_selection() -> None:
-    batch = {"choice": CHOICE, "x": normal(6, 3)}, jnp.arange(6) % 2
+    batch = {"choice": CHOICE, "x": normal(6, 3)}, jax.device_put(np.arange(6) % 2)
     with usual_promotion():
         report = ggn_jax.report(switched, PARAMS, batch[0])
         assert report.passed, str(report)
@@ -97,7 +97,7 @@ def test_convolutions_in_branches() -> None:
         return jnp.tanh(jnp.where(choice, conv(x, p["a"]), jnp.sin(conv(x, 2 * p["b"])))).mean((1, 2))
 
     weights = params(a=(2, 1, 2, 2), b=(2, 1, 2, 2))
-    batch = {"choice": jnp.arange(4) % 3 == 0, "x": normal(4, 3, 2, 2)}, normal(4, 2)
+    batch = {"choice": jax.device_put(np.arange(4) % 3) == 0, "x": normal(4, 3, 2, 2)}, normal(4, 2)
     with usual_promotion():
         report = ggn_jax.report(by_switch, weights, batch[0])
         assert report.passed, str(report)
@@ -150,7 +150,7 @@ STACK = params(blocks={"first": {"w": (3, 3, 4), "b": (3, 4)}, "last": {"w": (3,
 @pytest.mark.sweep
 def test_a_loop_over_blocks_of_two_kinds() -> None:
     """EKFAC's bases are those of KFAC's factors."""
-    batch = normal(5, 3), jnp.arange(5) % 2
+    batch = normal(5, 3), jax.device_put(np.arange(5) % 2)
     with usual_promotion():
         report = ggn_jax.report(hybrid, STACK, batch[0])
         assert report.passed, str(report)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizer_cases import CE, KEY, batch_of, gradient, mlp, mlp_params, normal
+from optimizer_cases import CE, KEY, batch_of, gradient, integers, mlp, mlp_params, normal
 
 import ggn_jax
 
-TOKENS = jax.random.randint(KEY, (4, 3), 0, 7)
+TOKENS = integers(0, 7, 4, 3)
 
 
 def model(params: Any, tokens: jax.Array) -> jax.Array:

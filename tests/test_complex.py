@@ -17,7 +17,7 @@ import ggn_jax
 MSE = ggn_jax.MSELoss()
 KFAC, EKFAC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator
 Pair = tuple[jax.Array, jax.Array]
-TURN = jnp.asarray(np.exp(0.3j * np.arange(2)))
+TURN = jax.device_put(np.exp(0.3j * np.arange(2)))
 
 
 def turned(real: jax.Array, imag: jax.Array) -> Pair:

@@ -18,7 +18,7 @@ CE, MSE = ggn_jax.CrossEntropyLoss(), ggn_jax.MSELoss()
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 W, A, B, IN, OUT, LAST = normal(5, 6), normal(5, 2), normal(2, 6), normal(5), normal(6), normal(6, 4)
@@ -95,7 +95,7 @@ def test_factors_are_those_of_the_layers_written_out(name: str) -> None:
         "learned scale": lambda p, x: (x @ p["w"]) * jnp.exp(p["s"][None]),
     }
     hidden, weight, _ = WEIGHTS[name]
-    params, batch = {"bias": OUT, "hidden": hidden, "last": LAST}, (normal(7, 5), jnp.arange(7) % 4)
+    params, batch = {"bias": OUT, "hidden": hidden, "last": LAST}, (normal(7, 5), jax.device_put(np.arange(7) % 4))
 
     def written_out(p: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(apart[name](p["hidden"], x) + p["bias"][None]) @ p["last"]
@@ -158,7 +158,7 @@ def test_kernels_and_tables() -> None:
 def test_multipliers_follow_the_parameters() -> None:
     """A step of the optimizer is that of the model written out, also at other parameters than `init` saw."""
     hidden, weight, _ = WEIGHTS["merged adapter"]
-    params, batch = {"bias": OUT, "hidden": hidden, "last": LAST}, (normal(7, 5), jnp.arange(7) % 4)
+    params, batch = {"bias": OUT, "hidden": hidden, "last": LAST}, (normal(7, 5), jax.device_put(np.arange(7) % 4))
 
     def written_out(p: Any, x: jax.Array) -> jax.Array:
         h = x @ p["hidden"]["w"] + 0.5 * (x @ p["hidden"]["a"]) @ p["hidden"]["b"]

@@ -21,7 +21,7 @@ from ggn_jax.layers.run import run_equation
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def network() -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         return x.reshape(x.shape[0], -1) @ params["head"]
 
-    return model_fn, params, (normal(6, 4, 4, 2), jnp.arange(6) % 3)
+    return model_fn, params, (normal(6, 4, 4, 2), jax.device_put(np.arange(6) % 3))
 
 
 def kfac(params: Any, batch: Any) -> Any:

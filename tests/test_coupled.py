@@ -1,5 +1,6 @@
 """Examples that depend on each other: the oracle is the GGN of the loss of a batch, `J^T H J`, by autodiff."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ggn_jax import Unbatched
 
 KFAC, EKFAC, KFOC = ggn_jax.KFACLinearOperator, ggn_jax.EKFACLinearOperator, ggn_jax.KFOCLinearOperator
 N = 4
-X, Y = normal(0, N, 3), jnp.arange(N) % 2
+X, Y = normal(0, N, 3), jax.device_put(np.arange(N) % 2)
 EXACT: dict[str, Any] = {"fisher_type": "type-2", "positions": "exact", "examples": "coupled"}
 
 
@@ -27,14 +28,20 @@ def batch_norm(p: Any, x: jax.Array) -> jax.Array:
 
 
 PARAMS = {"c": normal(1, 2), "s": normal(2, 2), "v": normal(3, 2, 2), "w": normal(4, 3, 2)}
-DENSE = dense_ggn(batch_norm, CE, PARAMS, (X, Y))
+
+
+@cache
+def dense() -> np.ndarray:
+    return dense_ggn(batch_norm, CE, PARAMS, (X, Y))
+
+
 PLACES = {"c": slice(0, 2), "s": slice(2, 4), "v": slice(4, 8), "w": slice(8, 14)}
 
 
 def block_of(name: str) -> np.ndarray:
     """The dense block, on row-major `[out, in]`."""
     inputs, out = PARAMS[name].shape
-    block = DENSE[PLACES[name], PLACES[name]].reshape(inputs, out, inputs, out)
+    block = dense()[PLACES[name], PLACES[name]].reshape(inputs, out, inputs, out)
     return block.transpose(1, 0, 3, 2).reshape(inputs * out, inputs * out)
 
 
@@ -42,14 +49,14 @@ def block_of(name: str) -> np.ndarray:
 def test_diagonal(method: Any) -> None:
     args = batch_norm, CE, PARAMS
     diagonal = ggn_jax.GGNDiagonalLinearOperator(*args, (X, Y), method=method, examples="coupled")
-    assert_close(np.diag(diagonal.as_matrix()), np.diag(DENSE))
+    assert_close(np.diag(diagonal.as_matrix()), np.diag(dense()))
 
 
 def test_blocks() -> None:
     """Scales and shifts have their own blocks, EKFAC that of KFAC's eigenbases, KFOC the nearest product."""
     kfac, ekfac, kfoc = (cls(batch_norm, CE, PARAMS, (X, Y), **EXACT) for cls in (KFAC, EKFAC, KFOC))
     for name in "sc":
-        assert_close(kfac.block(name), DENSE[PLACES[name], PLACES[name]])
+        assert_close(kfac.block(name), dense()[PLACES[name], PLACES[name]])
     for name in "wv":
         factors = kfac.factors()[f"['{name}']"]
         q_a, q_b = (np.linalg.eigh(np.asarray(x[0][0]))[1] for x in (factors.a, factors.b))
@@ -85,7 +92,7 @@ def mixed(p: Any, x: jax.Array) -> jax.Array:
 
 
 def rotation(size: int) -> jax.Array:
-    return jnp.asarray(np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0])
+    return jax.device_put(np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0])
 
 
 def pooled(p: Any, x: jax.Array) -> jax.Array:
@@ -110,7 +117,7 @@ def test_exact_for_deep_linear_nets(model_fn: Any, sharing: str, cls: Any) -> No
 @pytest.mark.sweep
 def test_batches() -> None:
     """Each is coupled within itself; a mean is over all."""
-    batches = [(X, Y), (normal(8, 3, 3), jnp.arange(3) % 2)]
+    batches = [(X, Y), (normal(8, 3, 3), jax.device_put(np.arange(3) % 2))]
     loss = ggn_jax.CrossEntropyLoss(reduction="sum")
     want = sum(dense_ggn(batch_norm, loss, PARAMS, batch) for batch in batches) / 7
     args = batch_norm, CE, PARAMS, batches
@@ -134,7 +141,7 @@ def test_draws_are_right_in_the_mean(fisher_type: str) -> None:
 
     found = np.asarray(block(jax.random.split(KEY, 3000)))
     error = found.std(axis=0) / np.sqrt(len(found))
-    assert (np.abs(found.mean(axis=0) - DENSE[2:4, 2:4]) < 5 * error).all()
+    assert (np.abs(found.mean(axis=0) - dense()[2:4, 2:4]) < 5 * error).all()
     assert found.std(axis=0).max() > 0
 
 

@@ -28,10 +28,10 @@ def model_fn(params, x):
 
 sizes = [3, 9, 4, 5]
 params = {
-    f"w{i}": np.asarray(jax.random.normal(jax.random.key(i), (a, b)), np.float32)
+    f"w{i}": np.random.default_rng(i).normal(size=(a, b)).astype(np.float32)
     for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
 }
-x = np.asarray(jax.random.normal(jax.random.key(9), (16, 3)), np.float32)
+x = np.random.default_rng(9).normal(size=(16, 3)).astype(np.float32)
 y = np.arange(16) % 5
 loss = ggn_jax.CrossEntropyLoss()
 
@@ -107,7 +107,7 @@ def tokens(params, x):
     return jnp.tanh(params["e"][x] @ params["u"]) @ params["w"]
 
 def normal(*shape):
-    return jax.random.normal(jax.random.key(0), shape)
+    return jax.device_put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 
 N = 40  # not a power of two: chunks of images do not fill devices evenly
 models = {
@@ -120,7 +120,7 @@ collectives = "all-gather|all-to-all|collective-permute|reduce-scatter|collectiv
 for name, (model, params) in models.items():
     x = inputs[name]
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1)
-    y = jnp.arange(N) % 3 if name == "images" else x % 3
+    y = jax.device_put(np.arange(N) % 3) if name == "images" else x % 3
     args = model, loss
     mask = {"mask": x % 7 > 0} if name == "tokens" else {}
     chunks = {"chunk_size": 16}  # and a rest of 8

@@ -122,17 +122,14 @@ def check(found: Found) -> None:
         assert not failed, f"{page}: {printed}"
 
 
-def test_docstrings(tmp_path: Path) -> None:
-    check(run_examples({"docstrings": []}, tmp_path))
-
-
 FIRST = ["README", "start"]
 
 
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.sweep)], ids=["first", "others"])
-def test_pages(first: bool, tmp_path: Path) -> None:
-    """What is read first by default, the other pages with `-m sweep`."""
-    check(run_examples({page.stem: blocks_of_page(page) for page in PAGES if (page.stem in FIRST) == first}, tmp_path))
+def test_examples(first: bool, tmp_path: Path) -> None:
+    """Docstrings and what is read first by default, the other pages with `-m sweep`."""
+    pages = {page.stem: blocks_of_page(page) for page in PAGES if (page.stem in FIRST) == first}
+    check(run_examples({"docstrings": [], **pages} if first else pages, tmp_path))
 
 
 def test_every_page_is_in_the_contents() -> None:

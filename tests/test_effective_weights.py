@@ -20,7 +20,7 @@ CE, MSE = ggn_jax.CrossEntropyLoss(), ggn_jax.MSELoss()
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def kinds(model_fn: Any, params: Any, inputs: Any) -> dict[str, tuple[str, str, int]]:
@@ -29,7 +29,7 @@ def kinds(model_fn: Any, params: Any, inputs: Any) -> dict[str, tuple[str, str, 
     return {row.parameter: (row.kind, row.curvature, row.uses) for row in found.rows}
 
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (6, 4)))
+TOKENS = jax.device_put(np.random.default_rng(0).integers(0, 5, (6, 4)))
 
 ROWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "one index": lambda w, x: jax.vmap(jax.vmap(lambda i: w[i]))(x),
@@ -47,7 +47,7 @@ TABLE = {"table": normal(5, 3), "w": normal(3, 2)}
 
 
 def matrix_of_table(model_fn: Any) -> jax.Array:
-    return KFAC(model_fn, CE, TABLE, (TOKENS, jnp.arange(6) % 2), fisher_type="type-2").as_matrix()
+    return KFAC(model_fn, CE, TABLE, (TOKENS, jax.device_put(np.arange(6) % 2)), fisher_type="type-2").as_matrix()
 
 
 @cache
@@ -103,7 +103,7 @@ def test_a_scaled_weight_has_the_scaled_factors(name: str) -> None:
         return jnp.tanh(x @ weight(p["w"]) + p["b"][None]) @ p["v"]
 
     params = {"b": normal(2), "v": normal(2, 2), "w": normal(3, 2)}
-    batch = normal(6, 3), jnp.arange(6) % 2
+    batch = normal(6, 3), jax.device_put(np.arange(6) % 2)
     assert kinds(model_fn, params, batch[0])["['w']"] == ("linear", "Kronecker", 1)
     found = KFAC(model_fn, CE, params, batch, fisher_type="type-2").as_matrix()
     plain = {**params, "w": scale * params["w"]}

@@ -206,7 +206,7 @@ def test_targets_of_other_dtypes_are_cast(dtype) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 @pytest.mark.by_default("int8", "uint64")
 def test_class_indices_of_every_integer_dtype(dtype: str) -> None:
-    f = jnp.asarray(np.random.default_rng(0).normal(size=(3, 200)))
+    f = jax.device_put(np.random.default_rng(0).normal(size=(3, 200)))
     y = jnp.asarray([0, 100, 120])
     for ignore_index in (-100, 100):
         loss = CrossEntropyLoss(ignore_index=ignore_index, label_smoothing=0.1)

@@ -86,7 +86,7 @@ def same_sharding(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("cls", [GGN, ggn_jax.EFLinearOperator, ggn_jax.HessianLinearOperator, DIAGONAL, KFAC, EKFAC])
 @pytest.mark.by_default("HessianLinearOperator")
 def test_products_are_sharded_as_the_parameters_are(cls: Any) -> None:
-    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
     options = {"key": KEY} if cls in (KFAC, EKFAC) else {}
 
     def run(params: Any, batch: Any) -> Any:
@@ -120,7 +120,7 @@ def keys() -> jax.Array:
 @covering(1, is_set=[False, True], sharded=[False, True])
 @pytest.mark.by_default("True-True")
 def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
-    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    params, batch = mlp_params(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
     start = over_features(params) if sharded else place(params)
     with jax.set_mesh(mesh()) if is_set else nullcontext():
         (found, values), state = train(start, place(batch, "data"))
@@ -132,7 +132,7 @@ def test_training_in_a_loop(is_set: bool, sharded: bool) -> None:
 @covering(1, options=[{}, {"ekfac": True}, {"inverse_interval": 2, "staggered": True}], is_set=[False, True], ids=str)
 @pytest.mark.by_default("{'inverse_interval': 2, 'staggered': True}-False")
 def test_inverses_are_shared_out_over_an_explicit_mesh(options: Any, is_set: bool) -> None:
-    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    params, batch = mlp_params(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
     with jax.set_mesh(mesh()) if is_set else nullcontext():
         found, _ = train(place(params), place(batch, "data"), mesh=mesh(), **options)
     assert_close(found, train(params, batch, **options)[0], 1e-9)
@@ -154,7 +154,7 @@ def test_lineax_solves() -> None:
 @pytest.mark.by_default("preconditioned")
 def test_lineax_solves_with_sharded_parameters(name: str) -> None:
     """Inside of `auto_axes`: lineax adds up over axes that are sharded, and compares shardings."""
-    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    loss, batch = ggn_jax.CrossEntropyLoss(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
 
     def solve(params: Any, batch: Any) -> Any:
         kind = {"kfac": KFAC, "ekfac": EKFAC}.get(name, GGN)
@@ -174,7 +174,7 @@ def test_models_that_couple_examples_are_refused() -> None:
     def normalised(params: Any, x: jax.Array) -> jax.Array:
         return mlp(params, x - jnp.mean(x, axis=0, keepdims=True))
 
-    params, batch = mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    params, batch = mlp_params(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
     with pytest.raises(ValueError, match="couples examples"):
         KFAC(normalised, ggn_jax.CrossEntropyLoss(), place(params), place(batch, "data"), key=KEY)
 
@@ -186,7 +186,7 @@ def naming(params: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("cls", [GGN, KFAC, DIAGONAL])
 def test_models_that_name_shardings_are_refused_with_the_way_out(cls: Any) -> None:
-    params, batch = place(mlp_params()), place((normal(0, 8, 3), jnp.arange(8) % 2), "data")
+    params, batch = place(mlp_params()), place((normal(0, 8, 3), jax.device_put(np.arange(8) % 2)), "data")
     options = {"key": KEY} if cls is KFAC else {}
     with jax.set_mesh(mesh()), pytest.raises(ValueError, match="PartitionSpec") as caught:
         cls(naming, ggn_jax.CrossEntropyLoss(), params, batch, **options)
@@ -209,7 +209,7 @@ def test_models_that_constrain_shardings_of_auto_axes() -> None:
     def constrained(params: Any, x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(mlp(params, x), auto)
 
-    loss, params, batch = ggn_jax.CrossEntropyLoss(), mlp_params(), (normal(0, 8, 3), jnp.arange(8) % 2)
+    loss, params, batch = ggn_jax.CrossEntropyLoss(), mlp_params(), (normal(0, 8, 3), jax.device_put(np.arange(8) % 2))
 
     def run(model_fn: Any, params: Any, batch: Any) -> Any:
         optimizer = ggn_jax.kfac(model_fn, loss, 0.1, damping=0.1, example_inputs=batch[0])
@@ -244,6 +244,6 @@ def test_several_batches() -> None:
 @pytest.mark.sweep
 def test_a_mask_is_sharded_as_the_batch_is() -> None:
     model_fn, loss, params, batch = MODELS["tokens"]
-    mask = jnp.asarray(np.arange(24).reshape(8, 3) % 5 > 0)
+    mask = jax.device_put(np.arange(24).reshape(8, 3) % 5 > 0)
     found = KFAC(model_fn, loss, place(params), place(batch, "data"), key=KEY, mask=place(mask, "data"))
     assert_close(found.as_matrix(), KFAC(model_fn, loss, params, batch, key=KEY, mask=mask).as_matrix(), 1e-9)

@@ -22,7 +22,7 @@ from ggn_jax import CrossEntropyLoss, MSELoss, make_batch_grad_output_fn, make_g
 
 KEY = jax.random.key(0)
 PARAMS = {"w": jnp.ones((2, 3))}
-X, Y = jnp.ones((8, 2)), jnp.arange(8) % 3
+X, Y = jnp.ones((8, 2)), jax.device_put(np.arange(8) % 3)
 CE, MSE = CrossEntropyLoss(), MSELoss()
 
 

@@ -52,7 +52,7 @@ def linear(p: Any, x: jax.Array) -> jax.Array:
 WIDE = {"w": normal("w", 16, 16) / 4, "b": normal("b", 16), "v": normal("v", 16, 1)}
 SMALL = {"w": normal("w", 3, 4), "b": normal("b", 4), "v": normal("v", 4, 3)}
 TABLE = {**SMALL, "shift": normal("shift", 3)}
-X5, X3, ROWS = normal("x5", 5, 3), normal("x3", 3, 4), jnp.asarray(integers("rows", 4, 5, 2))
+X5, X3, ROWS = normal("x5", 5, 3), normal("x3", 3, 4), jax.device_put(integers("rows", 4, 5, 2))
 Case = tuple[Any, Objective, list[Any]]
 CASES: dict[str, Case] = {
     "slopes": (

@@ -130,7 +130,7 @@ def grouped(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x + p["bias"][None, None, None]).reshape(len(x), -1) @ p["head"]
 
 
-TOKENS = jnp.asarray(integers("tokens", 6, N, 3))
+TOKENS = jax.device_put(integers("tokens", 6, N, 3))
 STACK = {"w": normal("w", 2, 3, 3), "b": normal("b", 2, 3)}
 SCANNED = {"table": normal("t", 6, 3), "stack": STACK, "scale": normal("s", 3), "shift": normal("sh", 3)}
 MODELS = {

@@ -16,7 +16,7 @@ N, RNG = 5, np.random.default_rng(0)
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.normal(size=shape))
+    return jax.device_put(RNG.normal(size=shape))
 
 
 def model_fn(p: Any, x: jax.Array) -> dict[str, jax.Array]:
@@ -42,13 +42,13 @@ WEIGHTS = {"value": 0.5, "tokens": 2.0}
 X = normal(N, 3)
 TARGETS = {
     "value": normal(N, 2),
-    "tokens": jnp.asarray(RNG.integers(-1, 3, size=(N, 2))),
-    "flag": jnp.asarray(RNG.integers(0, 2, size=N), float),
+    "tokens": jax.device_put(RNG.integers(-1, 3, size=(N, 2))),
+    "flag": jax.device_put(RNG.integers(0, 2, size=N).astype(float)),
 }
 LOSS = ggn_jax.JointLoss(LOSSES, WEIGHTS)
 ARGS = model_fn, LOSS, PARAMS, (X, TARGETS)
 FLAT, UNRAVEL = ravel_pytree(PARAMS)
-OUTPUTS = model_fn(PARAMS, X)
+OUTPUTS = jax.jit(model_fn)(PARAMS, X)
 
 
 def value(outputs: Any, targets: Any = TARGETS, weights: Any = WEIGHTS) -> jax.Array:

@@ -103,7 +103,7 @@ def attention(p: Any, x: jax.Array, eps: Any = None) -> tuple[jax.Array, dict[st
 
 
 ATTENTION = {name: normal(3, 3, seed=i) for i, name in enumerate("koqv")}
-SEQUENCES = normal(4, 5, 3), jnp.arange(20).reshape(4, 5) % 3
+SEQUENCES = normal(4, 5, 3), jax.device_put(np.arange(20).reshape(4, 5) % 3)
 TOKENS = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=2)
 
 

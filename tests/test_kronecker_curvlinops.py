@@ -78,8 +78,8 @@ def test_curvlinops(make: Any, loss: str, reduction: str, fisher_type: str, shar
         )
         for cls in ([curvlinops.KFACLinearOperator] if fisher_type == "forward-only" else THEIRS)
     }
-    ours = [jnp.asarray(p.detach().numpy()) for p in params]
-    batch = jnp.asarray(inputs.numpy()), jnp.asarray(targets.numpy())
+    ours = [jax.device_put(p.detach().numpy()) for p in params]
+    batch = jax.device_put(inputs.numpy()), jax.device_put(targets.numpy())
     for their_cls, operator in theirs.items():
         cls = KFAC if their_cls is curvlinops.KFACLinearOperator else EKFAC
         mine = cls(

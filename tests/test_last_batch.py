@@ -30,7 +30,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def values(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape))
 
 
 def model(params: Any, x: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ LOSS = ggn_jax.CrossEntropyLoss()
 
 def data(seed: int, size: int = 8) -> tuple[Any, Any]:
     """Parameters and a batch."""
-    targets = jnp.asarray(np.random.default_rng(seed).integers(2, size=size))
+    targets = jax.device_put(np.random.default_rng(seed).integers(2, size=size))
     return {"w": values(seed, 3, 4), "v": values(seed, 4, 2)}, (values(seed, size, 3), targets)
 
 
@@ -81,7 +81,7 @@ def test_padding_to_the_usual_size_changes_nothing() -> None:
 
     size, length = 8, 4
     loss, (params, _) = ggn_jax.CrossEntropyLoss(class_axis=-1), data(0)
-    inputs, targets = values(1, 5, length, 3), jnp.asarray(np.random.default_rng(1).integers(2, size=(5, length)))
+    inputs, targets = values(1, 5, length, 3), jax.device_put(np.random.default_rng(1).integers(2, size=(5, length)))
     optimizer = ggn_jax.kfac(tokens, loss, 0.1, example_inputs=inputs)
     state, key = optimizer.init(params), jax.random.key(0)
 

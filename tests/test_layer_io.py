@@ -51,7 +51,7 @@ def slices() -> Model:
 
     params = {"fused": normal("f", 3, 7), "b": normal("b", 3), "s": normal("s", 3)}
     found = {"fused#1": ("linear", 1, 3, 4, 1, True), "fused#2": ("linear", 1, 3, 3, 2, False)}
-    loss, targets = ggn_jax.CrossEntropyLoss(label_smoothing=0.1), jnp.asarray(integers("y", 3, N))
+    loss, targets = ggn_jax.CrossEntropyLoss(label_smoothing=0.1), jax.device_put(integers("y", 3, N))
     return Model("slices", fn, params, normal("x", N, 3), found, loss, targets, ("['s']",))
 
 
@@ -68,7 +68,7 @@ def scanned() -> Model:
     params = {"table": normal("t", 5, 3), "stack": {"w": normal("w", 2, 3, 3), "b": normal("b", 2, 3)}}
     found = {"stack/w": ("linear", 2, 3, 4, 1, True), "table": ("embedding+linear", 1, 3, 5, 2, False)}
     loss = ggn_jax.CrossEntropyLoss(class_axis=-1, ignore_index=1)
-    tokens, targets = (jnp.asarray(integers(name, 5, N, 3)) for name in ("tokens", "next"))
+    tokens, targets = (jax.device_put(integers(name, 5, N, 3)) for name in ("tokens", "next"))
     return Model("scanned", fn, params, tokens, found, loss, targets)
 
 

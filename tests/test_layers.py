@@ -160,7 +160,7 @@ def test_indices_of_an_outer_function_are_not_known() -> None:
 
 @pytest.mark.sweep
 def test_a_weight_at_known_places_has_the_blocks_of_the_moved_weight() -> None:
-    batch, w = (normal(6, 4), jnp.arange(6) % 3), normal(4, 3)
+    batch, w = (normal(6, 4), jax.device_put(np.arange(6) % 3)), normal(4, 3)
 
     def block(model_fn: Callable[[Any, Any], jax.Array], w: jax.Array) -> jax.Array:
         loss = ggn_jax.CrossEntropyLoss()

@@ -14,7 +14,7 @@ import ggn_jax
 from ggn_jax import CrossEntropyLoss, LikelihoodLoss, check_loss
 
 KEY = jax.random.key(0)
-F = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)))
+F = jax.device_put(np.random.default_rng(0).normal(size=(6, 2)))
 
 
 class Quadratic(ggn_jax.Loss):
@@ -100,7 +100,8 @@ class NotConvex(StudentTLoss):
         (GammaLoss(), F, None),  # a Hessian that depends on the target
         (GaussianLoss(), F, None),  # a Fisher factor, and two entries to a term
         (StudentTLoss(reduction="sum"), F, F + 10),
-        (CrossEntropyLoss(ignore_index=-1, class_axis=-1), 30 * F, jnp.arange(6) % 3 - 1),  # most draws are alike
+        # Most draws are alike.
+        (CrossEntropyLoss(ignore_index=-1, class_axis=-1), 30 * F, jax.device_put(np.arange(6) % 3 - 1)),
     ],
     ids=lambda case: type(case[0]).__name__,
 )

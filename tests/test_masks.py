@@ -18,11 +18,11 @@ FORWARD: dict[str, Any] = {"fisher_type": "forward-only"}  # only input factors 
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def random_mask(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).uniform(size=shape) < 0.6)
+    return jax.device_put(np.random.default_rng(1).uniform(size=shape) < 0.6)
 
 
 def batch_of(model_fn: Any, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:

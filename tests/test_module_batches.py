@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import curvlinops
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_modules_of_one_mapping() -> None:
     torch.testing.assert_close(dense(ours), ggn_of_curvlinops(module.module), rtol=1e-8, atol=1e-10)
     model_fn, params = torch_bridge.from_module(module, inputs_of(BATCHES[0]))
     for kind in (dict, Encoding):
-        inputs = kind({name: jnp.asarray(x.numpy()) for name, x in inputs_of(BATCHES[1]).items()})
+        inputs = kind({name: jax.device_put(x.numpy()) for name, x in inputs_of(BATCHES[1]).items()})
         wanted = module(BATCHES[1]).detach()
         np.testing.assert_allclose(model_fn(params, inputs), wanted, rtol=1e-10)
 
@@ -185,7 +186,7 @@ def test_loaders_of_torch_for_operators_of_jax() -> None:
     """A `DataLoader` as it is, with tensors that share memory; mappings by a function, as often as they are wanted."""
     inputs, targets = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=4)
-    args = (lambda w, x: jnp.tanh(x @ w)), ggn_jax.CrossEntropyLoss(), jnp.asarray(draw(3, 2).numpy())
+    args = (lambda w, x: jnp.tanh(x @ w)), ggn_jax.CrossEntropyLoss(), jax.device_put(draw(3, 2).numpy())
     exact = dense_ggn(*args, (inputs.numpy(), targets.numpy()))
     rows = ggn_jax.map_batches(lambda row: (row["x"], row["label"]), [{"x": x, "label": y} for x, y in loader])
     assert len(rows) == 2

@@ -50,7 +50,7 @@ def test_what_the_module_computes_in_float32() -> None:
     module = Normalised(torch.float32)
     model_fn, params = torch_bridge.from_module(module, x)
     wanted = module(x).detach().numpy()
-    error = np.abs(model_fn(params, jnp.asarray(x.numpy())) - wanted).max()
+    error = np.abs(model_fn(params, jax.device_put(x.numpy())) - wanted).max()
     assert error < 10 * np.finfo(np.float32).eps * np.abs(wanted).max()
 
 

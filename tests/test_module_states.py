@@ -110,5 +110,10 @@ def test_states_of_something_else_are_refused(make: Callable[[], Any], error: ty
     args = module, LOSS, list(module.parameters()), [(draw(4, 3), torch.arange(4) % 3)]
     with pytest.raises(error, match=message):
         KFACLinearOperator.from_state_dict(make(), *args)
+
+
+def test_a_state_of_more_parameters_is_refused() -> None:
+    module = linear()
+    batch = draw(4, 3), torch.arange(4) % 3
     with pytest.raises(ValueError, match=r"bias: .* in the state, none here"):
-        KFACLinearOperator.from_state_dict(state_of(KFACLinearOperator, module), *args[:2], [module.weight], args[3])
+        KFACLinearOperator.from_state_dict(state_of(KFACLinearOperator, module), module, LOSS, [module.weight], [batch])

@@ -36,9 +36,9 @@ def test_batch_normalisation() -> None:
 
         return jax.grad(objective, has_aux=True)(params)
 
-    buffers = {name: jnp.asarray(buffer.numpy()) for name, buffer in module.named_buffers()}
+    buffers = {name: jax.device_put(buffer.numpy()) for name, buffer in module.named_buffers()}
     for size in (5, 4):
-        grads, (outputs, buffers) = run(params, buffers, jnp.asarray(x[:size].numpy()))
+        grads, (outputs, buffers) = run(params, buffers, jax.device_put(x[:size].numpy()))
         wanted = module.train()(x[:size])
         theirs = torch.autograd.grad((wanted**3).sum(), list(module.parameters()))
         np.testing.assert_allclose(outputs, wanted.detach(), rtol=1e-10)
@@ -48,7 +48,7 @@ def test_batch_normalisation() -> None:
         for name, buffer in module.named_buffers():
             np.testing.assert_allclose(buffers[name], buffer, rtol=1e-10, err_msg=name)
     with pytest.raises(ValueError, match="more than one value per channel"):
-        jax.eval_shape(model_fn, params, jnp.asarray(x[:1].numpy()))
+        jax.eval_shape(model_fn, params, jax.device_put(x[:1].numpy()))
 
 
 def test_buffers_of_ones_own() -> None:
@@ -64,7 +64,7 @@ def test_buffers_of_ones_own() -> None:
 
     module, x = Counts(), draw(3, 4)
     model_fn, params = torch_bridge.from_module(module, x, train=True)
-    outputs, buffers = model_fn(params, jnp.asarray(x.numpy()))
+    outputs, buffers = model_fn(params, jax.device_put(x.numpy()))
     np.testing.assert_allclose(outputs, module(x).detach(), rtol=1e-10)
     assert buffers == {"count": 5}
 
@@ -113,7 +113,7 @@ def test_dropout_beside_batch_normalisation() -> None:
     """In the graph of modules that change buffers, dropout is another operator."""
     module, x = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)).double(), draw(6, 4)
     model_fn, params = torch_bridge.from_module(module, x, train=True)
-    outputs, _ = model_fn(params, jnp.asarray(x.numpy()), key=jax.random.key(0))
+    outputs, _ = model_fn(params, jax.device_put(x.numpy()), key=jax.random.key(0))
     wanted = 2 * module.train()[0](x).detach().numpy()
     np.testing.assert_allclose(outputs, np.where(np.asarray(outputs) == 0, 0, wanted), rtol=1e-10)
     assert 0 < np.mean(np.asarray(outputs) == 0) < 1

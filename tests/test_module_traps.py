@@ -30,7 +30,7 @@ def test_wrappers() -> None:
     compiled = torch.compile(linear())
     model_fn, params = torch_bridge.from_module(nn.Sequential(compiled, nn.Tanh()), x)
     wanted = torch.tanh(compiled._orig_mod(x)).detach().numpy()
-    np.testing.assert_allclose(model_fn(params, jnp.asarray(x.numpy())), wanted, rtol=1e-10)
+    np.testing.assert_allclose(model_fn(params, jax.device_put(x.numpy())), wanted, rtol=1e-10)
     assert check(nn.DataParallel(linear()), x) == ["module.weight", "module.bias"]
     assert check(nn.parallel.DistributedDataParallel(linear()), x) == ["module.weight", "module.bias"]
 
@@ -149,7 +149,7 @@ def test_what_torch_export_follows(call: Callable[..., torch.Tensor], change: Ca
     model_fn, params = torch_bridge.from_module(module, x)
     flags = {parameter.requires_grad for parameter in module.parameters()}
     assert flags == {change is not frozen}
-    value, grads = jax.value_and_grad(lambda p: (model_fn(p, jnp.asarray(x.numpy())) ** 2).sum())(params)
+    value, grads = jax.value_and_grad(lambda p: (model_fn(p, jax.device_put(x.numpy())) ** 2).sum())(params)
     wanted = (module.requires_grad_(True)(x) ** 2).sum()
     theirs = torch.autograd.grad(wanted, list(module.parameters()), allow_unused=True)
     np.testing.assert_allclose(value, wanted.item(), rtol=1e-10)

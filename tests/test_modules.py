@@ -110,7 +110,7 @@ def test_models(name: str) -> None:
     wanted = module(x)
     weights = torch.randn_like(wanted)
     grads = dict(zip(params, torch.autograd.grad((wanted * weights).sum(), list(module.parameters())), strict=True))
-    inputs, cotangent = jnp.asarray(x.numpy()), jnp.asarray(weights.numpy())
+    inputs, cotangent = jax.device_put(x.numpy()), jax.device_put(weights.numpy())
     outputs, ours = jax.jit(
         lambda p: (lambda y, vjp: (y, vjp(cotangent)[0]))(*jax.vjp(lambda p: model_fn(p, inputs), p))
     )(params)
@@ -126,7 +126,7 @@ def test_models(name: str) -> None:
 def test_layers_are_found(name: str) -> None:
     module, x = make(name)
     model_fn, params = torch_bridge.from_module(module, x)
-    report = str(ggn_jax.report(model_fn, params, jnp.asarray(x.numpy())))
+    report = str(ggn_jax.report(model_fn, params, jax.device_put(x.numpy())))
     assert "Self-check passed" in report
     for part, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
@@ -148,7 +148,7 @@ def test_structures() -> None:
     module = Structured()
     inputs = {"x": torch.ones(3, 2), "extra": {"ids": torch.ones(3, 4, dtype=torch.int32), "b": torch.ones(3)}}
     model_fn, params = torch_bridge.from_module(module, inputs)
-    outputs = model_fn(params, jax.tree.map(lambda t: jnp.asarray(t.numpy()), inputs))
+    outputs = model_fn(params, jax.tree.map(lambda t: jax.device_put(t.numpy()), inputs))
     wanted = module(**inputs)
     assert outputs["a"] is None
     np.testing.assert_allclose(outputs["z"][0], wanted["z"][0].detach().numpy(), rtol=1e-6)
@@ -162,11 +162,11 @@ def test_later_changes_are_not_seen() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     x = torch.ones(3, 2)
     model_fn, params = torch_bridge.from_module(module, x)
-    before = np.asarray(model_fn(params, jnp.asarray(x.numpy())))
+    before = np.asarray(model_fn(params, jax.device_put(x.numpy())))
     with torch.no_grad():
         for value in module.state_dict().values():
             value.zero_()
-    np.testing.assert_array_equal(model_fn(params, jnp.asarray(x.numpy())), before)
+    np.testing.assert_array_equal(model_fn(params, jax.device_put(x.numpy())), before)
 
 
 class Function(nn.Module):
@@ -192,7 +192,7 @@ def test_what_has_no_gradient(fn: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     module, x = Function(fn), torch.randn(3, 2)
     model_fn, params = torch_bridge.from_module(module, x)
-    ours = jax.grad(lambda p: jnp.sum(model_fn(p, jnp.asarray(x.numpy()))))(params)["linear.weight"]
+    ours = jax.grad(lambda p: jnp.sum(model_fn(p, jax.device_put(x.numpy()))))(params)["linear.weight"]
     (wanted,) = torch.autograd.grad(module(x).sum(), [module.linear.weight])
     np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-5)
 
@@ -291,6 +291,6 @@ def test_register_operator() -> None:
         torch_bridge.from_module(module, x)
     torch_bridge.register_operator(torch.ops.ggn_jax_tests.cube, lambda x: x**3)
     model_fn, params = torch_bridge.from_module(module, x)
-    np.testing.assert_allclose(model_fn(params, jnp.asarray(x.numpy())), module(x).detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(model_fn(params, jax.device_put(x.numpy())), module(x).detach().numpy(), rtol=1e-5)
     with pytest.raises(TypeError, match="operator must be"):
         torch_bridge.register_operator("cube", lambda x: x)

@@ -125,7 +125,7 @@ def test_extreme_outputs_are_finite(loss: ggn_jax.Loss, fisher_type: str, dtype:
 def test_low_precision_is_the_rounded_result(fisher_type: str, dtype: str) -> None:
     """Internals are float32: results are those of float32 inputs, rounded once."""
     f = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5, 2)) * 3, dtype)
-    y = jnp.asarray(np.random.default_rng(1).integers(5, size=(6, 2)))
+    y = jax.device_put(np.random.default_rng(1).integers(5, size=(6, 2)))
     fn = ggn_jax.make_batch_grad_output_fn(CrossEntropyLoss(label_smoothing=0.1), fisher_type, 3)
     low, high = fn(f, y, jax.random.key(0)), fn(f.astype("float32"), y, jax.random.key(0))
     np.testing.assert_array_equal(low, high.astype(dtype))
@@ -151,13 +151,13 @@ def test_masked_logits_of_minus_infinity() -> None:
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_ignored_positions_may_hold_anything(garbage: float) -> None:
     rng = np.random.default_rng(0)
-    clean = jnp.asarray(rng.normal(size=(3, 4, 5)))
-    y = jnp.asarray(rng.integers(4, size=(3, 5))).at[1, 2].set(-100)
+    clean = jax.device_put(rng.normal(size=(3, 4, 5)))
+    y = jax.device_put(rng.integers(4, size=(3, 5))).at[1, 2].set(-100)
     dirty = clean.at[1, :, 2].set(garbage)
     loss = CrossEntropyLoss(label_smoothing=0.2)
     np.testing.assert_array_equal(loss(dirty, y), loss(clean, y))
     np.testing.assert_array_equal(jax.grad(loss)(dirty, y), jax.grad(loss)(clean, y))
-    v = jnp.asarray(rng.normal(size=clean.shape))
+    v = jax.device_put(rng.normal(size=clean.shape))
     products = [jax.jvp(jax.grad(lambda f: loss(f, y)), (f,), (v,))[1] for f in (dirty, clean)]
     np.testing.assert_array_equal(*products)
     np.testing.assert_array_equal(*[LossHessian(loss, f, y).mv(v) for f in (dirty, clean)])
@@ -260,7 +260,7 @@ def test_classes_without_mass_cost_nothing(smoothing: float) -> None:
     u = weight * ((1 - smoothing) * np.eye(3)[np.asarray(y)] + smoothing / 3)
     want = -np.sum(u[:, ::2] * log_p)
     np.testing.assert_allclose(loss(f, y), want, rtol=1e-14)
-    np.testing.assert_allclose(loss(f, jnp.asarray(np.eye(3)[np.asarray(y)])), want, rtol=1e-14)
+    np.testing.assert_allclose(loss(f, jax.device_put(np.eye(3)[np.asarray(y)])), want, rtol=1e-14)
     assert CrossEntropyLoss(reduction="sum")(f, jnp.asarray([1, 0])) == jnp.inf
 
 
@@ -272,8 +272,8 @@ MODES = {"forward": jax.jacfwd, "reverse": jax.jacrev}
 def test_nothing_ignored_reaches_derivatives(first: str, second: str) -> None:
     """First and second ones, in outputs and in class weights, which all terms share: mixed ones as well."""
     rng = np.random.default_rng(0)
-    clean, weight = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([1.0, 2.0, 0.5, 3.0])
-    v, y = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray([2, -100, 0])
+    clean, weight = jax.device_put(rng.normal(size=(3, 4))), jnp.asarray([1.0, 2.0, 0.5, 3.0])
+    v, y = jax.device_put(rng.normal(size=(3, 4))), jnp.asarray([2, -100, 0])
     dirty = clean.at[1].set(jnp.asarray([jnp.nan, jnp.inf, 0.0, -jnp.inf]))
     loss = lambda w: CrossEntropyLoss(w, label_smoothing=0.2)  # noqa: E731
     functions = {

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.normal(size=shape))
+    return jax.device_put(RNG.normal(size=shape))
 
 
 def classes(p: Any, x: jax.Array) -> jax.Array:
@@ -277,9 +277,11 @@ def poisson(laplacian: Callable[..., Any]) -> tuple[Any, Any, Any]:
     """`-Laplacian u = 2 pi^2 sin(pi x) sin(pi y)` inside, `u = 0` on the boundary."""
     rng = np.random.default_rng(0)
     shapes = {"a": (2, 8), "s": (8,), "b": (8, 8), "t": (8,), "c": (8, 1)}
-    params = {name: jnp.asarray(rng.normal(size=shape)) / (3 if name in "bc" else 1) for name, shape in shapes.items()}
-    inside = jnp.asarray(rng.uniform(size=(20, 2)))
-    edge = jnp.asarray(rng.uniform(size=(12, 2))).at[:6, 0].set(0).at[6:, 1].set(1)
+    params = {
+        name: jax.device_put(rng.normal(size=shape) / (3 if name in "bc" else 1)) for name, shape in shapes.items()
+    }
+    inside = jax.device_put(rng.uniform(size=(20, 2)))
+    edge = jax.device_put(rng.uniform(size=(12, 2))).at[:6, 0].set(0).at[6:, 1].set(1)
     source = -2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * inside), axis=1, keepdims=True)
     interior = ggn_jax.Objective(lambda p, x: jax.vmap(laplacian, (None, 0))(p, x), ggn_jax.MSELoss())
     boundary = ggn_jax.Objective(lambda p, x: jax.vmap(net, (None, 0))(p, x), ggn_jax.MSELoss())

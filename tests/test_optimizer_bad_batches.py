@@ -63,7 +63,7 @@ def test_steps_are_finite(options: Any, scale: float, ignored: str, data: Any) -
     params, size = mlp_params(jnp.float32), 4 if options else 1  # two sizes are compiled twice
     optimizer, step = _optimizer_for_finite_steps(tuple(sorted({"learning_rate": 0.1, **options}.items())))
     x = scale * normal(data.draw(st.integers(0, 3)), size, 3, dtype=jnp.float32)
-    targets = {"none": jnp.zeros(size, int), "some": jnp.arange(size) % 2 - 1, "all": jnp.full(size, -1)}[ignored]
+    targets = {"none": np.zeros(size, int), "some": np.arange(size) % 2 - 1, "all": np.full(size, -1)}[ignored]
     state = optimizer.init(params)
     for t in range(2):
         updates, state = step(params, state, (x, targets), jax.random.key(t))

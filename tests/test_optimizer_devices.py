@@ -92,7 +92,7 @@ def test_each_device_holds_its_share_of_the_state() -> None:
             x = jnp.tanh(x @ layer["w"])
         return x
 
-    batch = jax.device_put((normal(9, 6, 4), jnp.arange(6) % 4), NamedSharding(mesh, P("data")))
+    batch = jax.device_put((normal(9, 6, 4), jax.device_put(np.arange(6) % 4)), NamedSharding(mesh, P("data")))
     optimizer = ggn_jax.kfac(model_fn, CE, 0.1, example_inputs=batch[0], mesh=mesh, damping=0.1)
     state = optimizer.init(params)
     grads = gradient(model_fn, CE, params, batch)

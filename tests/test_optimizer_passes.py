@@ -12,6 +12,7 @@ from optimizer_cases import (
     assert_close,
     batch_of,
     gradient,
+    integers,
     is_zero,
     mlp,
     mlp_params,
@@ -30,7 +31,7 @@ def embedding_model(params: Any, x: jax.Array) -> jax.Array:
 
 def embedding_problem() -> tuple[Any, Any]:
     params = {"table": normal(0, 7, 4), "position": normal(1, 5, 4), "scale": normal(2, 4), "w": normal(3, 4, 4)}
-    tokens = jax.random.randint(KEY, (6, 5), 0, 7)
+    tokens = integers(0, 7, 6, 5)
     return params, (tokens, (tokens + 1) % 7)
 
 

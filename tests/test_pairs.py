@@ -25,7 +25,7 @@ def psd(size: int, rank: int, scale: float = 1.0) -> jax.Array:
 
 
 def positive(size: int) -> jax.Array:
-    return jnp.asarray(RNG.uniform(0.5, 2, size=(2, size)))
+    return jax.device_put(RNG.uniform(0.5, 2, size=(2, size)))
 
 
 def dense(x: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ PAIRS: dict[str, Any] = {
 }
 
 
-M = jnp.asarray(RNG.normal(size=(2, 3, 4)))
+M = jax.device_put(RNG.normal(size=(2, 3, 4)))
 
 
 @jax.jit
@@ -156,7 +156,7 @@ def test_refinement() -> None:
     """Group by group, with derivatives; a zero vector stays one."""
     a, b = PAIRS["low rank"]
     block, damping = Kronecker(tuple(a), tuple(b)), jnp.asarray(0.1)
-    m = jnp.asarray(RNG.normal(size=(2, 3, 4))).at[1].set(0)
+    m = jax.device_put(RNG.normal(size=(2, 3, 4))).at[1].set(0)
 
     def solution(block: Kronecker) -> jax.Array:
         inverse = split_inverses([block], [damping])[0]
@@ -172,9 +172,9 @@ def test_refinement() -> None:
 
 
 # A weight that is used twice, with 33 x 32 = 1056 rows: more than are decomposed as a matrix.
-BIG = {"w": jnp.asarray(RNG.normal(size=(32, 33)) / 6)}
-X = tuple(jnp.asarray(RNG.normal(size=(40, 32))) * s for s in (1.0, 0.3))
-Y = jnp.asarray(RNG.normal(size=(40, 33)))
+BIG = {"w": jax.device_put(RNG.normal(size=(32, 33)) / 6)}
+X = tuple(jax.device_put(RNG.normal(size=(40, 32))) * s for s in (1.0, 0.3))
+Y = jax.device_put(RNG.normal(size=(40, 33)))
 
 
 def siamese(p: Any, x: Any) -> jax.Array:
@@ -185,7 +185,7 @@ def siamese(p: Any, x: Any) -> jax.Array:
 def large() -> Any:
     operator = ggn_jax.KFACLinearOperator(siamese, ggn_jax.MSELoss(), BIG, (X, Y), fisher_type="type-2")
     matrix = np.asarray(operator.block("w"))
-    vector = {"w": jnp.asarray(RNG.normal(size=(32, 33)))}
+    vector = {"w": jax.device_put(RNG.normal(size=(32, 33)))}
     return operator, matrix, vector, np.asarray(vector["w"].T.reshape(-1))
 
 
@@ -241,7 +241,7 @@ def test_norm_of_an_inverse_and_damping(large: Any) -> None:
 
 def test_optimizer_of_tied_weights() -> None:
     """Its direction is the inverse of both terms, damped, times the gradient."""
-    params = {"w": jnp.asarray(RNG.normal(size=(3, 4)))}
+    params = {"w": jax.device_put(RNG.normal(size=(3, 4)))}
     batch = tuple(x[:, :3] for x in X), Y[:, :4]
     loss = ggn_jax.MSELoss()
     options: Any = {"fisher_type": "type-2"}

@@ -18,8 +18,8 @@ from jax.flatten_util import ravel_pytree
 import ggn_jax
 
 LOSS = ggn_jax.CrossEntropyLoss()
-BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3))), jnp.arange(4) % 2
-ARRAYS = [jnp.asarray(np.random.default_rng(i).normal(size=(3, 3) if i < 2 else (3, 2))) for i in range(3)]
+BATCH = jax.device_put(np.random.default_rng(0).normal(size=(4, 3))), jax.device_put(np.arange(4) % 2)
+ARRAYS = [jax.device_put(np.random.default_rng(i).normal(size=(3, 3) if i < 2 else (3, 2))) for i in range(3)]
 
 Triple = namedtuple("Triple", ["first", "second", "third"])  # as users write it
 

@@ -13,8 +13,8 @@ import pytest
 import ggn_jax
 
 RNG = np.random.default_rng(0)
-PARAMS = {"w": jnp.asarray(RNG.normal(size=(3, 4))), "s": jnp.ones(4), "v": jnp.asarray(RNG.normal(size=(4, 2)))}
-INPUTS, LABELS = jnp.asarray(RNG.normal(size=(6, 3))), jnp.arange(6) % 2
+PARAMS = {"w": jax.device_put(RNG.normal(size=(3, 4))), "s": jnp.ones(4), "v": jax.device_put(RNG.normal(size=(4, 2)))}
+INPUTS, LABELS = jax.device_put(RNG.normal(size=(6, 3))), jax.device_put(np.arange(6) % 2)
 LOSS, DAMPINGS = ggn_jax.CrossEntropyLoss(), {"w": 0.1, "s": 0.2, "v": 0.3}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from test_user_losses import StudentTLoss
@@ -16,7 +17,7 @@ import torch_bridge
 KEY = jax.random.key(0)
 MODEL, PARAMS = ggn_jax.from_nnx(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0))))
 X, LOSS = jnp.ones((8, 2), jnp.float32), ggn_jax.CrossEntropyLoss()
-ARGS = MODEL, LOSS, PARAMS, (X, jnp.arange(8) % 4)
+ARGS = MODEL, LOSS, PARAMS, (X, jax.device_put(np.arange(8) % 4))
 KFAC = ggn_jax.kfac(MODEL, LOSS, 0.1, example_inputs=X)
 OF = "4 arrays, 25 entries"
 AT = "loss=CrossEntropyLoss(), outputs=float32[8, 4]"

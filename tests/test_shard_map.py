@@ -13,7 +13,7 @@ import pytest
 from designs import swept
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from optimizer_cases import assert_close, mlp, mlp_params, normal
+from optimizer_cases import assert_close, integers, mlp, mlp_params, normal
 from problems import PoissonLoss
 
 import ggn_jax
@@ -48,12 +48,12 @@ def tokens(params: Any, x: jax.Array) -> jax.Array:
 IMAGES = {"k": normal(0, 2, 2, 1, 2), "b": normal(1, 2), "s": normal(2, 2), "w": normal(3, 2, 3)}
 TOKENS = {name: normal(i, 3, 3) for i, name in enumerate("abo")} | {"e": normal(4, 5, 3)}
 MODELS: dict[str, tuple[Any, ...]] = {
-    "images": (images, CE, IMAGES, (normal(5, N, 3, 3, 1), jnp.arange(N) % 3)),
+    "images": (images, CE, IMAGES, (normal(5, N, 3, 3, 1), jax.device_put(np.arange(N) % 3))),
     "tokens": (
         tokens,
         CE,
         TOKENS,
-        (jax.random.randint(KEY, (N, 3), 0, 5), jax.random.randint(jax.random.key(6), (N, 3), 0, 3)),
+        (integers(0, 5, N, 3), integers(6, 3, N, 3)),
     ),
     "likelihood": (mlp, PoissonLoss(), mlp_params(), (normal(7, N, 3), jnp.arange(2.0 * N).reshape(N, 2))),
 }

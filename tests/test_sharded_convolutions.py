@@ -87,7 +87,7 @@ MODELS: dict[str, Model] = {
     "branching": branching,
 }
 LOSS = ggn_jax.CrossEntropyLoss()
-BATCH = normal(0, 4, 3, 2, 1), jnp.arange(4) % 3
+BATCH = normal(0, 4, 3, 2, 1), jax.device_put(np.arange(4) % 3)
 
 
 def parameters(name: str) -> Any:

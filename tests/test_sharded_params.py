@@ -30,7 +30,7 @@ def model_fn(params, x):
     return x
 
 def normal(seed, *shape):
-    return np.asarray(jax.random.normal(jax.random.key(seed), shape)) / np.sqrt(shape[0])
+    return np.random.default_rng([seed, *shape]).normal(size=shape) / np.sqrt(shape[0])
 
 params = {f"w{i}": normal(i, *shape) for i, shape in enumerate(zip(sizes, sizes[1:]))}
 params |= {f"b{i}": normal(i, size) for i, size in enumerate(sizes[1:])} | {"e": normal(9, 16, 8)}
@@ -118,7 +118,7 @@ def products(params, batch, vector):
     kfac = ggn_jax.KFACLinearOperator(model_fn, loss, params, batch, key=keys[0])
     return kfac.mv(vector), ggn_jax.GGNLinearOperator(model_fn, loss, params, batch).mv(vector)
 
-one = jax.tree.map(jnp.asarray, params)
+one = jax.device_put(params)
 right = jax.jit(products)(one, batch, one)
 for specs, shape in ((fsdp, (8,)), (tensor, (2, 4))):
     placed, data = place(make_mesh(*shape), specs)

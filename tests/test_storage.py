@@ -98,7 +98,7 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
 @pytest.mark.sweep
 def test_large_factors_are_cut_in_blocks_of_a_size() -> None:
     x, params = normal(0, 6, 30), {"w": normal(1, 30, 4)}
-    batch = x, jnp.arange(6) % 4
+    batch = x, jax.device_put(np.arange(6) % 4)
 
     def model_fn(params: Any, x: jax.Array) -> jax.Array:
         return x @ params["w"]

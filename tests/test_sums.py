@@ -76,7 +76,7 @@ def test_products_of_a_network_in_parts(operator: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     shapes = {"a": (8, 16), "b": (16,), "c": (16, 4)}
     params, vector = ({k: rng.normal(size=shape) / 4 for k, shape in shapes.items()} for _ in range(2))
-    x, y = rng.normal(size=(1024, 8)), jnp.arange(1024) % 4
+    x, y = rng.normal(size=(1024, 8)), jax.device_put(np.arange(1024) % 4)
 
     def product(dtype: str, chunk_size: int | None) -> np.ndarray:
         p, v, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, vector, x))

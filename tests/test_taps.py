@@ -18,7 +18,7 @@ Model = Callable[[Any, Any], jax.Array]
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) * 0.7)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) * 0.7)
 
 
 PARAMS = {
@@ -28,7 +28,8 @@ PARAMS = {
     "table": normal(L, 6, D, seed=3),
     "head": normal(D, 2),
 }
-BATCH = (normal(4, T, D, seed=5), jax.random.randint(KEY, (4, T), 0, 6)), jax.random.randint(KEY, (4, T), 0, 2)
+TOKENS, TARGETS = (jax.device_put(np.random.default_rng(high).integers(high, size=(4, T))) for high in (6, 2))
+BATCH = (normal(4, T, D, seed=5), TOKENS), TARGETS
 MASK = jnp.arange(T)[None] < jnp.array([T, 2, 3, 1])[:, None]
 
 

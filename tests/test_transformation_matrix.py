@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimizer_cases import assert_close, linear, normal
+from optimizer_cases import assert_close, integers, linear, normal
 
 import ggn_jax
 
@@ -23,7 +23,7 @@ Args = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # weights, inputs, tar
 
 def args_of(seed: int = 0, dtype: Any = jnp.float64) -> Args:
     data = jax.random.key_data(jax.random.key(seed))
-    targets = jax.random.randint(jax.random.key(seed), (N,), 0, C)
+    targets = integers(seed, C, N)
     return normal(seed, 2, C, dtype=dtype), normal(seed + 10, N, 2, dtype=dtype), targets, data
 
 

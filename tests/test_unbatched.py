@@ -17,7 +17,7 @@ import ggn_jax
 from ggn_jax import Unbatched
 
 N = 6
-X, Y = normal(0, N, 3), jnp.arange(N) % 2
+X, Y = normal(0, N, 3), jax.device_put(np.arange(N) % 2)
 STATE = {
     "mean": normal(1, 3),
     "time": jnp.asarray(0.7),

@@ -17,7 +17,7 @@ WARNING = ggn_jax.UncoveredParametersWarning
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def weight_normed(p: Any, x: jax.Array) -> jax.Array:
@@ -25,7 +25,7 @@ def weight_normed(p: Any, x: jax.Array) -> jax.Array:
 
 
 PARAMS = {"v": normal(2, 2), "w": normal(3, 2)}
-BATCH = normal(7, 3), jnp.arange(7) % 2
+BATCH = normal(7, 3), jax.device_put(np.arange(7) % 2)
 
 
 @BOTH

@@ -139,7 +139,7 @@ def test_hessian_losses(name: str) -> None:
     vectors = make_batch_grad_output_fn(loss, "type-2")(outputs, targets).reshape(size, N, size)
     np.testing.assert_allclose(np.einsum("vni,vnj->nij", vectors, vectors), blocks, **EXACT)
     hessian = LossHessian(loss, outputs, targets)
-    v = jnp.asarray(_rng().normal(size=outputs.shape))
+    v = jax.device_put(_rng().normal(size=outputs.shape))
     want = np.einsum("nij,nj->ni", blocks, v.reshape(N, size)).reshape(v.shape)
     np.testing.assert_allclose(hessian.mv(v), want, **EXACT)
     np.testing.assert_allclose(hessian.sqrt_mv(hessian.sqrt_rmv(v)), want, **EXACT)
@@ -165,7 +165,7 @@ def test_fisher_losses(reduction: str) -> None:
     density = (1 + (y / 0.7) ** 2 / 4) ** -2.5
     score = jax.vmap(jax.grad(StudentTLoss().nll), in_axes=(None, 0))(0.0, jnp.asarray(y))
     fisher = (np.asarray(score) ** 2 * density).sum() / density.sum()
-    outputs = jnp.asarray(_rng().normal(size=(N, 3, 2)))
+    outputs = jax.device_put(_rng().normal(size=(N, 3, 2)))
     for loss, targets, blocks in (
         (StudentTLoss(reduction=reduction), outputs + 1, np.full(6, fisher)),
         (

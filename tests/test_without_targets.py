@@ -45,11 +45,11 @@ class LogNormalPairLoss(LogNormalLoss):
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape))
+    return jax.device_put(np.random.default_rng(0).normal(size=shape))
 
 
 def integers(high: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).integers(high, size=shape))
+    return jax.device_put(np.random.default_rng(1).integers(high, size=shape))
 
 
 # The loss, the shape of its outputs, and targets like any others.

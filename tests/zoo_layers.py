@@ -20,7 +20,7 @@ class Model(NamedTuple):
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
+    return jax.device_put(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def params(**shapes: Any) -> Any:
@@ -30,7 +30,7 @@ def params(**shapes: Any) -> Any:
 
 
 def tokens(*shape: int, high: int = 5) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).integers(high, size=shape))
+    return jax.device_put(np.random.default_rng(0).integers(high, size=shape))
 
 
 def dense(p: Any, x: jax.Array) -> jax.Array:

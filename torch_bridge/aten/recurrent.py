@@ -70,10 +70,7 @@ def _layers(
     batch_first: bool,
     key: Array | None,
 ) -> tuple[Array, ...]:
-    batched = x.ndim == 3
-    if not batched:
-        x, states = x[:, None], [state[:, None] for state in states]
-    elif batch_first:
+    if batch_first:
         x = jnp.swapaxes(x, 0, 1)
     directions = 2 if bidirectional else 1
     each = len(params) // (num_layers * directions)
@@ -90,8 +87,6 @@ def _layers(
             finals.append(final)
         x = outputs[0] if directions == 1 else jnp.concatenate(outputs, axis=-1)
     last = [jnp.stack(parts) for parts in zip(*finals, strict=True)]
-    if not batched:
-        return x[:, 0], *(state[:, 0] for state in last)
     return (jnp.swapaxes(x, 0, 1) if batch_first else x), *last
 
 
