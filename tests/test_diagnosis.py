@@ -138,6 +138,7 @@ RULE = StepRule(
     kl_clip=None,
     weight_decay=0.0,
     weight_decay_mask=None,
+    nesterov=False,
 )
 
 

@@ -55,6 +55,13 @@ MASK = "weight_decay_mask must be a pytree of booleans like params"
         ({"learning_rate": float("inf")}, ValueError, f"{RATE}(...); got inf"),
         ({"learning_rate": float("nan")}, ValueError, f"{RATE}(...); got nan"),
         ({"learning_rate": ggn_jax.QuadraticModel(), "momentum": None}, ValueError, "QuadraticModel(momentum=False)."),
+        (
+            {"learning_rate": ggn_jax.QuadraticModel(), "nesterov": True},
+            ValueError,
+            "QuadraticModel() chooses one: leave",
+        ),
+        ({"nesterov": True, "momentum": None}, ValueError, "momentum is None: leave nesterov out"),
+        ({"nesterov": 1}, TypeError, "nesterov must be True or False; got 1"),
         ({"momentum": 1.0}, ValueError, f"{MOMENTUM} 1.0"),
         ({"momentum": -0.1}, ValueError, f"{MOMENTUM} -0.1"),
         ({"momentum": "0.9"}, ValueError, f"{MOMENTUM} '0.9'"),

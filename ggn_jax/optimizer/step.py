@@ -16,8 +16,10 @@ from ggn_jax.optimizer.checks import (
     ABOVE_0,
     BELOW_1,
     check_decay_mask,
+    check_flag,
     check_number,
     check_schedule,
+    check_static,
     is_function,
     spread_mask,
 )
@@ -75,8 +77,11 @@ class StepRule:
     kl_clip: Any
     weight_decay: Any
     weight_decay_mask: Any
+    nesterov: bool
 
     def __post_init__(self) -> None:
+        check_static("nesterov", self.nesterov)
+        check_flag("nesterov", self.nesterov)
         if not self.is_quadratic:
             check_schedule("learning_rate", self.learning_rate, ("ggn_jax.QuadraticModel(...)",))
         if self.chooses_momentum:
@@ -88,6 +93,12 @@ class StepRule:
                 )
         elif self.momentum is not None:
             check_number("momentum", self.momentum, BELOW_1, ("'auto'", "None"))
+        if self.nesterov and (self.chooses_momentum or self.momentum is None):
+            reason = "learning_rate=QuadraticModel() chooses one" if self.chooses_momentum else "momentum is None"
+            raise ValueError(
+                f"nesterov=True is for a momentum that is a number, and {reason}: leave nesterov out, or pass a"
+                " learning rate and a momentum."
+            )
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, ABOVE_0, ("'auto'", "None"))
         if isinstance(self.damping, SlopeDamping):
@@ -185,10 +196,12 @@ class StepRule:
         if velocity is not None:
             terms.append((seal(jnp.asarray(m).astype(wide)), velocity))
         step = combine(*terms)
-        decayed = step
+        # Nesterov's step is the velocity that the next step would have for the same direction.
+        moved = combine(terms[0], (terms[1][0], step)) if self.nesterov else step
+        decayed = moved
         if not isinstance(self.weight_decay, float | int) or self.weight_decay != 0:
             shrink = jnp.asarray(a).astype(wide) * value_at("weight_decay", self.weight_decay, count).astype(wide)
-            decayed = combine((jnp.ones((), wide), step), (seal(-shrink), self._decaying(params)))
+            decayed = combine((jnp.ones((), wide), moved), (seal(-shrink), self._decaying(params)))
         update = cast(decayed, grads)
         momentum = jnp.asarray(0.0 if velocity is None else m)
         return Step(step, update, inner(update, update), rate, momentum, size, clipped, slope_ratio)
