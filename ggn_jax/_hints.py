@@ -149,8 +149,8 @@ def model_errors_explained(params: Any, inputs: Any, *, one_example: bool = Fals
 
 
 @contextmanager
-def example_inputs_named(inputs: Any, example_inputs: Any) -> Iterator[None]:
-    """Add a note to errors that says how inputs differ from those that the layers were found with."""
+def example_inputs_named(batch: Any, example_inputs: Any, made: str = "optimizer was made") -> Iterator[None]:
+    """Add a note to errors that says how a batch's inputs differ from those that the layers were found with."""
 
     def kinds(tree: Any) -> Any:
         return [(jax.tree_util.keystr(path), x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
@@ -158,9 +158,11 @@ def example_inputs_named(inputs: Any, example_inputs: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if all(map(is_array, jax.tree.leaves(inputs))) and kinds(inputs) != kinds(example_inputs):
+        inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else None
+        leaves = jax.tree.leaves(inputs)
+        if leaves and all(map(is_array, leaves)) and kinds(inputs) != kinds(example_inputs):
             was = _shapes("example_inputs", example_inputs)
-            error.add_note(f"The optimizer was made with {was}; this batch has {_shapes('inputs', inputs)}.")
+            error.add_note(f"The {made} with {was}; this batch has {_shapes('inputs', inputs)}.")
         raise
 
 

@@ -51,7 +51,7 @@ def check_exact(loss: Loss) -> None:
         for name, head in loss.losses.items():
             with errors_name_output(name):
                 check_exact(head)
-    if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher" and not loss.has_fisher_sqrt():
+    if isinstance(loss, LikelihoodLoss) and loss.curvature == "fisher" and not loss._has_fisher_sqrt():
         raise missing_fisher_sqrt(loss)
 
 

@@ -88,8 +88,8 @@ class JointLoss(Loss):
         Raises:
             ValueError, TypeError: for names, shapes, dtypes or values that do not fit the losses.
         """
-        self.check_names("outputs", outputs)
-        self.check_names("targets", targets)
+        self._check_names("outputs", outputs)
+        self._check_names("targets", targets)
         values = [self.weights[k].astype(v.dtype) * v for k, v in self._values(outputs, targets)]
         with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
             return sum(values[1:], start=values[0])
@@ -114,30 +114,16 @@ class JointLoss(Loss):
 
     # Outputs as one array.
 
-    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "JointLoss":
-        """Return the same loss for the outputs of all heads in one array.
-
-        Args:
-            shapes: a dict of the shapes of one example's outputs.
-
-        Returns:
-            A loss of outputs `[N, entries]`.
-        """
+    def _with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "JointLoss":
+        """The same loss for the outputs of all heads in one array, `[N, entries]`; the shapes are of one example."""
         made = object.__new__(JointLoss)
         given = {"shapes": tuple((name, tuple(shapes[name])) for name in self.losses)}
         for name in ("losses", "weights", "reduction", "shapes"):
             object.__setattr__(made, name, given.get(name, getattr(self, name)))
         return made
 
-    def heads(self, entries: Any) -> dict[str, tuple[Loss, Any]]:
-        """List each loss with its outputs.
-
-        Args:
-            entries: the outputs of all heads, `[*lead, entries]`, an array or a shape.
-
-        Returns:
-            The loss and the outputs of each head.
-        """
+    def _heads(self, entries: Any) -> dict[str, tuple[Loss, Any]]:
+        """The loss and the outputs of each head, from those of all, `[*lead, entries]`, an array or a shape."""
         assert self.shapes is not None
         if isinstance(entries, jax.ShapeDtypeStruct):
             found = jax.eval_shape(lambda x: split_outputs(x, dict(self.shapes or ())), entries)
@@ -156,13 +142,13 @@ class JointLoss(Loss):
         Returns:
             The terms, with reduction and weights.
         """
-        found = {k: split_terms(loss, f, targets[k], batch=batch) for k, (loss, f) in self.heads(outputs).items()}
+        found = {k: split_terms(loss, f, targets[k], batch=batch) for k, (loss, f) in self._heads(outputs).items()}
         weights = {k: self.weights[k].astype(terms.outputs.dtype) for k, terms in found.items()}
         return JointTerms(self, found, weights, outputs.dtype, batch)
 
     def check_shapes(self, outputs: Any, targets: Any, batch: bool) -> None:
-        self.check_names("targets", targets)
-        for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
+        self._check_names("targets", targets)
+        for name, (loss, f) in self._heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
             with errors_name_output(name):
                 loss.check_shapes(f, targets[name], batch)
 
@@ -177,46 +163,30 @@ class JointLoss(Loss):
         Raises:
             ValueError: for such a target.
         """
-        for name, (loss, f) in self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
+        for name, (loss, f) in self._heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype)).items():
             with errors_name_output(name):
                 check_values(loss, f, targets[name], batch)
 
     def stand_in_targets(self, outputs: Any, batch: bool) -> Any:
-        found = self.heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype))
+        found = self._heads(jax.ShapeDtypeStruct(outputs.shape, outputs.dtype))
         return {name: loss.stand_in_targets(f, batch) for name, (loss, f) in found.items()}
 
-    def check_names(self, what: str, tree: Any) -> None:
-        """Refuse a dict with other names than the losses'.
-
-        Args:
-            what: what it is, for the error.
-            tree: what was given.
-
-        Raises:
-            ValueError, TypeError: for other names, or for anything that is not a dict.
-        """
+    def _check_names(self, what: str, tree: Any) -> None:
+        """Refuse anything but a dict with the losses' names."""
         if not isinstance(tree, Mapping) or set(tree) != set(self.losses):
             got = f"a dict of {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
             raise TypeError(
                 f"{what} must be a dict of arrays with the names of the losses, {list(self.losses)}; got {got}."
             )
 
-    def flattened(self, outputs: Any, batch: bool) -> tuple["JointLoss", Array]:
-        """Return the loss of one array, and that array, for a dict of outputs.
-
-        Args:
-            outputs: a dict of outputs.
-            batch: whether outputs have a leading batch axis.
-
-        Returns:
-            A loss of outputs `[N, entries]`, and these outputs.
-        """
-        self.check_names("outputs", outputs)
+    def _flattened(self, outputs: Any, batch: bool) -> tuple["JointLoss", Array]:
+        """The loss of one array `[N, entries]`, and that array, for a dict of outputs."""
+        self._check_names("outputs", outputs)
         arrays = {k: as_outputs(f"outputs[{k!r}]", outputs[k], batch) for k in self.losses}
         if batch and len({x.shape[0] for x in arrays.values()}) > 1:
             shapes = {k: x.shape for k, x in arrays.items()}
             raise ValueError(f"outputs must have one common batch axis; got shapes {shapes}.")
-        return self.with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), flatten_outputs(arrays, int(batch))
+        return self._with_shapes({k: x.shape[batch:] for k, x in arrays.items()}), flatten_outputs(arrays, int(batch))
 
     # Its terms are of several kinds.
 
@@ -260,7 +230,7 @@ class JointTerms(eqx.Module):
         return jnp.ones((), self.outputs.dtype)
 
     def part(self, outputs: Array, operand: Any) -> "JointTerms":
-        found = {k: self.parts[k].part(f, operand[k]) for k, (_, f) in self.loss.heads(outputs).items()}
+        found = {k: self.parts[k].part(f, operand[k]) for k, (_, f) in self.loss._heads(outputs).items()}
         return JointTerms(self.loss, found, self.weights, self.dtype, self.batch)
 
     def loss_value(self) -> Float[Array, ""]:
@@ -277,7 +247,7 @@ class JointTerms(eqx.Module):
         if not per_term:
             g = self.empirical()
             return (g * jnp.sum(g * tangent.astype(g.dtype), axis=-1, keepdims=True)).astype(self.dtype)
-        tangents = self.loss.heads(tangent)
+        tangents = self.loss._heads(tangent)
         products = {k: t.empirical_product(tangents[k][1], True) for k, t in self.parts.items()}
         return self._join({k: times(self.weights[k] ** 2, x) for k, x in products.items()}).astype(self.dtype)
 
@@ -305,7 +275,7 @@ class JointTerms(eqx.Module):
         return jax.vmap(self.sampled_gradient)(self.draw(keys, num))
 
     def product(self, name: str, v: Array) -> Float[Array, "... entries"]:
-        vs = self.loss.heads(v)
+        vs = self.loss._heads(v)
         products = {k: terms.product(name, vs[k][1]) for k, terms in self.parts.items()}
         scales = {k: w if name == "mv" else safe_sqrt(w) for k, w in self.weights.items()}
         return self._join({k: times(scales[k], x) for k, x in products.items()}).astype(self.dtype)
@@ -341,7 +311,7 @@ def flatten_problem(model_fn: Any, loss: Any, params: PyTree, inputs: PyTree, ha
     if not isinstance(loss, JointLoss) or loss.shapes is not None:
         return model_fn, loss
     outputs = jax.eval_shape(Model(model_fn, has_aux), params, inputs)
-    loss.check_names("the outputs of model_fn", outputs)
+    loss._check_names("the outputs of model_fn", outputs)
     for name, output in outputs.items():
         if not isinstance(output, jax.ShapeDtypeStruct) or not output.shape:
             raise TypeError(f"model_fn must return an array [N, *out] as output {name!r}; got {output}.")
@@ -349,7 +319,7 @@ def flatten_problem(model_fn: Any, loss: Any, params: PyTree, inputs: PyTree, ha
     sizes = {name: output.shape for name, output in outputs.items()}
     if len({shape[0] for shape in sizes.values()}) > 1:
         raise ValueError(f"the outputs of model_fn must have one common batch axis; got shapes {sizes}.")
-    return flat_model(model_fn, has_aux), loss.with_shapes({name: shape[1:] for name, shape in sizes.items()})
+    return flat_model(model_fn, has_aux), loss._with_shapes({name: shape[1:] for name, shape in sizes.items()})
 
 
 def joint_vectors(
@@ -360,10 +330,10 @@ def joint_vectors(
 
     def fn(outputs: Any, *args: Any) -> dict[str, Array]:
         *numbers, targets, key = args
-        loss.check_names("outputs", outputs)
+        loss._check_names("outputs", outputs)
         if targets is None:
             targets = dict.fromkeys(fns)
-        loss.check_names("targets", targets)
+        loss._check_names("targets", targets)
         found = {}
         for i, (name, one) in enumerate(fns.items()):
             with errors_name_output(name):
@@ -384,12 +354,12 @@ def joint_vectors(
 
 def check_joint_terms(loss: JointLoss, outputs: Any, targets: Any, batch: bool) -> tuple[JointLoss, Array, Any]:
     """The loss, outputs and targets as one array, and as arrays, after all checks."""
-    flat, joined = loss.flattened(outputs, batch)
+    flat, joined = loss._flattened(outputs, batch)
     if targets is None:
         targets = flat.stand_in_targets(joined, batch)
-    loss.check_names("targets", targets)
+    loss._check_names("targets", targets)
     checked = {}
-    for name, (head, f) in flat.heads(joined).items():
+    for name, (head, f) in flat._heads(joined).items():
         with errors_name_output(name):
             checked[name] = check_terms(head, f, targets[name], batch)[1]
     return flat, joined, checked

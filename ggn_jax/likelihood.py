@@ -109,8 +109,8 @@ class LikelihoodLoss(Loss):
         """
         raise missing_fisher_sqrt(self)
 
-    def has_fisher_sqrt(self) -> bool:
-        """Tell whether the subclass defines `fisher_sqrt`."""
+    def _has_fisher_sqrt(self) -> bool:
+        """Whether the subclass defines `fisher_sqrt`."""
         return type(self).fisher_sqrt is not LikelihoodLoss.fisher_sqrt
 
     def term_value(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
@@ -139,16 +139,8 @@ class LikelihoodLoss(Loss):
             return self.term_hessian(f, y).sqrt_mv(jax.random.rademacher(drawn, f.shape, f.dtype))
         return jax.grad(self.nll)(f, jax.lax.stop_gradient(self.sample(drawn, f)))
 
-    def indefiniteness(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
-        """Compute how negative the least eigenvalue of the term's Hessian is, relative to the largest one.
-
-        Args:
-            f: the term's output, `[*term]`.
-            y: its target.
-
-        Returns:
-            A scalar of at least 0; 0 where the Hessian may have a real square root.
-        """
+    def _indefiniteness(self, f: Float[Array, "*term"], y: Any) -> Float[Array, ""]:
+        """How negative the least eigenvalue of the term's Hessian is, relative to the largest one; 0 if it is not."""
         hessian = self.term_hessian(f, y) if self.curvature == "hessian" else None
         return hessian.indefiniteness() if isinstance(hessian, AutodiffHessian) else jnp.zeros((), f.dtype)
 

@@ -93,7 +93,7 @@ class _Gap(NamedTuple):
 def _check_definite(loss: Loss, terms: Terms) -> None:
     if not isinstance(loss, LikelihoodLoss):
         return
-    found = np.asarray(jnp.where(terms.scale == 0, 0, terms.map(loss.indefiniteness)))
+    found = np.asarray(jnp.where(terms.scale == 0, 0, terms.map(loss._indefiniteness)))
     if (found < 0).any():
         where = tuple(int(i) for i in np.unravel_index(np.argmin(found), found.shape))
         words = f"{np.sum(found < 0)} of {found.size} terms, at position {where} one of {found.min():.2g} times the"
@@ -122,7 +122,7 @@ def _measure_term(loss: Any, f: Float[Array, "*term"], y: Any, key: Array) -> di
     directions = _directions(direction_key, f)
     project = partial(jnp.tensordot, directions, axes=f.ndim, precision="highest")
     gaps = {"term_gradient": _rounding_gap(loss.term_gradient(f, y), jax.grad(loss.term_value)(f, y))}
-    exact = not isinstance(loss, LikelihoodLoss) or loss.curvature == "hessian" or loss.has_fisher_sqrt()
+    exact = not isinstance(loss, LikelihoodLoss) or loss.curvature == "hessian" or loss._has_fisher_sqrt()
     if exact:
         hessian = loss.term_hessian(f, y)
         matrix = project(jax.vmap(hessian.mv)(directions).reshape(-1, f.size).T.reshape(*f.shape, -1))

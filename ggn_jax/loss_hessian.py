@@ -106,7 +106,7 @@ class LossHessian(eqx.Module):
     def _product(self, name: str, v: Any, what: str) -> Any:
         if not isinstance(self.terms, JointTerms):
             return _product(self.terms, self._check(name, v, self.terms.outputs.shape), what)
-        self.terms.loss.check_names(name, v)
+        self.terms.loss._check_names(name, v)
         parts = self.terms.parts
         vs = {k: self._check(f"{name}[{k!r}]", v[k], terms.outputs.shape) for k, terms in parts.items()}
         return self._like_outputs(_product(self.terms, flatten_outputs(vs, int(self.terms.batch)), what))
@@ -115,7 +115,7 @@ class LossHessian(eqx.Module):
         """What has an entry for each output, of a `JointLoss` as a dict."""
         if not isinstance(self.terms, JointTerms):
             return x
-        return {k: found.astype(self.terms.parts[k].dtype) for k, (_, found) in self.terms.loss.heads(x).items()}
+        return {k: found.astype(self.terms.parts[k].dtype) for k, (_, found) in self.terms.loss._heads(x).items()}
 
     def _check(self, name: str, v: Any, shape: tuple[int, ...]) -> Array:
         v = as_array(name, v)

@@ -116,40 +116,22 @@ class Objective:
             TypeError: for a number of batches that differs from that of the functions.
         """
         values = []
-        for term, batch in zip(self.terms, self.batches(batches), strict=True):
+        for term, batch in zip(self.terms, self._batches(batches), strict=True):
             value = term.loss(term.model_fn(params, batch[0]), batch[1])
             values.append(jnp.asarray(term.weight).astype(value.dtype) * value)
         with jax.numpy_dtype_promotion("standard"):  # outputs may have several dtypes
             return sum(values[1:], start=values[0])
 
-    def batches(self, batches: Any) -> list[Any]:
-        """List the batch of each function.
+    def _batches(self, batches: Any) -> list[Any]:
+        """The batch of each function; for one function, it may be given without a list."""
+        return self._for_each_term(
+            "batches", "a batch", batches, lambda x: isinstance(x, tuple | list) and len(x) in (2, 3)
+        )
 
-        Args:
-            batches: a list with a batch for each function; for one function, also its batch.
+    def _for_each_term(self, name: str, what: str, given: Any, is_one: Callable[[Any], bool]) -> list[Any]:
+        """Something for each function; `name` and `what` are for errors.
 
-        Returns:
-            A list of batches.
-
-        Raises:
-            TypeError: for a number of batches that differs from that of the functions.
-        """
-        return self.each("batches", "a batch", batches, lambda x: isinstance(x, tuple | list) and len(x) in (2, 3))
-
-    def each(self, name: str, what: str, given: Any, is_one: Callable[[Any], bool]) -> list[Any]:
-        """List something for each function; for one function, it may be given without a list.
-
-        Args:
-            name: the argument's name, for the error.
-            what: what is wanted for each function, for the error.
-            given: what was given.
-            is_one: a function that tells whether `given` is for one function, without a list.
-
-        Returns:
-            A list with as many entries as there are functions.
-
-        Raises:
-            TypeError: for another number of entries.
+        For one function, it may be given without a list, as `is_one` tells.
         """
         count = len(self.terms)
         if count == 1 and is_one(given):
@@ -170,7 +152,7 @@ def parts_of(objective: Any, batches: Any, key: Any) -> list[tuple[ObjectiveTerm
     """Each function of an objective with its batch, and its key."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a ggn_jax.Objective; got {type(objective).__name__}.")
-    pairs = zip(objective.terms, objective.batches(batches), strict=True)
+    pairs = zip(objective.terms, objective._batches(batches), strict=True)
     return [(term, batch, key_of(key, number)) for number, (term, batch) in enumerate(pairs)]
 
 

@@ -49,7 +49,7 @@ GGN_JAX = [
     {"layers.report"},
     {"layers"},
     {"grad_output", "loss_check", "loss_hessian", "models"},
-    {"operators.explained", "operators.flat", "operators.loaders"},
+    {"operators.errors", "operators.flat", "operators.loaders"},
     {"operators.damping", "operators.examples"},
     {"objective", "operators.base", "operators.problem"},
     {"operators.jacobian", "operators.rectangular", "operators.weighted"},
@@ -105,7 +105,7 @@ GGN_JAX = [
     {""},
 ]
 TORCH_BRIDGE = [
-    {"_cuda", "_fork", "explained", "param_groups", "unsupported"},
+    {"_cuda", "_fork", "errors", "param_groups", "unsupported"},
     {"tensors", "generators"},
     {"batches", "losses"},
     {"_compute"},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ggn_jax
-from torch_bridge.explained import ExplainedOperator
+from torch_bridge.errors import ExplainedOperator
 from torch_bridge.problem import ModuleProblem, Params
 from torch_bridge.tensors import jax_on, outside_graphs, to_jax, to_torch
 

@@ -33,7 +33,7 @@ def uses_random_signs(
     """
     if isinstance(loss, JointLoss):
         return any(
-            uses_random_signs(*head, fisher_type, positions, num_coupled) for head in loss.heads(output).values()
+            uses_random_signs(*head, fisher_type, positions, num_coupled) for head in loss._heads(output).values()
         )
     axes = feature_axes(loss, output)
     several = num_coupled * math.prod(size for axis, size in enumerate(output.shape) if axis not in axes) > 1
@@ -53,7 +53,7 @@ def count_vectors(
         return 0
     if fisher_type is FisherType.TYPE2:
         if isinstance(loss, JointLoss):
-            heads = loss.heads(output).values()
+            heads = loss._heads(output).values()
             return sum(count_vectors(*head, fisher_type, mc_samples, positions, num_coupled) for head in heads)
         if uses_random_signs(loss, output, fisher_type, positions, num_coupled):
             return math.prod(output.shape[axis] for axis in feature_axes(loss, output))
@@ -110,7 +110,7 @@ def _columns_of_heads(terms: JointTerms, kind: Any, keys: Any) -> Any:
     """The vectors of one head after the other, each 0 at the other heads: a head's vectors out of range are 0."""
     fisher_type, mc_samples, positions, num_coupled = kind
     makers, starts, start = [], [], 0
-    for i, (name, (loss, f)) in enumerate(terms.loss.heads(terms.outputs).items()):
+    for i, (name, (loss, f)) in enumerate(terms.loss._heads(terms.outputs).items()):
         own = terms.weighted(name)
         own_keys = None if keys is None else fold_keys(keys, i)
         makers.append(make_vector_fn(own, fisher_type, mc_samples, positions, own_keys, num_coupled))

@@ -124,11 +124,11 @@ def gradients(problems: Sequence[Problem], scales: Sequence[Array] | None = None
 def _output_gradients(
     problem: Problem, trace: Trace, layers: Layers, infos: Sequence[LayerInfo], scales: Sequence[Array] | None
 ) -> OutputGradients:
-    wide = wide_dtype(layers.trace.outputs)
+    wide = wide_dtype(layers._trace.outputs)
     count = math.prod(problem.outputs.shape[1:])
     seeds = jnp.eye(count, dtype=problem.outputs.dtype).reshape(count, 1, *problem.outputs.shape[1:])
     unused = {parameter.leaf for parameter in make_plan(trace).unassigned if parameter.kind == "unused"}
-    rest = [parameter.leaf for parameter in layers.plan.unassigned]
+    rest = [parameter.leaf for parameter in layers._plan.unassigned]
     own = tuple(leaf for leaf in rest if leaf not in unused)
 
     def parts(inputs: PyTree[Array]) -> list[_Part | None]:
@@ -136,7 +136,7 @@ def _output_gradients(
         vectors = vary_like(jnp.broadcast_to(seeds, (count, *captured.outputs.shape)), captured.outputs)
         found, grads = back_propagated(trace, infos, captured, vectors, None)
         result: list[_Part | None] = []
-        for info, stack in zip(infos, layers.stacks, strict=True):
+        for info, stack in zip(infos, layers._stacks, strict=True):
             scale = _Scale() if scales is None else _scale_of(layers, info, stack, scales)
             result += _gradient_parts(found[info.name], count, wide, scale)
         own_grads = dict(zip(own, grads, strict=True))
@@ -160,15 +160,15 @@ class _Scale(NamedTuple):
 
 
 def _scale_of(layers: Layers, info: LayerInfo, stack: Stack, scales: Sequence[Array]) -> _Scale:
-    wide, (spec,), bias = wide_dtype(layers.trace.outputs), stack.specs, info._plan.bias
-    pairs = zip(scales, layers.trace.shapes, strict=True)
+    wide, (spec,), bias = wide_dtype(layers._trace.outputs), stack.specs, info._plan.bias
+    pairs = zip(scales, layers._trace.shapes, strict=True)
     entries = [jnp.broadcast_to(scale.astype(wide), shape) for scale, shape in pairs]
 
     def whole(views: tuple[ParameterView, ...]) -> Float[Array, "G out in"]:
         return read_entries([Stack((replace(spec, views=views),))], entries)[0]
 
     apart = None if bias is None or info.has_bias else whole((bias,))
-    owned = [[scales[leaf] for leaf in view.entries.owning_leaves(layers.sizes)] for view in spec.views]
+    owned = [[scales[leaf] for leaf in view.entries.owning_leaves(layers._sizes)] for view in spec.views]
     if not all(number is numbers[0] for numbers in owned for number in numbers):
         return _Scale(whole(spec.views), apart)
     sizes = [view.shape[-1] for view in spec.views]

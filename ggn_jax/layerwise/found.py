@@ -84,8 +84,8 @@ class Layers:
 
     model_fn: Callable[[PyTree, PyTree], Array]
     """The model that they were found in."""
-    trace: Trace
-    plan: Plan
+    _trace: Trace
+    _plan: Plan
     bias: Bias
     """`"joint"` or `"separate"`, as it was passed to `find_layers`."""
     example: PyTree[jax.ShapeDtypeStruct]
@@ -135,39 +135,31 @@ class Layers:
             )
             for layer in self.all
         ]
-        names = self.trace.names
-        rest = [f"{names[parameter.leaf]} ({parameter.kind})" for parameter in self.plan.unassigned]
+        names = self._trace.names
+        rest = [f"{names[parameter.leaf]} ({parameter.kind})" for parameter in self._plan.unassigned]
         rest += [
             f"{names[leaf]} (bias)"
-            for layer, info in zip(self.plan.layers, self.all, strict=True)
+            for layer, info in zip(self._plan.layers, self.all, strict=True)
             if layer.bias is not None and not info.has_bias
-            for leaf in layer.bias.entries.owning_leaves(self.sizes)
+            for leaf in layer.bias.entries.owning_leaves(self._sizes)
         ]
         return "\n".join(table(head, rows) + ([f"rest: {', '.join(rest)}"] if rest else []))
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(self.names)})"
 
-    def again(self, params: PyTree, inputs: PyTree) -> "Layers":
-        """Find the same layers in the model's jaxpr for parameters and inputs of these types.
-
-        Args:
-            params: the parameters, or `jax.ShapeDtypeStruct`s of them.
-            inputs: a batch of inputs, or `jax.ShapeDtypeStruct`s of one.
-
-        Returns:
-            The layers.
-        """
+    def _retraced(self, params: PyTree, inputs: PyTree) -> "Layers":
+        """The same layers in the model's jaxpr for parameters and inputs of these types."""
         trace = trace_model(Model(self.model_fn, self.has_aux), params, inputs, coupled=self.coupled)
-        return replace(self, trace=trace, plan=make_plan(trace))
+        return replace(self, _trace=trace, _plan=make_plan(trace))
 
     @cached_property
-    def sizes(self) -> list[int]:
+    def _sizes(self) -> list[int]:
         """The number of entries of each parameter."""
-        return [math.prod(shape) for shape in self.trace.shapes]
+        return [math.prod(shape) for shape in self._trace.shapes]
 
     @cached_property
-    def stacks(self) -> tuple[Stack, ...]:
+    def _stacks(self) -> tuple[Stack, ...]:
         """The positions of each layer's matrix among the parameters."""
         stacks = []
         for info in self.all:
@@ -233,9 +225,9 @@ def find_layers(
 
 
 def _infos(layers: Layers) -> Iterator[LayerInfo]:
-    trace, sizes = layers.trace, layers.sizes
-    first = [simple_path(trace.names[layer.leaves[0]]) for layer in layers.plan.layers]
-    for number, layer in enumerate(layers.plan.layers):
+    trace, sizes = layers._trace, layers._sizes
+    first = [simple_path(trace.names[layer.leaves[0]]) for layer in layers._plan.layers]
+    for number, layer in enumerate(layers._plan.layers):
         uses = [trace.uses[n] for n in layer.uses]
         kinds = tuple(dict.fromkeys(use.kind for use in uses))
         has_bias = layer.bias is not None and layers.bias == "joint" and "embedding" not in kinds

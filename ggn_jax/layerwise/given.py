@@ -59,18 +59,18 @@ def from_factors(layers: Layers, factors: Mapping[str, tuple[Any, Any]], rest: P
         raise KeyError(f"factors must be of the layers {names}; got {', '.join(map(str, factors)) or 'none'}.")
     pairs: list[tuple[BlockSpec, Block]] = [
         (stack.specs[0], _kronecker(layer, factors[layer.name]))
-        for layer, stack in zip(layers, layers.stacks, strict=True)
+        for layer, stack in zip(layers, layers._stacks, strict=True)
     ]
     pairs += _of_the_rest(layers, rest)
     groups: dict[Any, list[tuple[BlockSpec, Block]]] = {}
     for spec, block in pairs:
         kinds = [(x.ndim, x.dtype) for x in jax.tree.leaves(block)]
-        groups.setdefault((type(block), entry_layout(spec, layers.sizes), tuple(kinds), spec.kind), []).append(
+        groups.setdefault((type(block), entry_layout(spec, layers._sizes), tuple(kinds), spec.kind), []).append(
             (spec, block)
         )
     stacks = tuple(Stack(tuple(spec for spec, _ in group)) for group in groups.values())
     blocks = [jax.tree.map(lambda *x: jnp.concatenate(x), *(block for _, block in group)) for group in groups.values()]
-    trace = layers.trace
+    trace = layers._trace
     return BlockLinearOperator._of(Blocks(tuple(blocks), stacks), (trace.shapes, trace.dtypes, trace.structure))
 
 
@@ -134,7 +134,7 @@ def _diagonal(name: str, value: Any, shape: tuple[int, ...]) -> Array:
 
 def _of_the_rest(layers: Layers, rest: PyTree) -> list[tuple[BlockSpec, Block]]:
     """Diagonal blocks of the entries that no layer owns; zeros without `rest`."""
-    trace, sizes = layers.trace, layers.sizes
+    trace, sizes = layers._trace, layers._sizes
     given = [optax.MaskedNode()] * len(sizes) if rest is None else rest_leaves(layers, rest)
     pairs: list[tuple[BlockSpec, Block]] = []
     for leaf, (free, value) in enumerate(zip(free_entries(layers), given, strict=True)):

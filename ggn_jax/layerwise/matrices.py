@@ -49,13 +49,13 @@ def to_matrices(layers: Layers, tree: PyTree[Array]) -> tuple[Matrices, PyTree]:
         {'b': MaskedNode(), 's': Array([1., 1.], dtype=float32), 'w': MaskedNode()}
     """
     leaves = _leaves(layers, tree)
-    matrices = dict(zip(layers.names, read_entries(layers.stacks, tree), strict=True))
+    matrices = dict(zip(layers.names, read_entries(layers._stacks, tree), strict=True))
     owned = free_entries(layers)
     rest: list[Any] = [
         leaf if free is None else optax.MaskedNode() if not free.any() else jnp.where(jnp.asarray(free), leaf, 0)
         for leaf, free in zip(leaves, owned, strict=True)
     ]
-    return matrices, jax.tree.unflatten(layers.trace.structure, rest)
+    return matrices, jax.tree.unflatten(layers._trace.structure, rest)
 
 
 def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -> PyTree[Array]:
@@ -93,11 +93,11 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
                 f"matrices[{layer.name!r}] must have shape {layer.shape} (groups, out, in); got"
                 f" {jnp.shape(matrices[layer.name])}."
             )
-    trace, owned = layers.trace, free_entries(layers)
+    trace, owned = layers._trace, free_entries(layers)
     parts = [jnp.asarray(matrices[name]) for name in layers.names]
     dtypes: list[Any] = list(trace.dtypes)
-    for stack, part in zip(layers.stacks, parts, strict=True):
-        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owning_leaves(layers.sizes)]
+    for stack, part in zip(layers._stacks, parts, strict=True):
+        leaves = [leaf for view in stack.specs[0].views for leaf in view.entries.owning_leaves(layers._sizes)]
         with jax.numpy_dtype_promotion("standard"):
             usual = jnp.result_type(*(trace.dtypes[leaf] for leaf in leaves))
         # A matrix of the usual dtype goes back to each parameter's own; another one (momentum) keeps its dtype.
@@ -106,7 +106,7 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
                 dtypes[leaf] = part.dtype
     given = rest_leaves(layers, rest)
     shapes = trace.shapes
-    written = jax.tree.leaves(write_entries(layers.stacks, (shapes, tuple(dtypes), trace.structure), parts))
+    written = jax.tree.leaves(write_entries(layers._stacks, (shapes, tuple(dtypes), trace.structure), parts))
     result = []
     for leaf, free in enumerate(owned):
         if free is not None and not free.any():
@@ -122,12 +122,12 @@ def from_matrices(layers: Layers, matrices: Mapping[str, Array], rest: PyTree) -
 
 
 def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
-    if jax.tree.structure(tree) != layers.trace.structure:
+    if jax.tree.structure(tree) != layers._trace.structure:
         raise ValueError(
-            f"tree must be like the parameters: wanted {layers.trace.structure}, got {jax.tree.structure(tree)}."
+            f"tree must be like the parameters: wanted {layers._trace.structure}, got {jax.tree.structure(tree)}."
         )
     leaves = jax.tree.leaves(tree)
-    for leaf, shape, name in zip(leaves, layers.trace.shapes, layers.trace.names, strict=True):
+    for leaf, shape, name in zip(leaves, layers._trace.shapes, layers._trace.names, strict=True):
         if jnp.shape(leaf) != shape:
             raise ValueError(f"tree{name} must have the parameter's shape {shape}; got {jnp.shape(leaf)}.")
     return leaves
@@ -136,15 +136,15 @@ def _leaves(layers: Layers, tree: PyTree[Array]) -> list[Array]:
 def rest_leaves(layers: Layers, rest: PyTree) -> list[Any]:
     """What `rest` has in the place of each parameter."""
     try:
-        return layers.trace.structure.flatten_up_to(rest)
+        return layers._trace.structure.flatten_up_to(rest)
     except ValueError as error:
-        raise ValueError(f"rest must be a pytree like the parameters, {layers.trace.structure}: {error}") from error
+        raise ValueError(f"rest must be a pytree like the parameters, {layers._trace.structure}: {error}") from error
 
 
 def free_entries(layers: Layers) -> list[np.ndarray | None]:
     """For each parameter, a mask of the entries that no layer owns; None if no layer owns any."""
-    sizes = layers.sizes
-    views = [view for stack in layers.stacks for view in stack.specs[0].views]
+    sizes = layers._sizes
+    views = [view for stack in layers._stacks for view in stack.specs[0].views]
     owners = {leaf for view in views for leaf in view.entries.owning_leaves(sizes)}
     counts = dict.fromkeys(owners, 0)
     whole = all(len(view.entries.owning_leaves(sizes)) == 1 for view in views)
@@ -154,12 +154,12 @@ def free_entries(layers: Layers) -> list[np.ndarray | None]:
     free: list[np.ndarray | None] = [None] * len(sizes)
     for leaf in owners:
         if whole and counts[leaf] == sizes[leaf]:
-            free[leaf] = np.zeros(layers.trace.shapes[leaf], bool)
+            free[leaf] = np.zeros(layers._trace.shapes[leaf], bool)
             continue
         start = sum(sizes[:leaf])
-        mine = np.ones(math.prod(layers.trace.shapes[leaf]), bool)
+        mine = np.ones(math.prod(layers._trace.shapes[leaf]), bool)
         for view in views:
             numbers = view.entries.indices().reshape(-1) - start
             mine[numbers[(numbers >= 0) & (numbers < sizes[leaf])]] = False
-        free[leaf] = mine.reshape(layers.trace.shapes[leaf])
+        free[leaf] = mine.reshape(layers._trace.shapes[leaf])
     return free

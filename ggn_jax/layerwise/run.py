@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._checks import compute_dtype
 from ggn_jax._eager import compiled
+from ggn_jax._hints import example_inputs_named
 from ggn_jax._sharding import compiler_sharded, explicit_mesh, varying_axes
 from ggn_jax._supported import check_exact
 from ggn_jax._unbatched import are_batched
@@ -176,7 +177,7 @@ def sum_layer_io(
 
     def run(problem: Problem, extra: Any) -> PyTree[Array]:
         # Where the compiler shards, types of arrays inside the jaxpr differ from those where layers were found.
-        own = request._replace(layers=layers.again(problem.params, problem.inputs)) if is_explicit else request
+        own = request._replace(layers=layers._retraced(problem.params, problem.inputs)) if is_explicit else request
         return problem.sum_over_chunks(lambda *args: fn(_chunk_io(own, problem, *args)), extra)
 
     return (eqx.filter_jit(compiler_sharded(run)) if is_explicit else run)(problem, extra)
@@ -212,20 +213,21 @@ def _prepare(
         check_exact(loss)
     has_no_targets = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is None
     args = layers.model_fn, loss, params, batch, chunk_size, None if grads else options.fisher_type
-    problem = make_problem(*args, has_aux=layers.has_aux, examples="coupled" if layers.coupled else "independent")
+    with example_inputs_named(batch, layers.example, "layers were found"):
+        problem = make_problem(*args, has_aux=layers.has_aux, examples="coupled" if layers.coupled else "independent")
     check_fits(layers, problem)
     # Inside `jax.shard_map`, types say over which axes values vary: those of functions inside the jaxpr as well.
     varies = varying_axes((problem.params, problem.inputs))
-    if varies or (layers.coupled and problem.outputs.shape[0] != layers.trace.examples):
-        layers = layers.again(problem.params, problem.inputs)
+    if varies or (layers.coupled and problem.outputs.shape[0] != layers._trace.examples):
+        layers = layers._retraced(problem.params, problem.inputs)
     extra = {"keys": check_draws(problem, options, key, 0), "mask": check_mask(mask, problem)}
-    check_mask_fits(layers.trace, extra["mask"])
+    check_mask_fits(layers._trace, extra["mask"])
     return problem, extra, _PassRequest(layers, options, grads, not has_no_targets)
 
 
 def check_fits(layers: Layers, problem: Problem) -> None:
     """Refuse parameters or inputs of other shapes than the layers were found for, and a model that couples examples."""
-    trace = layers.trace
+    trace = layers._trace
     leaves = jax.tree.leaves(problem.params)
     if jax.tree.structure(problem.params) != trace.structure:
         raise ValueError(
@@ -257,11 +259,11 @@ def _chunk_io(
 ) -> LayersIO:
     """The results of `layer_io` for a chunk."""
     layers, options, grads, with_value = request
-    captured = capture(layers.trace, problem.params, inputs, gradient=grads)
+    captured = capture(layers._trace, problem.params, inputs, gradient=grads)
     terms = terms_at(captured.outputs, operand)
     kind = options.fisher_type, options.mc_samples, options.positions
-    num_coupled = layers.trace.examples
-    num = count_vectors(problem.loss, layers.trace.outputs, *kind, num_coupled)
+    num_coupled = layers._trace.examples
+    num = count_vectors(problem.loss, layers._trace.outputs, *kind, num_coupled)
     vectors = jnp.zeros((0, *captured.outputs.shape), captured.outputs.dtype)
     if num:
         vectors = make_vector_fn(terms, *kind, extra["keys"], num_coupled)(jnp.arange(num)).astype(
@@ -277,7 +279,7 @@ def _chunk_io(
         value,
         gradient,
         jnp.where(jnp.isinf(terms.reduction_factor), 0, terms.reduction_factor),
-        back_propagated(layers.trace, layers, captured, vectors, extra["mask"])[0],
+        back_propagated(layers._trace, layers, captured, vectors, extra["mask"])[0],
     )
 
 

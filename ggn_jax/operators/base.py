@@ -19,7 +19,7 @@ from ggn_jax._hints import is_array
 from ggn_jax._repr import fields
 from ggn_jax._sharding import compiler_sharded
 from ggn_jax.operators.damping import check_damping, leaf_dampings, nonnegative_number
-from ggn_jax.operators.explained import ExplainedLinearOperator
+from ggn_jax.operators.errors import ExplainedLinearOperator
 from ggn_jax.operators.flat import scipy_operator
 
 COLUMN_BATCH_SIZE = 32  # of a dense matrix; bounds the memory of `as_matrix`

@@ -213,15 +213,8 @@ class JacobianLinearOperator(AbstractJacobian):
         return StackedJacobianLinearOperator(tuple(made))
 
     @classmethod
-    def of_problem(cls, problem: Problem) -> Self:
-        """Make the Jacobian of a problem whose arguments have been checked.
-
-        Args:
-            problem: the model, its parameters and a batch.
-
-        Returns:
-            The Jacobian.
-        """
+    def _of_problem(cls, problem: Problem) -> Self:
+        """The Jacobian of a problem whose arguments have been checked."""
         made = object.__new__(cls)
         object.__setattr__(made, "problem", problem)
         object.__setattr__(made, "linearisation", None)
@@ -262,8 +255,8 @@ class JacobianLinearOperator(AbstractJacobian):
         """
         return _dense_jacobian(self)
 
-    def linearised(self) -> Linearised:
-        """Return the model's linearisation, kept by `lineax.linearise` or made now."""
+    def _linearised(self) -> Linearised:
+        """The model's linearisation, kept by `lineax.linearise` or made now."""
         return Linearised.of(self.problem) if self.linearisation is None else self.linearisation
 
 
@@ -319,7 +312,7 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
         u = jnp.asarray(u)
 
         def contribution(problem: Problem, start: int) -> PyTree[Array]:
-            found = JacobianLinearOperator.of_problem(problem).vjp(u[start : start + problem.outputs.shape[0]])
+            found = JacobianLinearOperator._of_problem(problem).vjp(u[start : start + problem.outputs.shape[0]])
             return jax.tree.map(lambda x: x.astype(compute_dtype(x.dtype)), found)
 
         total = self.passes.sum_over_batches(contribution, "products")
@@ -337,7 +330,7 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
     def _rows(self, rows: Callable[[JacobianLinearOperator], Array]) -> list[Array]:
         parts: list[Array] = []
         self.passes.sum_over_batches(
-            lambda problem, start: parts.append(rows(JacobianLinearOperator.of_problem(problem))), "rows"
+            lambda problem, start: parts.append(rows(JacobianLinearOperator._of_problem(problem))), "rows"
         )
         return parts
 
@@ -345,19 +338,19 @@ class BatchesJacobianLinearOperator(AbstractJacobian):
 @jax.jit
 @partial(compiler_sharded)
 def _jvp(operator: JacobianLinearOperator, v: PyTree[Array]) -> Array:
-    return operator.linearised().jvp(v)
+    return operator._linearised().jvp(v)
 
 
 @jax.jit
 @partial(compiler_sharded, like=lambda operator, u: operator.in_structure())
 def _vjp(operator: JacobianLinearOperator, u: Array) -> PyTree[Array]:
-    return operator.linearised().vjp(u)
+    return operator._linearised().vjp(u)
 
 
 @jax.jit
 @compiler_sharded
 def _dense_jacobian(operator: JacobianLinearOperator) -> Float[Array, "K P"]:
-    linearised, outputs = operator.linearised(), operator.problem.outputs
+    linearised, outputs = operator._linearised(), operator.problem.outputs
     zeros = jax.tree.map(jnp.zeros_like, operator.problem.params)
     with jax.numpy_dtype_promotion("standard"):  # parameters may have several dtypes
         flat, unravel = ravel_pytree(zeros)

@@ -195,7 +195,7 @@ class WeightedProblems(eqx.Module):
 def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
     """For a `JointLoss`, a problem for each output."""
     loss: Any = problem.loss
-    heads = loss.heads(jax.ShapeDtypeStruct(problem.outputs.shape, problem.outputs.dtype))
+    heads = loss._heads(jax.ShapeDtypeStruct(problem.outputs.shape, problem.outputs.dtype))
 
     def one(name: str, head: Loss, outputs: jax.ShapeDtypeStruct) -> Problem:
         model = Model(jax.tree_util.Partial(_output, problem.model_fn, Frozen((name, loss.shapes))))
@@ -217,7 +217,7 @@ def _count_indefinite(problem: Problem) -> Array:
 
     def count(terms_at: Any, inputs: PyTree, operand: Any) -> Array:
         terms = terms_at(problem.model_fn(problem.params, inputs), operand)
-        indefinite = terms.map(loss.indefiniteness) < 0
+        indefinite = terms.map(loss._indefiniteness) < 0
         return jnp.sum(indefinite & (terms.scale != 0), dtype=jnp.int32)
 
     return problem.sum_over_chunks(count)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggn_jax._repr import fields
 from ggn_jax.operators.base import check_vector, register
-from ggn_jax.operators.explained import ExplainedLinearOperator
+from ggn_jax.operators.errors import ExplainedLinearOperator
 from ggn_jax.operators.flat import scipy_operator
 
 

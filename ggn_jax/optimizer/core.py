@@ -181,7 +181,7 @@ class Core:
         model_fn = model_of_part(self.model_fn, params, full_params)
         fisher_type = None if value else self.settings.options.fisher_type
         args = model_fn, self.loss, params, pair, self.settings.chunk_size, fisher_type
-        with example_inputs_named(pair[0], self.example_inputs):
+        with example_inputs_named(pair, self.example_inputs):
             problem = make_problem(*args, has_aux=self.has_aux, examples=self.examples)
         problem.check_chunks()
         return problem, check_mask(mask, problem)
@@ -354,7 +354,7 @@ def _indefinite_part(model_fn: Any, loss: LikelihoodLoss, params: PyTree, inputs
 
     def indefinite(key: Array) -> Array:
         terms = split_terms(loss, outputs, loss.draw_targets(key, outputs, batch=True), batch=True)
-        return terms.map(loss.indefiniteness) < 0
+        return terms.map(loss._indefiniteness) < 0
 
     return jnp.mean(jax.vmap(indefinite)(jax.random.split(jax.random.key(0), TARGETS)))
 

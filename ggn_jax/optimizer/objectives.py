@@ -36,7 +36,9 @@ class ObjectiveCore(Core):
                 "has_aux=True is for one model_fn: an objective's functions return outputs alone; compute what else"
                 " they return in a call of your own."
             )
-        inputs = objective.each("example_inputs", "inputs", example_inputs, lambda x: not isinstance(x, tuple | list))
+        inputs = objective._for_each_term(
+            "example_inputs", "inputs", example_inputs, lambda x: not isinstance(x, tuple | list)
+        )
         pairs = zip(objective.terms, inputs, strict=True)
         rest = settings, full_params, has_aux, examples
         self._cores = [Core(term.model_fn, term.loss, x, *rest) for term, x in pairs]
@@ -59,7 +61,7 @@ class ObjectiveCore(Core):
     def problem(
         self, params: PyTree[Array], batch: Any, full_params: PyTree[Array] | None, *, value: bool
     ) -> tuple[Any, Any]:
-        batches = self._objective.batches(batch)
+        batches = self._objective._batches(batch)
         found = [
             core.problem(params, one, full_params, value=value) for core, one in zip(self._cores, batches, strict=True)
         ]
