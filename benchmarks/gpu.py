@@ -8,6 +8,7 @@ are written to a folder, and a part that is stopped keeps those that it has.
     python benchmarks/gpu.py                           # all parts, in less than eight minutes
     python benchmarks/gpu.py facade factors:mlp        # some
     python benchmarks/gpu.py --quick --seconds 2000    # without a GPU: whether all of this works
+    python benchmarks/gpu.py precision                 # without a GPU: with TensorFloat-32 emulated
 """
 
 import os
@@ -326,7 +327,7 @@ def show(part: str, found: dict[str, Any]) -> str:
             wanted = "" if QUICK or limit is None or isinstance(value, str) else f" (wanted: at most {limit})"
             cells.append(f"{name} {value if isinstance(value, str) else format(value, '.3g')}{wanted}")
         many = len(cells) > 5
-        lines += [f"  {row}", *(f"      {cell}" for cell in cells)] if many else [f"  {row:<32}{'; '.join(cells)}"]
+        lines += [f"  {row}", *(f"      {cell}" for cell in cells)] if many else [f"  {row:<34}  {'; '.join(cells)}"]
     return "\n".join(lines)
 
 
@@ -353,8 +354,8 @@ def main() -> None:
         for row, figures in globals()[f"part_{name}"](*([argument] if argument else [])):
             print(json.dumps({row: figures}), flush=True)
         return
-    if not (QUICK or ON_GPU):
-        parser.error("needs a CUDA device that PyTorch can use (--quick runs all parts without one)")
+    if not (QUICK or ON_GPU or args.parts == ["precision"]):
+        parser.error("needs a CUDA device that PyTorch can use; without one there are precision, and --quick")
     start, out = time.monotonic(), args.out or Path(tempfile.mkdtemp(prefix="ggn-jax-gpu-"))
     out.mkdir(parents=True, exist_ok=True)
     text = f"{torch.cuda.get_device_name() if ON_GPU else 'CPU'}, JAX {jax.__version__}, PyTorch {torch.__version__}"
@@ -366,7 +367,7 @@ def main() -> None:
             results[part] = {"status": "not started: no time was left", "seconds": 0.0, "rows": {}}
         else:
             options = ["--quick"] if QUICK else []
-            results[part] = run_part(part, min(left, PARTS[part] * (5 if QUICK else 1)), out / "log.txt", *options)
+            results[part] = run_part(part, min(left, PARTS[part] * (1 if ON_GPU else 5)), out / "log.txt", *options)
         shown = show(part, results[part])
         print(shown, flush=True)
         text += "\n" + shown
