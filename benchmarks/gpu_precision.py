@@ -75,7 +75,7 @@ def training(rate: Any, wrap: Callable[..., Any], params: Any, batch: Any) -> di
     own = {"damping": 1e-2, "momentum": 0.9} if isinstance(rate, float) else {}
     optimizer = ggn_jax.kfac(model_fn, LOSS, rate, **own, example_inputs=batch[0], fisher_type="empirical")
 
-    def step(params: Any, state: Any) -> Any:
+    def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads, factors = optimizer.value_and_grad_and_factors(params, batch, state)
         more = {"batch": batch} if optimizer.needs_batch else {}
         updates, state = optimizer.update(grads, state, params, factors=factors, **more)
@@ -83,7 +83,7 @@ def training(rate: Any, wrap: Callable[..., Any], params: Any, batch: Any) -> di
 
     compiled, state = jax.jit(wrap(step)), optimizer.init(params)
     for _ in range(60):
-        params, state, value = compiled(params, state)
+        params, state, value = compiled(params, state, batch)
     return {"loss after 60 steps": value, "parameters after 60 steps": params}
 
 
