@@ -29,7 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import curvlinops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,6 +207,8 @@ def mebibytes(compiled: Any) -> float:
 
 def measure(name: str, rounds: int, builds: int) -> dict[str, Any]:
     """All figures of one model."""
+    import curvlinops
+
     model_fn, loss, params, inputs, targets, module = MODELS[name]()
     key, batch = jax.random.key(3), (inputs, targets)
 
@@ -246,7 +247,7 @@ def measure(name: str, rounds: int, builds: int) -> dict[str, Any]:
     def torch_gradient() -> None:
         torch.autograd.grad(torch_loss(module(data[0][0]), data[0][1]), list(module.parameters()))
 
-    def torch_operator(options: dict[str, Any]) -> curvlinops.KFACLinearOperator:
+    def torch_operator(options: dict[str, Any]) -> Any:
         return curvlinops.KFACLinearOperator(
             module,
             torch_loss,

@@ -9,6 +9,9 @@ from pathlib import Path
 # factorisations take a hundred times longer. It is read when the library is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Several processes share a GPU, if there is one, with each other and with PyTorch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 from compiling import flags
 

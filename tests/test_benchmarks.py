@@ -152,3 +152,50 @@ def test_the_limit_leaves_the_other_models(tmp_path: Path) -> None:
     _, found = run_models("--model", "mlp-10", "mlp-20", "--limit", "0.01", tmp_path=tmp_path)
     ended = [{"row": "process", "error": "it ended after 0.01 s, the limit"}]
     assert found == {"mlp-10": ended, "mlp-20": ended}
+
+
+PART = """
+import json, sys, time
+for row in range(2):
+    print(json.dumps({f"row {row}": {"ms": row / 2}}), flush=True)
+print('{"half a r', end="", flush=True)
+time.sleep(60 if sys.argv[1] == "slow" else 0)
+sys.exit(3)
+"""
+
+
+def test_parts_that_are_stopped_keep_what_they_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    (tmp_path / "part.py").write_text(PART, encoding="utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "part.py"))
+    rows = {"row 0": {"ms": 0.0}, "row 1": {"ms": 0.5}}
+    results: dict[str, Any] = {}
+    for part, status in (("slow", "stopped after 3 s"), ("fast", "failed: exit status 3")):
+        results[part] = gpu.run_part(part, 3, tmp_path / "log.txt")
+        assert (results[part]["status"], results[part]["rows"]) == (status, rows)
+        gpu.write(tmp_path, results, gpu.show(part, results[part]))
+        assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+    assert "row 1" in (tmp_path / "results.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.sweep
+def test_figures_of_a_gpu_without_one(tmp_path: Path) -> None:
+    """Each part of `gpu.py` that can say something does, in time or not."""
+    command = [
+        sys.executable,
+        str(FOLDER / "gpu.py"),
+        "--quick",
+        "--out",
+        str(tmp_path),
+        "memory",
+        "facade",
+        "inverse:512",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent)}
+    subprocess.run(command, check=True, timeout=600, env=env, capture_output=True)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [found[part]["status"] for part in ("memory", "facade", "inverse:512")] == ["done"] * 3
+    assert found["facade"]["rows"]["mc 32 x 10"]["batch"] > 0
+    assert found["inverse:512"]["rows"]["heuristic"]["build s"] > 0

@@ -1,6 +1,8 @@
 """`to_jax` and `to_torch`: values, dtypes, views, aliasing and lifetime; and the façade on any layout."""
 
 import gc
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +177,12 @@ def test_the_jax_that_fits_torch(
     monkeypatch.setattr(torch.version, "hip", hip)
     with pytest.raises(RuntimeError, match=f"on cuda:78, which this JAX does not have: {way_out}"):
         jax_on(torch.device("cuda", 78)).__enter__()
+
+
+def test_the_extras_are_those_of_jax() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name.startswith("cuda")}
+    assert extras == {f"cuda{version}": [f"jax[cuda{version}]"] for version in tensors.CUDA_OF_JAX}
 
 
 def test_devices_have_torchs_number(monkeypatch: pytest.MonkeyPatch) -> None:
