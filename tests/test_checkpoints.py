@@ -120,7 +120,6 @@ def assert_same_bits(got: Any, want: Any) -> None:
     "exact-by_flax",
     "multi_steps-by_orbax",
     "masked-by_npz",
-    "chain-by_pickle",
     "exact-by_equinox",
 )
 def test_states_continue_bit_for_bit(name: str, way: Callable[..., Any], tmp_path: Path) -> None:

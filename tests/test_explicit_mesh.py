@@ -53,9 +53,7 @@ def alone(model: str, name: str) -> Any:
 )
 @pytest.mark.by_default(
     "images-kfac-True",
-    "images-losses-False",
     "images-ggn-False",
-    "images-ef-False",
     "images-diagonal-True",
 )
 def test_results_are_those_of_one_device(model: str, name: str, is_set: bool) -> None:

@@ -105,7 +105,7 @@ class NotConvex(StudentTLoss):
     ],
     ids=lambda case: type(case[0]).__name__,
 )
-@pytest.mark.by_default("Quadratic", "CrossEntropyLoss")
+@pytest.mark.by_default("CrossEntropyLoss")
 def test_right_losses(case: Any) -> None:
     check_loss(*case)
 

@@ -1,6 +1,7 @@
 """Errors that are seldom seen: each names its argument, and says what came and what was wanted."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import ggn_jax
 import torch_bridge
 from ggn_jax import GGNLinearOperator, JointLoss, MSELoss
+from torch_bridge.losses import build_loss
 
 BATCH = np.ones((4, 3)), np.ones((4, 2))
 PARAMS = {"w": jnp.ones((3, 2))}
@@ -72,7 +76,169 @@ def vectors(loss: Any) -> Any:
     return ggn_jax.make_batch_grad_output_fn(loss, "type-2")(jnp.ones((2, 3)), jnp.ones((2, 3)))
 
 
+def layers() -> Any:
+    return ggn_jax.find_layers(lambda params, x: x @ jax.tree.leaves(params)[0], PARAMS, BATCH[0])
+
+
+def io(params: Any) -> Any:
+    return ggn_jax.layer_io(layers(), MSELoss(), params, BATCH)
+
+
+def on_explicit_mesh() -> Any:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    return io(jax.device_put(PARAMS, NamedSharding(mesh, P())))
+
+
+def given(a: Any) -> Any:
+    """An operator of a factor `A`, and the identity as `B`."""
+    return ggn_jax.from_factors(layers(), {"w": (jnp.asarray(a)[None], jnp.eye(2)[None])})
+
+
+class Double(torch.nn.Module):
+    """A layer in float64, beside a number in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2).double()
+        self.scale = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale
+
+
+class Twice(torch.nn.Module):
+    """One part with buffers under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+class Named(torch.nn.Module):
+    """A result that is no tensor."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, "a name"
+
+
+class Thrice(torch.nn.Module):
+    """An operator whose function in JAX returns a list."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.rare_errors.thrice(x)
+
+
+@torch.library.custom_op("rare_errors::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+thrice.register_fake(torch.empty_like)
+torch_bridge.register_operator(torch.ops.rare_errors.thrice, lambda x: [3 * x])
+EXAMPLES = torch.ones(4, 3)
+
+
+@cache
+def of_linear() -> Any:
+    module = torch.nn.Linear(3, 2).double()
+    return of_module(module, list(module.parameters()))
+
+
+def convert(module: torch.nn.Module, **options: Any) -> Any:
+    return torch_bridge.from_module(module, EXAMPLES, **options)
+
+
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "class as parameters": (
+        lambda: GGNLinearOperator(model_fn, MSELoss(), MSELoss, BATCH),
+        TypeError,
+        "params must be .*Arguments are model_fn, loss, params, batch, in this order",
+    ),
+    "inputs of a mesh": (on_explicit_mesh, NotImplementedError, "from a mesh with explicit axes: use sum_layer_io"),
+    "parameters of other layers": (
+        lambda: io({"v": PARAMS["w"]}),
+        ValueError,
+        r"params must be like those that the layers were found for: wanted .*'w'.*got .*'v'",
+    ),
+    "factor that is not finite": (
+        lambda: given(np.diag([1, 1, np.nan])),
+        ValueError,
+        "must be finite; it holds NaN",
+    ),
+    "factor that is not symmetric": (
+        lambda: given(np.triu(np.ones((3, 3)))),
+        ValueError,
+        r"must be symmetric; it differs from its transpose by 1.0e\+00: is \(x \+ x\^T\) / 2 meant",
+    ),
+    "factor with a negative diagonal": (
+        lambda: given(np.diag([1.0, 1.0, -2.0])),
+        ValueError,
+        "must be positive semi-definite; its diagonal holds -2",
+    ),
+    "no batches": (
+        lambda: ggn_jax.GGNDiagonalLinearOperator.partial_sums(model_fn, MSELoss(), PARAMS, []),
+        ValueError,
+        "batches must yield at least one batch; list yielded none",
+    ),
+    "complex vector": (
+        lambda: ggn(model_fn, MSELoss()).to_scipy() @ (1j * np.ones(6)),
+        TypeError,
+        "the operator is real; got a vector of dtype complex128: pass its parts one by one",
+    ),
+    "outputs of another number": (
+        lambda: ggn_jax.report(lambda p, x: (x @ p["w"])[:3], PARAMS, BATCH[0]),
+        ValueError,
+        r"it returned shape \(3, 2\) for a batch of 4, and \(1, 2\) for a batch of one",
+    ),
+    "aux of an objective": (
+        lambda: ggn_jax.kfac(ggn_jax.Objective(model_fn, MSELoss()), example_inputs=[BATCH[0]], has_aux=True),
+        NotImplementedError,
+        "has_aux=True is for one model_fn",
+    ),
+    "output of a module": (lambda: convert(Named()), NotImplementedError, "module must return tensors.*got str"),
+    "a buffer of two names": (
+        lambda: convert(Twice(), train=True),
+        NotImplementedError,
+        r"module has second.running_mean, .* under other names as well, and writes into buffers",
+    ),
+    "an operator's result": (
+        lambda: convert(Thrice()),
+        TypeError,
+        "the function of rare_errors.thrice.default must return an array; got list",
+    ),
+    "dtypes of parameters": (
+        lambda: of_module(module := Double(), list(module.parameters())),
+        ValueError,
+        r"params must have one dtype and one device; got \[.*float32.*float64",
+    ),
+    "damping of a module's operator": (
+        lambda: of_linear().damped(torch.ones(2)),
+        ValueError,
+        r"damping must be a number, or a list of them; got a tensor of shape \(2,\)",
+    ),
+    "tensors": (
+        lambda: of_linear() @ [torch.ones(2, 3), torch.ones(3)],
+        ValueError,
+        r"the tensors must have shapes \[\(2, 3\), \(2,\)\], .* got \[\(2, 3\), \(3,\)\]",
+    ),
+    "dtype of inputs": (
+        lambda: (lambda fn, params: fn(params, BATCH[0]))(*convert(torch.nn.Linear(3, 2))),
+        ValueError,
+        r"wanted float32 of shape \[N, 3\], got float64.*Cast them to float32, or convert the module again",
+    ),
+    "loss of another process": (
+        lambda: build_loss("('Unheard', {}, [])", []),
+        NotImplementedError,
+        "Unheard is not registered in this process: call torch_bridge.register_loss first",
+    ),
+    "device": (
+        lambda: torch_bridge.make_batch_grad_output_fn(torch.nn.MSELoss(), "type-2")(EXAMPLES, EXAMPLES.to("meta")),
+        ValueError,
+        "targets is on meta, but outputs on cpu: move one of them",
+    ),
     "boolean": (
         lambda: ggn_jax.CrossEntropyLoss(ignore_index=True),
         TypeError,
@@ -177,6 +343,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"factor_interval must be a value of Python's own; .*name 'factor_interval' in its static_args",
     ),
 }
+
+
+def test_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a child whose parent used JAX."""
+    monkeypatch.setattr("torch_bridge._fork._used_in", -1)
+    with pytest.raises(RuntimeError, match=r"JAX was used before this process was forked.*start the process with"):
+        torch_bridge.make_batch_grad_output_fn(torch.nn.MSELoss(), "type-2")(EXAMPLES, EXAMPLES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,7 +56,7 @@ def root() -> np.ndarray:
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("with_loss", [False, True])
-@pytest.mark.by_default("True-True", "False-True")
+@pytest.mark.by_default("True-True")
 def test_gram_of_batches(with_loss: bool, centred: bool) -> None:
     """Of a mean with class weights and what is ignored; uneven batches. A product takes two passes."""
     loader, j = Loader(2, 1, 2), CE.jacobian()

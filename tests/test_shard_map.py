@@ -263,7 +263,6 @@ def alone(model: str, name: str) -> Any:
     "tokens-kfac-mc-chunked",
     "images-ggn-chunked",
     "images-vectors-mc",
-    "images-losses",
 )
 def test_each_device_has_the_curvature_of_its_shard(model: str, name: str) -> None:
     """With `check_vma`; what does not keep types of variation hardly differs from one device, and is tested below."""

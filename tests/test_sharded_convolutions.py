@@ -115,7 +115,7 @@ def place(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.by_default("plain-Auto", "custom-vjp-Explicit", "looped-Explicit", "grouped-Auto")
+@pytest.mark.by_default("plain-Auto", "looped-Explicit", "grouped-Auto")
 def test_the_diagonal_by_data(name: str, kind: str) -> None:
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
@@ -152,8 +152,6 @@ def test_blocks_of_kernels_that_are_no_layers(name: str, kind: str) -> None:
     "1-steps7-2-False",
     "2-steps14-2-True",
     "5-steps24-1-False",
-    "5-steps31-2-False",
-    "2-steps16-2-True",
 )
 def test_kernel_gradients_of_examples(size: int, steps: Any, groups: int, by_vectors: bool) -> None:
     """With strides and dilations, one by one; with several vectors for each example too."""

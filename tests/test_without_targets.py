@@ -65,7 +65,7 @@ FREE: dict[str, tuple[ggn_jax.Loss, tuple[int, ...], Any]] = {
 
 
 @pytest.mark.parametrize("name", FREE)
-@pytest.mark.by_default("pair", "ce", "log-normal")
+@pytest.mark.by_default("pair", "log-normal")
 def test_vectors(name: str) -> None:
     loss, shape, targets = FREE[name]
     outputs = normal(*shape)

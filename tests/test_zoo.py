@@ -46,7 +46,6 @@ def test_page() -> None:
     "Fourier neural operator",
     "custom_vjp around a layer",
     "equilibrium, implicit derivative",
-    "vector-quantised autoencoder",
 )
 def test_curvature_is_exact(name: str) -> None:
     """Of one example: the whole block, but for layers with several positions or uses, whose gradient is looked at."""

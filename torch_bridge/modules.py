@@ -186,7 +186,7 @@ def _check_inputs(arrays: list[jax.Array], program: Program, leaves: list[torch.
 def _way_out(got: Any, wanted: Any) -> str:
     if got == wanted:
         return " For other sizes than the batch's, convert the module again."
-    if got.kind == wanted.kind and got.itemsize == 8:
+    if got.kind == wanted.kind and got.kind in "iu" and got.itemsize == 8:
         return (
             f" As JAX's 64-bit types are switched off, the module's integers are of 32 bits: pass jnp.asarray(array,"
             f" jnp.{wanted}), or convert it and call model_fn inside of `with jax.enable_x64(True)`."
