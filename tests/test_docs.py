@@ -1,5 +1,6 @@
 """Every example of the docstrings and the README runs, with JAX as users have it: no 64-bit types or strict modes."""
 
+import ast
 import json
 import os
 import re
@@ -139,6 +140,13 @@ def test_every_page_is_in_the_contents() -> None:
     contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^(\w+)$", contents, flags=re.MULTILINE))
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == listed
+
+
+def test_executed_pages() -> None:
+    """`docs/conf.py` names pages that exist, with a block of code that it makes a cell of."""
+    conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^EXECUTED = (\(.*\))$", conf, flags=re.MULTILINE)
+    assert set(ast.literal_eval(names)) <= {page.stem for page in PAGES}
 
 
 def test_readme_says_how_to_test() -> None:
