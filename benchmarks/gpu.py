@@ -30,6 +30,7 @@ import kfac
 import numpy as np
 import optax
 import torch
+from record import write
 from vectors import torch_vectors
 
 import ggn_jax
@@ -329,7 +330,7 @@ def main() -> None:
         results[part] = json.loads(done.stdout.splitlines()[-1])
         show(part, results[part])
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures_pages
 import pytest
 from compiling import flags
 
@@ -147,6 +148,16 @@ def test_executed_pages() -> None:
     conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
     (names,) = re.findall(r"^EXECUTED = (\(.*\))$", conf, flags=re.MULTILINE)
     assert set(ast.literal_eval(names)) <= {page.stem for page in PAGES}
+
+
+def test_tables_of_figures() -> None:
+    """Made from JSON, and none is left out."""
+    names = []
+    for path in figures_pages.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert page == figures_pages.written(page), "run python tests/figures_pages.py"
+        names += [match[2] for match in figures_pages.BLOCK.finditer(page)]
+    assert sorted(names) == sorted(figures_pages.TABLES)
 
 
 def test_readme_says_how_to_test() -> None:
