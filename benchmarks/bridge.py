@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import write
 from vectors import timed, torch_vectors
 
 import torch_bridge
@@ -114,7 +115,7 @@ def main() -> None:
         print(f"{key:<20}{1e3 * without[key]:>8.0f}{1e3 * with_cache[key]:>8.0f}")
     if args.json:
         figures = {"calls": rows, "first": {"without": without, "with": with_cache}}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ bound is 5/3. Memory is XLA's own account of the compiled programs: temporaries 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from record import write
 from vectors import compare
 
 import ggn_jax
@@ -107,7 +107,7 @@ def main() -> None:
         values = list(row.values())[1:]
         print(f"{name:<38}" + "".join(f"{v:>{w}.2f}" for v, w in zip(values, (12, 13, 8, 8, 10, 8), strict=True)))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(args.json, rows)
 
 
 if __name__ == "__main__":

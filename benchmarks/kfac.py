@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from child import environment
+from record import write
 
 import ggn_jax
 
@@ -351,7 +352,7 @@ def main() -> None:
         rows.append(json.loads(output.splitlines()[-1]))
         show(rows[-1])
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(args.json, rows)
 
 
 if __name__ == "__main__":

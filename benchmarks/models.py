@@ -45,6 +45,7 @@ import optax
 from architecture_layers import Problem
 from architectures import MODELS, TINY
 from child import environment
+from record import write
 
 import ggn_jax
 
@@ -359,7 +360,7 @@ def main() -> None:
         found[name] = in_child(name, args)
         show(name, found[name])
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(args.json, found)
 
 
 if __name__ == "__main__":

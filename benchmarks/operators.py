@@ -19,9 +19,11 @@ eigendecompositions have one thread: several spin where cores are shared.
 
 import argparse
 import gc
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
+from record import write
 from vectors import compare
 
 import ggn_jax
@@ -68,7 +71,10 @@ def rise(fn: Callable[[], object]) -> float:
     return max(found)
 
 
-def loaders(rounds: int) -> None:
+Rows = list[dict[str, Any]]
+
+
+def loaders(rounds: int) -> Rows:
     import curvlinops
     import torch
     from kfac import mlp
@@ -110,20 +116,24 @@ def loaders(rounds: int) -> None:
 
         both[f"{name} factors"] = make, make_peer
     print(f"{'over 8 batches':<18}{'ours ms':>9}{'MiB':>7}{'peer ms':>9}{'MiB':>7}{'ratio':>7}")
+    rows = []
     for name, (ours, peer) in both.items():
         figures = compare(ours, peer, rounds)
         own, other = rise(ours), rise(peer)
+        rows.append({"what": name, **figures, "ours_mib": own, "peer_mib": other})
         print(
             f"{name:<18}{figures['ours_ms']:>9.0f}{own:>7.0f}{figures['peer_ms']:>9.0f}{other:>7.0f}"
             f"{figures['ratio']:>7.2f}",
             flush=True,
         )
+    return rows
 
 
-def function_space(rounds: int) -> None:
+def function_space(rounds: int) -> Rows:
     from ggn import mlp
 
     print(f"{'solve over batches':<28}{'N C':>6}{'P':>9}{'gram ms':>9}{'CG ms':>9}{'ratio':>7}")
+    rows = []
     for sizes, batches in (((784, 256, 256, 10), (16, 16, 16, 10)), ((256, 256, 256, 1), (64, 64, 64, 40))):
         model_fn, params, inputs, targets, loss = mlp(sizes, sum(batches))
         if sizes[-1] == 1:
@@ -142,17 +152,21 @@ def function_space(rounds: int) -> None:
             return scipy.sparse.linalg.cg(ggn, right, rtol=1e-3)
 
         figures, name = compare(by_gram, by_cg, rounds), "-".join(map(str, sizes))
+        outputs = len(inputs) * sizes[-1]
+        rows.append({"model": name, "outputs": outputs, "parameters": right.size, **figures})
         print(
-            f"{name:<28}{len(inputs) * sizes[-1]:>6}{right.size:>9}{figures['ours_ms']:>9.1f}{figures['peer_ms']:>9.1f}"
+            f"{name:<28}{outputs:>6}{right.size:>9}{figures['ours_ms']:>9.1f}{figures['peer_ms']:>9.1f}"
             f"{figures['ratio']:>7.2f}",
             flush=True,
         )
+    return rows
 
 
-def layers(rounds: int) -> None:
+def layers(rounds: int) -> Rows:
     from kfac import cnn, mlp
 
     print(f"{'in gradients':<14}{'gradient ms':>12}{'layer_io':>10}{'factors':>9}{'kfac':>7}{'factors / kfac':>16}")
+    rows = []
     for name, make in (("MLP", mlp), ("CNN", cnn)):
         model_fn, loss, params, inputs, targets, _ = make()
         found, batch, key = ggn_jax.find_layers(model_fn, params, inputs), (inputs, targets), jax.random.key(0)
@@ -179,7 +193,10 @@ def layers(rounds: int) -> None:
         beside = [compare(run[0], fn, rounds) for fn in run[1:]]
         ratios = "".join(f"{figures['ratio']:>{width}.2f}" for figures, width in zip(beside, (10, 9, 7), strict=True))
         own = compare(run[3], run[2], rounds)["ratio"]
+        in_gradients = dict(zip(("layer_io", "factors", "kfac"), (x["ratio"] for x in beside), strict=True))
+        rows.append({"model": name, "in_gradients": in_gradients, "factors over kfac": own})
         print(f"{name:<14}{beside[0]['ours_ms']:>12.1f}{ratios}{own:>16.2f}", flush=True)
+    return rows
 
 
 PARTS = {"loaders": loaders, "function space": function_space, "layers": layers}
@@ -189,16 +206,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if args.part:
-        PARTS[args.part](args.rounds)
+        rows = PARTS[args.part](args.rounds)
+        if args.json:
+            write(args.json, rows)
         return
     print(f"JAX on {jax.devices()[0].device_kind}, float32")
     own = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": "65536", "OPENBLAS_NUM_THREADS": "1"}
     env = own | dict(os.environ)
-    for name in PARTS:
-        command = [sys.executable, __file__, "--rounds", str(args.rounds), "--part", name]
-        subprocess.run(command, env=env, check=True)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        for name in PARTS:
+            command = [sys.executable, __file__, f"--rounds={args.rounds}", f"--part={name}", f"--json={path}"]
+            subprocess.run(command, env=env, check=True)
+            found[name] = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    if args.json:
+        write(args.json, found)
 
 
 if __name__ == "__main__":

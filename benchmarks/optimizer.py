@@ -12,7 +12,6 @@ it rebinds primitives).
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import optax
 from kfac import build_seconds, cnn, mlp, timed, transformer
+from record import write
 
 import ggn_jax
 
@@ -158,7 +158,7 @@ def main() -> None:
         show(name, found[name])
     print(f"\n{time.perf_counter() - start:.0f} s; JAX {jax.__version__}")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(args.json, found)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from child import environment
 from kfac import MODELS, timed
+from record import write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_bridge
@@ -148,7 +149,7 @@ def main() -> None:
         rows.append(json.loads(output.splitlines()[-1]))
         show(rows[-1])
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(args.json, rows)
 
 
 if __name__ == "__main__":

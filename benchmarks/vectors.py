@@ -7,7 +7,6 @@ the two sides in turn; printed are medians and their ratio.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from record import write
 
 import ggn_jax
 
@@ -110,7 +110,7 @@ def main() -> None:
         ratio = statistics.median(row["ratio"] for row in rows if row["vectors"].startswith(kind))
         print(f"median ratio, {kind}: {ratio:.2f}")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(args.json, rows)
 
 
 if __name__ == "__main__":

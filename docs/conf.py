@@ -1,5 +1,6 @@
-"""The site: Markdown pages, and one page for each public object, made from the docstrings."""
+"""The site: Markdown pages, some of which are executed, and one page for each public object, from the docstrings."""
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -12,12 +13,16 @@ PACKAGES = ("ggn_jax", "torch_bridge")
 project = "ggn_jax"
 author = "The ggn_jax authors"
 project_copyright = f"2026, {author}"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build", "training/*.json"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "myst-nb"}
+exclude_patterns = ["_build", "training/*.json", "performance/*.json"]
 html_theme = "furo"
 html_title = "ggn_jax"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
+pygments_dark_style = "github-dark"  # furo's underlines imported names, as if they were links
+toc_object_entries_show_parents = "hide"  # beside a class, `mv`
+python_maximum_signature_line_length = 80  # a longer one has a line for each argument
 html_copy_source = False
 default_role = "code"  # docstrings are Markdown, where this is a single backtick
 myst_heading_anchors = 4
@@ -31,6 +36,15 @@ autodoc_default_options = {"members": True, "inherited-members": FOREIGN, "show-
 
 COLON = "\N{MODIFIER LETTER COLON}"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# Pages whose code is executed when the site is built, and shown with what it prints; an error fails the build.
+EXECUTED = ("start", "fishers", "losses", "layers", "preconditioners", "training")
+CELL = re.compile(r"^```python( continued)?$", re.MULTILINE)
+nb_execution_mode = "cache"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # of a cell, on a machine that does other things
+nb_output_stderr = "remove"  # of JAX about the accelerators that it does not find; warnings are errors in the tests
+nb_ipywidgets_js: dict[str, Any] = {}  # nothing is loaded from elsewhere
 
 
 def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -60,7 +74,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 def short(obj: Any) -> str:
     """The first sentence of a docstring."""
     first = (inspect.getdoc(obj) or "").partition("\n\n")[0].replace("\n", " ")
-    return first.partition(". ")[0].rstrip(".")
+    return re.split(r"(?<!\bal)\. ", first, maxsplit=1)[0].rstrip(".")
 
 
 def page(package: str, name: str, obj: Any) -> str:
@@ -82,8 +96,23 @@ def write_api() -> None:
             put(folder / f"{name}.md", page(package, name, obj))
             rows.append(f"| [`{name}`]({package}/{name}.md) | {short(obj)} |")
         names = "\n".join(f"{package}/{name}" for name in sorted(module.__all__, key=str.lower))
-        text = f"# {package}\n\n| | |\n|---|---|\n" + "\n".join(rows)
+        text = f"# {package}\n\n| name | what it is |\n|---|---|\n" + "\n".join(rows)
         put(DOCS / "api" / f"{package}.md", f"{text}\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
+
+
+def as_notebook(app: Any, docname: str, source: list[str]) -> None:
+    """The pages that are executed are plain Markdown in the repository; here their blocks become cells."""
+    del app
+    if docname in EXECUTED:
+        head = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n"
+        source[0] = head + CELL.sub("```{code-cell} python", source[0])
+
+
+def cache_outputs(app: Any, config: Any) -> None:
+    """Outputs are kept for the same code of a page; they also depend on that of the packages."""
+    files = (path for name in PACKAGES for path in sorted((DOCS.parent / name).rglob("*.py")))
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    config.nb_execution_cache_path = str(Path(app.outdir) / ".jupyter_cache" / version)
 
 
 def put(path: Path, text: str) -> None:
@@ -93,5 +122,7 @@ def put(path: Path, text: str) -> None:
 
 def setup(app: Any) -> None:
     write_api()
+    app.connect("config-inited", cache_outputs, priority=100)
+    app.connect("source-read", as_notebook)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("autodoc-process-docstring", as_rst)

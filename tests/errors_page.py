@@ -6,8 +6,8 @@ from typing import Any
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 HEAD = """# First mistakes
 
-What is often passed in the first hour, and what the error says. Each row is a test. Errors name the argument, what
-came, what was wanted, and the way out; here are their key words.
+Mistakes that are easy to make in the first hour, and what the error says. Each row is a test. An error names the
+argument, what was passed, what is expected, and how to fix it; the table quotes its key words.
 
 """
 
@@ -24,7 +24,7 @@ def page() -> str:
     parts = [
         ("## Model, parameters and inputs", EVERYWHERE),
         ("## Losses and targets", WITH_TARGETS),
-        ("## Batches, states, single data and operators", MORE),
+        ("## Batches, states, single examples and operators", MORE),
     ]
     return HEAD + "\n".join(f"{title}\n\n{table(cases)}" for title, cases in parts)
 

@@ -1,5 +1,6 @@
 """Every example of the docstrings and the README runs, with JAX as users have it: no 64-bit types or strict modes."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures_pages
 import pytest
 from compiling import flags
 
@@ -136,6 +138,23 @@ def test_every_page_is_in_the_contents() -> None:
     contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^(\w+)$", contents, flags=re.MULTILINE))
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == listed
+
+
+def test_executed_pages() -> None:
+    """`docs/conf.py` names pages that exist, with a block of code that it makes a cell of."""
+    conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^EXECUTED = (\(.*\))$", conf, flags=re.MULTILINE)
+    assert set(ast.literal_eval(names)) <= {page.stem for page in PAGES}
+
+
+def test_tables_of_figures() -> None:
+    """Made from JSON, and none is left out."""
+    names = []
+    for path in figures_pages.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert page == figures_pages.written(page), "run python tests/figures_pages.py"
+        names += [match[2] for match in figures_pages.BLOCK.finditer(page)]
+    assert sorted(names) == sorted(figures_pages.TABLES)
 
 
 def test_readme_says_how_to_test() -> None:
