@@ -49,13 +49,7 @@ def task() -> Task:
         lambda key: module.init(key, images[:1])["params"],
         batch_of,
         (images, images),
-        numbers={
-            "grid": [0.03, 0.1, 0.3],
-            "nesterov": True,
-            "damping": 1e-3,
-            "factor_interval": 10,
-            "inverse_interval": 20,
-        },
+        numbers={"grid": [0.03, 0.1, 0.3], "damping": 1e-3, "factor_interval": 10, "inverse_interval": 20},
         quadratic={"grid": [0.1, 1.0], "adapted": {"interval": 5}, "inverse_interval": 5},
     )
     return replace(made, value=lambda params: made.value(params) - least)

@@ -132,6 +132,10 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
     def soap(rate: Any) -> Any:
         return optax.chain(scale_by_soap(task.layers), optax.scale_by_learning_rate(rate))
 
+    def kfac(nesterov: bool) -> dict[str, Callable[[], Any]]:
+        found = rates(lambda rate: task.kfac(learning_rate=rate, nesterov=nesterov, **numbers), *task.numbers["grid"])
+        return {f"{name}, Nesterov": make for name, make in found.items()} if nesterov else found
+
     matrices = partial(kernels, task.layers)
     return {
         "SGD": rates(partial(optax.sgd, momentum=0.9), 0.03, 0.1, 0.3, 1.0),
@@ -141,7 +145,7 @@ def candidates(task: Task) -> dict[str, dict[str, Callable[[], Any]]]:
             partial(muon, consistent_rms=0.2, muon_weight_dimension_numbers=matrices), 1e-3, 3e-3, 1e-2, 3e-2
         ),
         "SOAP": rates(soap, 1e-3, 3e-3, 1e-2, 3e-2),
-        "KFAC": rates(lambda rate: task.kfac(learning_rate=rate, **numbers), *task.numbers["grid"]),
+        "KFAC": kfac(False) | kfac(True),
         "KFAC, quadratic model": {
             f"first damping {x.initial:g}": partial(task.kfac, damping=x, **quadratic) for x in dampings
         },

@@ -81,8 +81,7 @@ def tasks() -> Sequence[Callable[[], Task]]:
         return module.init(key, square[:1])["params"]
 
     def made(name: str, model_fn: Any, init: Any, inputs: jax.Array, **options: Any) -> Callable[[], Task]:
-        numbers = {"grid": [0.1, 0.3, 1.0], "nesterov": True, "damping": 0.03}
-        numbers |= {"factor_interval": 10, "inverse_interval": 50}
+        numbers = {"grid": [0.1, 0.3, 1.0], "damping": 0.03, "factor_interval": 10, "inverse_interval": 50}
         quadratic = {"grid": [0.1, 1.0], "adapted": {"interval": 5}, "inverse_interval": 5}
         options |= {"numbers": numbers, "quadratic": quadratic}
         return partial(supervised, name, model_fn, LOSS, init, partial(batch_of, inputs), (inputs, classes), **options)

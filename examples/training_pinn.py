@@ -29,13 +29,7 @@ def task() -> Task:
         jax.jit(lambda params: problem.objective(params, problem.batches)),
         partial(ggn_jax.kfac, problem.objective, example_inputs=examples, **options),
         ggn_jax.find_layers(jax.vmap(value, (None, 0)), problem.params, examples[1], bias="separate"),
-        numbers={
-            "grid": [0.003, 0.01, 0.03],
-            "nesterov": True,
-            "damping": 1e-3,
-            "factor_interval": 5,
-            "inverse_interval": 5,
-        },
+        numbers={"grid": [0.01, 0.03, 0.1], "damping": 1e-3, "factor_interval": 5, "inverse_interval": 5},
         quadratic={"grid": [1e-3], "adapted": {"interval": 2, "minimum": 1e-12}, "inverse_interval": 2},
         block=10,
     )
