@@ -55,7 +55,7 @@ class JointLoss(Loss):
 
     losses: dict[str, Loss]
     weights: dict[str, Array]
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = eqx.field(static=True, default=None)
+    _shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = eqx.field(static=True, default=None)
     """Of one example's outputs, where they come as one array (`ggn_jax._outputs`)."""
 
     def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, Any] | None = None):
@@ -69,7 +69,7 @@ class JointLoss(Loss):
             raise ValueError(f"weights must be a dict of numbers with names among {sorted(losses)}; got {weights!r}.")
         self.losses = {name: losses[name] for name in sorted(losses)}
         self.weights = {name: check_weight_number(f"weights[{name!r}]", weights.get(name, 1.0)) for name in self.losses}
-        self.shapes = None
+        self._shapes = None
         self.reduction = "sum" if all(loss.reduction == "sum" for loss in losses.values()) else "mean"
 
     def __repr__(self) -> str:
@@ -117,18 +117,18 @@ class JointLoss(Loss):
     def _with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "JointLoss":
         """The same loss for the outputs of all heads in one array, `[N, entries]`; the shapes are of one example."""
         made = object.__new__(JointLoss)
-        given = {"shapes": tuple((name, tuple(shapes[name])) for name in self.losses)}
-        for name in ("losses", "weights", "reduction", "shapes"):
+        given = {"_shapes": tuple((name, tuple(shapes[name])) for name in self.losses)}
+        for name in ("losses", "weights", "reduction", "_shapes"):
             object.__setattr__(made, name, given.get(name, getattr(self, name)))
         return made
 
     def _heads(self, entries: Any) -> dict[str, tuple[Loss, Any]]:
         """The loss and the outputs of each head, from those of all, `[*lead, entries]`, an array or a shape."""
-        assert self.shapes is not None
+        assert self._shapes is not None
         if isinstance(entries, jax.ShapeDtypeStruct):
-            found = jax.eval_shape(lambda x: split_outputs(x, dict(self.shapes or ())), entries)
+            found = jax.eval_shape(lambda x: split_outputs(x, dict(self._shapes or ())), entries)
         else:
-            found = split_outputs(entries, dict(self.shapes))
+            found = split_outputs(entries, dict(self._shapes))
         return {name: (loss, found[name]) for name, loss in self.losses.items()}
 
     def split(self, outputs: Array, targets: Any, batch: bool) -> "JointTerms":  # type: ignore[override]
@@ -308,7 +308,7 @@ def fold_keys(keys: Array, number: int) -> Array:
 
 def flatten_problem(model_fn: Any, loss: Any, params: PyTree, inputs: PyTree, has_aux: bool = False) -> tuple[Any, Any]:
     """A model that returns one array, and a loss of it; of a `JointLoss` and a model that returns a dict."""
-    if not isinstance(loss, JointLoss) or loss.shapes is not None:
+    if not isinstance(loss, JointLoss) or loss._shapes is not None:
         return model_fn, loss
     outputs = jax.eval_shape(Model(model_fn, has_aux), params, inputs)
     loss._check_names("the outputs of model_fn", outputs)

@@ -198,7 +198,7 @@ def _problems_of_heads(problem: Problem) -> dict[str, Problem]:
     heads = loss._heads(jax.ShapeDtypeStruct(problem.outputs.shape, problem.outputs.dtype))
 
     def one(name: str, head: Loss, outputs: jax.ShapeDtypeStruct) -> Problem:
-        model = Model(jax.tree_util.Partial(_output, problem.model_fn, Frozen((name, loss.shapes))))
+        model = Model(jax.tree_util.Partial(_output, problem.model_fn, Frozen((name, loss._shapes))))
         rest = problem.params, problem.inputs, problem.targets[name], outputs
         return Problem(model, head, *rest, problem.chunk_size, problem.coupled, problem.reverse_only)
 

@@ -1,8 +1,8 @@
 """What a KFAC transformation has besides `init` and `update`."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Self
+from functools import partial, wraps
+from typing import Any, Self, TypeVar, cast
 
 import optax
 from jaxtyping import Array, PyTree
@@ -14,6 +14,20 @@ from ggn_jax.optimizer.diagnosis import Diagnoser, Diagnosis
 from ggn_jax.optimizer.states import statistics_of
 from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.summary import CurvatureReport, summarise
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def pickled_as_called(make: F) -> F:
+    """Let a `KFACTransformation` that `make` returns be pickled as the arguments that `make` was called with."""
+
+    @wraps(make)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        made.init.again = made.update.again = partial(called, *args, **kwargs)
+        return made
+
+    return cast(F, called)
 
 
 class KFACTransformation(optax.GradientTransformationExtraArgs):
@@ -35,16 +49,16 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def _make_of(cls, core: Core, init: Any, update: Any, rule: StepRule | None, again: Callable[[], Any]) -> Self:
-        """A transformation with its methods; `again`, which makes it anew, is what is pickled."""
+    def _make_of(cls, core: Core, init: Any, update: Any, rule: StepRule | None) -> Self:
+        """A transformation with its methods."""
         # Kept on the functions: where a named tuple is rebuilt, its fields are all that is left.
-        init.made_of = update.made_of = core, rule, Diagnoser(core, rule), again
+        init.made_of = update.made_of = core, rule, Diagnoser(core, rule)
         return cls(init, update)
 
     def __reduce__(self) -> Any:
-        made: list[Any] = [getattr(fn, "made_of", None) for fn in self]
-        replaced = made[0] is None or made[0] is not made[1]
-        return (type(self), tuple(self)) if replaced else (made[0][3], ())
+        again: list[Any] = [getattr(fn, "again", None) for fn in self]
+        replaced = again[0] is None or again[0] is not again[1]
+        return (type(self), tuple(self)) if replaced else (again[0], ())
 
     def __copy__(self) -> Self:
         return type(self)(*self)
@@ -52,7 +66,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     def __deepcopy__(self, memo: Any) -> Self:
         return type(self)(*self)
 
-    def _made_of(self) -> tuple[Core, StepRule | None, Diagnoser, Callable[[], Any]]:
+    def _made_of(self) -> tuple[Core, StepRule | None, Diagnoser]:
         found = [fn.made_of for fn in self if hasattr(fn, "made_of")]
         if not found:
             raise TypeError("both init and update were replaced: call the methods of the optimizer that kfac returned.")

@@ -1,6 +1,5 @@
 """One step of KFAC from several micro-batches."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from ggn_jax._repr import fields
 from ggn_jax._sharding import NOT_SHARDED, on_mesh, vary_alike, vary_like
 from ggn_jax.optimizer.checks import check_structure, check_type
 from ggn_jax.optimizer.curvature import Factors
-from ggn_jax.optimizer.methods import KFACTransformation
+from ggn_jax.optimizer.methods import KFACTransformation, pickled_as_called
 from ggn_jax.optimizer.numbers import all_finite, tree_where, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.storage import as_plain
 
@@ -45,6 +44,7 @@ class MultiStepsState(NamedTuple):
         return fields(self, **self._asdict())
 
 
+@pickled_as_called
 def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation:
     """Take a step every so many micro-batches, from the means of their gradients and of their factors.
 
@@ -146,5 +146,4 @@ def multi_steps(optimizer: KFACTransformation, every: int) -> KFACTransformation
     def like(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return updates, MultiStepsState(*(NOT_SHARDED,) * 3, state.inner, params, NOT_SHARDED)
 
-    again = partial(multi_steps, optimizer, every)
-    return KFACTransformation._make_of(optimizer._core, init, on_mesh(update, like), optimizer._rule, again)
+    return KFACTransformation._make_of(optimizer._core, init, on_mesh(update, like), optimizer._rule)

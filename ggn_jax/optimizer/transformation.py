@@ -1,7 +1,6 @@
 """KFAC as optax transformations."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -18,7 +17,7 @@ from ggn_jax.optimizer.checks import check_grads, check_schedule, check_structur
 from ggn_jax.optimizer.core import Core
 from ggn_jax.optimizer.curvature import Curvature, Direction, Factors, inverses_available, precondition, update_averages
 from ggn_jax.optimizer.defaults import WITH_A_RATE, Tuned, with_defaults
-from ggn_jax.optimizer.methods import KFACTransformation
+from ggn_jax.optimizer.methods import KFACTransformation, pickled_as_called
 from ggn_jax.optimizer.numbers import Number, Schedule, all_finite, tree_where, value_at, wide_zeros_like, zeros_like
 from ggn_jax.optimizer.objectives import core_of
 from ggn_jax.optimizer.rules import LevenbergMarquardt, QuadraticModel, SlopeDamping
@@ -28,6 +27,7 @@ from ggn_jax.optimizer.step import StepRule
 from ggn_jax.optimizer.storage import as_plain
 
 
+@pickled_as_called
 @takes(DEFAULTS)
 def scale_by_kfac(
     model_fn: Callable[[PyTree, PyTree], Array] | Objective,
@@ -102,10 +102,10 @@ def scale_by_kfac(
         return updates, ScaleByKFACState(_sharding_of(state), NOT_SHARDED)
 
     update = on_mesh(update, like)
-    again = partial(scale_by_kfac, model_fn, loss, example_inputs=example_inputs, damping=damping, **options)
-    return KFACTransformation._make_of(core, init, update, None, again)
+    return KFACTransformation._make_of(core, init, update, None)
 
 
+@pickled_as_called
 @takes(DEFAULTS)
 def kfac(
     model_fn: Callable[[PyTree, PyTree], Array] | Objective,
@@ -278,10 +278,7 @@ def kfac(
         velocity = params if rule.has_momentum else None
         return updates, KFACState(_sharding_of(state), velocity, NOT_SHARDED, NOT_SHARDED)
 
-    rest = {"damping": damping, "momentum": momentum, "kl_clip": kl_clip, "weight_decay": weight_decay, **options}
-    args = partial(kfac, model_fn, loss, learning_rate, example_inputs=example_inputs)
-    again = partial(args, weight_decay_mask=weight_decay_mask, **rest)
-    return KFACTransformation._make_of(core, init, on_mesh(update, like), rule, again)
+    return KFACTransformation._make_of(core, init, on_mesh(update, like), rule)
 
 
 def _sharding_of(state: Any) -> Any:
