@@ -46,6 +46,7 @@ EXECUTED = ("start", "fishers", "losses", "layers", "preconditioners", "training
 CELL = re.compile(r"^```python( continued)?$", re.MULTILINE)
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # prints of one cell are one block
 nb_execution_timeout = 600  # of a cell, on a machine that does other things
 nb_output_stderr = "remove"  # of JAX about the accelerators that it does not find; warnings are errors in the tests
 nb_ipywidgets_js: dict[str, Any] = {}  # nothing is loaded from elsewhere
