@@ -7,6 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.transforms import SphinxTransform
+
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("ggn_jax", "torch_bridge")
 
@@ -42,6 +46,7 @@ EXECUTED = ("start", "fishers", "losses", "layers", "preconditioners", "training
 CELL = re.compile(r"^```python( continued)?$", re.MULTILINE)
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # prints of one cell are one block
 nb_execution_timeout = 600  # of a cell, on a machine that does other things
 nb_output_stderr = "remove"  # of JAX about the accelerators that it does not find; warnings are errors in the tests
 nb_ipywidgets_js: dict[str, Any] = {}  # nothing is loaded from elsewhere
@@ -100,6 +105,39 @@ def write_api() -> None:
         put(DOCS / "api" / f"{package}.md", f"{text}\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
 
 
+def owner(package: str, name: str) -> str | None:
+    """The package whose page `name` has, or None: `package` itself where both have one."""
+    for candidate in (package, *PACKAGES):
+        module = importlib.import_module(candidate)
+        if name in module.__all__:
+            return getattr(module, name).__module__.partition(".")[0]
+    return None
+
+
+class LinkNames(SphinxTransform):
+    """Code that is a public name, with or without its package, links to the name's page."""
+
+    default_priority = 700
+
+    def apply(self, **kwargs: Any) -> None:
+        del kwargs
+        here = self.env.docname
+        for node in list(self.document.findall(nodes.literal)):
+            found = re.fullmatch(r"(?:(\w+)\.)?(\w+)", node.astext())
+            if found is None or found[1] not in (None, *PACKAGES):
+                continue
+            torch = here == "pytorch" or here.startswith("api/torch_bridge")
+            package = owner(found[1] or ("torch_bridge" if torch else "ggn_jax"), found[2])
+            inside = isinstance(node.parent, (nodes.reference, nodes.title, pending_xref))
+            if package is None or inside or here == f"api/{package}/{found[2]}":
+                continue
+            link = pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=f"{package}.{found[2]}", refexplicit=True, refdoc=here
+            )
+            node.replace_self(link)
+            link += node
+
+
 def as_notebook(app: Any, docname: str, source: list[str]) -> None:
     """The pages that are executed are plain Markdown in the repository; here their blocks become cells."""
     del app
@@ -124,5 +162,6 @@ def setup(app: Any) -> None:
     write_api()
     app.connect("config-inited", cache_outputs, priority=100)
     app.connect("source-read", as_notebook)
+    app.add_transform(LinkNames)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("autodoc-process-docstring", as_rst)

@@ -1,7 +1,7 @@
 """Tables of measured figures, made from JSON: `python tests/figures_pages.py` writes them into the pages.
 
 A page has each of them between `<!-- figures: NAME -->` and `<!-- end of figures -->`. The JSON is what the benchmarks
-and the training examples write: `docs/performance/NAME.json` and `docs/training/*.json`.
+and the examples write: `docs/performance/NAME.json` and `docs/training/*.json`.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / "performance.md", DOCS / "training.md"]
+PAGES = [DOCS / name for name in ("performance.md", "training.md", "pinns.md")]
 BLOCK = re.compile(r"(<!-- figures: (.*?) -->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
 VECTORS = {"mc-1": "MC, 1 sample", "mc-10": "MC, 10 samples", "type-2": "type-2"}
 MODELS = {
@@ -205,6 +205,32 @@ def race_losses() -> str:
     return table(["task", *names], rows)
 
 
+METHODS = {  # of `examples/pinn.py`: how the page calls them, and their settings around what was chosen
+    "Adam": ("Adam", "{}, the best of three"),
+    "L-BFGS": ("L-BFGS", "{}"),
+    "KFAC": ("KFAC", "learning rate 0.05, momentum 0.9, {}"),
+    "KFAC*": ("KFAC*", "{}, adapted"),
+    "GN, CG": ("Gauss-Newton by conjugate gradients", "preconditioned by KFAC, {}, adapted"),
+    "GN, function space": ("Gauss-Newton in function space", "{}, adapted"),
+}
+
+
+def short(x: float) -> str:
+    return f"{x:.1e}".replace("e-0", "e-")
+
+
+def pinn(problem: str) -> str:
+    """For each method, the last step, and the loss and the error where the loss was least."""
+    rows = []
+    for run in json.loads((DOCS / "training" / f"pinn_{problem}.json").read_text(encoding="utf-8"))["runs"]:
+        method, setting = METHODS[run["method"]]
+        chosen = run["setting"].removeprefix("first ")
+        chosen = chosen.replace("damping ", "damping from ") if "adapted" in setting else chosen
+        loss, error = min(zip(run["losses"], run["errors"], strict=True))
+        rows.append([method, setting.format(chosen), f"{run['steps'][-1]:,}", short(loss), short(error)])
+    return table(["method", "setting", "steps", "loss", "L2 error"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "vectors": vectors,
     "ggn": ggn,
@@ -217,6 +243,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "race, steps": lambda: race(to_target),
     "race, seconds": lambda: race(seconds_to_target, clock=True),
     "race, final losses": race_losses,
+    "Poisson": lambda: pinn("poisson2"),
+    "Burgers": lambda: pinn("burgers"),
 }
 
 
