@@ -36,6 +36,7 @@ class KFACTransformation(optax.GradientTransformationExtraArgs):
     Made by `kfac`, `scale_by_kfac` and `multi_steps`. These methods stay where one of `init` and `update` is replaced
     (`optimizer._replace(update=...)`), and where it is mapped over as a pytree. `optax.chain` and other transformations
     of optax return one without them: keep the `kfac` that you pass to them, whose methods find its state in theirs.
+    `pickle` keeps the arguments that it was made with, which must allow it (a lambda does not), and the state is apart.
 
     Example:
         >>> import jax, jax.numpy as jnp, ggn_jax
