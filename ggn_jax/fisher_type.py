@@ -25,11 +25,6 @@ class FisherType(str, enum.Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> "FisherType":
-        # Another library's str enum hashes by its member's name, so the lookup by hash misses it.
-        if isinstance(value, str):
-            for member in cls:
-                if str.__eq__(member, value) is True:
-                    return member
         options = ", ".join(repr(member.value) for member in cls)
         raise ValueError(f"fisher_type must be one of {options}; got {value!r}.")
 

@@ -40,7 +40,7 @@ def test_intervals() -> None:
 
 
 def test_staggered_inverses_are_all_renewed_in_turn() -> None:
-    params, batch = mlp_params(), batch_of()
+    params, batch = mlp_params(), batch_of(40)  # of so many, labels drawn with other keys differ
     make = partial(ggn_jax.scale_by_kfac, mlp, CE, example_inputs=batch[0], decay=0.0)
     staggered, plain = make(staggered=True, inverse_interval=2), make(inverse_interval=1)
     state, renewed = staggered.init(params), []

@@ -174,7 +174,7 @@ def capture(
 
     def params_gradient(vector: Array) -> PyTree[Array]:
         if not gradient:
-            raise ValueError("ask capture for the gradient")
+            raise AssertionError("ask capture for the gradient")
         shared, _, per_example = vjp(vector)
         for leaf, rest in zip(leaves, per_example, strict=True):
             shared[leaf] = jnp.sum(rest, axis=0)  # its copies, and not itself, are what was used

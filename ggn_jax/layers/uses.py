@@ -326,8 +326,7 @@ def from_conv(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) 
 
 def from_gather(eqn: Any, weight: int, entries: IndexMap, loops: tuple[int, ...]) -> dict[str, Any]:
     """Rows of a table, as in an embedding: a matrix product with one-hot inputs, which are never formed."""
-    if weight != 0:
-        raise NotALayerError("it is an index")
+    assert weight == 0  # indices are integers, which no parameter is
     numbers, num_loops = eqn.params["dimension_numbers"], len(loops)
     table, indices = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     sizes, fills = tuple(eqn.params["slice_sizes"]), "FILL" in str(eqn.params["mode"])
