@@ -93,7 +93,9 @@ def scale_by_kfac(
         del extra_args  # other transformations'
         wanted: Any = ScaleByKFACState(_wanted(core, params), _COUNTER)
         state = check_structure("state", state, wanted)
-        seen = _see(core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False)
+        seen = _precondition_batch(
+            core, updates, state.curvature, damping, params, batch, key, factors, full_params, value=False
+        )
         fine = seen.usable & all_finite(seen.direction.entries)
         scaled = tree_where(seal(fine & seen.counts), seen.direction.entries, zeros_like(updates))
         return scaled, ScaleByKFACState(as_plain(seen.curvature), state.rejected + (~fine).astype(jnp.int32))
@@ -255,7 +257,9 @@ def kfac(
         state = check_structure("state", state, wanted)
         last, grads = state.curvature, updates
         used = last.damping if rule.adapts_damping else rule.damping
-        seen = _see(core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch)
+        seen = _precondition_batch(
+            core, grads, last, used, params, batch, key, factors, full_params, value=rule.needs_batch
+        )
         made = rule.step(
             seen.problem, grads, seen.direction, state.velocity, params, last.count, seen.curvature.damping
         )
@@ -300,7 +304,7 @@ def _wanted(core: Core, params: PyTree[Array] | None) -> Curvature:
     return core.known(params).curvature
 
 
-class _Seen(NamedTuple):
+class _Preconditioned(NamedTuple):
     """What a step starts from."""
 
     problem: Problem | None
@@ -313,7 +317,7 @@ class _Seen(NamedTuple):
     """Whether all blocks have an inverse, and the direction is finite."""
 
 
-def _see(
+def _precondition_batch(
     core: Core,
     grads: PyTree[Array],
     curvature: Curvature,
@@ -325,7 +329,7 @@ def _see(
     full_params: Any,
     *,
     value: bool,
-) -> _Seen:
+) -> _Preconditioned:
     """Take a batch into the curvature, and precondition its gradient."""
     if batch is None and factors is None:
         raise TypeError(
@@ -345,4 +349,4 @@ def _see(
     curvature = update_averages(curvature, factors, current, core.settings.decay, settings)
     direction = precondition(curvature, known.stacks, settings, grads)
     usable = inverses_available(curvature, known.stacks, settings) & direction.finite
-    return _Seen(problem, curvature, direction, factors.batches > 0, usable)
+    return _Preconditioned(problem, curvature, direction, factors.batches > 0, usable)
