@@ -1,4 +1,4 @@
-"""Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices; the sweep checks shapes at run time too."""
+"""Strict JAX: 64-bit types, no implicit promotion, two fake CPU devices, and shapes checked at run time."""
 
 import gc
 import os
@@ -32,23 +32,17 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", CACHE.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes are checked in all modules but those whose functions check their arguments themselves.
+CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "cross_entropy", "losses", "models"]
+HOOK = install_import_hook([f"ggn_jax.{name}" for name in CHECKED], "beartype.beartype")
+
 import hypothesis
 import pytest
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")
-
-
-# Shapes and dtypes are checked in all modules but those whose functions check their arguments themselves.
-CHECKED = ["_draws", "term_hessian", "terms", "loss", "likelihood", "cross_entropy", "losses", "models"]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Checks of annotations are a twentieth of the time, so they are for the sweep, which has all kinds of shapes."""
-    if config.option.markexpr != "not sweep":
-        from jaxtyping import install_import_hook
-
-        install_import_hook([f"ggn_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
