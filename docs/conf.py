@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import inspect
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from sphinx.transforms import SphinxTransform
 
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("ggn_jax", "torch_bridge")
+# The site is of these sources, also where another version is installed; pages are executed by other processes.
+sys.path.insert(0, str(DOCS.parent))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(DOCS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 project = "ggn_jax"
 author = "The ggn_jax authors"

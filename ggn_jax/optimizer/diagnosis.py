@@ -111,9 +111,12 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"After {self.steps} steps: loss {self.loss:.4g} on this batch, damping {self.damping:.3g}."]
         if self.reduction_ratio is not None and np.isfinite(self.predicted or 0):
+            achieved = f"{self.reduction_ratio:.2f} of it achieved"
+            if not np.isfinite(self.reduction_ratio):
+                achieved = "an increase"
             lines.append(
-                f"The next step: change of the loss {self.predicted:.3g} predicted, {self.reduction_ratio:.2f} of it"
-                f" achieved; the best length is {self.best_scale:.2g} times this one."
+                f"The next step: change of the loss {self.predicted:.3g} predicted, {achieved}; the best length is"
+                f" {self.best_scale:.2g} times this one."
             )
         lines.append(
             f"Steps clipped {self.clipped:.0%}, rejected {self.rejected:.0%}; batches skipped {self.skipped:.0%};"
