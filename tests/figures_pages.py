@@ -191,7 +191,7 @@ def race(figure: Callable[[Run, Run], float], clock: bool = False) -> str:
     names = list(dict.fromkeys(name for runs in found.values() for name in runs if name != "AdamW"))
     rows = []
     for task, runs in found.items():
-        adam = [f"{runs['AdamW'][0]['cpu_ms']:.2g} ms"] if clock else []
+        adam = [ms(runs["AdamW"][0]["cpu_ms"])] if clock else []
         rows.append([described(task, runs), *adam, *(beside_adam(figure, runs, name) for name in names)])
     return table(["task", *(["a step of AdamW"] if clock else []), *names], rows)
 
