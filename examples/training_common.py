@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from optax.contrib import MuonDimensionNumbers, muon
 from preconditioners.matrices import scale_by_soap
 from tqdm import tqdm
@@ -289,6 +290,9 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
         row[1].set_xscale("log")
+        row[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        row[1].xaxis.set_major_formatter("{x:g}")
+        row[1].xaxis.set_minor_formatter(NullFormatter())
         row[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
