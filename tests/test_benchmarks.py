@@ -49,7 +49,9 @@ def run_models(*args: str, tmp_path: Path) -> tuple[str, dict[str, list[dict[str
     env = {**os.environ, "PYTHONPATH": str(Path(ggn_jax.__path__[0]).parent)}
     command = [sys.executable, str(FOLDER / "models.py"), "--tiny", "--json", str(tmp_path / "found.json"), *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=True, timeout=600)
-    return done.stdout, json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert set(report) == {"measured", "figures"}
+    return done.stdout, report["figures"]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
