@@ -216,7 +216,7 @@ METHODS = {  # of `examples/pinn.py`: how the page calls them, and their setting
 
 
 def short(x: float) -> str:
-    return f"{x:.1e}".replace("e-0", "e-")
+    return f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def pinn(problem: str) -> str:
@@ -224,7 +224,7 @@ def pinn(problem: str) -> str:
     rows = []
     for run in json.loads((DOCS / "training" / f"pinn_{problem}.json").read_text(encoding="utf-8"))["runs"]:
         method, setting = METHODS[run["method"]]
-        chosen = run["setting"].removeprefix("first ")
+        chosen = run["setting"].removeprefix("first ").removeprefix("learning rate 0.05, ")
         chosen = chosen.replace("damping ", "damping from ") if "adapted" in setting else chosen
         loss, error = min(zip(run["losses"], run["errors"], strict=True))
         rows.append([method, setting.format(chosen), f"{run['steps'][-1]:,}", short(loss), short(error)])
@@ -245,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race, final losses": race_losses,
     "Poisson": lambda: pinn("poisson2"),
     "Burgers": lambda: pinn("burgers"),
+    "Poisson, 5 dimensions": lambda: pinn("poisson5"),
 }
 
 
