@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from ggn_jax.layers.jaxprs import CUSTOM_VJP, INLINED, REMAT, bind, inner_jaxpr, open_jaxpr
+from ggn_jax.layers.jaxprs import CUSTOM_VJP, INLINED, REMAT, bind, inner_jaxpr, open_jaxpr, scan_sizes
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 LAPACK = ("cholesky", "eigh", "triangular_solve")
@@ -52,7 +52,7 @@ def _run(eqn: Any, values: list[Any]) -> Any:
             return branches[_branch(params)](*values[1:])
         return jax.lax.switch(values[0], branches, *values[1:])
     if name == "scan":
-        return _scan(params, values)
+        return _scan(eqn, values)
     if name == "while":
         in_condition = params["cond_nconsts"]
         start = in_condition + params["body_nconsts"]
@@ -80,13 +80,13 @@ def _branch(params: Any) -> int:
     return of("cpu" if factorises and any("cpu" in names for names in platforms) else "cuda")
 
 
-def _scan(params: Any, values: list[Any]) -> list[Any]:
-    constants, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-    body = _call(params["jaxpr"])
+def _scan(eqn: Any, values: list[Any]) -> list[Any]:
+    params, (constants, num_carry) = eqn.params, scan_sizes(eqn)
+    carried, body = constants + num_carry, _call(params["jaxpr"])
 
     def step(carry: Any, x: Any) -> Any:
         results = body(*values[:constants], *carry, *x)
-        return results[: params["num_carry"]], results[params["num_carry"] :]
+        return results[:num_carry], results[num_carry:]
 
     carry, ys = jax.lax.scan(
         step, values[constants:carried], values[carried:], length=params["length"], reverse=params["reverse"]
