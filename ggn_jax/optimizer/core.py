@@ -57,6 +57,18 @@ PassResult = tuple[Any, PyTree[Array] | None, Factors]
 """The loss, its gradient, and the factors."""
 
 
+class PassInputs(NamedTuple):
+    """What a pass over a batch is made of; for an objective, with a list for each of its functions."""
+
+    problem: Any
+    layout: Any
+    mask: Any
+    key: Any
+    curvature: Curvature
+    counts: Bool[Array, ""]
+    """Whether some target is not ignored."""
+
+
 class StaticInfo(NamedTuple):
     """What the shapes of parameters and example inputs determine."""
 
@@ -207,17 +219,17 @@ class Core:
         return self._compiled_pass(problem, mask, self._check_keys(problem, key), curvature, gradient)
 
     def _compute_pass(self, problem: Any, mask: Any, key: Any, curvature: Curvature, gradient: bool) -> PassResult:
-        layout, counts = self._layout_of(problem), self._any_term_counts(problem)
-        args = problem, layout, mask, key, curvature, counts
+        counts = self._any_term_counts(problem)
+        given = PassInputs(problem, self._layout_of(problem), mask, key, curvature, counts)
         if self.settings.factor_interval == 1:
-            return self._full_pass(*args, gradient=gradient)
+            return self._full_pass(given, gradient=gradient)
         # Between factors, a step costs what the gradient costs: the model is neither mapped over examples nor asked for
         # what factors would be made of, which would be computed for the branch that is not taken. So factors have a
         # forward pass of their own. The gradient stays outside of the branches, where XLA compiles convolutions well.
         value, grads = self._plain_gradient(problem) if gradient else (None, None)
 
         def factors() -> Factors:
-            return vary_like(self._full_pass(*args, gradient=False)[2], problem)
+            return vary_like(self._full_pass(given, gradient=False)[2], problem)
 
         def none() -> Factors:
             zeros = zeros_like(jax.eval_shape(factors))
@@ -238,19 +250,9 @@ class Core:
         counts: Bool[Array, ""] = problem.any_term_counts()
         return counts
 
-    def _full_pass(
-        self,
-        problem: Any,
-        layout: Any,
-        mask: Any,
-        key: Any,
-        curvature: Curvature,
-        counts: Bool[Array, ""],
-        *,
-        gradient: bool,
-    ) -> PassResult:
-        value, grads, sums = self._sums(problem, layout, mask, key, curvature, counts, layout, gradient)
-        return value, grads, self._factors(layout, *sums, counts)
+    def _full_pass(self, given: PassInputs, *, gradient: bool) -> PassResult:
+        value, grads, sums = self._sums(given, given.layout, gradient)
+        return value, grads, self._factors(given.layout, *sums, given.counts)
 
     def _plain_gradient(self, problem: Any) -> tuple[Any, PyTree[Array]]:
         """The loss, with aux if the model has some, and its gradient: no more than `jax.value_and_grad`."""
@@ -265,18 +267,9 @@ class Core:
         (value, aux), grads = problem.sum_over_chunks(run)
         return (value, aux) if self.has_aux else value, grads
 
-    def _sums(
-        self,
-        problem: Problem,
-        layout: Layout,
-        mask: Any,
-        key: Any,
-        curvature: Curvature,
-        counts: Bool[Array, ""],
-        whole: Layout,
-        gradient: bool,
-    ) -> tuple[Any, Any, Sums]:
-        """The loss, its gradient, and the sums that give the factors; `whole` has all blocks of the state."""
+    def _sums(self, given: PassInputs, whole: Layout, gradient: bool) -> tuple[Any, Any, Sums]:
+        """A function's loss, gradient, and the sums that give the factors; `whole` has all blocks of the state."""
+        problem, layout, mask, key, curvature, counts = given
         settings = self.settings
         check_mask_fits(layout.trace, mask)
         bases = bases_of(whole, curvature.inverses) if settings.ekfac else None

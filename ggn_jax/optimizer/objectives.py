@@ -14,8 +14,7 @@ from ggn_jax.kronecker.joined import JoinedLayout, add_sums
 from ggn_jax.kronecker.layout import Layout
 from ggn_jax.objective import Objective, array_weights, key_of
 from ggn_jax.operators.problem import WeightedProblems
-from ggn_jax.optimizer.core import Core, PassResult
-from ggn_jax.optimizer.curvature import Curvature
+from ggn_jax.optimizer.core import Core, PassInputs, PassResult
 from ggn_jax.optimizer.settings import Settings
 
 
@@ -84,26 +83,16 @@ class ObjectiveCore(Core):
         values, grads = zip(*map(super()._plain_gradient, problem.problems), strict=True)
         return weighted_sum(values, problem.weights), weighted_sum(grads, problem.weights)
 
-    def _full_pass(
-        self,
-        problem: Any,
-        layout: Any,
-        mask: Any,
-        key: Any,
-        curvature: Curvature,
-        counts: Bool[Array, ""],
-        *,
-        gradient: bool,
-    ) -> PassResult:
-        problems, weights = problem.problems, problem.weights
-        each = zip(problems, layout.functions, mask, key, strict=True)
-        seen = [self._sums(one, part, m, k, curvature, counts, layout, gradient) for one, part, m, k in each]
+    def _full_pass(self, given: PassInputs, *, gradient: bool) -> PassResult:
+        layout, weights = given.layout, given.problem.weights
+        each = zip(given.problem.problems, layout.functions, given.mask, given.key, strict=True)
+        seen = [self._sums(PassInputs(*own, given.curvature, given.counts), layout, gradient) for own in each]
         values, grads, pairs = zip(*seen, strict=True)
         value = weighted_sum(values, weights) if gradient else None
         total = weighted_sum(grads, weights) if gradient else None
         added = [{**sums, "corrections": corrected} if corrected else sums for sums, corrected in pairs]
         joined = add_sums(layout, added, weights)
-        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), counts)
+        return value, total, self._factors(layout, joined, joined.pop("corrections", ()), given.counts)
 
 
 def core_of(model_fn: Any, loss: Any, example_inputs: Any, options: Mapping[str, Any]) -> Core:
